@@ -1,0 +1,1 @@
+"""loki_compile: `torch.compile(model, backend="loki")`."""

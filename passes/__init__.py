@@ -1,0 +1,1 @@
+"""FX analysis and rewriting."""

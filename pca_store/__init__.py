@@ -1,0 +1,1 @@
+"""Bases: fit, file format, lookup."""
