@@ -1,0 +1,181 @@
+"""What the `loki::` ops take. Each backend calls these before any launch.
+
+Legend: B batch, Hq query heads, Hkv KV heads, S new tokens, T cached tokens, D dims of q and k,
+Dv dims of v, R index dims, K position slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KEEP_ALL_Q16 = 1 << 16
+
+
+def hidden_below(dtype: torch.dtype) -> float:
+    """An additive mask of `dtype` hides a key where it is at most this: half of the lowest value.
+
+    Lies between any bias a model would use and the fillers in use (-inf, finfo.min).
+    """
+    return torch.finfo(dtype).min / 2
+
+
+def check_select(
+    q: Tensor,
+    basis: Tensor,
+    index: Tensor,
+    index_scale: Tensor | None,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    *,
+    top_k: int,
+    keep_q16: int,
+    sink: int,
+    recent: int,
+    per_head: bool,
+) -> None:
+    """Raise ValueError (what was found, what is allowed) unless `loki::select` takes these."""
+    op = "loki::select"
+    b, hq, s, d = _rank4(op, "q", q)
+    bi, hkv, t, r = _rank4(op, "index", index)
+    if q.dtype not in FLOAT_DTYPES:
+        raise _wrong(op, "q dtype", q.dtype, "bfloat16, float16 or float32")
+    if bi != b:
+        raise _wrong(op, "batch of index", bi, f"batch of q, {b}")
+    if hkv < 1 or hq % hkv:
+        raise _wrong(op, "KV heads of index", hkv, f"a divisor of the {hq} query heads")
+    if s < 1 or t < 1 or r < 1:
+        raise _wrong(op, "sizes (S, T, R)", (s, t, r), "at least 1 each")
+    if basis.shape != (hkv, d, r) or basis.dtype != torch.float32:
+        found = (tuple(basis.shape), basis.dtype)
+        raise _wrong(op, "basis", found, f"shape (Hkv, D, R) = {(hkv, d, r)}, float32")
+    if index.dtype == torch.int8:
+        if index_scale is None:
+            raise _wrong(op, "index_scale", None, "a tensor, since index is int8")
+        if index_scale.shape != (b, hkv, t, 1) or index_scale.dtype != torch.float32:
+            found = (tuple(index_scale.shape), index_scale.dtype)
+            raise _wrong(
+                op, "index_scale", found, f"shape (B, Hkv, T, 1) = {(b, hkv, t, 1)}, float32"
+            )
+        _same_device(op, "index_scale", index_scale, q)
+    else:
+        if index.dtype not in FLOAT_DTYPES:
+            raise _wrong(op, "index dtype", index.dtype, "bfloat16, float16, float32 or int8")
+        if index_scale is not None:
+            raise _wrong(op, "index_scale", "a tensor", f"None, since index is {index.dtype}")
+    _rows_contiguous(op, "q", q, d)
+    _rows_contiguous(op, "basis", basis, r)
+    _rows_contiguous(op, "index", index, r)
+    _same_device(op, "basis", basis, q)
+    _same_device(op, "index", index, q)
+    if (mask is None) != (bounds is None):
+        found = ("None" if mask is None else "a mask", "None" if bounds is None else "bounds")
+        raise _wrong(op, "(mask, bounds)", found, "both or neither: bounds = mask_bounds(mask)")
+    if mask is not None:
+        _check_mask(op, mask, q, t)
+        if not per_head and mask.shape[1] != 1 and mask.stride(1) != 0:
+            raise _wrong(
+                op,
+                "heads of mask",
+                mask.shape[1],
+                "1 unless per_head=True: a group that shares its choice shares its mask",
+            )
+        if bounds.dtype != torch.int32 or bounds.shape != (*mask.shape[:3], 3):
+            found = (tuple(bounds.shape), bounds.dtype)
+            raise _wrong(
+                op, "bounds", found, f"shape {(*mask.shape[:3], 3)}, int32: mask_bounds(mask)"
+            )
+        _rows_contiguous(op, "bounds", bounds, 3)
+        _same_device(op, "bounds", bounds, q)
+    if top_k < 1:
+        raise _wrong(op, "top_k", top_k, "at least 1")
+    if not 0 < keep_q16 <= KEEP_ALL_Q16:
+        raise _wrong(op, "keep_q16", keep_q16, f"1 to {KEEP_ALL_Q16}")
+    if sink < 0 or recent < 0:
+        raise _wrong(op, "(sink, recent)", (sink, recent), "0 or more")
+
+
+def check_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    *,
+    softcap: float,
+    sinks: Tensor | None,
+) -> None:
+    """Raise ValueError (what was found, what is allowed) unless `loki::attend` takes these."""
+    op = "loki::attend"
+    b, hq, s, d = _rank4(op, "q", q)
+    bk, hkv, t, dk = _rank4(op, "k", k)
+    _, _, _, dv = _rank4(op, "v", v)
+    bp, hp, sp, slots = _rank4(op, "positions", positions)
+    dtype = q.dtype
+    if dtype not in FLOAT_DTYPES:
+        raise _wrong(op, "q dtype", dtype, "bfloat16, float16 or float32")
+    if k.dtype != dtype or v.dtype != dtype:
+        raise _wrong(op, "dtypes of (k, v)", (k.dtype, v.dtype), f"that of q, {dtype}")
+    if bk != b or dk != d or hkv < 1 or hq % hkv:
+        allowed = f"(B, Hkv, T, D) with B = {b}, D = {d} and Hkv a divisor of {hq}"
+        raise _wrong(op, "shape of k", (bk, hkv, t, dk), allowed)
+    if v.shape[:3] != k.shape[:3]:
+        raise _wrong(op, "shape of v", tuple(v.shape), f"{(bk, hkv, t)} and Dv, as k has")
+    if min(s, t, d, dv) < 1:
+        raise _wrong(op, "sizes (S, T, D, Dv)", (s, t, d, dv), "at least 1 each")
+    if positions.dtype != torch.int32:
+        raise _wrong(op, "positions dtype", positions.dtype, "int32")
+    if bp != b or sp != s or (hp != hkv and hp != hq) or slots < 1:
+        allowed = f"(B, Hkv or Hq, S, K) = ({b}, {hkv} or {hq}, {s}, at least 1)"
+        raise _wrong(op, "shape of positions", (bp, hp, sp, slots), allowed)
+    _rows_contiguous(op, "q", q, d)
+    _rows_contiguous(op, "k", k, d)
+    _rows_contiguous(op, "v", v, dv)
+    _rows_contiguous(op, "positions", positions, slots)
+    _same_device(op, "k", k, q)
+    _same_device(op, "v", v, q)
+    _same_device(op, "positions", positions, q)
+    if mask is not None:
+        _check_mask(op, mask, q, t)
+    if softcap < 0:
+        raise _wrong(op, "softcap", softcap, "0 (none) or a positive number")
+    if sinks is not None:
+        if sinks.shape != (hq,) or sinks.dtype not in FLOAT_DTYPES:
+            found = (tuple(sinks.shape), sinks.dtype)
+            raise _wrong(op, "sinks", found, f"shape (Hq,) = {(hq,)}, bfloat16, float16 or float32")
+        _same_device(op, "sinks", sinks, q)
+
+
+def _check_mask(op: str, mask: Tensor, q: Tensor, t: int) -> None:
+    b, hq, s, _ = q.shape
+    if mask.dim() != 4:
+        raise _wrong(op, "rank of mask", mask.dim(), "4")
+    bm, hm, sm, tm = mask.shape
+    if bm not in (1, b) or hm not in (1, hq) or sm not in (1, s) or tm != t:
+        allowed = f"(B, Hq, S, T) = {(b, hq, s, t)}, any of the first three may be 1"
+        raise _wrong(op, "shape of mask", (bm, hm, sm, tm), allowed)
+    if mask.dtype != torch.bool and mask.dtype not in FLOAT_DTYPES:
+        raise _wrong(op, "mask dtype", mask.dtype, "bool, bfloat16, float16 or float32")
+    _same_device(op, "mask", mask, q)
+
+
+def _rank4(op: str, name: str, tensor: Tensor) -> torch.Size:
+    shape = tensor.shape
+    if len(shape) != 4:
+        raise _wrong(op, f"rank of {name}", f"{len(shape)} (shape {tuple(shape)})", "4")
+    return shape
+
+
+def _rows_contiguous(op: str, name: str, tensor: Tensor, size: int) -> None:
+    if size > 1 and tensor.stride(-1) != 1:
+        raise _wrong(op, f"strides of {name}", tensor.stride(), "1 in the last dim, others free")
+
+
+def _same_device(op: str, name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.device != q.device:
+        raise _wrong(op, f"device of {name}", tensor.device, f"that of q, {q.device}")
+
+
+def _wrong(op: str, what: str, found: object, allowed: str) -> ValueError:
+    return ValueError(f"{op}: {what} is {found}; allowed: {allowed}.")

@@ -1,0 +1,111 @@
+"""The public door of the kernels: the ops `loki::select` and `loki::attend`, and what feeds them.
+
+Both ops are functional and opaque to the compiler; `mask_bounds` and `index_rows` are plain torch,
+so that Inductor fuses them with the graph around them. `loki_compile.kernels` has the algorithm and
+the legend of the letters; `checks` has what is refused.
+"""
+
+from __future__ import annotations
+
+import torch
+from loki_compile.kernels import cpu
+from loki_compile.kernels.checks import KEEP_ALL_Q16, check_attend, check_select, hidden_below
+from torch import Tensor
+
+__all__ = [
+    "KEEP_ALL_Q16",
+    "attend",
+    "check_attend",
+    "check_select",
+    "hidden_below",
+    "index_rows",
+    "mask_bounds",
+    "select",
+]
+
+_INT8_MAX = 127
+
+
+def mask_bounds(mask: Tensor) -> Tensor:
+    """Where the visible keys of each mask row lie.
+
+    mask (Bm, Hm, Sm, T), bool (True = visible) or floating (visible above `hidden_below(dtype)`).
+    Returns int32 (Bm, Hm, Sm, 3): first visible position, last visible position + 1, number of
+    visible keys; (0, 0, 0) for a row that sees nothing.
+    """
+    visible = mask if mask.dtype == torch.bool else mask > hidden_below(mask.dtype)
+    t = mask.shape[-1]
+    position = torch.arange(t, device=mask.device, dtype=torch.int32)
+    end = torch.where(visible, position + 1, 0).amax(-1)
+    start = torch.minimum(torch.where(visible, position, t).amin(-1), end)
+    count = visible.sum(-1, dtype=torch.int32)
+    return torch.stack((start, end, count), -1).to(torch.int32)
+
+
+def index_rows(keys: Tensor, basis: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Index rows of new keys: their projection, stored as `dtype`.
+
+    keys (B, Hkv, S, D) floating; basis (Hkv, D, R) fp32, the key-side projection; math in fp32.
+    Returns rows (B, Hkv, S, R) and, for int8, their scale (B, Hkv, S, 1) fp32, else None.
+    int8 is symmetric per token and head: scale = max |row| / 127, row = round(value / scale).
+    Entries that are not finite count as 0; a zero row has scale 0.
+    """
+    rows = torch.matmul(keys.float(), basis)
+    if dtype != torch.int8:
+        return rows.to(dtype), None
+    rows = torch.where(rows.isfinite(), rows, 0.0)
+    row_scale = rows.abs().amax(-1, keepdim=True) / _INT8_MAX
+    quotient = torch.where(row_scale > 0, rows / row_scale, 0.0)
+    return quotient.round().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8), row_scale
+
+
+_LIBRARY = torch.library.Library("loki", "DEF")
+
+# needs_exact_strides: Inductor hands every tensor over with the strides it has in the traced graph.
+# A cache view therefore arrives as it is, uncopied, and the strides that `checks` asks for hold.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+_LIBRARY.define(
+    "select(Tensor q, Tensor basis, Tensor index, Tensor? index_scale, Tensor? mask,"
+    " Tensor? bounds, *, float scale, SymInt top_k, int keep_q16, int sink, int recent,"
+    " bool per_head) -> Tensor",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor? mask,"
+    " *, float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    tags=_TAGS,
+)
+
+
+@torch.library.register_fake("loki::select", lib=_LIBRARY)
+def _select_fake(q, basis, index, index_scale, mask, bounds, *, top_k, per_head, **_):
+    heads = q.shape[1] if per_head else index.shape[1]
+    return q.new_empty((q.shape[0], heads, q.shape[2], top_k), dtype=torch.int32)
+
+
+@torch.library.register_fake("loki::attend", lib=_LIBRARY)
+def _attend_fake(q, k, v, positions, mask, **_):
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
+
+
+def _select_cuda(*args, **kwargs):
+    # Here and not above: a machine without Triton can still run the CPU path.
+    from loki_compile.kernels import triton_select
+
+    return triton_select.select(*args, **kwargs)
+
+
+def _attend_cuda(*args, **kwargs):
+    from loki_compile.kernels import triton_attend
+
+    return triton_attend.attend(*args, **kwargs)
+
+
+_LIBRARY.impl("select", cpu.select, "CPU")
+_LIBRARY.impl("attend", cpu.attend, "CPU")
+_LIBRARY.impl("select", _select_cuda, "CUDA")
+_LIBRARY.impl("attend", _attend_cuda, "CUDA")
+
+select = torch.ops.loki.select.default
+attend = torch.ops.loki.attend.default

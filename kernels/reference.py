@@ -1,0 +1,147 @@
+"""The definition of both ops: one row at a time, plain PyTorch, computed in fp64.
+
+Slow on purpose; for tests. Arguments as in `loki_compile.kernels.ops`, any floating dtype. `select`
+returns int32 positions, `attend` the dtype of q: pass fp64 tensors to have the truth unrounded.
+"""
+
+from __future__ import annotations
+
+import torch
+from loki_compile.kernels.checks import hidden_below
+from torch import Tensor
+
+
+def select(
+    q: Tensor,
+    basis: Tensor,
+    index: Tensor,
+    index_scale: Tensor | None,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    *,
+    scale: float,
+    top_k: int,
+    keep_q16: int,
+    sink: int,
+    recent: int,
+    per_head: bool,
+) -> Tensor:
+    """Positions (B, Hkv or Hq, S, top_k) int32: chosen keys ascending, then -1.
+
+    `bounds` says nothing that `mask` does not, and is not read.
+    """
+    b, hq, s, _ = q.shape
+    hkv, t = index.shape[1:3]
+    score = scores(q, basis, index, index_scale, mask, scale=scale, per_head=per_head)
+    heads = hq if per_head else hkv
+    visible = _visible(mask, t).expand(b, hq, s, t)[:, :: hq // heads]
+    positions = torch.full((b, heads, s, top_k), -1, dtype=torch.int32, device=q.device)
+    for row in _rows(b, heads, s):
+        candidates = visible[row].nonzero().flatten()
+        k = row_budget(len(candidates), top_k, keep_q16)
+        chosen = _choose(score[row], candidates, k, sink, recent)
+        positions[row][: len(chosen)] = chosen
+    return positions
+
+
+def scores(
+    q: Tensor,
+    basis: Tensor,
+    index: Tensor,
+    index_scale: Tensor | None,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    per_head: bool,
+) -> Tensor:
+    """What `select` ranks by: (B, Hkv or Hq, S, T) fp64; NaN as -inf, additive mask added."""
+    b, hq, s, _ = q.shape
+    hkv, t = index.shape[1:3]
+    rows = index.double() if index_scale is None else index.double() * index_scale.double()
+    q_low = torch.einsum("bhgsd,hdr->bhgsr", q.double().unflatten(1, (hkv, -1)), basis.double())
+    score = scale * torch.einsum("bhgsr,bhtr->bhgst", q_low, rows)
+    score = score.masked_fill(score.isnan(), -torch.inf)
+    score = score.flatten(1, 2) if per_head else score.amax(2)
+    if mask is not None and mask.dtype != torch.bool:
+        bias = mask.double().expand(b, hq, s, t)[:, :: hq // score.shape[1]]
+        score = score + bias
+    return score.masked_fill(score.isnan(), -torch.inf)
+
+
+def row_budget(count: int, top_k: int, keep_q16: int) -> int:
+    """Keys read by a row that sees `count`: ceil(count * keep_q16 / 2**16), at most top_k."""
+    return min(top_k, max(1, (count * keep_q16 + 65535) >> 16))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Exact attention over the keys at `positions`: (B, Hq, S, Dv) in q.dtype."""
+    b, hq, s, _ = q.shape
+    hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
+    every_key = torch.arange(t, device=q.device)
+    bias = None if mask is None else mask.expand(b, hq, s, t)
+    out = torch.empty((b, hq, s, dv), dtype=q.dtype, device=q.device)
+    for i, h, j in _rows(b, hq, s):
+        kv = h // (hq // hkv)
+        row = positions[i, h if positions.shape[1] == hq else kv, j]
+        at = row[(row >= 0) & (row < t)].long()
+        if len(at) == 0:
+            at = every_key
+        logits = scale * (k[i, kv, at].double() @ q[i, h, j].double())
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        if bias is not None:
+            added = _additive(bias[i, h, j, at])
+            seen = added != -torch.inf
+            at, logits = at[seen], logits[seen] + added[seen]
+        if sinks is not None:
+            logits = torch.cat((logits, sinks[h : h + 1].double()))
+        weights = _softmax_or_zero(logits)[: len(at)]
+        out[i, h, j] = (weights @ v[i, kv, at].double()).to(q.dtype)
+    return out
+
+
+def _choose(score: Tensor, candidates: Tensor, k: int, sink: int, recent: int) -> Tensor:
+    """k of the ascending `candidates`: the last `recent`, the first `sink`, the best others."""
+    k = min(k, len(candidates))
+    recent = min(recent, k)
+    sink = min(sink, k - recent)
+    middle = candidates[sink : len(candidates) - recent]
+    best_first = torch.sort(score[middle], descending=True, stable=True).indices
+    best = middle[best_first[: k - sink - recent]]
+    always = (candidates[:sink], candidates[len(candidates) - recent :])
+    return torch.cat((*always, best)).sort().values
+
+
+def _visible(mask: Tensor | None, t: int) -> Tensor:
+    if mask is None:
+        return torch.ones((1, 1, 1, t), dtype=torch.bool)
+    return mask if mask.dtype == torch.bool else mask > hidden_below(mask.dtype)
+
+
+def _additive(mask: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.double()
+    return torch.zeros(mask.shape, dtype=torch.float64, device=mask.device).masked_fill(
+        ~mask, -torch.inf
+    )
+
+
+def _softmax_or_zero(logits: Tensor) -> Tensor:
+    """Softmax; zeros where every logit is -inf, as scaled_dot_product_attention has it."""
+    if len(logits) == 0 or bool((logits == -torch.inf).all()):
+        return torch.zeros_like(logits)
+    return logits.softmax(-1)
+
+
+def _rows(b: int, heads: int, s: int):
+    return ((i, h, j) for i in range(b) for h in range(heads) for j in range(s))
