@@ -1,0 +1,243 @@
+"""The compiler: `loki(gm, example_inputs)` is what `torch.compile(..., backend="loki")` calls.
+
+    normalize -> find sites -> trace caches and plan -> rewrite -> Inductor -> runtime
+
+Dynamo calls it once per graph, at torch level: attention is still one call, and writes into a
+cache are still visible mutations. A graph without a sparse site goes to Inductor at once (with
+query groups packed, unless `pack_gqa=False`); any other becomes a `DecodeGraph`, whose two
+variants are compiled when they are first needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from loki_compile.config import LokiConfig
+from loki_compile.passes.cache_writes import KeyCache, nearest_matrix
+from loki_compile.passes.fx_tools import copy_of, fake_value
+from loki_compile.passes.normalize import normalize
+from loki_compile.passes.plan import Plan, make_plan
+from loki_compile.passes.rewrite import pack_groups
+from loki_compile.passes.sites import Reason, Skipped, find_sites
+from loki_compile.pca_store.basis import Basis, BasisSet
+from loki_compile.pca_store.fingerprint import weights_fingerprint
+from loki_compile.pca_store.store import Store
+from loki_compile.report import record_graph
+from loki_compile.runtime import CacheBinding, DecodeGraph, Variant
+
+log = logging.getLogger("loki_compile")
+
+
+def loki(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **unknown: Any,
+) -> Callable[..., Any]:
+    """TorchDynamo backend: compiles one graph, with long-context decode attention made sparse.
+
+    Args:
+      gm: the graph as Dynamo traced it; it is not changed.
+      example_inputs: its inputs, real or fake.
+      mode: torch.compile's mode, passed on to Inductor.
+      options: see `LokiConfig`.
+
+    Raises:
+      ValueError: an unknown or impossible option, a basis that does not belong to the model.
+      RuntimeError: under `strict=True`, listing every site that could not be rewritten.
+    """
+    config = LokiConfig.from_options({**(options or {}), **unknown})
+    compile_graph = functools.partial(_inductor, mode=mode, options=config.inductor)
+    normal, _ = normalize(gm)
+    plan = plan_graph(normal, config)
+    if config.strict:
+        _refuse_dense(plan)
+    bindings = _bind_caches(normal, plan, example_inputs, config)
+    decode = None
+    if plan.sparse:
+        late = functools.partial(_compile_late, compile_graph=compile_graph, fakes=_fakes(normal))
+        decode = DecodeGraph(normal, plan, config, bindings, late)
+    record_graph(plan, config, bindings, decode)
+    if decode is not None:
+        return decode
+    if config.pack_gqa and any(site.group > 1 for site in plan.sites):
+        packed, mapping = copy_of(normal)
+        return compile_graph(pack_groups(packed, plan.on(mapping).sites), example_inputs)
+    return compile_graph(gm, example_inputs)
+
+
+def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
+    """The analysis half of the compiler: what would become of each attention core."""
+    sites, skipped = find_sites(normal.graph)
+    if _records_gradients(normal):
+        skipped += [Skipped(site.node, Reason.GRAD, (), site.path) for site in sites]
+        sites = []
+    return make_plan(
+        sites,
+        skipped,
+        budget=config.budget,
+        min_context=config.min_context,
+        per_head=config.share == "head",
+        layers=config.layers,
+    )
+
+
+def _records_gradients(gm: fx.GraphModule) -> bool:
+    values = (fake_value(node) for node in gm.graph.find_nodes(op="placeholder"))
+    return torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in values
+    )
+
+
+def _refuse_dense(plan: Plan) -> None:
+    refused = [skip for skip in plan.dense if not skip.by_plan]
+    if refused:
+        lines = "\n".join(f"  {s.path or s.node.name}: {s.sentence()}" for s in refused)
+        raise RuntimeError(
+            f"strict=True, and {len(refused)} attention site(s) cannot be rewritten:\n{lines}\n"
+            "Set strict=False to leave them dense."
+        )
+    if not plan.sites and not plan.dense:
+        raise RuntimeError(
+            "strict=True, and this graph has no attention to rewrite. Compile a model that "
+            "decodes with a key/value cache, or set strict=False."
+        )
+
+
+def _bind_caches(
+    gm: fx.GraphModule, plan: Plan, example_inputs: Sequence[Any], config: LokiConfig
+) -> list[CacheBinding]:
+    """For each cache: where it comes in, which weights make its keys, the basis the user chose."""
+    places = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+
+    def is_parameter(node: fx.Node) -> bool:
+        return isinstance(example_inputs[places[node]], torch.nn.Parameter)
+
+    bindings = []
+    for number, cache in enumerate(plan.caches):
+        site = next(s.site for s in plan.sparse if s.cache == number)
+        weight = nearest_matrix([write.source for write in cache.writes], is_parameter)
+        bindings.append(
+            CacheBinding(
+                cache=cache,
+                argument=places[cache.past],
+                weights=weights_fingerprint(example_inputs[places[weight]]) if weight else "",
+                layer=site.path or cache.source,
+                kv_heads=site.kv_heads,
+                head_dim=site.head_dim,
+                new_tokens=_new_tokens(cache, site.query_tokens),
+            )
+        )
+    if config.basis != "auto" or bindings:
+        _choose_bases(bindings, config)
+    return bindings
+
+
+def _new_tokens(cache: KeyCache, query_tokens: int) -> int:
+    return query_tokens if cache.writes else 0
+
+
+def _choose_bases(bindings: list[CacheBinding], config: LokiConfig) -> None:
+    """Fills in `binding.basis` from the user's choice or the store; None is fitted at run time."""
+    if config.basis == "auto":
+        chosen = Store().find(b.weights for b in bindings if b.weights)
+    else:
+        chosen = load_basis(config.basis)
+    uses: dict[str, int] = {}
+    for binding in bindings:
+        occurrence = uses.get(binding.weights, 0)
+        uses[binding.weights] = occurrence + 1
+        binding.basis = _pick(chosen, binding, occurrence, must=config.basis != "auto")
+        if binding.basis is not None and not isinstance(config.rank, str):
+            binding.basis.rank_for(config.rank)
+    if isinstance(config.rank, int):
+        for binding in bindings:
+            if config.rank > binding.head_dim:
+                raise ValueError(
+                    f"rank={config.rank} exceeds head_dim={binding.head_dim} of "
+                    f"{binding.layer}: use a count up to {binding.head_dim}, or a fraction."
+                )
+
+
+def _pick(
+    chosen: BasisSet | None, binding: CacheBinding, occurrence: int, *, must: bool
+) -> Basis | None:
+    if chosen is None or (not binding.weights and not must):
+        return None
+    if not must and chosen.find(binding.weights) is None:
+        return None
+    return chosen.match(
+        binding.weights,
+        layer=binding.layer,
+        num_kv_heads=binding.kv_heads,
+        head_dim=binding.head_dim,
+        occurrence=occurrence,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _load_cached(name: str | Path) -> BasisSet:
+    return Store().load(name)
+
+
+def load_basis(choice: str | Path | BasisSet) -> BasisSet:
+    """A `BasisSet` as it is, or the one a store name, path or hub id names.
+
+    Raises:
+      ValueError: nothing there, or a file that is not an intact basis.
+    """
+    return choice if isinstance(choice, BasisSet) else _load_cached(choice)
+
+
+def _fakes(gm: fx.GraphModule) -> list[Any]:
+    return [fake_value(node) for node in gm.graph.find_nodes(op="placeholder")]
+
+
+def _inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None, options: dict[str, Any]
+) -> Callable[..., Any]:
+    patches = torch._inductor.list_mode_options(mode) if mode and mode != "default" else {}
+    return torch._inductor.compile(gm, list(inputs), options={**patches, **options})
+
+
+def _compile_late(
+    gm: fx.GraphModule,
+    *,
+    compile_graph: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    fakes: list[Any],
+) -> Variant:
+    """Compiles a variant after Dynamo has returned, under the fake mode it traced with.
+
+    Private API, checked on torch 2.11 and 2.13: `torch._guards.tracing` and the guards of a
+    `ShapeEnv`. Dynamo's guards exist already, so a guard that Inductor adds now must be checked by
+    us before the variant runs.
+    """
+    values = _fakes(gm)
+    fake_mode = torch._guards.detect_fake_mode([v for v in fakes if isinstance(v, torch.Tensor)])
+    shape_env = fake_mode.shape_env
+    before = len(shape_env.guards)
+    with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+        run = compile_graph(gm, values)
+    added = shape_env.guards[before:]
+    if not added:
+        return Variant(run)
+    log.debug("late guards: %s", [guard.expr for guard in added])
+    symbols = [v for v in values if isinstance(v, torch.SymInt)]
+    places = [i for i, v in enumerate(values) if isinstance(v, torch.SymInt)]
+    code = shape_env.produce_guards_expression(symbols, guards=added)
+
+    def holds(args: Sequence[Any]) -> bool:
+        return code is None or shape_env.evaluate_guards_expression(
+            code, [args[place] for place in places]
+        )
+
+    return Variant(run, holds)

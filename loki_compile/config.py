@@ -1,0 +1,134 @@
+"""The options of `torch.compile(..., backend="loki", options={...})`, checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loki_compile.passes.plan import Q16, Budget
+from loki_compile.pca_store.basis import BasisSet
+
+POLICIES = ("loki",)
+
+
+@dataclass(frozen=True)
+class LokiConfig:
+    """Options, as in the README's table. As in scikit-learn a float is a fraction, an int a count.
+
+    Raises:
+      ValueError: an unknown name, or a value outside what is allowed; the message says what was
+        found, what is needed and what to do.
+    """
+
+    top_k: int | float = 0.125
+    rank: int | float | str = 0.25
+    basis: str | Path | BasisSet = "auto"
+    min_context: int = 1024
+    sink: int = 4
+    recent: int = 32
+    share: str = "group"
+    pack_gqa: bool = True
+    index_dtype: str = "auto"
+    layers: str | tuple[int | str, ...] = "all"
+    policy: str = "loki"
+    strict: bool = False
+    inductor: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any] | None) -> LokiConfig:
+        """Builds the configuration from torch.compile's `options`."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in options or {}:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f'; did you mean "{near[0]}"?' if near else ""
+                raise ValueError(
+                    f'backend="loki" has no option "{name}"{hint} '
+                    f"Use one of: {', '.join(names)}. (Inductor's own go into inductor={{...}}.)"
+                )
+        return cls(**(options or {}))
+
+    def __post_init__(self) -> None:
+        _fraction_or_count("top_k", self.top_k, "keys each query reads")
+        if isinstance(self.rank, str):
+            _variance(self.rank)
+        else:
+            _fraction_or_count("rank", self.rank, "dims of the key index")
+        for name in ("min_context", "sink", "recent"):
+            value = getattr(self, name)
+            if not _is_int(value) or value < 0:
+                raise ValueError(f"{name}={value!r}: needs a count of keys >= 0.")
+        if isinstance(self.top_k, int) and self.top_k < self.sink + self.recent:
+            raise ValueError(
+                f"top_k={self.top_k} does not hold sink={self.sink} + recent={self.recent} keys "
+                "that are always kept: raise top_k, or lower sink or recent."
+            )
+        _one_of("share", self.share, ("group", "head"))
+        _one_of("index_dtype", self.index_dtype, ("auto", "int8"))
+        _one_of("policy", self.policy, POLICIES)
+        for name in ("pack_gqa", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: needs True or False.")
+        if self.basis is None or not isinstance(self.basis, (str, Path, BasisSet)):
+            raise ValueError(
+                f'basis={self.basis!r}: needs "auto", the name of a stored basis, a path, a hub '
+                "id, or a BasisSet. `loki bases list` shows what is stored."
+            )
+        if self.layers != "all":
+            picks = (self.layers,) if isinstance(self.layers, str) else self.layers
+            if not picks or not all(_is_int(p) or isinstance(p, str) for p in picks):
+                raise ValueError(
+                    f'layers={self.layers!r}: needs "all", or layer numbers and module path '
+                    'patterns such as (2, 3) or ("model.layers.1*",).'
+                )
+            object.__setattr__(self, "layers", tuple(picks))
+        if not isinstance(self.inductor, dict):
+            raise ValueError(f"inductor={self.inductor!r}: needs a dict of Inductor options.")
+
+    @property
+    def budget(self) -> Budget:
+        """`top_k`, `sink` and `recent` as the passes and kernels take them."""
+        if isinstance(self.top_k, int):
+            return Budget(self.top_k, Q16, self.sink, self.recent)
+        return Budget(None, max(1, round(self.top_k * Q16)), self.sink, self.recent)
+
+    def to_options(self) -> dict[str, Any]:
+        """What differs from the defaults, as an `options` dict."""
+        default = LokiConfig()
+        fields = [f.name for f in dataclasses.fields(self)]
+        return {n: getattr(self, n) for n in fields if getattr(self, n) != getattr(default, n)}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _fraction_or_count(name: str, value: Any, meaning: str) -> None:
+    if _is_int(value) and value >= 1:
+        return
+    if isinstance(value, float) and 0.0 < value <= 1.0:
+        return
+    raise ValueError(
+        f"{name}={value!r}: needs a fraction in (0, 1] (float) or a count >= 1 (int) of {meaning}."
+    )
+
+
+def _variance(value: str) -> None:
+    kind, _, share = value.partition(":")
+    try:
+        ok = kind == "variance" and 0.0 < float(share) <= 1.0
+    except ValueError:
+        ok = False
+    if not ok:
+        raise ValueError(
+            f'rank={value!r}: needs a count, a fraction of head_dim, or "variance:0.9" '
+            "(the share of the keys' variance that the index must hold)."
+        )
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: needs one of {', '.join(map(repr, allowed))}.")

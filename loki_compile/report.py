@@ -1,0 +1,152 @@
+"""What became of each attention site, and why: the report behind `explain`, logs and artifacts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import deque
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch._dynamo.utils import counters
+from torch._logging import trace_structured
+
+if TYPE_CHECKING:
+    from loki_compile.config import LokiConfig
+    from loki_compile.passes.plan import Plan
+    from loki_compile.runtime import CacheBinding, DecodeGraph
+
+log = logging.getLogger("loki_compile")
+
+_KEPT_GRAPHS = 256
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention site of one graph.
+
+    outcome: "sparse", "dense by plan" or "dense". reason: why it is dense, "" where sparse.
+    Heads and dims are counts; index_bytes_per_token is what the key index costs per cached token
+    in the cache's own dtype (None where dense); basis tells where the projection comes from.
+    """
+
+    path: str
+    cache: str
+    outcome: str
+    reason: str
+    query_heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    rank: int | None = None
+    basis: str = ""
+    index_bytes_per_token: float | None = None
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """All attention sites of one graph, in the order in which the graph runs them."""
+
+    sites: tuple[SiteReport, ...]
+
+    def count(self, outcome: str) -> int:
+        return sum(site.outcome == outcome for site in self.sites)
+
+
+_lock = threading.Lock()
+_reports: deque[GraphReport] = deque(maxlen=_KEPT_GRAPHS)
+
+
+def reports() -> list[GraphReport]:
+    """The reports of the graphs compiled by this process, oldest first (the last 256)."""
+    with _lock:
+        return list(_reports)
+
+
+def clear_reports() -> None:
+    """Forgets all reports."""
+    with _lock:
+        _reports.clear()
+
+
+def record_graph(
+    plan: Plan,
+    config: LokiConfig,
+    bindings: list[CacheBinding],
+    decode: DecodeGraph | None,
+) -> GraphReport:
+    """Keeps, logs and traces what the plan decided for one graph."""
+    report = describe(plan, config, bindings)
+    with _lock:
+        _reports.append(report)
+    for site in report.sites:
+        name = site.path or site.cache or "attention"
+        if site.outcome == "sparse":
+            log.debug("%s: sparse, rank %s, basis %s", name, site.rank, site.basis)
+        else:
+            log.debug("%s: %s: %s", name, site.outcome, site.reason)
+    if report.sites:
+        sparse, dense = report.count("sparse"), report.count("dense")
+        counters["loki"]["sites_sparse"] += sparse
+        counters["loki"]["sites_dense"] += dense
+        log.info(
+            "graph with %d attention sites: %d sparse, %d dense by plan, %d dense",
+            len(report.sites),
+            sparse,
+            report.count("dense by plan"),
+            dense,
+        )
+        trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": "loki_compile_sites", "encoding": "json"},
+            payload_fn=lambda: json.dumps([asdict(site) for site in report.sites]),
+        )
+    return report
+
+
+def describe(plan: Plan, config: LokiConfig, bindings: list[CacheBinding]) -> GraphReport:
+    """The report of a plan; order of the graph."""
+    entries: list[tuple[Any, SiteReport]] = []
+    for sparse in plan.sparse:
+        site, binding = sparse.site, bindings[sparse.cache]
+        rank = binding.rank(config.rank)
+        item = 1 if config.index_dtype == "int8" else binding.item_bytes
+        per_token = None if rank is None else site.kv_heads * (rank * item + 4 * (item == 1))
+        entries.append(
+            (
+                site.node,
+                SiteReport(
+                    path=site.path,
+                    cache=binding.cache.source,
+                    outcome="sparse",
+                    reason="",
+                    query_heads=site.query_heads,
+                    kv_heads=site.kv_heads,
+                    head_dim=site.head_dim,
+                    rank=rank,
+                    basis=binding.basis_name(),
+                    index_bytes_per_token=per_token,
+                ),
+            )
+        )
+    known = {site.node: site for site in plan.sites}
+    for skip in plan.dense:
+        site = known.get(skip.node)
+        entries.append(
+            (
+                skip.node,
+                SiteReport(
+                    path=skip.path,
+                    cache="",
+                    outcome="dense by plan" if skip.by_plan else "dense",
+                    reason=skip.sentence(),
+                    query_heads=site.query_heads if site else None,
+                    kv_heads=site.kv_heads if site else None,
+                    head_dim=site.head_dim if site else None,
+                ),
+            )
+        )
+    if entries:
+        position = {node: i for i, node in enumerate(entries[0][0].graph.nodes)}
+        entries.sort(key=lambda entry: position[entry[0]])
+    return GraphReport(tuple(report for _, report in entries))

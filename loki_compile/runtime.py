@@ -1,0 +1,501 @@
+"""What runs at each call: checks that indexes still belong to their caches, picks the variant.
+
+A `DecodeGraph` stands where Dynamo expects the compiled function. It owns two variants of one
+graph, each compiled when it is first needed: the dense one, and the sparse one whose extra inputs
+are the key indexes and bases. Indexes belong to cache tensors, not to graphs: recompilation, a
+second graph over the same cache, and interleaved conversations all find theirs.
+
+Provenance. An index is valid for a cache tensor if that tensor is the very one that the sparse
+variant last wrote: same storage address, shape, strides and version counter. Anything else rebuilds
+the index from the cache. Tensors made under `torch.inference_mode` have no version counter; for
+them the number of filled slots must continue where the last step ended, and a sample of rows is
+compared with its projection at every step (an edit of a few old keys between two steps can escape
+that, so edit caches under `torch.no_grad`). A stale index can only misrank: attention itself always
+reads the cache's own keys and values.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.utils import counters
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from loki_compile.config import LokiConfig
+from loki_compile.passes.cache_writes import KeyCache
+from loki_compile.passes.fx_tools import copy_of, extract, fake_value
+from loki_compile.passes.plan import Plan
+from loki_compile.passes.rewrite import (
+    IndexLayout,
+    pack_groups,
+    project_new_keys,
+    rewrite_sparse,
+)
+from loki_compile.pca_store.basis import Basis
+from loki_compile.pca_store.covariance import KeyCovariance
+
+log = logging.getLogger("loki_compile")
+
+# Tokens projected at a time when an index is rebuilt: bounds the fp32 copy of the keys.
+REBUILD_TOKENS = 8192
+# Keys that an automatic basis is fitted from, evenly spread: PCA of D dims needs no more.
+FIT_TOKENS = 16384
+# Rows compared per step where a cache tensor has no version counter.
+SPOT_ROWS = 16
+# A cache that is a new tensor at every step (beam search) is rebuilt at every step. After this
+# many rebuilds in a row dense is tried for the steps that follow, since a rebuild reads all keys.
+MAX_REBUILDS_IN_A_ROW = 8
+DENSE_STEPS_AFTER = 64
+
+_stats: Counter[str] = Counter()
+
+
+def stats() -> dict[str, int]:
+    """Counts since import or `reset_stats`, as in `torch._dynamo.utils.counters["loki"]`.
+
+    sparse_steps, dense_steps: calls of rewritten graphs by variant; rebuilds: indexes projected
+    anew from a cache; fitted_bases: bases fitted because none was stored; index_bytes: memory of
+    the indexes alive now.
+    """
+    names = ("sparse_steps", "dense_steps", "rebuilds", "fitted_bases")
+    return {**{name: _stats[name] for name in names}, "index_bytes": index_bytes()}
+
+
+def reset_stats() -> None:
+    """Sets the counts of `stats` back to zero; indexes and bases stay."""
+    _stats.clear()
+    counters["loki"].clear()
+
+
+def index_bytes() -> int:
+    """Bytes of all key indexes that are alive."""
+    with _lock:
+        records = [record for held in _indexes.values() for record in held.values()]
+    return sum(part.nbytes for record in records for part in record.parts)
+
+
+def _count(name: str, amount: int = 1) -> None:
+    _stats[name] += amount
+    counters["loki"][name] += amount
+
+
+@dataclass(frozen=True, eq=False)
+class BoundBasis:
+    """A basis cut to a rank, on a device: what graphs take as input. Each (Hkv, D, R) fp32."""
+
+    query: Tensor
+    key: Tensor
+
+
+@dataclass
+class IndexRecord:
+    """The index of one cache tensor: `parts` mirror it while `stamp` is the tensor's stamp."""
+
+    parts: list[Tensor]
+    stamp: tuple[Any, ...] | None
+    filled: int
+
+
+_lock = threading.RLock()
+_indexes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_filled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_bound: weakref.WeakKeyDictionary[Basis, dict[Any, BoundBasis]] = weakref.WeakKeyDictionary()
+_fitted: dict[tuple[Any, ...], Basis] = {}
+
+
+def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), version
+
+
+def bind(basis: Basis, rank: int, device: torch.device) -> BoundBasis:
+    """The basis' first `rank` columns on `device`, the same tensors at every call."""
+    with _lock:
+        held = _bound.setdefault(basis, {})
+        key = (rank, device)
+        if key not in held:
+            query, key_side = basis.truncate(rank)
+            held[key] = BoundBasis(query.to(device), key_side.to(device))
+        return held[key]
+
+
+@dataclass
+class CacheBinding:
+    """What the runtime knows of one cache of the plan.
+
+    `argument` is the position of its past tensor among the graph's arguments; `weights` the
+    fingerprint of the weights that make its keys ("" if none was found).
+    """
+
+    cache: KeyCache
+    argument: int
+    weights: str
+    layer: str
+    kv_heads: int
+    head_dim: int
+    new_tokens: int
+    basis: Basis | None = None
+    bound: BoundBasis | None = None
+    layout: IndexLayout | None = None
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one number in the cache."""
+        return fake_value(self.cache.past).element_size()
+
+    def rank(self, spec: int | float | str) -> int | None:
+        """Dims of the index, or None where they depend on a basis that is not fitted yet."""
+        if self.basis is not None:
+            return self.basis.rank_for(spec)
+        if isinstance(spec, str):
+            return None
+        return spec if isinstance(spec, int) else max(1, round(spec * self.head_dim))
+
+    def basis_name(self) -> str:
+        """Where the basis comes from, for reports."""
+        if self.basis is None:
+            return "auto (fitted from the first long prompt)"
+        return f"{self.basis.kind}, {self.basis.tokens} tokens"
+
+
+@dataclass
+class Variant:
+    """One compiled form of the graph, made at first use.
+
+    Inductor may specialise on sizes that Dynamo left open. Dynamo's guards were fixed before a
+    late compilation, so what it adds is kept here as a precondition.
+    """
+
+    run: Callable[..., Any]
+    holds: Callable[[Sequence[Any]], bool] = field(default=lambda args: True)
+
+
+class DecodeGraph:
+    """The compiled function of a graph with at least one sparse site."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        plan: Plan,
+        config: LokiConfig,
+        bindings: list[CacheBinding],
+        compile_graph: Callable[[fx.GraphModule], Variant],
+    ) -> None:
+        self.gm = gm
+        self.plan = plan
+        self.config = config
+        self.bindings = bindings
+        self.compile_graph = compile_graph
+        self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+        self.fill_graph = _fill_graph(gm, bindings)
+        self.dense: Variant | None = None
+        self.sparse: Variant | None = None
+        self.sparse_failure: str | None = None
+        self.rebuilds_in_a_row = 0
+        self.dense_steps_left = 0
+        self.building = threading.Lock()
+
+    def __call__(self, *args: Any) -> Any:
+        visible = self.visible_keys(args)
+        if self.wants_sparse(visible) and self.prepare_sparse(args, visible):
+            return self.run_sparse(args, visible)
+        return self.run_dense(args, visible)
+
+    def wants_sparse(self, visible: int) -> bool:
+        """The one decision: sparse from `min_context` visible keys on, unless it would read all.
+
+        `min_context=0` forces the sparse variant at every length, also where the budget covers all.
+        """
+        if self.sparse_failure is not None:
+            return False
+        if self.config.min_context == 0:
+            return True
+        if visible < self.config.min_context or self.config.budget.covers(visible):
+            return False
+        if self.dense_steps_left:
+            self.dense_steps_left -= 1
+            return False
+        return True
+
+    def visible_keys(self, args: Sequence[Any]) -> int:
+        """Filled slots after this step, the most of any cache; no device sync in steady state."""
+        return max(self._filled_after(binding, args) for binding in self.bindings)
+
+    def _filled_after(self, binding: CacheBinding, args: Sequence[Any]) -> int:
+        cache, past = binding.cache, args[binding.argument]
+        slots = past.shape[cache.token_axis]
+        if cache.replaced:
+            return slots + binding.new_tokens
+        # Counting costs nothing; reading the position costs a sync where it lies on a device.
+        stamp, filled = _filled.get(past, (None, 0))
+        counted = past.device.type != "cpu" and not past.is_inference() and stamp == _stamp(past)
+        if counted:
+            return min(slots, filled + binding.new_tokens)
+        if self.fill_graph is None:
+            return slots
+        if binding is not self.fill_graph.binding:
+            return 0
+        return min(slots, self.fill_graph.read(args))
+
+    def prepare_sparse(self, args: Sequence[Any], visible: int) -> bool:
+        """Builds the sparse variant at its first use. False: stay dense."""
+        # Bases outlive a call: a tensor made under inference mode could not be used outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            return self.build_sparse(args, visible)
+
+    def build_sparse(self, args: Sequence[Any], visible: int) -> bool:
+        """Bases, layouts and the compiled sparse variant, at its first use. False: stay dense."""
+        if self.sparse is not None:
+            return True
+        with self.building:
+            if self.sparse is not None:
+                return True
+            if self.sparse_failure is not None:
+                return False
+            try:
+                for binding in self.bindings:
+                    self._bind(binding, args[binding.argument], visible)
+                layouts = [b.layout for b in self.bindings if b.layout is not None]
+                gm, mapping = copy_of(self.gm)
+                plan = self.plan.on(mapping)
+                sparse_sites = {s.site.node for s in plan.sparse}
+                gm = rewrite_sparse(gm, plan, layouts)
+                if self.config.pack_gqa:
+                    left = [site for site in plan.sites if site.node not in sparse_sites]
+                    gm = pack_groups(gm, left)
+                self.sparse = self.compile_graph(gm)
+            except Exception as error:
+                if self.config.strict:
+                    raise
+                self.sparse_failure = f"{type(error).__name__}: {error}"
+                log.warning(
+                    "the sparse variant could not be built and decoding stays dense: %s. "
+                    "Set strict=True to raise instead.",
+                    self.sparse_failure,
+                    exc_info=log.isEnabledFor(logging.DEBUG),
+                )
+                return False
+        return True
+
+    def _bind(self, binding: CacheBinding, past: Tensor, visible: int) -> None:
+        if binding.basis is None:
+            binding.basis = _fit(binding, past, visible)
+        rank = binding.basis.rank_for(self.config.rank)
+        binding.bound = bind(binding.basis, rank, past.device)
+        dtype = torch.int8 if self.config.index_dtype == "int8" else past.dtype
+        binding.layout = IndexLayout(rank, dtype)
+
+    def run_dense(self, args: Sequence[Any], visible: int) -> Any:
+        if self.dense is None:
+            with self.building:
+                if self.dense is None:
+                    self.dense = self.compile_graph(self._dense_graph())
+        outputs = _call(self.dense, args, self.gm)
+        _count("dense_steps")
+        self._remember_filled(args, visible)
+        return outputs
+
+    def _dense_graph(self) -> fx.GraphModule:
+        gm, mapping = copy_of(self.gm)
+        if self.config.pack_gqa:
+            gm = pack_groups(gm, self.plan.on(mapping).sites)
+        return gm
+
+    def run_sparse(self, args: Sequence[Any], visible: int) -> Any:
+        assert self.sparse is not None
+        records, rebuilt = [], 0
+        with torch.inference_mode(False), torch.no_grad():
+            for binding in self.bindings:
+                record, fresh = self._index(binding, args[binding.argument], visible)
+                records.append(record)
+                rebuilt += fresh
+        self._watch_rebuilds(rebuilt)
+        extra: list[Tensor] = []
+        for binding, record in zip(self.bindings, records, strict=True):
+            assert binding.bound is not None
+            extra += [*record.parts, binding.bound.key, binding.bound.query]
+            if not binding.cache.replaced:
+                record.stamp = None  # until the step has ended well
+        outputs = list(_call(self.sparse, [*args, *extra], None))
+        self._adopt(args, outputs, records, visible)
+        _count("sparse_steps")
+        del outputs[self.outputs :]
+        return outputs
+
+    def _adopt(
+        self,
+        args: Sequence[Any],
+        outputs: Sequence[Any],
+        records: Sequence[IndexRecord],
+        visible: int,
+    ) -> None:
+        """Ties each index to the cache tensor that the step has left behind."""
+        place = self.outputs
+        with _lock:
+            for binding, record in zip(self.bindings, records, strict=True):
+                if binding.cache.output is None:
+                    tensor = args[binding.argument]
+                    record.stamp, record.filled = _stamp(tensor), visible
+                    continue
+                assert binding.layout is not None
+                tensor = outputs[binding.cache.output]
+                parts = list(outputs[place : place + binding.layout.parts])
+                place += binding.layout.parts
+                held = _indexes.setdefault(tensor, {})
+                held[binding.bound] = IndexRecord(parts, _stamp(tensor), visible)
+        self._remember_filled(args, visible)
+
+    def _remember_filled(self, args: Sequence[Any], visible: int) -> None:
+        with _lock:
+            for binding in self.bindings:
+                if not binding.cache.replaced:
+                    tensor = args[binding.argument]
+                    _filled[tensor] = (_stamp(tensor), visible)
+
+    def _index(self, binding: CacheBinding, past: Tensor, visible: int) -> tuple[IndexRecord, bool]:
+        """The cache's index, and whether it had to be built from the cache."""
+        with _lock:
+            record = _indexes.get(past, {}).get(binding.bound)
+        if record is not None and self._belongs(binding, record, past, visible):
+            return record, False
+        record = IndexRecord(self._project(binding, past, record), _stamp(past), visible)
+        with _lock:
+            _indexes.setdefault(past, {})[binding.bound] = record
+        _count("rebuilds")
+        return record, True
+
+    def _belongs(
+        self, binding: CacheBinding, record: IndexRecord, past: Tensor, visible: int
+    ) -> bool:
+        stamp = _stamp(past)
+        if record.stamp != stamp:
+            return False
+        if stamp[-1] is not None:
+            return True
+        expected = visible if binding.cache.replaced else record.filled + binding.new_tokens
+        return visible == expected and self._spot_check(binding, record, past)
+
+    def _spot_check(self, binding: CacheBinding, record: IndexRecord, past: Tensor) -> bool:
+        """Whether a sample of cached keys, evenly spread and the newest, projects onto its rows."""
+        cache, bound, layout = binding.cache, binding.bound, binding.layout
+        assert bound is not None and layout is not None
+        last = min(record.filled, past.shape[cache.token_axis]) - 1
+        rows = torch.linspace(0, last, SPOT_ROWS, device=past.device).long()
+        keys = past.index_select(cache.token_axis, rows)
+        now = project_new_keys(keys, bound.key, cache.head_axis, layout.dtype)
+        held = [part.index_select(cache.token_axis, rows) for part in record.parts]
+        return all(
+            torch.allclose(a.float(), b.float(), rtol=2e-2, atol=1e-3, equal_nan=True)
+            for a, b in zip(now[: layout.parts], held, strict=True)
+            if a is not None
+        )
+
+    def _project(
+        self, binding: CacheBinding, past: Tensor, old: IndexRecord | None
+    ) -> list[Tensor]:
+        """Index parts of all slots of a cache tensor; reuses an old index's memory."""
+        cache, bound, layout = binding.cache, binding.bound, binding.layout
+        assert bound is not None and layout is not None
+        shape = list(past.shape)
+        dtypes = [layout.dtype, torch.float32][: layout.parts]
+        widths = [layout.rank, 1]
+        if old is not None and not cache.replaced and old.parts[0].shape[:-1] == past.shape[:-1]:
+            parts = old.parts
+        else:
+            parts = [
+                torch.empty([*shape[:-1], width], dtype=dtype, device=past.device)
+                for width, dtype in zip(widths, dtypes, strict=False)
+            ]
+        axis, slots = cache.token_axis, past.shape[cache.token_axis]
+        for start in range(0, slots, REBUILD_TOKENS):
+            length = min(REBUILD_TOKENS, slots - start)
+            rows = project_new_keys(
+                past.narrow(axis, start, length), bound.key, cache.head_axis, layout.dtype
+            )
+            for part, new in zip(parts, rows, strict=False):
+                part.narrow(axis, start, length).copy_(new)  # type: ignore[arg-type]
+        return parts
+
+    def _watch_rebuilds(self, rebuilt: int) -> None:
+        if rebuilt < len(self.bindings):
+            self.rebuilds_in_a_row = 0
+            return
+        self.rebuilds_in_a_row += 1
+        if self.rebuilds_in_a_row == MAX_REBUILDS_IN_A_ROW and self.config.min_context:
+            self.rebuilds_in_a_row, self.dense_steps_left = 0, DENSE_STEPS_AFTER
+            log.info(
+                "every cache was a new tensor for %d steps: dense for the next %d",
+                MAX_REBUILDS_IN_A_ROW,
+                DENSE_STEPS_AFTER,
+            )
+
+
+def _call(variant: Variant, args: Sequence[Any], eager: fx.GraphModule | None) -> Any:
+    if variant.holds(args):
+        return variant.run(*args)
+    if eager is None:
+        raise RuntimeError(
+            "the sparse variant was specialised to sizes that this call does not have; "
+            "found sizes outside its precondition. Call torch._dynamo.reset() to compile anew."
+        )
+    return eager(*args)
+
+
+@dataclass
+class FillGraph:
+    """Computes, outside the compiled graph, how far one mutated cache will be filled."""
+
+    gm: fx.GraphModule
+    binding: CacheBinding
+    plus: list[int]
+
+    def read(self, args: Sequence[Any]) -> int:
+        with torch.no_grad():
+            values = self.gm(*args)
+        ends = [int(v.max()) if isinstance(v, Tensor) else int(v) for v in values]
+        return max(end + plus for end, plus in zip(ends, self.plus, strict=True))
+
+
+def _fill_graph(gm: fx.GraphModule, bindings: Sequence[CacheBinding]) -> FillGraph | None:
+    """For the first mutated cache whose writes say where they go: layers advance together."""
+    for binding in bindings:
+        fills = [w.fill for w in binding.cache.writes if w.fill is not None]
+        if binding.cache.replaced or not fills:
+            continue
+        graph = extract(gm, [what for what, _ in fills])
+        if graph is not None:
+            return FillGraph(graph, binding, [plus for _, plus in fills])
+    return None
+
+
+def _fit(binding: CacheBinding, past: Tensor, visible: int) -> Basis:
+    """PCA of the keys in a cache, once per set of weights; the step's own keys are not in it yet."""
+    identity = (binding.weights, binding.kv_heads, binding.head_dim)
+    with _lock:
+        if binding.weights and identity in _fitted:
+            return _fitted[identity]
+    cache = binding.cache
+    filled = visible - (binding.new_tokens if not cache.replaced else 0)
+    filled = max(1, min(filled, past.shape[cache.token_axis]))
+    keys = past.narrow(cache.token_axis, 0, filled)
+    if filled > FIT_TOKENS:
+        pick = torch.linspace(0, filled - 1, FIT_TOKENS, device=past.device).long()
+        keys = keys.index_select(cache.token_axis, pick)
+    heads = keys.unsqueeze(0) if cache.head_axis < 0 else keys.movedim(cache.head_axis, 0)
+    flat = heads.reshape(1, heads.shape[0], -1, heads.shape[-1])
+    moments = KeyCovariance(binding.kv_heads, binding.head_dim)
+    moments.update(flat)
+    basis = moments.pca(weights=binding.weights, layer=binding.layer)
+    _count("fitted_bases")
+    if binding.weights:
+        with _lock:
+            basis = _fitted.setdefault(identity, basis)
+    return basis

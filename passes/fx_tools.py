@@ -1,0 +1,228 @@
+"""Small tools over `torch.fx` for every pass: names of ops, operands, fake values, copies."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+# One spelling per operation; `normalize` brings the others to it.
+ALIASES = {
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "concat": "cat",
+    "concatenate": "cat",
+    "moveaxis": "movedim",
+    "type_as": "to",
+    "view": "reshape",
+    "__getitem__": "getitem",
+    "__setitem__": "setitem",
+}
+
+# Operands in order, for the operations whose operands the passes read.
+SIGNATURES: dict[str, tuple[str, ...]] = {
+    "scaled_dot_product_attention": (
+        "query",
+        "key",
+        "value",
+        "attn_mask",
+        "dropout_p",
+        "is_causal",
+        "scale",
+        "enable_gqa",
+    ),
+    "transpose": ("input", "dim0", "dim1"),
+    "unsqueeze": ("input", "dim"),
+    "squeeze": ("input", "dim"),
+    "select": ("input", "dim", "index"),
+    "narrow": ("input", "dim", "start", "length"),
+    "getitem": ("input", "index"),
+    "setitem": ("input", "index", "source"),
+    "copy_": ("input", "source"),
+    "index_copy_": ("input", "dim", "index", "source"),
+    "index_copy": ("input", "dim", "index", "source"),
+    "index_put_": ("input", "indices", "values", "accumulate"),
+    "index_put": ("input", "indices", "values", "accumulate"),
+    "cat": ("tensors", "dim"),
+    "repeat_interleave": ("input", "repeats", "dim"),
+    "to": ("input", "dtype"),
+}
+
+
+def op_name(node: fx.Node) -> str:
+    """The operation of a call node in its one spelling (`"transpose"`, `"cat"`, ...), else ""."""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+    else:
+        return ""
+    return ALIASES.get(name, name)
+
+
+def operand(node: fx.Node, name: str, default: Any = None) -> Any:
+    """The operand called `name` in `SIGNATURES`, given by position or by keyword."""
+    position = SIGNATURES[op_name(node)].index(name)
+    if position < len(node.args):
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def fake_value(node: fx.Node) -> Any:
+    """The fake tensor, symbolic integer or constant that Dynamo recorded for `node`."""
+    return node.meta.get("example_value")
+
+
+def shape_of(node: Any) -> torch.Size | None:
+    """Shape of the node's fake tensor (entries may be symbolic), or None for anything else."""
+    value = fake_value(node) if isinstance(node, fx.Node) else None
+    return value.shape if isinstance(value, torch.Tensor) else None
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal, without adding a guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(a == b)
+
+
+def concrete(size: Any) -> int | None:
+    """The size as an int where it is constant, else None."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size, torch.SymInt) and size.node.expr.is_number:
+        return int(size.node.expr)
+    return None
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether the call writes into its first operand (torch's trailing-underscore convention)."""
+    name = op_name(node)
+    return name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+
+
+def module_path(node: fx.Node) -> str:
+    """Where in the model the node was traced (`model.layers.0.self_attn`), or "" in a fragment."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))[0]
+    return path.removeprefix("L['self']").removeprefix(".").replace("['", ".").replace("']", "")
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """How the caller reaches the value (`L['past_key_values'].layers[0].keys`), or ""."""
+    grapharg = placeholder.meta.get("grapharg")
+    source = getattr(grapharg, "source", None)
+    name = getattr(source, "name", "")
+    return name() if callable(name) else name
+
+
+def copy_of(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy whose graph may be edited, and the map from the old nodes to the new.
+
+    Dynamo reads `meta["grapharg"]` of its own placeholders after the backend returns, so a
+    backend edits copies only.
+    """
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping, return_output_node=True)
+    assert isinstance(output, tuple)
+    result, old_output = output
+    mapping[old_output] = graph.output(result)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    return fx.GraphModule(gm, graph), mapping
+
+
+def remap(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
+    """The same dataclass, container or node, with every node replaced by its image."""
+    if isinstance(value, fx.Node):
+        return mapping[value]
+    if isinstance(value, (list, tuple)):
+        return type(value)(remap(item, mapping) for item in value)
+    if isinstance(value, slice):
+        return slice(*(remap(x, mapping) for x in (value.start, value.stop, value.step)))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: remap(getattr(value, f.name), mapping) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+def finish(gm: fx.GraphModule) -> fx.GraphModule:
+    """Drops dead views and arithmetic, checks the graph and regenerates its code.
+
+    Keeps every call that writes into an operand and every node without a fake tensor: fx does not
+    know that `index_copy_` has an effect.
+    """
+
+    def is_impure(node: fx.Node) -> bool:
+        return (
+            node.op in ("placeholder", "output")
+            or mutates(node)
+            or not isinstance(fake_value(node), (torch.Tensor, torch.SymInt, torch.SymFloat, int))
+        )
+
+    gm.graph.eliminate_dead_code(is_impure)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def call(
+    graph: fx.Graph, function: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any
+) -> fx.Node:
+    """Adds a call at the insertion point with its fake value; `like` lends its module path."""
+    node = graph.call_function(function, args, kwargs)
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    fake_args = map_arg((args, kwargs), fake_value)
+    with fake_mode_of(graph), torch.no_grad():
+        node.meta["example_value"] = function(*fake_args[0], **fake_args[1])
+    return node
+
+
+def fake_mode_of(graph: fx.Graph) -> Any:
+    """The fake mode under which Dynamo traced the graph."""
+    from torch._guards import detect_fake_mode
+
+    values = [fake_value(node) for node in graph.find_nodes(op="placeholder")]
+    return detect_fake_mode([value for value in values if isinstance(value, torch.Tensor)])
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
+    """Breadth first: the nodes themselves, then what they read, nearest first, each once."""
+    queue = list(nodes)
+    seen = set(queue)
+    for node in queue:
+        yield node
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                queue.append(source)
+
+
+def extract(gm: fx.GraphModule, outputs: list[Any]) -> fx.GraphModule | None:
+    """A graph with the placeholders of `gm` that computes only `outputs`, before any write.
+
+    None where computing them runs through a call that writes into its operand.
+    """
+    needed = set(ancestors(node for node in outputs if isinstance(node, fx.Node)))
+    if any(node.op not in ("placeholder", "get_attr") and mutates(node) for node in needed):
+        return None
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or node in needed:
+            mapping[node] = graph.node_copy(node, lambda source: mapping[source])
+    graph.output(map_arg(tuple(outputs), lambda node: mapping[node]))
+    return fx.GraphModule(gm, graph)

@@ -1,0 +1,125 @@
+"""Decides, per site, between sparse and dense, and with what budget. Edits nothing.
+
+Everything that can be known before a key is seen is decided here; the rank of an index, which may
+come from a basis that is fitted later, is the runtime's to fill in (`kernels` sees it as a shape).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from dataclasses import dataclass, field
+
+from loki_compile.passes.cache_writes import KeyCache, trace_cache
+from loki_compile.passes.fx_tools import concrete, fake_value, remap, shape_of
+from loki_compile.passes.sites import AttentionSite, Reason, Skipped
+from torch import fx
+
+Q16 = 1 << 16
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many keys a query reads: `top_k` of them, or `keep_q16` / 65536 of the visible ones.
+
+    `top_k` is None for a fraction. `sink` first and `recent` last visible keys are always kept
+    and count towards the budget.
+    """
+
+    top_k: int | None
+    keep_q16: int
+    sink: int
+    recent: int
+
+    def keys(self, visible: int) -> int:
+        """Keys that a query reads exactly when it sees `visible` keys."""
+        share = max(1, (visible * self.keep_q16 + Q16 - 1) >> 16)
+        return min(visible, share if self.top_k is None else self.top_k)
+
+    def covers(self, visible: int) -> bool:
+        return self.keys(visible) >= visible
+
+
+@dataclass(frozen=True)
+class SparseSite:
+    """A site that the sparse variant rewrites. `cache` numbers its cache in `Plan.caches`."""
+
+    site: AttentionSite
+    cache: int
+    budget: Budget
+    per_head: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of each attention core of one graph."""
+
+    sparse: tuple[SparseSite, ...]
+    dense: tuple[Skipped, ...]
+    sites: tuple[AttentionSite, ...]
+    caches: tuple[KeyCache, ...] = field(default=())
+
+    def on(self, mapping: dict[fx.Node, fx.Node]) -> Plan:
+        """The same plan for a copy of its graph, given the map from old nodes to new."""
+        return remap(self, mapping)
+
+
+def make_plan(
+    sites: list[AttentionSite],
+    skipped: list[Skipped],
+    *,
+    budget: Budget,
+    min_context: int,
+    per_head: bool,
+    layers: str | tuple[int | str, ...],
+) -> Plan:
+    """Traces each site's cache and decides.
+
+    Args:
+      min_context: visible keys below which the dense variant runs; a cache that can never exceed
+        it is left dense.
+      per_head: each query head chooses for itself, instead of one choice for a KV group.
+      layers: "all", or numbers and path patterns (`fnmatch`) of the sites that may be sparse.
+    """
+    dense = list(skipped)
+    sparse: list[SparseSite] = []
+    caches: list[KeyCache] = []
+    for number, site in enumerate(sites):
+        if not _selected(site, number, layers):
+            dense.append(Skipped(site.node, Reason.LAYER_OFF, (layers,), site.path))
+            continue
+        cache = trace_cache(site)
+        if isinstance(cache, Skipped):
+            dense.append(cache)
+            continue
+        slots = _slots(site)
+        if slots is not None and not cache.replaced and min_context and slots <= min_context:
+            dense.append(Skipped(site.node, Reason.SHORT_CACHE, (slots, min_context), site.path))
+            continue
+        if cache not in caches:
+            caches.append(cache)
+        heads_differ = site.mask is not None and _mask_heads(site.mask) != 1
+        sparse.append(SparseSite(site, caches.index(cache), budget, per_head or heads_differ))
+    return Plan(tuple(sparse), tuple(dense), tuple(sites), tuple(caches))
+
+
+def _slots(site: AttentionSite) -> int | None:
+    """Keys that the site's key operand can hold, where that is a constant."""
+    shape = shape_of(site.key.base)
+    return concrete(shape[site.key.order[2]]) if shape is not None else None
+
+
+def _mask_heads(mask: fx.Node) -> int | None:
+    shape = fake_value(mask).shape
+    return concrete(shape[-3]) if len(shape) >= 3 else 1
+
+
+def _selected(site: AttentionSite, number: int, layers: str | tuple[int | str, ...]) -> bool:
+    if layers == "all":
+        return True
+    digits = re.search(r"\d+", site.path)
+    layer = int(digits.group()) if digits else number
+    return any(
+        layer == pick if isinstance(pick, int) else fnmatch.fnmatch(site.path, pick)
+        for pick in layers
+    )

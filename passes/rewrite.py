@@ -1,0 +1,348 @@
+"""Edits: the dense variant of a graph (packed query groups) and the sparse one.
+
+Decides nothing: sites, caches and budgets come from `plan`. Every added node carries a fake value;
+placeholders are added behind the old ones, outputs behind the old ones, so that a caller of the
+graph only ever appends arguments and strips results.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from loki_compile.kernels.ops import attend, index_rows, mask_bounds, select
+from loki_compile.passes.cache_writes import CacheWrite, KeyCache
+from loki_compile.passes.fx_tools import call, fake_mode_of, fake_value, finish, shape_of
+from loki_compile.passes.plan import Plan, SparseSite
+from loki_compile.passes.sites import AttentionSite, Heads
+from torch import fx
+
+
+@dataclass(frozen=True)
+class IndexLayout:
+    """What one cache's key index looks like: `rank` dims of `dtype`; int8 carries scales."""
+
+    rank: int
+    dtype: torch.dtype
+
+    @property
+    def parts(self) -> int:
+        """Tensors that make up the index: its rows, and for int8 their scales."""
+        return 2 if self.dtype == torch.int8 else 1
+
+
+def pack_groups(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphModule:
+    """Lets the query heads of a KV group share one read of K and V, in dense attention.
+
+    q (B, Hkv*G, 1, D) becomes (B, Hkv, G, D), which costs nothing and is exact up to rounding,
+    and the repetition of K and V disappears. Sites with several new tokens, or whose heads are
+    not grouped, stay as they are.
+    """
+    graph = gm.graph
+    for site in sites:
+        if site.group == 1 or site.query_tokens != 1:
+            continue
+        with graph.inserting_before(site.node):
+            query = call(graph, _rows_of_group, site.query, site.kv_heads, like=site.node)
+            key, value = (_canonical(graph, h, site) for h in (site.key, site.value))
+            mask = None
+            if site.mask is not None:
+                mask = call(graph, _mask_of_group, site.mask, site.kv_heads, like=site.node)
+            out = call(
+                graph,
+                torch.nn.functional.scaled_dot_product_attention,
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                scale=site.scale,
+                like=site.node,
+            )
+            out = call(graph, _rows_of_heads, out, like=site.node)
+        site.node.replace_all_uses_with(out)
+    return finish(gm)
+
+
+def rewrite_sparse(
+    gm: fx.GraphModule, plan: Plan, layouts: Sequence[IndexLayout]
+) -> fx.GraphModule:
+    """Mirrors each cache write into its index and swaps each sparse site's core for the ops.
+
+    Appends, for each cache of the plan in order, the placeholders: index rows, (index scales,)
+    key basis (Hkv, D, R) fp32, query basis (Hkv, D, R) fp32; and, for each cache that is replaced
+    rather than mutated, the outputs: index rows (, index scales).
+    """
+    graph = gm.graph
+    bounds: dict[fx.Node, fx.Node] = {}
+    masks: dict[fx.Node, fx.Node] = {}
+    indexes: list[tuple[list[fx.Node], fx.Node]] = []
+    outputs: list[fx.Node] = []
+    kv_heads = {s.cache: s.site.kv_heads for s in plan.sparse}
+    head_dims = {s.cache: s.site.head_dim for s in plan.sparse}
+    places = [
+        _add_placeholders(graph, number, cache, layout, kv_heads[number], head_dims[number])
+        for number, (cache, layout) in enumerate(zip(plan.caches, layouts, strict=True))
+    ]
+    for cache, layout, (parts, key_basis, query_basis) in zip(
+        plan.caches, layouts, places, strict=True
+    ):
+        for write in cache.writes:
+            parts = _mirror(graph, cache, write, parts, key_basis, layout)
+        if cache.replaced:
+            outputs += parts
+        indexes.append((parts, query_basis))
+    for sparse in plan.sparse:
+        with graph.inserting_before(sparse.site.node):
+            parts, query_basis = indexes[sparse.cache]
+            out = _sparse_attention(
+                graph, sparse, plan.caches[sparse.cache], parts, query_basis, masks, bounds
+            )
+        sparse.site.node.replace_all_uses_with(out)
+    result = graph.output_node()
+    result.args = ((*result.args[0], *outputs),)  # type: ignore[misc]
+    return finish(gm)
+
+
+def _add_placeholders(
+    graph: fx.Graph,
+    number: int,
+    cache: KeyCache,
+    layout: IndexLayout,
+    kv_heads: int,
+    head_dim: int,
+) -> tuple[list[fx.Node], fx.Node, fx.Node]:
+    past = fake_value(cache.past)
+    sizes = list(past.shape)
+    basis_sizes = [kv_heads, head_dim, layout.rank]
+    wanted: list[tuple[str, list[Any], torch.dtype]] = [
+        ("index", [*sizes[:-1], layout.rank], layout.dtype)
+    ]
+    if layout.parts == 2:
+        wanted.append(("index_scale", [*sizes[:-1], 1], torch.float32))
+    wanted += [("key_basis", basis_sizes, torch.float32)]
+    wanted += [("query_basis", basis_sizes, torch.float32)]
+    last = graph.find_nodes(op="placeholder")[-1]
+    nodes = []
+    for name, shape, dtype in wanted:
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"loki_{name}_{number}")
+        with fake_mode_of(graph):
+            last.meta["example_value"] = torch.empty(shape, dtype=dtype, device=past.device)
+        # AOTAutograd reads both of every placeholder; the static mark lets CUDA graphs keep the
+        # address instead of copying (a replaced cache's index is a new tensor at each step).
+        last._dynamo_source = None  # type: ignore[attr-defined]
+        static = not (cache.replaced and name.startswith("index"))
+        last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"} if static else {}
+        nodes.append(last)
+    return nodes[:-2], nodes[-2], nodes[-1]
+
+
+def project_new_keys(
+    source: torch.Tensor, basis: torch.Tensor, head_axis: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`index_rows` for keys in any layout whose last dimension is head_dim.
+
+    source (..., D) with the KV heads at `head_axis` (-1: one head, no such dimension); basis
+    (Hkv, D, R) fp32. Returns rows (..., R) and, for int8, their scales (..., 1).
+    """
+    heads_first = source.unsqueeze(0) if head_axis < 0 else source.movedim(head_axis, 0)
+    flat = heads_first.reshape(1, heads_first.shape[0], -1, heads_first.shape[-1])
+    rows, scale = index_rows(flat, basis, dtype)
+
+    def back(x: torch.Tensor) -> torch.Tensor:
+        x = x.reshape(*heads_first.shape[:-1], x.shape[-1])
+        return x.squeeze(0) if head_axis < 0 else x.movedim(0, head_axis)
+
+    return back(rows), None if scale is None else back(scale)
+
+
+def _mirror(
+    graph: fx.Graph,
+    cache: KeyCache,
+    write: CacheWrite,
+    parts: list[fx.Node],
+    key_basis: fx.Node,
+    layout: IndexLayout,
+) -> list[fx.Node]:
+    """Repeats a cache write on the index with the projected keys; returns the index after it."""
+    with graph.inserting_after(write.node):
+        marker = graph.call_function(operator.pos, (0,))  # holds the place; removed below
+    after = []
+    with graph.inserting_before(marker):
+        new = call(
+            graph,
+            project_new_keys,
+            write.source,
+            key_basis,
+            write.head_axis,
+            layout.dtype,
+            like=write.node,
+        )
+        for part, index in enumerate(parts):
+            rows = call(graph, operator.getitem, new, part, like=write.node)
+            target = _replay(graph, write.views, index)
+            substitutes = {write.source: rows, _written(cache, write): target}
+            done = _call_like(graph, write.node, substitutes)
+            after.append(done if cache.replaced else index)
+    graph.erase_node(marker)
+    return after
+
+
+def _written(cache: KeyCache, write: CacheWrite) -> fx.Node:
+    """The tensor that a write's call names as its target."""
+    return cache.past if cache.replaced else write.node.args[0]  # type: ignore[return-value]
+
+
+def _replay(graph: fx.Graph, views: Sequence[fx.Node], start: fx.Node) -> fx.Node:
+    """The same views, from another tensor whose shape differs in the last dimension only."""
+    node = start
+    for view in views:
+        node = _call_like(graph, view, {view.args[0]: node})  # type: ignore[dict-item]
+    return node
+
+
+def _call_like(graph: fx.Graph, node: fx.Node, substitutes: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The call of `node` with some operands replaced, with its own fake value."""
+    new = graph.node_copy(node, lambda source: substitutes.get(source, source))
+    fake = fx.node.map_arg((new.args, new.kwargs), fake_value)
+    args, kwargs = fake
+    with fake_mode_of(graph), torch.no_grad():
+        if new.op == "call_method":
+            new.meta["example_value"] = getattr(args[0], str(new.target))(*args[1:], **kwargs)
+        else:
+            new.meta["example_value"] = new.target(*args, **kwargs)  # type: ignore[operator]
+    return new
+
+
+def _canonical(
+    graph: fx.Graph, heads: Heads, site: AttentionSite, base: fx.Node | None = None
+) -> fx.Node:
+    """(B, Hkv, T, last) of keys, values or their index, as a view of `base`."""
+    node = heads.base if base is None else base
+    order = list(heads.order)
+    if order[1] < 0:
+        rank = len(shape_of(node) or ())
+        node = call(graph, torch.unsqueeze, node, rank - 1, like=site.node)
+        order = [d if d != rank - 1 else rank for d in order]
+        order[1] = rank - 1
+    if order != [0, 1, 2, 3]:
+        node = call(graph, torch.permute, node, tuple(order), like=site.node)
+    return node
+
+
+def _sparse_attention(
+    graph: fx.Graph,
+    sparse: SparseSite,
+    cache: KeyCache,
+    parts: list[fx.Node],
+    query_basis: fx.Node,
+    masks: dict[fx.Node, fx.Node],
+    bounds: dict[fx.Node, fx.Node],
+) -> fx.Node:
+    site, budget = sparse.site, sparse.budget
+    key = _canonical(graph, site.key, site)
+    value = _canonical(graph, site.value, site)
+    index = [_canonical(graph, site.key, site, _replay(graph, cache.views, part)) for part in parts]
+    mask, bound = None, None
+    if site.mask is not None:
+        mask = _shared(graph, masks, site.mask, _as_4d, site)
+        bound = _shared(graph, bounds, mask, mask_bounds, site)
+    slots = call(graph, torch.ops.aten.sym_size.int, key, 2, like=site.node)
+    if isinstance(fake_value(slots), int):
+        graph.erase_node(slots)
+        slots = shape_of(key)[2]  # type: ignore[index]
+    positions = call(
+        graph,
+        select,
+        site.query,
+        query_basis,
+        index[0],
+        index[1] if len(index) == 2 else None,
+        mask,
+        bound,
+        scale=site.scale,
+        top_k=_capacity(graph, slots, sparse),
+        keep_q16=budget.keep_q16,
+        sink=budget.sink,
+        recent=budget.recent,
+        per_head=sparse.per_head,
+        like=site.node,
+    )
+    out = call(
+        graph,
+        attend,
+        site.query,
+        key,
+        value,
+        positions,
+        mask,
+        scale=site.scale,
+        like=site.node,
+    )
+    return _strided_like(graph, out, site)
+
+
+def _shared(
+    graph: fx.Graph, done: dict[fx.Node, fx.Node], source: fx.Node, make: Any, site: AttentionSite
+) -> fx.Node:
+    """`make(source)`, once for all layers: placed right behind `source`, before every reader."""
+    if source not in done:
+        if source.op == "placeholder":
+            first = next(n for n in graph.nodes if n.op != "placeholder")
+        else:
+            first = source.next
+        with graph.inserting_before(first):
+            done[source] = call(graph, make, source, like=site.node)
+    return done[source]
+
+
+def _rows_of_group(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """(B, Hkv*G, 1, D) -> (B, Hkv, G, D), a view."""
+    return query.squeeze(2).unflatten(1, (kv_heads, -1))
+
+
+def _rows_of_heads(out: torch.Tensor) -> torch.Tensor:
+    """(B, Hkv, G, Dv) -> (B, Hkv*G, 1, Dv)."""
+    return out.flatten(1, 2).unsqueeze(2)
+
+
+def _mask_of_group(mask: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """A mask whose rows are the query heads of the group instead of the one query token."""
+    mask = _as_4d(mask)
+    return mask if mask.shape[1] == 1 else _rows_of_group(mask, kv_heads)
+
+
+def _as_4d(mask: torch.Tensor) -> torch.Tensor:
+    """A mask with leading dimensions of size one added, so that it has four."""
+    return mask[(None,) * (4 - mask.ndim)]
+
+
+def _capacity(graph: fx.Graph, slots: Any, sparse: SparseSite) -> Any:
+    """Slots for positions: the count, or the fraction of all slots, as a node or an int."""
+    budget = sparse.budget
+    if budget.top_k is not None:
+        return budget.top_k
+    if not isinstance(slots, fx.Node):
+        return budget.keys(slots)
+    like = sparse.site.node
+    scaled = call(graph, operator.mul, slots, budget.keep_q16, like=like)
+    rounded = call(graph, operator.add, scaled, (1 << 16) - 1, like=like)
+    return call(graph, operator.floordiv, rounded, 1 << 16, like=like)
+
+
+def _strided_like(graph: fx.Graph, out: fx.Node, site: AttentionSite) -> fx.Node:
+    """Gives `out` (contiguous) the dimension order of the core it replaces, for later `view`s."""
+    if site.query_tokens == 1 or fake_value(site.node).is_contiguous():
+        return out
+    swapped = call(graph, torch.transpose, out, 1, 2, like=site.node)
+    swapped = call(graph, torch.Tensor.contiguous, swapped, like=site.node)
+    return call(graph, torch.transpose, swapped, 1, 2, like=site.node)
+
+
+def bytes_per_token(site: AttentionSite, layout: IndexLayout) -> int:
+    """Index bytes that one cached token costs at this site: what `explain` calls index memory."""
+    row = layout.rank * torch.empty((), dtype=layout.dtype).element_size()
+    return site.kv_heads * (row + (4 if layout.parts == 2 else 0))

@@ -1,0 +1,343 @@
+"""Finds every attention core of a graph: an `AttentionSite`, or `Skipped` with the reason.
+
+Letters: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, S new tokens, T cached tokens,
+D head_dim of queries and keys, Dv head_dim of values. Analysis only: nothing here edits a graph.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from loki_compile.passes.fx_tools import (
+    concrete,
+    fake_value,
+    module_path,
+    op_name,
+    operand,
+    same_size,
+    shape_of,
+)
+from torch import fx
+
+# More new tokens than this in one call are a prefill: each query would choose for itself.
+MAX_QUERY_TOKENS = 8
+
+
+class Reason(enum.Enum):
+    """Why a core stays dense; the value is the sentence a user reads, `{}` takes the details."""
+
+    DROPOUT = "dropout is on ({}): run the model in eval() mode"
+    CAUSAL_FLAG = "is_causal=True lets a single query token see the first key only; kept as it is"
+    LAYOUT = "queries, keys and values are not 4-D (batch, heads, tokens, head_dim): {}"
+    GROUPS = "query heads do not map onto KV heads in groups: {}"
+    PREFILL = "prefill ({} query tokens; up to 8 are rewritten): dense by plan"
+    DTYPE = "dtype {} is not one of float32, bfloat16, float16"
+    MASK = "the mask does not broadcast to (batch, heads, query tokens, keys): {}"
+    NO_CACHE = "the keys are computed in this graph ({}), not read from a cache"
+    OPAQUE_VIEW = "the way from the cache to the keys runs through `{}`, which is not understood"
+    WRITE = "the cache is written by `{}` in a form that cannot be mirrored: {}"
+    CACHE_LEAVES = "the appended keys leave the graph as something else than the cache: {}"
+    GRAD = "gradients are recorded here: decode under torch.no_grad() or torch.inference_mode()"
+    SHORT_CACHE = "the cache holds {} keys, which never exceeds min_context={}: dense by plan"
+    LAYER_OFF = "left out by layers={}"
+    NO_BASIS = "no basis: {}"
+    SHARED_TENSOR = "one tensor {} holds more than this layer's keys"
+    NON_CONTIGUOUS_HEAD_DIM = "head_dim is not the last dimension of the cache: {}"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An attention core that stays as it was, and why."""
+
+    node: fx.Node
+    reason: Reason
+    details: tuple[Any, ...] = ()
+    path: str = ""
+
+    @property
+    def by_plan(self) -> bool:
+        """Dense because that is the better choice, not because something was not understood."""
+        return self.reason in (Reason.PREFILL, Reason.SHORT_CACHE, Reason.LAYER_OFF)
+
+    def sentence(self) -> str:
+        return self.reason.value.format(*self.details)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Keys or values behind views: `base` permuted by `order` is (B, Hkv, T, head_dim).
+
+    `order` lists, for each of those four, the dimension of `base`, or -1 where `base` has no
+    head dimension because there is one KV head. Every KV head serves `group` query heads, in
+    blocks: query head h reads KV head h // group.
+    """
+
+    base: fx.Node
+    order: tuple[int, int, int, int]
+    group: int
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention core: `node` computes softmax(scale * q k^T + mask) v, (B, Hq, S, Dv)."""
+
+    node: fx.Node
+    query: fx.Node
+    key: Heads
+    value: Heads
+    mask: fx.Node | None
+    scale: float
+    query_heads: int
+    kv_heads: int
+    query_tokens: int
+    head_dim: int
+    value_dim: int
+    path: str
+    group: int = field(default=1)
+
+
+def find_sites(graph: fx.Graph) -> tuple[list[AttentionSite], list[Skipped]]:
+    """Every `scaled_dot_product_attention` of the graph, in order, as a site or with a reason."""
+    sites: list[AttentionSite] = []
+    skipped: list[Skipped] = []
+    for node in graph.nodes:
+        if op_name(node) != "scaled_dot_product_attention":
+            continue
+        found = _site(node)
+        if isinstance(found, AttentionSite):
+            sites.append(found)
+        else:
+            skipped.append(found)
+    return sites, skipped
+
+
+def _site(node: fx.Node) -> AttentionSite | Skipped:
+    path = module_path(node)
+
+    def skip(reason: Reason, *details: Any) -> Skipped:
+        return Skipped(node, reason, details, path)
+
+    query, key, value = (operand(node, name) for name in ("query", "key", "value"))
+    shapes = [shape_of(x) for x in (query, key, value)]
+    if any(shape is None or len(shape) != 4 for shape in shapes):
+        return skip(Reason.LAYOUT, [None if s is None else tuple(s) for s in shapes])
+    q_shape, k_shape, v_shape = (tuple(s) for s in shapes if s is not None)
+    query_tokens = concrete(q_shape[2])
+    if query_tokens is None or query_tokens > MAX_QUERY_TOKENS:
+        return skip(Reason.PREFILL, q_shape[2])
+    if operand(node, "dropout_p", 0.0) != 0.0:
+        return skip(Reason.DROPOUT, operand(node, "dropout_p"))
+    if operand(node, "is_causal", False):
+        return skip(Reason.PREFILL if query_tokens > 1 else Reason.CAUSAL_FLAG, query_tokens)
+    dtype = fake_value(query).dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return skip(Reason.DTYPE, dtype)
+
+    heads, head_dim = concrete(q_shape[1]), concrete(q_shape[3])
+    key_heads, value_heads = heads_of(key), heads_of(value)
+    kv_heads = concrete(k_shape[1])
+    if heads is None or head_dim is None or kv_heads is None or concrete(v_shape[3]) is None:
+        return skip(Reason.LAYOUT, [q_shape, k_shape, v_shape])
+    # K may already be grouped by views (`repeat_kv`), by the flag, or by broadcasting one head.
+    by_flag = heads // kv_heads if kv_heads and heads % kv_heads == 0 else 0
+    if by_flag < 1 or (by_flag > 1 and kv_heads > 1 and not operand(node, "enable_gqa", False)):
+        return skip(Reason.GROUPS, f"{heads} query heads, {kv_heads} KV heads")
+    if not same_size(k_shape[1], v_shape[1]) or not _same_group(key_heads, value_heads):
+        return skip(Reason.GROUPS, "keys and values are repeated differently")
+    mask = operand(node, "attn_mask", None)
+    if mask is not None and not _broadcasts(mask, q_shape, k_shape):
+        return skip(Reason.MASK, tuple(shape_of(mask) or ()))
+    scale = operand(node, "scale", None)
+    group = by_flag * key_heads.group
+    return AttentionSite(
+        node=node,
+        query=query,
+        key=key_heads,
+        value=value_heads,
+        mask=mask,
+        scale=head_dim**-0.5 if scale is None else float(scale),
+        query_heads=heads,
+        kv_heads=heads // group,
+        query_tokens=query_tokens,
+        head_dim=head_dim,
+        value_dim=int(v_shape[3]),
+        path=path,
+        group=group,
+    )
+
+
+def _same_group(key: Heads, value: Heads) -> bool:
+    return key.group == value.group
+
+
+def _broadcasts(mask: Any, q_shape: tuple[Any, ...], k_shape: tuple[Any, ...]) -> bool:
+    shape = shape_of(mask)
+    if shape is None or not 1 <= len(shape) <= 4:
+        return False
+    target = (q_shape[0], q_shape[1], q_shape[2], k_shape[2])
+    dtype = fake_value(mask).dtype
+    if not (dtype == torch.bool or dtype.is_floating_point):
+        return False
+    # The key dimension must be whole: a mask that broadcasts over keys says nothing per key.
+    offset = 4 - len(shape)
+    if concrete(shape[-1]) == 1 and concrete(target[3]) != 1:
+        return False
+    # Keys and mask may name the same length by different symbols: the op compares real sizes.
+    return all(
+        concrete(size) == 1 or same_size(size, target[offset + i])
+        for i, size in enumerate(shape[:-1])
+    )
+
+
+def heads_of(node: fx.Node) -> Heads:
+    """Walks from a core's K or V operand back through permutations and head repetition.
+
+    Stops at the first node that is neither; `base` is that node. The views it understands are
+    transposes, permutations, a repetition of each KV head in place (`repeat_kv` by expand and
+    reshape, `repeat_interleave`, an expand of one head) and copies that keep the values.
+    """
+    base, order, group = node, [0, 1, 2, 3], 1
+    while True:
+        step = _through(base, order)
+        if step is None:
+            return Heads(base, (order[0], order[1], order[2], order[3]), group)
+        base, order, factor = step
+        group *= factor
+
+
+def _through(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] | None:
+    """One view back: the node before it, the order on that node, the repetition it adds."""
+    name = op_name(node)
+    if name in ("transpose", "permute", "movedim", "contiguous", "detach", "alias", "to"):
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or shape_of(source) is None:
+            return None
+        if name in ("contiguous", "detach", "alias"):
+            return source, order, 1
+        if name == "to":
+            same = fake_value(source).dtype == fake_value(node).dtype
+            same = same and fake_value(source).device == fake_value(node).device
+            return (source, order, 1) if same else None
+        back = permutation(node)
+        return (source, [back[d] if d >= 0 else d for d in order], 1) if back else None
+    if name == "repeat_interleave":
+        source, repeats = node.args[0], operand(node, "repeats")
+        dim = operand(node, "dim")
+        if isinstance(source, fx.Node) and isinstance(repeats, int) and isinstance(dim, int):
+            rank = len(shape_of(source) or ())
+            return (source, order, repeats) if dim % rank == order[1] else None
+        return None
+    if name in ("unsqueeze", "getitem"):
+        return _through_new_head(node, order)
+    if name == "expand":
+        source = node.args[0]
+        return _expanded_head(node, source, order) if isinstance(source, fx.Node) else None
+    if name in ("reshape", "flatten"):
+        return _through_repeat(node, order)
+    return None
+
+
+def permutation(node: fx.Node) -> list[int] | None:
+    """For a transpose, permute or movedim: which dimension of the input each output one is."""
+    rank = len(shape_of(node) or ())
+    name = op_name(node)
+    if name == "transpose":
+        a, b = operand(node, "dim0") % rank, operand(node, "dim1") % rank
+        back = list(range(rank))
+        back[a], back[b] = b, a
+        return back
+    if name == "permute":
+        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dims")
+        return [d % rank for d in dims]  # type: ignore[union-attr]
+    if name == "movedim":
+        probe = torch.empty(tuple(range(2, 2 + rank)), device="meta")
+        moved = torch.movedim(probe, *node.args[1:], **node.kwargs)
+        return [size - 2 for size in moved.shape]
+    return None
+
+
+def _through_new_head(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] | None:
+    """`k.unsqueeze(1)` or `k[:, None]` that makes the head dimension of a single KV head."""
+    source = node.args[0]
+    rank = len(shape_of(node) or ())
+    if not isinstance(source, fx.Node) or order[1] < 0:
+        return None
+    if op_name(node) == "unsqueeze":
+        new = operand(node, "dim") % rank
+    else:
+        index = node.args[1]
+        if not isinstance(index, tuple) or index.count(None) != 1:
+            return None
+        if any(i is not None and i != slice(None) for i in index):
+            return None
+        new = index.index(None)
+    if new != order[1]:
+        return None
+    return source, [-1 if d == new else d - (d > new) for d in order], 1
+
+
+def _expanded_head(
+    node: fx.Node, source: fx.Node, order: list[int]
+) -> tuple[fx.Node, list[int], int] | None:
+    """One KV head expanded to all query heads; no other dimension may grow."""
+    before, after = shape_of(source), shape_of(node)
+    if before is None or after is None or len(before) != len(after) or order[1] < 0:
+        return None
+    factor = 1
+    for dim, (old, new) in enumerate(zip(before, after, strict=True)):
+        if same_size(old, new):
+            continue
+        times = concrete(new)
+        if dim != order[1] or concrete(old) != 1 or times is None:
+            return None
+        factor = times
+    return source, order, factor
+
+
+def _through_repeat(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] | None:
+    """`repeat_kv`: a new dimension behind the heads, expanded to the group, folded into them."""
+    if order[1] < 0:
+        return None
+    expand = node.args[0]
+    if not isinstance(expand, fx.Node) or op_name(expand) != "expand":
+        return None
+    grown = expand.args[0]
+    if not isinstance(grown, fx.Node) or op_name(grown) not in ("unsqueeze", "getitem"):
+        return None
+    source = grown.args[0]
+    if not isinstance(source, fx.Node):
+        return None
+    head, base, wide, out = order[1], shape_of(source), shape_of(expand), shape_of(node)
+    if base is None or wide is None or out is None or len(base) != 4 or len(wide) != 5:
+        return None
+    group, kv_heads = concrete(wide[head + 1]), concrete(base[head])
+    thin = shape_of(grown)
+    if group is None or kv_heads is None or thin is None or concrete(thin[head + 1]) != 1:
+        return None
+    if concrete(out[head]) != group * kv_heads:
+        return None
+    for dim in range(4):
+        if dim != head and not same_size(base[dim], out[dim]):
+            return None
+        if not same_size(wide[dim + (dim > head)], base[dim]):
+            return None
+    if not _only_adds_dim(grown, head + 1):
+        return None
+    return source, order, group
+
+
+def _only_adds_dim(node: fx.Node, dim: int) -> bool:
+    """Whether the view does nothing but insert a dimension of size one at `dim`."""
+    if op_name(node) == "unsqueeze":
+        return operand(node, "dim") % len(shape_of(node) or (0,)) == dim
+    index = node.args[1]
+    if not isinstance(index, tuple):
+        return False
+    return (
+        index.count(None) == 1
+        and index.index(None) == dim
+        and all(i is None or i == slice(None) for i in index)
+    )
