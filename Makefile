@@ -1,0 +1,47 @@
+# `make demo` and `make test` are all that a fresh machine needs: Python 3.10 or newer, a C++
+# compiler and make. Options for pip go through PIP_FLAGS, another Python through PYTHON.
+PYTHON ?= python3
+PIP_FLAGS ?=
+TEST_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-test
+DEV_STAMP := $(VENV)/.installed-dev
+TYPED := build/typed
+
+.PHONY: demo test check format clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/loki demo
+
+test: $(STAMP)
+	$(BIN)/pytest $(TEST_FLAGS)
+
+# mypy does not follow the editable install's mapping of folders, so it gets a normal one.
+check: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(TYPED)
+	$(BIN)/pip install --quiet --no-deps $(PIP_FLAGS) --target $(TYPED) .
+	MYPYPATH=$(TYPED) $(BIN)/mypy -p loki_compile
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "found $$($(PYTHON) -V 2>&1); needed Python 3.10 or newer: make PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e ".[test]"
+	touch $@
+
+$(DEV_STAMP): $(STAMP)
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
