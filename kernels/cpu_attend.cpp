@@ -1,0 +1,541 @@
+// loki::attend on the CPU.
+//
+// The work is the rows' slots, cut into blocks; each thread takes a contiguous run of blocks and
+// leaves, for each row it touched, a partial softmax (maximum, sum, weighted V). A K or V row is
+// loaded once for all query heads that share the row of positions. While a block's K rows are met,
+// its V rows are fetched; while its V rows are met, the K rows of the next block are.
+
+#include "cpu_common.h"
+
+namespace loki {
+namespace {
+
+struct AttendParams {
+  View4 q;          // (B, Hq, S, D)
+  View4 k;          // (B, Hkv, T, D)
+  View4 v;          // (B, Hkv, T, Dv)
+  View4 positions;  // (B, Hkv or Hq, S, K) int32
+  View4 mask;       // (B, Hq, S, T) after broadcasting, or none
+  View4 sinks;      // (1, 1, 1, Hq) floating, or none
+  void* out;        // (B, Hq, S, Dv), dtype of q
+  int64_t threads;
+  double scale, softcap;
+};
+
+constexpr int64_t kSlots = 64;       // slots in a block
+constexpr int64_t kMaxHeads = 8;     // heads taken together
+constexpr int64_t kAccumulator = 256;  // floats of V accumulated in registers: dims * heads
+constexpr int64_t kBytesPerThread = 1 << 16;
+
+// exp(x) for x <= 88, to 1 ulp or two; 0 below -87.3. After Cephes expf.
+inline float exp_of(float x) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2**23: adding it rounds to an integer
+  float shifted = x * 1.44269504088896341f + kShift;
+  float n = shifted - kShift;
+  float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits = static_cast<int32_t>((static_cast<uint32_t>(bits) + 127u) << 23);
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return x < -87.3f ? 0.0f : p * power;
+}
+
+// After Cephes tanhf.
+inline float tanh_of(float x) {
+  float size = std::fabs(x), z = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  float small = p * z * x + x;
+  float large = 1.0f - 2.0f / (exp_of(size > 40.0f ? 80.0f : 2.0f * size) + 1.0f);
+  return size < 0.625f ? small : x < 0.0f ? -large : large;
+}
+
+// Slots of a row that are read in one go: their positions and what the mask adds.
+struct Block {
+  int64_t n;
+  bool biased;
+  int32_t position[kSlots];
+  float bias[kSlots];
+};
+
+inline void prefetch_row(const void* row, int64_t bytes) {
+  const char* at = static_cast<const char*>(row);
+  for (int64_t done = 0; done < bytes; done += 64) __builtin_prefetch(at + done);
+}
+
+// Where dim d of V lies in an accumulator.
+template <class E>
+inline int64_t accumulator_slot(int64_t d) {
+#if LOKI_AVX512
+  if (sizeof(E) == 2) return d / 32 * 32 + d % 2 * 16 + d % 32 / 2;
+#endif
+  return d;
+}
+
+#if LOKI_AVX512
+
+// A chunk is 64 bytes of a row, as one or two vectors of floats: 16-bit values alternate between
+// the two, whichever the type.
+template <class E>
+struct Chunk {
+  static constexpr int64_t kSize = 64 / sizeof(E);
+  static constexpr int kVectors = sizeof(E) == 2 ? 2 : 1;
+};
+
+inline __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
+inline __mmask16 first16(int64_t n) {
+  return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
+}
+
+inline void load_chunk(const BFloat16* at, int64_t left, __m512* value) {
+  __m512i raw = _mm512_maskz_loadu_epi16(first32(left), at);
+  value[0] = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
+  value[1] = _mm512_castsi512_ps(
+      _mm512_and_si512(raw, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline void load_chunk(const Float16* at, int64_t left, __m512* value) {
+  __m512i raw = _mm512_maskz_loadu_epi16(first32(left), at);
+  value[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(raw));
+  value[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(raw, 16)));
+}
+inline void load_chunk(const float* at, int64_t left, __m512* value) {
+  value[0] = _mm512_maskz_loadu_ps(first16(left), at);
+}
+
+// Lane i of the result is the sum over the lanes of value[i].
+inline __m512 sums_of_16(const __m512* value) {
+  __m512 quad[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m512* x = value + 4 * i;
+    __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    __m512d dlow = _mm512_castps_pd(low), dhigh = _mm512_castps_pd(high);
+    quad[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(dlow, dhigh)),
+                            _mm512_castpd_ps(_mm512_unpackhi_pd(dlow, dhigh)));
+  }
+  auto fold = [](__m512 x, __m512 y, auto even, auto odd) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, decltype(even)::value),
+                         _mm512_shuffle_f32x4(x, y, decltype(odd)::value));
+  };
+  using Low = std::integral_constant<int, 0x44>;
+  using High = std::integral_constant<int, 0xee>;
+  using Even = std::integral_constant<int, 0x88>;
+  using Odd = std::integral_constant<int, 0xdd>;
+  return fold(fold(quad[0], quad[1], Low{}, High{}), fold(quad[2], quad[3], Low{}, High{}), Even{},
+              Odd{});
+}
+
+// logit[slot * GB + head] = q . k; fetches the V rows on the way.
+template <class E, int GB>
+void dots(const E* k, int64_t stride, const Block& block, const float* q, int64_t d, const E* v,
+          int64_t v_stride, int64_t v_bytes, float* logit) {
+  constexpr int kRows = 16 / GB, kVectors = Chunk<E>::kVectors;
+  for (int64_t n = 0; n < block.n; n += kRows) {
+    const E* row[kRows];
+    __m512 sum[kRows * GB];
+    for (int i = 0; i < kRows; ++i) {
+      int64_t position = block.position[min_of(n + i, block.n - 1)];
+      row[i] = k + position * stride;
+      prefetch_row(v + position * v_stride, v_bytes);
+      for (int g = 0; g < GB; ++g) sum[i * GB + g] = _mm512_setzero_ps();
+    }
+    const float* weights = q;
+    for (int64_t done = 0; done < d; done += Chunk<E>::kSize) {
+      __m512 weight[GB][kVectors];
+      for (int g = 0; g < GB; ++g) {
+        for (int x = 0; x < kVectors; ++x, weights += 16) weight[g][x] = _mm512_loadu_ps(weights);
+      }
+      for (int i = 0; i < kRows; ++i) {
+        __m512 value[kVectors];
+        load_chunk(row[i] + done, d - done, value);
+        for (int x = 0; x < kVectors; ++x) {
+          for (int g = 0; g < GB; ++g) {
+            sum[i * GB + g] = _mm512_fmadd_ps(value[x], weight[g][x], sum[i * GB + g]);
+          }
+        }
+      }
+    }
+    _mm512_storeu_ps(logit + n * GB, sums_of_16(sum));
+  }
+}
+
+// sum[head] = sum[head] * rescale[head] + weight . v; fetches the K rows of the next block.
+template <class E, int GB>
+void accumulate(const E* v, int64_t stride, const Block& block, const float* weight, int64_t dv,
+                const float* rescale, float* sum, int64_t sum_stride, const E* k, int64_t k_stride,
+                int64_t k_bytes, const Block& next) {
+  constexpr int kVectors = Chunk<E>::kVectors, kPiece = kAccumulator / GB;
+  constexpr int kChunks = kPiece / Chunk<E>::kSize;
+  for (int64_t done = 0; done < dv; done += kPiece) {
+    __m512 part[GB][kChunks * kVectors];
+    for (int g = 0; g < GB; ++g) {
+      for (int x = 0; x < kChunks * kVectors; ++x) {
+        __m512 before = _mm512_loadu_ps(sum + g * sum_stride + done + 16 * x);
+        part[g][x] = _mm512_mul_ps(before, _mm512_set1_ps(rescale[g]));
+      }
+    }
+    for (int64_t n = 0; n < block.n; ++n) {
+      const E* row = v + block.position[n] * stride + done;
+      if (done == 0 && n < next.n) prefetch_row(k + next.position[n] * k_stride, k_bytes);
+      for (int c = 0; c < kChunks; ++c) {
+        int64_t left = dv - done - c * Chunk<E>::kSize;
+        if (left <= 0) break;
+        __m512 value[kVectors];
+        load_chunk(row + c * Chunk<E>::kSize, left, value);
+        for (int g = 0; g < GB; ++g) {
+          __m512 w = _mm512_set1_ps(weight[n * GB + g]);
+          for (int x = 0; x < kVectors; ++x) {
+            part[g][c * kVectors + x] = _mm512_fmadd_ps(value[x], w, part[g][c * kVectors + x]);
+          }
+        }
+      }
+    }
+    for (int g = 0; g < GB; ++g) {
+      for (int x = 0; x < kChunks * kVectors; ++x) {
+        _mm512_storeu_ps(sum + g * sum_stride + done + 16 * x, part[g][x]);
+      }
+    }
+  }
+}
+
+// Query heads as `dots` reads them: chunk after chunk, head after head, the chunk's vectors.
+template <class E>
+inline int64_t query_slot(int64_t heads, int64_t g, int64_t d, int64_t) {
+  constexpr int64_t kSize = Chunk<E>::kSize;
+  return (d / kSize * heads + g) * kSize + accumulator_slot<E>(d % kSize);
+}
+
+#else  // portable
+
+template <class E, int GB>
+void dots(const E* k, int64_t stride, const Block& block, const float* q, int64_t d, const E* v,
+          int64_t v_stride, int64_t v_bytes, float* logit) {
+  for (int64_t n = 0; n < block.n; ++n) {
+    const E* row = k + block.position[n] * stride;
+    prefetch_row(v + block.position[n] * v_stride, v_bytes);
+    for (int g = 0; g < GB; ++g) {
+      const float* weight = q + g * round_up(d, 32);
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t x = 0; x < d; ++x) sum += to_float(row[x]) * weight[x];
+      logit[n * GB + g] = sum;
+    }
+  }
+}
+
+template <class E, int GB>
+void accumulate(const E* v, int64_t stride, const Block& block, const float* weight, int64_t dv,
+                const float* rescale, float* sum, int64_t sum_stride, const E* k, int64_t k_stride,
+                int64_t k_bytes, const Block& next) {
+  for (int g = 0; g < GB; ++g) {
+    for (int64_t d = 0; d < dv; ++d) sum[g * sum_stride + d] *= rescale[g];
+  }
+  for (int64_t n = 0; n < block.n; ++n) {
+    const E* row = v + block.position[n] * stride;
+    if (n < next.n) prefetch_row(k + next.position[n] * k_stride, k_bytes);
+    for (int g = 0; g < GB; ++g) {
+      float w = weight[n * GB + g];
+      float* mine = sum + g * sum_stride;
+#pragma omp simd
+      for (int64_t d = 0; d < dv; ++d) mine[d] += w * to_float(row[d]);
+    }
+  }
+}
+
+template <class E>
+inline int64_t query_slot(int64_t, int64_t g, int64_t d, int64_t size) {
+  return g * size + d;
+}
+
+#endif
+
+// Partial softmax of a few heads: logits to weights, in place. Slots past `n` are at -inf.
+// Returns in rescale what the sums so far must be multiplied by.
+template <int GB>
+void soften(float* logit, int64_t n, float* most, float* total, float* rescale) {
+  float lane_most[16], lane_total[16];
+  for (int l = 0; l < 16; ++l) lane_most[l] = most[l % GB];
+  for (int64_t i = 0; i < n * GB; i += 16) {
+    for (int l = 0; l < 16; ++l) lane_most[l] = max_of(logit[i + l], lane_most[l]);
+  }
+  for (int g = 0; g < GB; ++g) {
+    float highest = lane_most[g];
+    for (int l = g; l < 16; l += GB) highest = max_of(lane_most[l], highest);
+    float base = highest == -kInf ? 0.0f : highest;  // all at -inf: the weights become 0
+    rescale[g] = exp_of(most[g] - base);
+    most[g] = highest;
+    for (int l = g; l < 16; l += GB) lane_most[l] = base;
+  }
+  for (int l = 0; l < 16; ++l) lane_total[l] = 0;
+  for (int64_t i = 0; i < n * GB; i += 16) {
+    for (int l = 0; l < 16; ++l) {
+      float weight = exp_of(logit[i + l] - lane_most[l]);
+      logit[i + l] = weight;
+      lane_total[l] += weight;
+    }
+  }
+  for (int g = 0; g < GB; ++g) {
+    float sum = 0;
+    for (int l = g; l < 16; l += GB) sum += lane_total[l];
+    total[g] = total[g] * rescale[g] + sum;
+  }
+}
+
+class Attend {
+ public:
+  explicit Attend(const AttendParams& p)
+      : p_(p),
+        hq_(p.q.size[1]), s_(p.q.size[2]), d_(p.q.size[3]), hkv_(p.k.size[1]), t_(p.k.size[2]),
+        dv_(p.v.size[3]), slots_(p.positions.size[3]),
+        together_(p.positions.size[1] == hkv_ && p.mask.step(1) == 0 ? hq_ / hkv_ : 1),
+        rows_(p.q.size[0] * hq_ / together_ * s_),
+        sum_stride_(round_up(dv_, kAccumulator)),
+        partial_stride_(round_up(together_, kMaxHeads) * (sum_stride_ + 16)) {}
+
+  template <class E>
+  void run() {
+    find_spans();
+    int64_t bytes = blocks_ * kSlots * (d_ + dv_) * static_cast<int64_t>(sizeof(E));
+    int threads = static_cast<int>(min_of(p_.threads, bytes / kBytesPerThread + 1));
+    thread_local Scratch scratch;
+    int64_t query_floats = round_up(together_, kMaxHeads) * round_up(d_, 32);
+    float* room = static_cast<float*>(scratch.reserve(
+        4 * (threads * query_floats + (rows_ + threads) * partial_stride_)));
+    partials_ = room + threads * query_floats;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+      work<E>(me, all, room + me * query_floats);
+#pragma omp barrier
+      int64_t heads = rows_ * together_;
+      for (int64_t i = heads * me / all; i < heads * (me + 1) / all; ++i) {
+        combine<E>(i / together_, i % together_, all);
+      }
+    }
+  }
+
+ private:
+  // Slots a row has to look at; a row without any position takes all keys instead.
+  struct Span {
+    int64_t slots, first_block;
+    bool dense;
+  };
+
+  int64_t batch_of(int64_t row) const { return row / s_ / (hq_ / together_); }
+  int64_t head_of(int64_t row) const { return row / s_ % (hq_ / together_) * together_; }
+  int64_t token_of(int64_t row) const { return row % s_; }
+  int64_t kv_head_of(int64_t row) const { return head_of(row) / (hq_ / hkv_); }
+  const int32_t* positions_of(int64_t row) const {
+    int64_t h = p_.positions.size[1] == hkv_ ? kv_head_of(row) : head_of(row);
+    return p_.positions.row<int32_t>(batch_of(row), h, token_of(row));
+  }
+  bool valid(int32_t position) const {
+    return static_cast<uint32_t>(position) < static_cast<uint32_t>(t_);
+  }
+
+  void find_spans() {
+    thread_local Scratch scratch;
+    spans_ = static_cast<Span*>(scratch.reserve((rows_ + 1) * sizeof(Span)));
+#pragma omp parallel for num_threads(p_.threads) if (rows_ * slots_ > 1 << 17)
+    for (int64_t row = 0; row < rows_; ++row) {
+      const int32_t* position = positions_of(row);
+      int64_t used = slots_;
+      while (used > 0 && !any_valid(position + max_of<int64_t>(used - kSlots, 0),
+                                    min_of(kSlots, used))) {
+        used = max_of<int64_t>(used - kSlots, 0);
+      }
+      spans_[row].dense = used == 0;
+      spans_[row].slots = used == 0 ? t_ : used;
+    }
+    blocks_ = 0;
+    for (int64_t row = 0; row < rows_; ++row) {
+      spans_[row].first_block = blocks_;
+      blocks_ += (spans_[row].slots + kSlots - 1) / kSlots;
+    }
+    spans_[rows_].first_block = blocks_;
+  }
+
+  bool any_valid(const int32_t* position, int64_t n) const {
+    int32_t any = 0;
+    for (int64_t i = 0; i < n; ++i) any |= valid(position[i]);
+    return any;
+  }
+
+  // Slots [from, to) of a row, without those that read nothing.
+  void fill(int64_t row, int64_t from, int64_t to, const MaskRow& mask, Block* block) const {
+    const int32_t* position = spans_[row].dense ? nullptr : positions_of(row) + from;
+    block->n = 0;
+    block->biased = mask.additive();
+    for (int64_t i = 0; i < to - from; ++i) {
+      int32_t at = position ? position[i] : static_cast<int32_t>(from + i);
+      if (!valid(at)) continue;
+      float bias = mask.bias(at);
+      if (bias == -kInf) continue;
+      block->position[block->n] = at;
+      block->bias[block->n++] = bias;
+    }
+  }
+
+  float* partial(int64_t row, int64_t thread) const {
+    // Threads take consecutive rows, and share at most the one at which they meet.
+    return partials_ + (row + thread) * partial_stride_;
+  }
+  float* most_of(float* partial) const {
+    return partial + round_up(together_, kMaxHeads) * sum_stride_;
+  }
+  float* total_of(float* partial) const {
+    return most_of(partial) + round_up(together_, kMaxHeads);
+  }
+
+  template <class E>
+  void work(int64_t me, int64_t all, float* queries) {
+    int64_t from = blocks_ * me / all, stop = blocks_ * (me + 1) / all;
+    for (int64_t row = 0; from < stop; ++row) {
+      int64_t row_stop = min_of(stop, spans_[row + 1].first_block);
+      if (row_stop <= from) continue;
+      int64_t first = (from - spans_[row].first_block) * kSlots;
+      int64_t last = min_of((row_stop - spans_[row].first_block) * kSlots, spans_[row].slots);
+      load_queries<E>(row, queries);
+      attend_slots<E>(row, first, last, queries, partial(row, me));
+      from = row_stop;
+    }
+  }
+
+  template <class E>
+  void load_queries(int64_t row, float* queries) const {
+    int64_t size = round_up(d_, 32);
+    float scale = static_cast<float>(p_.scale);
+    for (int64_t g = 0; g < together_;) {
+      int64_t heads = head_block(together_ - g);
+      std::memset(queries, 0, heads * size * sizeof(float));
+      for (int64_t x = 0; x < heads; ++x) {
+        int64_t h = head_of(row) + min_of(g + x, together_ - 1);
+        const E* q = p_.q.row<E>(batch_of(row), h, token_of(row));
+        for (int64_t d = 0; d < d_; ++d) {
+          queries[query_slot<E>(heads, x, d, size)] = to_float(q[d]) * scale;
+        }
+      }
+      queries += heads * size;
+      g += heads;
+    }
+  }
+
+  template <class E>
+  void attend_slots(int64_t row, int64_t first, int64_t last, const float* queries,
+                    float* partial) const {
+    MaskRow mask(p_.mask, batch_of(row), head_of(row), token_of(row));
+    float* most = most_of(partial);
+    float* total = total_of(partial);
+    std::memset(partial, 0, partial_stride_ * sizeof(float));
+    for (int64_t g = 0; g < round_up(together_, kMaxHeads); ++g) most[g] = -kInf;
+    Block blocks[2];
+    int now = 0;
+    fill(row, first, min_of(first + kSlots, last), mask, &blocks[0]);
+    for (int64_t from = first; from < last; from += kSlots, now ^= 1) {
+      const Block& block = blocks[now];
+      Block& next = blocks[now ^ 1];
+      next.n = 0;
+      if (from + kSlots < last) {
+        fill(row, from + kSlots, min_of(from + 2 * kSlots, last), mask, &next);
+      }
+      if (block.n == 0) continue;
+      const float* q = queries;
+      for (int64_t g = 0; g < together_;) {
+        int64_t heads = head_block(together_ - g);
+        float* sum = partial + g * sum_stride_;
+        switch (heads) {
+          case 1: take<E, 1>(row, block, next, q, sum, most + g, total + g); break;
+          case 2: take<E, 2>(row, block, next, q, sum, most + g, total + g); break;
+          case 4: take<E, 4>(row, block, next, q, sum, most + g, total + g); break;
+          default: take<E, 8>(row, block, next, q, sum, most + g, total + g);
+        }
+        q += heads * round_up(d_, 32);
+        g += heads;
+      }
+    }
+  }
+
+  template <class E, int GB>
+  void take(int64_t row, const Block& block, const Block& next, const float* q, float* sum,
+            float* most, float* total) const {
+    const E* k = p_.k.row<E>(batch_of(row), kv_head_of(row), 0);
+    const E* v = p_.v.row<E>(batch_of(row), kv_head_of(row), 0);
+    float logit[kSlots * GB], rescale[GB];
+    dots<E, GB>(k, p_.k.stride[2], block, q, d_, v, p_.v.stride[2], dv_ * sizeof(E), logit);
+    if (p_.softcap > 0) {
+      float cap = static_cast<float>(p_.softcap);
+      for (int64_t i = 0; i < block.n * GB; ++i) logit[i] = cap * tanh_of(logit[i] / cap);
+    }
+    if (block.biased) {
+      for (int64_t n = 0; n < block.n; ++n) {
+        for (int g = 0; g < GB; ++g) logit[n * GB + g] += block.bias[n];
+      }
+    }
+    for (int64_t i = block.n * GB; i < round_up(block.n * GB, 16); ++i) logit[i] = -kInf;
+    soften<GB>(logit, round_up(block.n * GB, 16) / GB, most, total, rescale);
+    accumulate<E, GB>(v, p_.v.stride[2], block, logit, dv_, rescale, sum, sum_stride_, k,
+                      p_.k.stride[2], d_ * sizeof(E), next);
+  }
+
+  template <class E>
+  void combine(int64_t row, int64_t g, int64_t all) const {
+    int64_t h = head_of(row) + g;
+    int64_t first = spans_[row].first_block, last = spans_[row + 1].first_block;
+    auto touched = [&](int64_t thread) {
+      return blocks_ * thread / all < last && blocks_ * (thread + 1) / all > first &&
+             blocks_ * thread / all < blocks_ * (thread + 1) / all;
+    };
+    float sink = p_.sinks.dtype == kNone ? -kInf : MaskRow(p_.sinks, 0, 0, 0).bias(h);
+    float most = sink;
+    for (int64_t thread = 0; thread < all; ++thread) {
+      if (touched(thread)) most = max_of(most_of(partial(row, thread))[g], most);
+    }
+    float base = most == -kInf ? 0.0f : most;
+    float total = sink == -kInf ? 0.0f : exp_of(sink - base);
+    float sum[256];
+    E* out = static_cast<E*>(p_.out) + ((batch_of(row) * hq_ + h) * s_ + token_of(row)) * dv_;
+    for (int64_t thread = 0; thread < all; ++thread) {
+      if (!touched(thread)) continue;
+      float* part = partial(row, thread);
+      total += total_of(part)[g] * exp_of(most_of(part)[g] - base);
+    }
+    float inverse = total == 0 ? 0.0f : 1.0f / total;
+    for (int64_t d0 = 0; d0 < dv_; d0 += 256) {
+      int64_t dims = min_of<int64_t>(256, dv_ - d0);
+      std::memset(sum, 0, sizeof(sum));
+      for (int64_t thread = 0; thread < all; ++thread) {
+        if (!touched(thread)) continue;
+        float* part = partial(row, thread);
+        float weight = exp_of(most_of(part)[g] - base) * inverse;
+        for (int64_t d = 0; d < 256; ++d) sum[d] += weight * part[g * sum_stride_ + d0 + d];
+      }
+      for (int64_t d = 0; d < dims; ++d) from_float(sum[accumulator_slot<E>(d)], out + d0 + d);
+    }
+  }
+
+  const AttendParams& p_;
+  const int64_t hq_, s_, d_, hkv_, t_, dv_, slots_, together_, rows_, sum_stride_, partial_stride_;
+  int64_t blocks_ = 0;
+  Span* spans_ = nullptr;
+  float* partials_ = nullptr;
+};
+
+}  // namespace
+}  // namespace loki
+
+extern "C" __attribute__((visibility("default"))) void loki_attend(
+    const loki::AttendParams* params) {
+  loki::Attend op(*params);
+  loki::with_float_type(params->q.dtype, [&](auto type) { op.run<decltype(type)>(); });
+}

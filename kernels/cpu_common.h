@@ -1,0 +1,153 @@
+// What both CPU kernels share: element types, masks, work splitting.
+// Legend: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, S new tokens, T cached tokens,
+// D dims of q and k, Dv dims of v, R index dims, K position slots. Strides count elements.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+// Declared here because clang often comes without omp.h.
+extern "C" int omp_get_thread_num(void);
+extern "C" int omp_get_num_threads(void);
+
+// What the AVX-512 code needs; conversions of fp16 (F16C) and FMA come with it on every processor.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define LOKI_AVX512 1
+#include <immintrin.h>
+#else
+#define LOKI_AVX512 0
+#endif
+
+namespace loki {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// Codes shared with cpu.py.
+enum Dtype : int64_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kBool = 4, kNone = 5 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return static_cast<float>(x); }
+inline float to_float(BFloat16 x) {
+  uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &wide, 4);
+  return out;
+}
+
+inline void from_float(float x, float* out) { *out = x; }
+inline void from_float(float x, BFloat16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) {
+    out->bits = 0x7fc0;
+  } else {
+    out->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+}
+
+#if defined(__FLT16_MANT_DIG__)
+using Float16 = _Float16;
+inline float to_float(Float16 x) { return static_cast<float>(x); }
+inline void from_float(float x, Float16* out) { *out = static_cast<Float16>(x); }
+#else
+#error "this compiler has no _Float16"
+#endif
+
+// Calls f with a value of the element type that `dtype` names.
+template <class F>
+void with_float_type(int64_t dtype, F&& f) {
+  if (dtype == kBFloat16) {
+    f(BFloat16{});
+  } else if (dtype == kFloat16) {
+    f(Float16{});
+  } else {
+    f(float{});
+  }
+}
+
+// A tensor of rank 4 as passed from Python; a dim of size 1 broadcasts.
+struct View4 {
+  const char* data;
+  int64_t dtype;
+  int64_t size[4];
+  int64_t stride[4];
+
+  int64_t step(int dim) const { return size[dim] == 1 ? 0 : stride[dim]; }
+  int64_t element_size() const {
+    return dtype == kFloat32 ? 4 : (dtype == kBFloat16 || dtype == kFloat16) ? 2 : 1;
+  }
+  template <class E>
+  const E* row(int64_t i, int64_t h, int64_t s) const {
+    return reinterpret_cast<const E*>(data) + i * step(0) + h * step(1) + s * step(2);
+  }
+};
+
+// One mask row (T): what is hidden, and what is added to the logits.
+struct MaskRow {
+  const char* data = nullptr;
+  int64_t dtype = kNone;
+  int64_t stride = 0;
+
+  MaskRow() = default;
+  MaskRow(const View4& mask, int64_t i, int64_t h, int64_t s)
+      : dtype(mask.dtype), stride(mask.stride[3]) {
+    if (dtype == kNone) return;
+    int64_t offset = i * mask.step(0) + h * mask.step(1) + s * mask.step(2);
+    data = mask.data + offset * mask.element_size();
+  }
+
+  bool additive() const { return dtype != kNone && dtype != kBool; }
+
+  // 0 or -inf for a bool mask.
+  float bias(int64_t t) const {
+    switch (dtype) {
+      case kBool: return data[t * stride] ? 0.0f : -kInf;
+      case kBFloat16: return to_float(reinterpret_cast<const BFloat16*>(data)[t * stride]);
+      case kFloat16: return to_float(reinterpret_cast<const Float16*>(data)[t * stride]);
+      case kFloat32: return reinterpret_cast<const float*>(data)[t * stride];
+      default: return 0.0f;
+    }
+  }
+};
+
+// Grow-only memory that outlives the calls: a fresh allocation of this size would fault in its
+// pages at every call.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  void* reserve(size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = (bytes + (1 << 20)) & ~static_cast<size_t>(63);
+      data_ = std::aligned_alloc(64, size_);
+      if (!data_) std::abort();
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+template <class T>
+inline T min_of(T a, T b) { return a < b ? a : b; }
+template <class T>
+inline T max_of(T a, T b) { return a > b ? a : b; }
+
+// Heads are taken through a kernel 1, 2, 4 or 8 at a time; a block that is not full repeats its
+// last head.
+inline int64_t head_block(int64_t heads_left) {
+  return heads_left > 4 ? 8 : heads_left > 2 ? 4 : heads_left;
+}
+
+}  // namespace loki

@@ -1,0 +1,733 @@
+// loki::select on the CPU.
+//
+// One parallel region, three stages: plan each row (budget, sink, recent), score its middle, keep
+// the best. Scores are held as int32 keys that order as the floats do, in scratch that stays in L2;
+// the threshold is found by counting passes over them, never by sorting.
+
+#include "cpu_common.h"
+
+namespace loki {
+namespace {
+
+struct SelectParams {
+  View4 q;            // (B, Hq, S, D)
+  View4 basis;        // (1, Hkv, D, R) float
+  View4 index;        // (B, Hkv, T, R)
+  View4 index_scale;  // (B, Hkv, T, 1) float, or none
+  View4 mask;         // (B, Hq, S, T) after broadcasting, or none
+  View4 bounds;       // leading dims as mask, 3; int32, or none
+  int32_t* positions; // (B, heads, S, top_k)
+  int64_t top_k, keep_q16, sink, recent, per_head, threads;
+  double scale;
+};
+
+constexpr int32_t kHidden = std::numeric_limits<int32_t>::min();
+constexpr int64_t kBlock = 32;          // positions scored at once
+constexpr int64_t kTile = 512;          // positions per unit of work, a multiple of kBlock
+constexpr int64_t kBytesPerThread = 1 << 16;
+
+// The middle [first, last) of a row competes for `take` slots; what is visible before and behind
+// it is kept.
+struct RowPlan {
+  int64_t start, end, first, last, middle, take;
+  bool holes;  // some keys in [start, end) are hidden
+
+  bool scored() const { return take > 0 && take < middle; }
+};
+
+float hidden_below(int64_t dtype) {
+  switch (dtype) {
+    case kFloat16: return -65504.0f / 2;
+    case kBFloat16: return -3.3895313892515355e38f / 2;
+    default: return -std::numeric_limits<float>::max() / 2;
+  }
+}
+
+bool visible(const MaskRow& mask, int64_t t) {
+  return mask.bias(t) > (mask.dtype == kBool ? -1.0f : hidden_below(mask.dtype));
+}
+
+RowPlan plan_row(const SelectParams& p, const MaskRow& mask, int64_t i, int64_t h, int64_t s) {
+  RowPlan row{};
+  int64_t t = p.index.size[2];
+  int64_t count = t;
+  row.end = t;
+  if (mask.dtype != kNone) {
+    const int32_t* bounds = p.bounds.row<int32_t>(i, h, s);
+    row.start = min_of<int64_t>(max_of<int64_t>(bounds[0], 0), t);
+    row.end = min_of<int64_t>(max_of<int64_t>(bounds[1], row.start), t);
+    count = min_of<int64_t>(max_of<int64_t>(bounds[2], 0), row.end - row.start);
+  }
+  row.holes = count != row.end - row.start;
+  int64_t share = max_of<int64_t>((count * p.keep_q16 + 65535) >> 16, 1);
+  int64_t budget = min_of(min_of(share, p.top_k), count);
+  int64_t recent = min_of(p.recent, budget);
+  int64_t sink = min_of(p.sink, budget - recent);
+  row.first = row.start;
+  row.last = row.end;
+  if (row.holes) {
+    for (int64_t left = sink; left > 0 && row.first < row.end; ++row.first) {
+      left -= visible(mask, row.first);
+    }
+    for (int64_t left = recent; left > 0 && row.last > row.first; --row.last) {
+      left -= visible(mask, row.last - 1);
+    }
+  } else {
+    row.first += sink;
+    row.last -= recent;
+  }
+  row.middle = count - sink - recent;
+  row.take = budget - sink - recent;
+  return row;
+}
+
+// ---- scores ---------------------------------------------------------------------------------
+
+// One block of query heads in index space, times the scale: value[dim * heads + head].
+// An int8 index is met in fixed point, q = step * (limb 0 + 256 * limb 1 + 65536 * limb 2), limbs
+// being signed bytes: limb[((limb * columns / 4 + dim / 4) * heads + head) * 4 + dim % 4].
+struct Query {
+  int64_t first_head, heads;
+  float* value;
+  int8_t* limb;
+  int32_t* offset;  // [limb * heads + head]: 128 * the sum of the limb over the dims
+  float* step;      // [head]
+  bool fixed_point;  // false where q is not finite, or the index is not int8
+};
+
+constexpr int kLimbs = 3;
+constexpr int32_t kMaxFixed = 127 * (1 + 256 + 65536);
+
+// Dots of one block, score[head * kBlock + row].
+template <class E>
+void score_block_portable(const E* rows, int64_t stride, int64_t r, const float* q, int64_t heads,
+                          float* score) {
+  for (int64_t n = 0; n < kBlock; ++n) {
+    const E* row = rows + n * stride;
+    for (int64_t g = 0; g < heads; ++g) {
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t d = 0; d < r; ++d) sum += to_float(row[d]) * q[d * heads + g];
+      score[g * kBlock + n] = sum;
+    }
+  }
+}
+
+#if LOKI_AVX512
+
+// Dword c of the 16-byte chunk at `at` of 16 rows -> column[c], one row per lane.
+inline void load_columns(const char* at, int64_t stride_bytes, __mmask16 bytes, __m512i* column) {
+  __m512i part[4];
+  for (int i = 0; i < 4; ++i) {
+    const char* row = at + i * stride_bytes;
+    if (bytes == 0xffff) {
+      auto load = [&](int lane) {
+        return _mm_loadu_si128(
+            reinterpret_cast<const __m128i*>(row + 4 * lane * stride_bytes));
+      };
+      part[i] = _mm512_castsi128_si512(load(0));
+      part[i] = _mm512_mask_broadcast_i32x4(part[i], 0x00f0, load(1));
+      part[i] = _mm512_mask_broadcast_i32x4(part[i], 0x0f00, load(2));
+      part[i] = _mm512_mask_broadcast_i32x4(part[i], 0xf000, load(3));
+    } else {
+      auto load = [&](int lane) { return _mm_maskz_loadu_epi8(bytes, row + 4 * lane * stride_bytes); };
+      part[i] = _mm512_castsi128_si512(load(0));
+      part[i] = _mm512_inserti32x4(part[i], load(1), 1);
+      part[i] = _mm512_inserti32x4(part[i], load(2), 2);
+      part[i] = _mm512_inserti32x4(part[i], load(3), 3);
+    }
+  }
+  __m512i low01 = _mm512_unpacklo_epi32(part[0], part[1]);
+  __m512i high01 = _mm512_unpackhi_epi32(part[0], part[1]);
+  __m512i low23 = _mm512_unpacklo_epi32(part[2], part[3]);
+  __m512i high23 = _mm512_unpackhi_epi32(part[2], part[3]);
+  column[0] = _mm512_unpacklo_epi64(low01, low23);
+  column[1] = _mm512_unpackhi_epi64(low01, low23);
+  column[2] = _mm512_unpacklo_epi64(high01, high23);
+  column[3] = _mm512_unpackhi_epi64(high01, high23);
+}
+
+// The values packed in one column, each as 16 floats.
+template <class E>
+constexpr int kPerColumn = 4 / sizeof(E);
+inline void unpack_column(__m512i column, BFloat16, __m512* value) {
+  value[0] = _mm512_castsi512_ps(_mm512_slli_epi32(column, 16));
+  value[1] = _mm512_castsi512_ps(
+      _mm512_and_si512(column, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline void unpack_column(__m512i column, Float16, __m512* value) {
+  value[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(column));
+  value[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(column, 16)));
+}
+inline void unpack_column(__m512i column, float, __m512* value) {
+  value[0] = _mm512_castsi512_ps(column);
+}
+inline void unpack_column(__m512i column, int8_t, __m512* value) {
+  value[0] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(column, 24), 24));
+  value[1] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(column, 16), 24));
+  value[2] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(column, 8), 24));
+  value[3] = _mm512_cvtepi32_ps(_mm512_srai_epi32(column, 24));
+}
+
+inline __mmask16 chunk_bytes(int64_t left) {
+  return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+}
+
+template <class E, int GB>
+void score_block(const E* rows, int64_t stride, int64_t r, const float* q, float* score) {
+  const char* at = reinterpret_cast<const char*>(rows);
+  int64_t stride_bytes = stride * sizeof(E), row_bytes = r * sizeof(E);
+  __m512 sum[2][GB];
+  for (int half = 0; half < 2; ++half) {
+    for (int g = 0; g < GB; ++g) sum[half][g] = _mm512_setzero_ps();
+  }
+  for (int64_t done = 0; done < row_bytes; done += 16) {
+    __m512i column[2][4];
+    __mmask16 bytes = chunk_bytes(row_bytes - done);
+    load_columns(at + done, stride_bytes, bytes, column[0]);
+    load_columns(at + 16 * stride_bytes + done, stride_bytes, bytes, column[1]);
+    for (int c = 0; c < 4; ++c) {
+      __m512 value[2][kPerColumn<E>];
+      unpack_column(column[0][c], E{}, value[0]);
+      unpack_column(column[1][c], E{}, value[1]);
+      for (int e = 0; e < kPerColumn<E>; ++e, q += GB) {
+        for (int g = 0; g < GB; ++g) {
+          __m512 weight = _mm512_set1_ps(q[g]);
+          sum[0][g] = _mm512_fmadd_ps(value[0][e], weight, sum[0][g]);
+          sum[1][g] = _mm512_fmadd_ps(value[1][e], weight, sum[1][g]);
+        }
+      }
+    }
+  }
+  for (int g = 0; g < GB; ++g) {
+    _mm512_storeu_ps(score + g * kBlock, sum[0][g]);
+    _mm512_storeu_ps(score + g * kBlock + 16, sum[1][g]);
+  }
+}
+
+#if defined(__AVX512VNNI__)
+// int8 rows against the fixed-point query. Three limbs make 24 bits of q: as good as fp32.
+template <int GB>
+void score_block_int8(const int8_t* rows, int64_t stride, int64_t r, const Query& q,
+                      float* score) {
+  const char* at = reinterpret_cast<const char*>(rows);
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  const int64_t columns = round_up(r, 16) / 4;
+  for (int half = 0; half < 2; ++half, at += 16 * stride) {
+    __m512i sum[kLimbs][GB];
+    for (int limb = 0; limb < kLimbs; ++limb) {
+      for (int g = 0; g < GB; ++g) sum[limb][g] = _mm512_setzero_si512();
+    }
+    const int8_t* limbs = q.limb;
+    for (int64_t done = 0; done < r; done += 16) {
+      __m512i column[4];
+      load_columns(at + done, stride, chunk_bytes(r - done), column);
+      for (int c = 0; c < 4; ++c, limbs += 4 * GB) {
+        __m512i bytes = _mm512_xor_si512(column[c], flip);
+        for (int limb = 0; limb < kLimbs; ++limb) {
+          for (int g = 0; g < GB; ++g) {
+            int32_t weight;
+            std::memcpy(&weight, limbs + (limb * columns * GB + g) * 4, 4);
+            sum[limb][g] = _mm512_dpbusd_epi32(sum[limb][g], bytes, _mm512_set1_epi32(weight));
+          }
+        }
+      }
+    }
+    for (int g = 0; g < GB; ++g) {
+      __m512 total = _mm512_setzero_ps();
+      for (int limb = kLimbs - 1; limb >= 0; --limb) {
+        __m512i exact = _mm512_sub_epi32(sum[limb][g], _mm512_set1_epi32(q.offset[limb * GB + g]));
+        total = _mm512_fmadd_ps(total, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(exact));
+      }
+      total = _mm512_mul_ps(total, _mm512_set1_ps(q.step[g]));
+      _mm512_storeu_ps(score + g * kBlock + 16 * half, total);
+    }
+  }
+}
+#endif
+
+template <class E>
+void score_heads(const E* rows, int64_t stride, int64_t r, const Query& q, float* score) {
+  switch (q.heads) {
+    case 1: return score_block<E, 1>(rows, stride, r, q.value, score);
+    case 2: return score_block<E, 2>(rows, stride, r, q.value, score);
+    case 4: return score_block<E, 4>(rows, stride, r, q.value, score);
+    default: return score_block<E, 8>(rows, stride, r, q.value, score);
+  }
+}
+#if defined(__AVX512VNNI__)
+template <>
+void score_heads<int8_t>(const int8_t* rows, int64_t stride, int64_t r, const Query& q,
+                         float* score) {
+  if (!q.fixed_point) {
+    return score_block_portable(rows, stride, r, q.value, q.heads, score);
+  }
+  switch (q.heads) {
+    case 1: return score_block_int8<1>(rows, stride, r, q, score);
+    case 2: return score_block_int8<2>(rows, stride, r, q, score);
+    case 4: return score_block_int8<4>(rows, stride, r, q, score);
+    default: return score_block_int8<8>(rows, stride, r, q, score);
+  }
+}
+#endif
+
+#else  // portable
+
+template <class E>
+void score_heads(const E* rows, int64_t stride, int64_t r, const Query& q, float* score) {
+  score_block_portable(rows, stride, r, q.value, q.heads, score);
+}
+
+#endif
+
+// Integers that order as the floats do. NaN orders as -inf, -0 as 0.
+inline int32_t ordered_key(float x) {
+  x = x == x ? x + 0.0f : -kInf;
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+void store_keys(const float* score, const MaskRow& mask, const RowPlan& row, int64_t t, int64_t n,
+                int32_t* key) {
+  if (!row.holes && !mask.additive()) {
+    for (int64_t i = 0; i < n; ++i) key[i] = ordered_key(score[i]);
+    return;
+  }
+  float least = mask.dtype == kBool ? -1.0f : hidden_below(mask.dtype);
+  float bias[kBlock];
+  for (int64_t i = 0; i < n; ++i) bias[i] = mask.bias(t + i);
+  for (int64_t i = 0; i < n; ++i) {
+    key[i] = bias[i] > least ? ordered_key(score[i] + bias[i]) : kHidden;
+  }
+}
+
+// ---- threshold ------------------------------------------------------------------------------
+
+int64_t count_from(const int32_t* key, int64_t n, int32_t least) {
+  int32_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += key[i] >= least;
+  return count;
+}
+
+// m-th largest of n keys, 1 <= m <= n, by bisection: 32 counting passes whatever the keys are.
+int32_t bisect(const int32_t* key, int64_t n, int64_t m) {
+  int64_t low = std::numeric_limits<int32_t>::min();  // count_from(low) >= m
+  int64_t high = static_cast<int64_t>(std::numeric_limits<int32_t>::max()) + 1;  // count < m
+  while (high - low > 1) {
+    int64_t middle = low + (high - low) / 2;
+    (count_from(key, n, static_cast<int32_t>(middle)) >= m ? low : high) = middle;
+  }
+  return static_cast<int32_t>(low);
+}
+
+// Copies the keys in [low, high] to `out`, in order; counts those above. May work in place.
+int64_t keep_between(const int32_t* key, int64_t n, int32_t low, int32_t high, int32_t* out,
+                     int64_t* above) {
+  int64_t kept = 0, over = 0;
+#if LOKI_AVX512
+  const __m512i vlow = _mm512_set1_epi32(low), vhigh = _mm512_set1_epi32(high);
+  for (int64_t i = 0; i < n; i += 16) {
+    __mmask16 valid = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - i)) - 1);
+    __m512i x = _mm512_maskz_loadu_epi32(valid, key + i);
+    __mmask16 big = _mm512_mask_cmpgt_epi32_mask(valid, x, vhigh);
+    __mmask16 keep = _mm512_mask_cmpge_epi32_mask(valid & ~big, x, vlow);
+    over += __builtin_popcount(big);
+    if (keep) {
+      int count = __builtin_popcount(keep);
+      _mm512_mask_storeu_epi32(out + kept, static_cast<__mmask16>((1u << count) - 1),
+                               _mm512_maskz_compress_epi32(keep, x));
+      kept += count;
+    }
+  }
+#else
+  for (int64_t i = 0; i < n; i += 16) {
+    int64_t stop = min_of(i + 16, n);
+    int32_t any = 0;
+    for (int64_t j = i; j < stop; ++j) any |= key[j] >= low;
+    if (!any) continue;
+    for (int64_t j = i; j < stop; ++j) {
+      int32_t x = key[j];
+      over += x > high;
+      out[kept] = x;
+      kept += (x >= low) & (x <= high);
+    }
+  }
+#endif
+  *above = over;
+  return kept;
+}
+
+struct Threshold {
+  int32_t key;    // the m-th largest
+  int64_t equal;  // how many keys that equal it are among the m largest
+};
+
+// m-th largest of n keys, 1 <= m <= n. Brackets it between two quantiles of a sample, keeps what
+// lies between, and repeats; bisects what is small, and whatever a bracket fails to narrow.
+// `room` holds n keys.
+Threshold find_threshold(const int32_t* key, int64_t n, int64_t m, int32_t* room) {
+  constexpr int64_t kSmall = 2048;
+  while (n > kSmall) {
+    int64_t size = n > 32768 ? 1024 : 256;
+    int32_t sample[1024];
+    int64_t stratum = n / size;
+    uint32_t jitter = 12345;  // strided positions alone could beat against a period in the text
+    for (int64_t i = 0; i < size; ++i) {
+      jitter = jitter * 1664525u + 1013904223u;
+      sample[i] = key[i * stratum + static_cast<int64_t>((uint64_t{jitter} * stratum) >> 32)];
+    }
+    double rank = static_cast<double>(m) / n * size;
+    double slack = 2 + 4 * std::sqrt(rank * (1 - rank / size));
+    int64_t high_rank = static_cast<int64_t>(rank - slack);
+    int64_t low_rank = static_cast<int64_t>(rank + slack) + 1;
+    int32_t high = high_rank < 1 ? std::numeric_limits<int32_t>::max()
+                                 : bisect(sample, size, high_rank);
+    int32_t low = low_rank > size ? kHidden : bisect(sample, size, low_rank);
+    int64_t above;
+    int64_t kept = keep_between(key, n, low, high, room, &above);
+    if (m <= above || m > above + kept || kept > n / 2) break;
+    key = room;
+    n = kept;
+    m -= above;
+  }
+  int32_t threshold = bisect(key, n, m);
+  return {threshold, m - count_from(key, n, threshold + 1)};
+}
+
+// ---- compaction -----------------------------------------------------------------------------
+
+// Writes ascending positions into the slots of one row, never past its end.
+class SlotWriter {
+ public:
+  SlotWriter(int32_t* slots, int64_t size) : slots_(slots), size_(size) {}
+
+  void put(int64_t position) {
+    if (used_ < size_) slots_[used_++] = static_cast<int32_t>(position);
+  }
+
+  // Positions [from, to) that are visible.
+  void put_visible(int64_t from, int64_t to, const MaskRow& mask, bool holes) {
+    for (int64_t t = from; t < to; ++t) {
+      if (!holes || visible(mask, t)) put(t);
+    }
+  }
+
+  // Positions in [from, to) whose key is above `threshold`, and the first `equal` that equal it.
+  void put_best(const int32_t* key, int64_t from, int64_t to, int32_t threshold, int64_t equal) {
+    int64_t t = from;
+#if LOKI_AVX512
+    const __m512i vthreshold = _mm512_set1_epi32(threshold);
+    const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; t + 16 <= to && used_ + 16 <= size_; t += 16) {
+      __m512i x = _mm512_loadu_si512(key + t);
+      __mmask16 from_threshold = _mm512_cmpge_epi32_mask(x, vthreshold);
+      if (!from_threshold) continue;
+      __mmask16 keep = _mm512_mask_cmpgt_epi32_mask(from_threshold, x, vthreshold);
+      for (unsigned ties = from_threshold & ~keep; ties && equal; ties &= ties - 1, --equal) {
+        keep |= static_cast<__mmask16>(ties & (~ties + 1));
+      }
+      __m512i position = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(t)), iota);
+      int count = __builtin_popcount(keep);
+      _mm512_mask_storeu_epi32(slots_ + used_, static_cast<__mmask16>((1u << count) - 1),
+                               _mm512_maskz_compress_epi32(keep, position));
+      used_ += count;
+    }
+#else
+    for (; t + 16 <= to; t += 16) {
+      int32_t any = 0;
+      for (int64_t j = t; j < t + 16; ++j) any |= key[j] >= threshold;
+      if (any) put_best_each(key, t, t + 16, threshold, &equal);
+    }
+#endif
+    put_best_each(key, t, to, threshold, &equal);
+  }
+
+  void finish() {
+    for (; used_ < size_; ++used_) slots_[used_] = -1;
+  }
+
+ private:
+  void put_best_each(const int32_t* key, int64_t from, int64_t to, int32_t threshold,
+                     int64_t* equal) {
+    for (int64_t t = from; t < to; ++t) {
+      if (key[t] < threshold) continue;
+      if (key[t] == threshold && (*equal)-- <= 0) continue;
+      put(t);
+    }
+  }
+
+  int32_t* slots_;
+  int64_t size_;
+  int64_t used_ = 0;
+};
+
+// ---- the op ---------------------------------------------------------------------------------
+
+class Select {
+ public:
+  explicit Select(const SelectParams& p)
+      : p_(p),
+        hq_(p.q.size[1]), s_(p.q.size[2]), d_(p.q.size[3]),
+        hkv_(p.index.size[1]), t_(p.index.size[2]), r_(p.index.size[3]),
+        group_(hq_ / hkv_), heads_(p.per_head ? hq_ : hkv_),
+        pairs_(p.q.size[0] * hkv_), rows_(p.q.size[0] * heads_ * s_),
+        columns_(round_up(r_, 16)), key_stride_(round_up(t_, kBlock)) {}
+
+  void run() {
+    int64_t bytes = pairs_ * t_ * r_ * p_.index.element_size();
+    int threads = static_cast<int>(min_of(p_.threads, bytes / kBytesPerThread + 1));
+    allocate(threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+      char* room = rooms_ + me * room_bytes_;
+      for (int64_t row = rows_ * me / all; row < rows_ * (me + 1) / all; ++row) plan(row);
+#pragma omp barrier
+#pragma omp single
+      place_tiles();
+      score_tiles(tiles_ * me / all, tiles_ * (me + 1) / all, room);
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t row = 0; row < rows_; ++row) emit(row, reinterpret_cast<int32_t*>(room));
+    }
+  }
+
+ private:
+  // A pair is a batch entry and a KV head. [from, to) holds every position its rows score.
+  struct Span {
+    int64_t from, to, first_tile;
+  };
+
+  // Query head that speaks for a row, in the mask and the bounds.
+  int64_t batch_of(int64_t row) const { return row / (heads_ * s_); }
+  int64_t head_of(int64_t row) const { return row / s_ % heads_ * (hq_ / heads_); }
+  int64_t token_of(int64_t row) const { return row % s_; }
+  MaskRow mask_of(int64_t row) const {
+    return MaskRow(p_.mask, batch_of(row), head_of(row), token_of(row));
+  }
+  int64_t rows_per_pair() const { return rows_ / pairs_; }
+  int64_t row_of(int64_t pair, int64_t g, int64_t s) const {
+    return p_.per_head ? (pair * group_ + g) * s_ + s : pair * s_ + s;
+  }
+
+  void allocate(int threads) {
+    thread_local Scratch scratch;
+    int64_t padded_heads = round_up(group_, 8);
+    int64_t per_token = padded_heads * (columns_ * (4 + kLimbs) + 4 * (kLimbs + 1));
+    int64_t query_bytes = s_ * group_ * sizeof(Query) + s_ * per_token;
+    room_bytes_ = round_up(max_of(query_bytes + tail_bytes(), key_stride_ * 4), 64);
+    int64_t plan_bytes = round_up(rows_ * sizeof(RowPlan), 64);
+    int64_t span_bytes = round_up((pairs_ + 1) * sizeof(Span), 64);
+    char* at = static_cast<char*>(scratch.reserve(plan_bytes + span_bytes +
+                                                  threads * room_bytes_ + rows_ * key_stride_ * 4));
+    plans_ = reinterpret_cast<RowPlan*>(at);
+    spans_ = reinterpret_cast<Span*>(at += plan_bytes);
+    rooms_ = at += span_bytes;
+    keys_ = reinterpret_cast<int32_t*>(at + threads * room_bytes_);
+  }
+
+  void plan(int64_t row) {
+    plans_[row] = plan_row(p_, mask_of(row), batch_of(row), head_of(row), token_of(row));
+  }
+
+  void place_tiles() {
+    tiles_ = 0;
+    for (int64_t pair = 0; pair < pairs_; ++pair) {
+      Span span{t_, 0, tiles_};
+      for (int64_t n = 0; n < rows_per_pair(); ++n) {
+        const RowPlan& row = plans_[pair * rows_per_pair() + n];
+        if (!row.scored()) continue;
+        span.from = min_of(span.from, row.first);
+        span.to = max_of(span.to, row.last);
+      }
+      if (span.to > span.from) tiles_ += (span.to - span.from + kTile - 1) / kTile;
+      spans_[pair] = span;
+    }
+    spans_[pairs_] = Span{0, 0, tiles_};
+  }
+
+  void score_tiles(int64_t tile, int64_t stop, char* room) {
+    for (int64_t pair = 0; tile < stop; ++pair) {
+      const Span& span = spans_[pair];
+      int64_t pair_stop = min_of(stop, spans_[pair + 1].first_tile);
+      if (pair_stop <= tile) continue;
+      int64_t from = span.from + (tile - span.first_tile) * kTile;
+      int64_t to = min_of(span.from + (pair_stop - span.first_tile) * kTile, span.to);
+      int64_t blocks = project(pair, room);
+      const Query* queries = reinterpret_cast<const Query*>(room);
+      switch (p_.index.dtype) {
+        case kBFloat16: score_span<BFloat16>(pair, from, to, queries, blocks, room); break;
+        case kFloat16: score_span<Float16>(pair, from, to, queries, blocks, room); break;
+        case kFloat32: score_span<float>(pair, from, to, queries, blocks, room); break;
+        default: score_span<int8_t>(pair, from, to, queries, blocks, room);
+      }
+      tile = pair_stop;
+    }
+  }
+
+  // Writes the pair's queries at the start of the room, token after token; returns how many
+  // blocks of heads a token has.
+  int64_t project(int64_t pair, char* room) const {
+    Query* query = reinterpret_cast<Query*>(room);
+    char* at = room + s_ * group_ * sizeof(Query);
+    int64_t blocks = 0;
+    for (int64_t s = 0; s < s_; ++s) {
+      blocks = 0;
+      for (int64_t g = 0; g < group_; g += query[-1].heads, ++blocks) {
+        int64_t heads = head_block(group_ - g);
+        query->first_head = g;
+        query->heads = heads;
+        query->value = reinterpret_cast<float*>(at);
+        query->offset = reinterpret_cast<int32_t*>(at += columns_ * heads * 4);
+        query->step = reinterpret_cast<float*>(at += kLimbs * heads * 4);
+        query->limb = reinterpret_cast<int8_t*>(at += heads * 4);
+        at += kLimbs * columns_ * heads;
+        query->fixed_point = p_.index.dtype == kInt8;
+        for (int64_t x = 0; x < heads; ++x) {
+          project_head(pair, min_of(g + x, group_ - 1), s, x, query);
+          if (query->fixed_point) fix_point(x, query);
+        }
+        ++query;
+      }
+    }
+    return blocks;
+  }
+
+  void project_head(int64_t pair, int64_t g, int64_t s, int64_t x, Query* query) const {
+    constexpr int64_t kRanks = 64;
+    int64_t i = pair / hkv_, h = pair % hkv_;
+    const float* basis = p_.basis.row<float>(0, h, 0);
+    for (int64_t r0 = 0; r0 < columns_; r0 += kRanks) {
+      int64_t ranks = min_of(kRanks, max_of<int64_t>(r_ - r0, 0));
+      float low[kRanks] = {};
+      with_float_type(p_.q.dtype, [&](auto type) {
+        const auto* q = p_.q.row<decltype(type)>(i, h * group_ + g, s);
+        for (int64_t d = 0; d < d_; ++d) {
+          float value = to_float(q[d]);
+          const float* row = basis + d * p_.basis.stride[2] + r0;
+          for (int64_t r = 0; r < ranks; ++r) low[r] += value * row[r];
+        }
+      });
+      for (int64_t r = 0; r < min_of(kRanks, columns_ - r0); ++r) {
+        query->value[(r0 + r) * query->heads + x] = low[r] * static_cast<float>(p_.scale);
+      }
+    }
+  }
+
+  void fix_point(int64_t x, Query* query) const {
+    float most = 0;
+    bool finite = true;
+    for (int64_t r = 0; r < r_; ++r) {
+      float size = std::fabs(query->value[r * query->heads + x]);
+      finite &= size < kInf;
+      most = max_of(most, size);
+    }
+    float step = most / kMaxFixed;
+    query->step[x] = step;
+    query->fixed_point = finite && (most == 0 || step > std::numeric_limits<float>::min());
+    if (!query->fixed_point) return;
+    int32_t sum[kLimbs] = {};
+    for (int64_t r = 0; r < columns_; ++r) {
+      float value = query->value[r * query->heads + x];
+      int64_t fixed = most == 0 ? 0 : std::llrint(value / step);
+      fixed = max_of<int64_t>(min_of<int64_t>(fixed, kMaxFixed), -kMaxFixed);
+      for (int limb = 0; limb < kLimbs; ++limb) {
+        int8_t byte = static_cast<int8_t>(fixed & 0xff);
+        fixed = (fixed - byte) >> 8;
+        sum[limb] += byte;
+        query->limb[((limb * columns_ / 4 + r / 4) * query->heads + x) * 4 + r % 4] = byte;
+      }
+    }
+    for (int limb = 0; limb < kLimbs; ++limb) {
+      query->offset[limb * query->heads + x] = 128 * sum[limb];
+    }
+  }
+
+  template <class E>
+  void score_span(int64_t pair, int64_t from, int64_t to, const Query* queries, int64_t blocks,
+                  char* room) {
+    const E* index = p_.index.row<E>(pair / hkv_, pair % hkv_, 0);
+    const float* scales = p_.index_scale.row<float>(pair / hkv_, pair % hkv_, 0);
+    for (int64_t t = from; t < to; t += kBlock) {
+      const E* rows = index + t * p_.index.stride[2];
+      int64_t stride = p_.index.stride[2];
+      if (t + kBlock > t_) {  // a whole block would read past the cache: copy what there is
+        E* copy = reinterpret_cast<E*>(room + room_bytes_ - tail_bytes());
+        for (int64_t n = 0; n < t_ - t; ++n) {
+          std::memcpy(copy + n * r_, rows + n * stride, r_ * sizeof(E));
+        }
+        rows = copy;
+        stride = r_;
+      }
+      for (int64_t s = 0; s < s_; ++s) {
+        score_token(pair, s, t, min_of(kBlock, to - t), queries + s * blocks, blocks, rows, stride,
+                    scales);
+      }
+    }
+  }
+
+  template <class E>
+  void score_token(int64_t pair, int64_t s, int64_t t, int64_t n, const Query* queries,
+                   int64_t blocks, const E* rows, int64_t stride, const float* scales) {
+    float score[8 * kBlock], best[kBlock];
+    for (int64_t i = 0; i < kBlock; ++i) best[i] = -kInf;
+    for (const Query* query = queries; query < queries + blocks; ++query) {
+      score_heads(rows, stride, r_, *query, score);
+      int64_t heads = min_of(query->heads, group_ - query->first_head);
+      for (int64_t x = 0; x < heads; ++x) {
+        float* mine = score + x * kBlock;
+        if (p_.index.dtype == kInt8) {
+          for (int64_t i = 0; i < n; ++i) mine[i] *= scales[(t + i) * p_.index_scale.stride[2]];
+        }
+        if (p_.per_head) {
+          store_row(row_of(pair, query->first_head + x, s), t, n, mine);
+        } else {
+          for (int64_t i = 0; i < kBlock; ++i) best[i] = mine[i] > best[i] ? mine[i] : best[i];
+        }
+      }
+    }
+    if (!p_.per_head) store_row(row_of(pair, 0, s), t, n, best);
+  }
+
+  void store_row(int64_t row, int64_t t, int64_t n, const float* score) {
+    const RowPlan& plan = plans_[row];
+    if (!plan.scored() || t + n <= plan.first || t >= plan.last) return;
+    store_keys(score, mask_of(row), plan, t, n, keys_ + row * key_stride_ + t);
+  }
+
+  void emit(int64_t row, int32_t* room) const {
+    const RowPlan& plan = plans_[row];
+    const MaskRow mask = mask_of(row);
+    SlotWriter slots(p_.positions + row * p_.top_k, p_.top_k);
+    slots.put_visible(plan.start, plan.first, mask, plan.holes);
+    if (plan.scored()) {
+      const int32_t* key = keys_ + row * key_stride_;
+      int64_t n = plan.last - plan.first;
+      Threshold best = find_threshold(key + plan.first, n, min_of(plan.take, n), room);
+      slots.put_best(key, plan.first, plan.last, best.key, best.equal);
+    } else if (plan.take > 0) {
+      slots.put_visible(plan.first, plan.last, mask, plan.holes);
+    }
+    slots.put_visible(plan.last, plan.end, mask, plan.holes);
+    slots.finish();
+  }
+
+  int64_t tail_bytes() const { return round_up(kBlock * r_ * 4, 64); }
+
+  const SelectParams& p_;
+  const int64_t hq_, s_, d_, hkv_, t_, r_, group_, heads_, pairs_, rows_, columns_, key_stride_;
+  int64_t room_bytes_ = 0, tiles_ = 0;
+  RowPlan* plans_ = nullptr;
+  Span* spans_ = nullptr;
+  char* rooms_ = nullptr;
+  int32_t* keys_ = nullptr;
+};
+
+}  // namespace
+}  // namespace loki
+
+extern "C" __attribute__((visibility("default"))) void loki_select(
+    const loki::SelectParams* params) {
+  loki::Select(*params).run();
+}
