@@ -146,8 +146,8 @@ class Basis:
         if isinstance(spec, str):
             rank = self._rank_for_variance(_variance_share(spec))
         elif isinstance(spec, float) and 0 < spec <= 1:
-            # Rounded first, so that 0.1 * 70 dims = 7.000000000000001 asks for 7.
-            rank = math.ceil(round(spec * self.head_dim, 6))
+            # Rounded first, so that 0.07 * 100 dims = 7.000000000000001 asks for 7.
+            rank = max(1, math.ceil(round(spec * self.head_dim, 6)))
         elif isinstance(spec, int) and not isinstance(spec, bool):
             rank = spec
         else:

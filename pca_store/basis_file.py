@@ -291,7 +291,7 @@ def _no_constant(name: str) -> None:
 
 def _basis_header(record: dict[str, Any]) -> BasisHeader:
     version = record.pop("format", None)
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(
             f"found format version {version!r:.80}; needed {FORMAT_VERSION}: another release of "
             "loki_compile reads it"

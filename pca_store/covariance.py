@@ -11,10 +11,13 @@ from torch import Tensor
 
 # Tokens per step: bounds the fp64 copy (8192 tokens x 8 heads x 128 dims = 64 MiB).
 CHUNK_TOKENS = 8192
-# Ridge on both covariances of the score-optimal fit, relative to their mean eigenvalue. It keeps
-# both square roots invertible, hence A Bᵀ = I (exact ranking) at rank D whatever was seen; measured
-# loss of the optimum below one part in 10^4.
-RIDGE = 1e-6
+# Ridge on both covariances of the score-optimal fit, in mean eigenvalues: RIDGE * D / samples, at
+# least RIDGE_FLOOR. It keeps both square roots invertible, hence A Bᵀ = I (exact ranking) at rank D
+# whatever was seen, and keeps few samples from being believed. Measured on synthetic spectra (D =
+# 64, ranks 4 to 32): from 4 D samples on, the error on unseen data is at most 1.11 times that of
+# the best fixed ridge; with D / 4 samples 1.4 times, where a fixed 1e-6 reached 23 times PCA's.
+RIDGE = 0.02
+RIDGE_FLOOR = 1e-6
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -128,8 +131,9 @@ class KeyCovariance:
                 "found no queries in these moments; a score-optimal basis needs them: pass queries "
                 "to update(), or fit pca()"
             )
-        query_root, query_inverse = _roots(self._query_moment / self._query_count.clamp_min(1))
-        key_root, key_inverse = _roots(self._key_covariance())
+        moment = self._query_moment / self._query_count.clamp_min(1)
+        query_root, query_inverse = _roots(moment, self._query_count)
+        key_root, key_inverse = _roots(self._key_covariance(), self._count)
         left, singular, right = torch.linalg.svd(query_root @ key_root)
         weight = singular.sqrt().unsqueeze(-2)
         sign = _signs(left)
@@ -217,10 +221,13 @@ def _fp32(spectrum: Tensor) -> Tensor:
     return spectrum.clamp(0, _LARGEST).float()
 
 
-def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Square root and its inverse of a ridged covariance (Hkv, D, D); identity where it is zero."""
+def _roots(covariance: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root and its inverse of the ridged covariance of (Hkv, 1, 1) samples, each
+    (Hkv, D, D); the identity for a head whose covariance is zero."""
     values, vectors = torch.linalg.eigh(covariance)
     mean = values.mean(-1, keepdim=True)
-    values = torch.where(mean > 0, values.clamp_min(0) + RIDGE * mean, 1.0)
+    head_dim = covariance.shape[-1]
+    ridge = (RIDGE * head_dim / samples.squeeze(-1).clamp_min(1)).clamp_min(RIDGE_FLOOR)
+    values = torch.where(mean > 0, values.clamp_min(0) + ridge * mean, 1.0)
     root = values.sqrt().unsqueeze(-2)
     return vectors * root @ vectors.mT, vectors / root @ vectors.mT
