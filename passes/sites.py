@@ -7,7 +7,7 @@ D head_dim of queries and keys, Dv head_dim of values. Analysis only: nothing he
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,10 @@ class Reason(enum.Enum):
     LAYOUT = "queries, keys and values are not 4-D (batch, heads, tokens, head_dim): {}"
     GROUPS = "query heads do not map onto KV heads in groups: {}"
     PREFILL = "prefill ({} query tokens; up to 8 are rewritten): dense by plan"
-    DTYPE = "dtype {} is not one of float32, bfloat16, float16"
+    DTYPE = "queries, keys, values and result are not one of float32, bfloat16, float16: {}"
+    SCALE = "the scale is a computed value ({})"
+    SOFTMAX = "the scores reach the softmax through `{}`, which is not understood"
+    WEIGHTS_USED = "the attention weights are used by `{}` as well"
     MASK = "the mask does not broadcast to (batch, heads, query tokens, keys): {}"
     NO_CACHE = "the keys are computed in this graph ({}), not read from a cache"
     OPAQUE_VIEW = "the way from the cache to the keys runs through `{}`, which is not understood"
@@ -81,8 +84,42 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class MaskTerm:
+    """What a mask does to the scores: a bool `node` hides keys where it is False (where it is True
+    if `inverted`), a floating one is added after multiplication with `factor`."""
+
+    node: fx.Node
+    factor: float = 1.0
+    inverted: bool = False
+
+
+@dataclass(frozen=True)
+class Core:
+    """An attention core in its one form, before its operands are looked into.
+
+    `key` permuted by `key_order` is (B, heads, T, D); `scale` None means 1 / sqrt(D); `grouped`
+    lets fewer KV heads than query heads stand for blocks of them; `causal` masks by position.
+    """
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    masks: tuple[MaskTerm, ...]
+    scale: float | None
+    key_order: tuple[int, int, int, int] = (0, 1, 2, 3)
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
+    causal: bool = False
+    grouped: bool = False
+
+
+@dataclass(frozen=True)
 class AttentionSite:
-    """One attention core: `node` computes softmax(scale * q k^T + mask) v, (B, Hq, S, Dv)."""
+    """One attention core: `node` computes softmax(scale * q k^T + mask) v, (B, Hq, S, Dv).
+
+    `query_tokens` is S, or 0 where it is not a constant (only with `max_query_tokens=None`).
+    """
 
     node: fx.Node
     query: fx.Node
@@ -99,14 +136,20 @@ class AttentionSite:
     group: int = field(default=1)
 
 
-def find_sites(graph: fx.Graph) -> tuple[list[AttentionSite], list[Skipped]]:
-    """Every `scaled_dot_product_attention` of the graph, in order, as a site or with a reason."""
+def find_sites(
+    graph: fx.Graph, *, max_query_tokens: int | None = MAX_QUERY_TOKENS
+) -> tuple[list[AttentionSite], list[Skipped]]:
+    """Every `scaled_dot_product_attention` of the graph, in order, as a site or with a reason.
+
+    Cores with more than `max_query_tokens` are skipped as prefill; None takes any number, and
+    cores with `is_causal=True` as well: calibration observes prefills.
+    """
     sites: list[AttentionSite] = []
     skipped: list[Skipped] = []
     for node in graph.nodes:
         if op_name(node) != "scaled_dot_product_attention":
             continue
-        found = _site(node)
+        found = _site(node, max_query_tokens)
         if isinstance(found, AttentionSite):
             sites.append(found)
         else:
@@ -114,63 +157,84 @@ def find_sites(graph: fx.Graph) -> tuple[list[AttentionSite], list[Skipped]]:
     return sites, skipped
 
 
-def _site(node: fx.Node) -> AttentionSite | Skipped:
-    path = module_path(node)
-
+def _sdpa_core(node: fx.Node) -> Core | Skipped:
     def skip(reason: Reason, *details: Any) -> Skipped:
-        return Skipped(node, reason, details, path)
+        return Skipped(node, reason, details, module_path(node))
 
-    query, key, value = (operand(node, name) for name in ("query", "key", "value"))
-    shapes = [shape_of(x) for x in (query, key, value)]
-    if any(shape is None or len(shape) != 4 for shape in shapes):
-        return skip(Reason.LAYOUT, [None if s is None else tuple(s) for s in shapes])
-    q_shape, k_shape, v_shape = (tuple(s) for s in shapes if s is not None)
-    query_tokens = concrete(q_shape[2])
-    if query_tokens is None or query_tokens > MAX_QUERY_TOKENS:
-        return skip(Reason.PREFILL, q_shape[2])
     if operand(node, "dropout_p", 0.0) != 0.0:
         return skip(Reason.DROPOUT, operand(node, "dropout_p"))
-    if operand(node, "is_causal", False):
-        return skip(Reason.PREFILL if query_tokens > 1 else Reason.CAUSAL_FLAG, query_tokens)
-    dtype = fake_value(query).dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return skip(Reason.DTYPE, dtype)
-
-    heads, head_dim = concrete(q_shape[1]), concrete(q_shape[3])
-    key_heads, value_heads = heads_of(key), heads_of(value)
-    kv_heads = concrete(k_shape[1])
-    if heads is None or head_dim is None or kv_heads is None or concrete(v_shape[3]) is None:
-        return skip(Reason.LAYOUT, [q_shape, k_shape, v_shape])
-    # K may already be grouped by views (`repeat_kv`), by the flag, or by broadcasting one head.
-    by_flag = heads // kv_heads if kv_heads and heads % kv_heads == 0 else 0
-    if by_flag < 1 or (by_flag > 1 and kv_heads > 1 and not operand(node, "enable_gqa", False)):
-        return skip(Reason.GROUPS, f"{heads} query heads, {kv_heads} KV heads")
-    if not same_size(k_shape[1], v_shape[1]) or not _same_group(key_heads, value_heads):
-        return skip(Reason.GROUPS, "keys and values are repeated differently")
-    mask = operand(node, "attn_mask", None)
-    if mask is not None and not _broadcasts(mask, q_shape, k_shape):
-        return skip(Reason.MASK, tuple(shape_of(mask) or ()))
-    scale = operand(node, "scale", None)
-    group = by_flag * key_heads.group
-    return AttentionSite(
+    scale, mask = operand(node, "scale", None), operand(node, "attn_mask", None)
+    if isinstance(scale, fx.Node):
+        return skip(Reason.SCALE, scale.name)
+    shape = shape_of(operand(node, "query"))
+    if operand(node, "is_causal", False) and shape is not None and concrete(shape[-2]) == 1:
+        return skip(Reason.CAUSAL_FLAG)
+    return Core(
         node=node,
-        query=query,
-        key=key_heads,
-        value=value_heads,
-        mask=mask,
-        scale=head_dim**-0.5 if scale is None else float(scale),
-        query_heads=heads,
-        kv_heads=heads // group,
-        query_tokens=query_tokens,
-        head_dim=head_dim,
-        value_dim=int(v_shape[3]),
-        path=path,
-        group=group,
+        query=operand(node, "query"),
+        key=operand(node, "key"),
+        value=operand(node, "value"),
+        masks=() if mask is None else (MaskTerm(mask),),
+        scale=scale,
+        causal=bool(operand(node, "is_causal", False)),
+        grouped=bool(operand(node, "enable_gqa", False)),
     )
 
 
-def _same_group(key: Heads, value: Heads) -> bool:
-    return key.group == value.group
+def _site(core: Core, max_query_tokens: int | None) -> AttentionSite | Skipped:
+    def skip(reason: Reason, *details: Any) -> Skipped:
+        return Skipped(core.node, reason, details, module_path(core.node))
+
+    shapes = [shape_of(x) for x in (core.query, core.key, core.value)]
+    if any(shape is None or len(shape) != 4 for shape in shapes):
+        return skip(Reason.LAYOUT, [None if s is None else tuple(s) for s in shapes])
+    q_shape, k_shape, v_shape = (tuple(s) for s in shapes if s is not None)
+    k_shape = tuple(k_shape[d] for d in core.key_order)
+    query_tokens = concrete(q_shape[2])
+    if max_query_tokens is not None:
+        if query_tokens is None or query_tokens > max_query_tokens:
+            return skip(Reason.PREFILL, q_shape[2])
+        if core.causal:
+            return skip(Reason.PREFILL, query_tokens)
+    dtypes = {fake_value(x).dtype for x in (core.query, core.key, core.value, core.node)}
+    dtype = fake_value(core.query).dtype
+    if len(dtypes) > 1 or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return skip(Reason.DTYPE, ", ".join(sorted(map(str, dtypes))))
+    heads, head_dim = concrete(q_shape[1]), concrete(q_shape[3])
+    kv_heads, value_dim = concrete(k_shape[1]), concrete(v_shape[3])
+    if heads is None or head_dim is None or kv_heads is None or value_dim is None:
+        return skip(Reason.LAYOUT, [q_shape, k_shape, v_shape])
+    if not same_size(q_shape[0], k_shape[0]) or not same_size(q_shape[0], v_shape[0]):
+        return skip(Reason.LAYOUT, f"batch {[s[0] for s in (q_shape, k_shape, v_shape)]}")
+    # K may already be grouped by views (`repeat_kv`), by the flag, or by broadcasting one head.
+    by_flag = heads // kv_heads if kv_heads and heads % kv_heads == 0 else 0
+    if by_flag < 1 or (by_flag > 1 and kv_heads > 1 and not core.grouped):
+        return skip(Reason.GROUPS, f"{heads} query heads, {kv_heads} KV heads")
+    key, value = heads_of(core.key, core.key_order), heads_of(core.value)
+    if not same_size(k_shape[1], v_shape[1]) or key.group != value.group:
+        return skip(Reason.GROUPS, "keys and values are repeated differently")
+    for term in core.masks:
+        if not _broadcasts(term.node, q_shape, k_shape):
+            return skip(Reason.MASK, tuple(shape_of(term.node) or ()))
+    group = by_flag * key.group
+    return AttentionSite(
+        node=core.node,
+        query=core.query,
+        key=key,
+        value=value,
+        masks=core.masks,
+        scale=head_dim**-0.5 if core.scale is None else float(core.scale),
+        query_heads=heads,
+        kv_heads=heads // group,
+        query_tokens=-1 if query_tokens is None else query_tokens,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        path=module_path(core.node),
+        group=group,
+        softcap=core.softcap,
+        sinks=core.sinks,
+        sdpa=op_name(core.node) == "scaled_dot_product_attention",
+    )
 
 
 def _broadcasts(mask: Any, q_shape: tuple[Any, ...], k_shape: tuple[Any, ...]) -> bool:
@@ -192,14 +256,15 @@ def _broadcasts(mask: Any, q_shape: tuple[Any, ...], k_shape: tuple[Any, ...]) -
     )
 
 
-def heads_of(node: fx.Node) -> Heads:
+def heads_of(node: fx.Node, at: tuple[int, int, int, int] = (0, 1, 2, 3)) -> Heads:
     """Walks from a core's K or V operand back through permutations and head repetition.
 
     Stops at the first node that is neither; `base` is that node. The views it understands are
     transposes, permutations, a repetition of each KV head in place (`repeat_kv` by expand and
-    reshape, `repeat_interleave`, an expand of one head) and copies that keep the values.
+    reshape, `repeat_interleave`, an expand of one head) and copies that keep the values. `at` says
+    which dimension of `node` is batch, head, token and head_dim.
     """
-    base, order, group = node, [0, 1, 2, 3], 1
+    base, order, group = node, list(at), 1
     while True:
         step = _through(base, order)
         if step is None:
