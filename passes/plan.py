@@ -98,7 +98,7 @@ def make_plan(
             continue
         if cache not in caches:
             caches.append(cache)
-        heads_differ = site.mask is not None and _mask_heads(site.mask) != 1
+        heads_differ = any(_mask_heads(term.node) != 1 for term in site.masks)
         sparse.append(SparseSite(site, caches.index(cache), budget, per_head or heads_differ))
     return Plan(tuple(sparse), tuple(dense), tuple(sites), tuple(caches))
 

@@ -17,7 +17,7 @@ from loki_compile.kernels.ops import attend, index_rows, mask_bounds, select
 from loki_compile.passes.cache_writes import CacheWrite, KeyCache
 from loki_compile.passes.fx_tools import call, fake_mode_of, fake_value, finish, shape_of
 from loki_compile.passes.plan import Plan, SparseSite
-from loki_compile.passes.sites import AttentionSite, Heads
+from loki_compile.passes.sites import AttentionSite, Heads, MaskTerm
 from torch import fx
 
 
@@ -43,14 +43,14 @@ def pack_groups(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
     """
     graph = gm.graph
     for site in sites:
-        if site.group == 1 or site.query_tokens != 1:
+        if site.group == 1 or site.query_tokens != 1 or not site.sdpa:
             continue
         with graph.inserting_before(site.node):
             query = call(graph, _rows_of_group, site.query, site.kv_heads, like=site.node)
             key, value = (_canonical(graph, h, site) for h in (site.key, site.value))
             mask = None
-            if site.mask is not None:
-                mask = call(graph, _mask_of_group, site.mask, site.kv_heads, like=site.node)
+            for term in site.masks:  # an SDPA call has one at most
+                mask = call(graph, _mask_of_group, term.node, site.kv_heads, like=site.node)
             out = call(
                 graph,
                 torch.nn.functional.scaled_dot_product_attention,
@@ -77,7 +77,7 @@ def rewrite_sparse(
     """
     graph = gm.graph
     bounds: dict[fx.Node, fx.Node] = {}
-    masks: dict[fx.Node, fx.Node] = {}
+    masks: dict[tuple[MaskTerm, ...], fx.Node] = {}
     indexes: list[tuple[list[fx.Node], fx.Node]] = []
     outputs: list[fx.Node] = []
     kv_heads = {s.cache: s.site.kv_heads for s in plan.sparse}
@@ -239,7 +239,7 @@ def _sparse_attention(
     cache: KeyCache,
     parts: list[fx.Node],
     query_basis: fx.Node,
-    masks: dict[fx.Node, fx.Node],
+    masks: dict[tuple[MaskTerm, ...], fx.Node],
     bounds: dict[fx.Node, fx.Node],
 ) -> fx.Node:
     site, budget = sparse.site, sparse.budget
@@ -247,9 +247,14 @@ def _sparse_attention(
     value = _canonical(graph, site.value, site)
     index = [_canonical(graph, site.key, site, _replay(graph, cache.views, part)) for part in parts]
     mask, bound = None, None
-    if site.mask is not None:
-        mask = _shared(graph, masks, site.mask, _as_4d, site)
-        bound = _shared(graph, bounds, mask, mask_bounds, site)
+    if site.masks:
+        if site.masks not in masks:
+            masks[site.masks] = _one_mask(graph, site)
+        mask = masks[site.masks]
+        if mask not in bounds:
+            with graph.inserting_after(mask):
+                bounds[mask] = call(graph, mask_bounds, mask, like=site.node)
+        bound = bounds[mask]
     slots = call(graph, torch.ops.aten.sym_size.int, key, 2, like=site.node)
     if isinstance(fake_value(slots), int):
         graph.erase_node(slots)
@@ -280,23 +285,44 @@ def _sparse_attention(
         positions,
         mask,
         scale=site.scale,
+        softcap=site.softcap,
+        sinks=site.sinks,
         like=site.node,
     )
     return _strided_like(graph, out, site)
 
 
-def _shared(
-    graph: fx.Graph, done: dict[fx.Node, fx.Node], source: fx.Node, make: Any, site: AttentionSite
-) -> fx.Node:
-    """`make(source)`, once for all layers: placed right behind `source`, before every reader."""
-    if source not in done:
-        if source.op == "placeholder":
-            first = next(n for n in graph.nodes if n.op != "placeholder")
+def _one_mask(graph: fx.Graph, site: AttentionSite) -> fx.Node:
+    """The site's masks as one 4-D mask, placed before every reader so that all layers share it."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    last = max((term.node for term in site.masks), key=lambda node: order[node])
+    if last.op == "placeholder":
+        last = graph.find_nodes(op="placeholder")[-1]
+    nodes = [term.node for term in site.masks]
+    rules = [(term.factor, term.inverted) for term in site.masks]
+    with graph.inserting_after(last):
+        return call(graph, joint_mask, rules, *nodes, like=site.node)
+
+
+def joint_mask(rules: Sequence[tuple[float, bool]], *masks: torch.Tensor) -> torch.Tensor:
+    """One 4-D mask that does what several do one after the other; see `MaskTerm` for the rules.
+
+    Bool where all are bool (True = visible), else floating with -inf for what a bool mask hides.
+    """
+    visible: torch.Tensor | None = None
+    added: torch.Tensor | None = None
+    for (factor, inverted), mask in zip(rules, masks, strict=True):
+        mask = _as_4d(mask)
+        if mask.dtype == torch.bool:
+            keep = ~mask if inverted else mask
+            visible = keep if visible is None else visible & keep
         else:
-            first = source.next
-        with graph.inserting_before(first):
-            done[source] = call(graph, make, source, like=site.node)
-    return done[source]
+            term = mask if factor == 1.0 else mask * factor
+            added = term if added is None else added + term
+    if added is None:
+        assert visible is not None
+        return visible
+    return added if visible is None else torch.where(visible, added, float("-inf"))
 
 
 def _rows_of_group(query: torch.Tensor, kv_heads: int) -> torch.Tensor:

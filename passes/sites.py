@@ -116,16 +116,18 @@ class Core:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention core: `node` computes softmax(scale * q k^T + mask) v, (B, Hq, S, Dv).
+    """One attention core: `node` computes softmax(scale * q k^T + masks) v, (B, Hq, S, Dv).
 
-    `query_tokens` is S, or 0 where it is not a constant (only with `max_query_tokens=None`).
+    With `softcap` c the scores are c * tanh(scale * q k^T / c); `sinks` (Hq,) are logits that
+    take part in the softmax and have no value. `sdpa` says that the core is the SDPA call itself.
+    `query_tokens` is S, or -1 where it is not a constant (only with `max_query_tokens=None`).
     """
 
     node: fx.Node
     query: fx.Node
     key: Heads
     value: Heads
-    mask: fx.Node | None
+    masks: tuple[MaskTerm, ...]
     scale: float
     query_heads: int
     kv_heads: int
@@ -133,23 +135,34 @@ class AttentionSite:
     head_dim: int
     value_dim: int
     path: str
-    group: int = field(default=1)
+    group: int = 1
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
+    sdpa: bool = True
 
 
 def find_sites(
     graph: fx.Graph, *, max_query_tokens: int | None = MAX_QUERY_TOKENS
 ) -> tuple[list[AttentionSite], list[Skipped]]:
-    """Every `scaled_dot_product_attention` of the graph, in order, as a site or with a reason.
+    """Every attention core of the graph, in order, as a site or with a reason.
 
     Cores with more than `max_query_tokens` are skipped as prefill; None takes any number, and
     cores with `is_causal=True` as well: calibration observes prefills.
     """
+    from loki_compile.passes.chains import chain_core
+
     sites: list[AttentionSite] = []
     skipped: list[Skipped] = []
     for node in graph.nodes:
-        if op_name(node) != "scaled_dot_product_attention":
+        name = op_name(node)
+        core: Core | Skipped | None = None
+        if name == "scaled_dot_product_attention":
+            core = _sdpa_core(node)
+        elif name == "softmax":
+            core = chain_core(node)
+        if core is None:
             continue
-        found = _site(node, max_query_tokens)
+        found = core if isinstance(core, Skipped) else _site(core, max_query_tokens)
         if isinstance(found, AttentionSite):
             sites.append(found)
         else:
