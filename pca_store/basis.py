@@ -68,6 +68,8 @@ class Basis:
     tokens: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("query", "key", "spectrum"):
+            object.__setattr__(self, name, _ordinary(getattr(self, name)))
         check_choice("kind", self.kind, KINDS)
         shape = tuple(self.key.shape)
         if len(shape) != 3 or not 1 <= shape[2] <= shape[1] or shape[0] < 1:
@@ -127,8 +129,9 @@ class Basis:
             ValueError: rank is not in 1..columns.
         """
         self._check_rank(rank)
-        key = self.key[..., :rank].contiguous()
-        query = key if self.query is self.key else self.query[..., :rank].contiguous()
+        with torch.inference_mode(False):
+            key = self.key[..., :rank].contiguous()
+            query = key if self.query is self.key else self.query[..., :rank].contiguous()
         return query, key
 
     def rank_for(self, spec: int | float | str) -> int:
@@ -174,6 +177,14 @@ class Basis:
             )
 
 
+def _ordinary(tensor: Tensor) -> Tensor:
+    """Detached, and not an inference tensor: a basis outlives the mode it was fitted in."""
+    if not tensor.is_inference():
+        return tensor.detach() if tensor.requires_grad else tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 _RANK_FORMS = (
     "needed a count (int), a fraction of head_dim in (0, 1] (float), "
     "or 'variance:S' with S in (0, 1]"
@@ -195,10 +206,11 @@ def random_basis(
     num_kv_heads: int, head_dim: int, *, seed: int, weights: str = "", layer: str = ""
 ) -> Basis:
     """A random orthonormal basis with a flat spectrum: the control to compare a fitted one with."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(num_kv_heads, head_dim, head_dim, generator=generator, dtype=torch.float64)
+    shape = (num_kv_heads, head_dim, head_dim)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     key = torch.linalg.qr(noise).Q.float()
-    spectrum = torch.ones(num_kv_heads, head_dim)
+    spectrum = torch.ones(shape[:2], dtype=torch.float32, device="cpu")
     return Basis(key, key, spectrum, kind="random", weights=weights, layer=layer)
 
 

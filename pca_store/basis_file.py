@@ -18,6 +18,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from loki_compile.pca_store.basis import (
     KINDS,
     ORTHONORMAL_KINDS,
@@ -145,7 +146,8 @@ def decode(data: bytes, source: str) -> BasisSet:
     """
     try:
         meta, checksum, header = _parse_header(data, len(data))
-        tensors = safetensors.torch.load(data)
+        with torch.device("cpu"):
+            tensors = safetensors.torch.load(data)
         _check_shapes({name: tuple(t.shape) for name, t in tensors.items()}, header)
         found = _checksum(meta, tensors)
         if found != checksum:

@@ -32,13 +32,11 @@ class KeyCovariance:
     def __init__(self, num_kv_heads: int, head_dim: int) -> None:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        heads = (num_kv_heads, 1, 1)
-        square = (num_kv_heads, head_dim, head_dim)
-        self._count = torch.zeros(heads, dtype=torch.float64)
-        self._mean = torch.zeros(num_kv_heads, 1, head_dim, dtype=torch.float64)
-        self._scatter = torch.zeros(square, dtype=torch.float64)
-        self._query_count = torch.zeros(heads, dtype=torch.float64)
-        self._query_moment = torch.zeros(square, dtype=torch.float64)
+        self._count = _zeros(num_kv_heads, 1, 1)
+        self._mean = _zeros(num_kv_heads, 1, head_dim)
+        self._scatter = _zeros(num_kv_heads, head_dim, head_dim)
+        self._query_count = _zeros(num_kv_heads, 1, 1)
+        self._query_moment = _zeros(num_kv_heads, head_dim, head_dim)
 
     @property
     def tokens(self) -> int:
@@ -97,8 +95,8 @@ class KeyCovariance:
                 f"{mine[1]}: merge accumulators of one site only"
             )
         self._merge_keys(other._count, other._mean, other._scatter)
-        self._query_count += other._query_count
-        self._query_moment += other._query_moment
+        self._query_count = self._query_count + other._query_count
+        self._query_moment = self._query_moment + other._query_moment
 
     @torch.no_grad()
     def pca(self, *, weights: str = "", layer: str = "") -> Basis:
@@ -177,13 +175,15 @@ class KeyCovariance:
 
     def _add_queries(self, queries: Tensor, seen: Tensor | None) -> None:
         rows, valid = _clean(queries, seen)
-        self._query_count += valid.sum(1, keepdim=True).cpu()
-        self._query_moment += (rows.mT @ rows).cpu()
+        self._query_count = self._query_count + valid.sum(1, keepdim=True).cpu()
+        self._query_moment = self._query_moment + (rows.mT @ rows).cpu()
 
     def _merge_keys(self, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
         total = (self._count + count).clamp_min(1)
         shift = mean - self._mean
-        self._scatter += scatter + shift.mT @ shift * (self._count * count / total)
+        # Not in place: what inference mode made must not be written to outside of it.
+        between = shift.mT @ shift * (self._count * count / total)
+        self._scatter = self._scatter + scatter + between
         self._mean = self._mean + shift * (count / total)
         self._count = self._count + count
 
@@ -194,6 +194,10 @@ class KeyCovariance:
                 "found no keys in these moments; a basis needs some: call update() with keys first"
             )
         return self._scatter / (self._count - 1).clamp_min(1)
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device="cpu")
 
 
 def _clean(rows: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
