@@ -21,7 +21,7 @@ from torch import fx
 
 from loki_compile.config import LokiConfig
 from loki_compile.passes.cache_writes import KeyCache, nearest_matrix
-from loki_compile.passes.fx_tools import copy_of, fake_value
+from loki_compile.passes.fx_tools import copy_of, fake_mode_of, fake_value
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.plan import Plan, make_plan
 from loki_compile.passes.rewrite import pack_groups
@@ -64,7 +64,7 @@ def loki(
     bindings = _bind_caches(normal, plan, example_inputs, config)
     decode = None
     if plan.sparse:
-        late = functools.partial(_compile_late, compile_graph=compile_graph, fakes=_fakes(normal))
+        late = functools.partial(_compile_late, compile_graph=compile_graph)
         decode = DecodeGraph(normal, plan, config, bindings, late)
     record_graph(plan, config, bindings, decode)
     if decode is not None:
@@ -118,10 +118,7 @@ def _bind_caches(
 ) -> list[CacheBinding]:
     """For each cache: where it comes in, which weights make its keys, the basis the user chose."""
     places = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-
-    def is_parameter(node: fx.Node) -> bool:
-        return isinstance(example_inputs[places[node]], torch.nn.Parameter)
-
+    is_parameter = parameter_test(gm, example_inputs)
     bindings = []
     for number, cache in enumerate(plan.caches):
         site = next(s.site for s in plan.sparse if s.cache == number)
@@ -140,6 +137,12 @@ def _bind_caches(
     if config.basis != "auto" or bindings:
         _choose_bases(bindings, config)
     return bindings
+
+
+def parameter_test(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[[fx.Node], bool]:
+    """Tells whether a placeholder of the graph brings in a parameter of the model."""
+    inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+    return lambda node: isinstance(inputs[node], torch.nn.Parameter)
 
 
 def _new_tokens(cache: KeyCache, query_tokens: int) -> int:
@@ -213,7 +216,6 @@ def _compile_late(
     gm: fx.GraphModule,
     *,
     compile_graph: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
-    fakes: list[Any],
 ) -> Variant:
     """Compiles a variant after Dynamo has returned, under the fake mode it traced with.
 
@@ -222,7 +224,7 @@ def _compile_late(
     us before the variant runs.
     """
     values = _fakes(gm)
-    fake_mode = torch._guards.detect_fake_mode([v for v in fakes if isinstance(v, torch.Tensor)])
+    fake_mode = fake_mode_of(gm.graph)
     shape_env = fake_mode.shape_env
     before = len(shape_env.guards)
     with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):

@@ -117,7 +117,7 @@ def _product_with_values(softmax: fx.Node) -> tuple[fx.Node, bool, str] | None:
 
 def _keeps_weights(node: fx.Node) -> bool:
     name = op_name(node)
-    if name in _CASTS:
+    if name in _CASTS or name == "reshape":
         return True
     if name == "dropout":
         probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
 # One spelling per operation; `normalize` brings the others to it.
@@ -192,11 +193,16 @@ def call(
 
 
 def fake_mode_of(graph: fx.Graph) -> Any:
-    """The fake mode under which Dynamo traced the graph."""
-    from torch._guards import detect_fake_mode
+    """The fake mode of the graph's own fake values.
 
-    values = [fake_value(node) for node in graph.find_nodes(op="placeholder")]
-    return detect_fake_mode([value for value in values if isinstance(value, torch.Tensor)])
+    Not the tracing context's: around a backend call Dynamo puts a fresh mode there, which shares
+    the symbols but refuses the tensors of the mode that traced the graph.
+    """
+    for node in graph.find_nodes(op="placeholder"):
+        value = fake_value(node)
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise ValueError("found a graph without tensor inputs; needed one traced by Dynamo")
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
