@@ -1,0 +1,320 @@
+"""`loki::attend` on a GPU: split-K exact attention over gathered rows, then a combine.
+
+    attend    one program per (row, split, block of heads): gathers tiles of K and V rows once for
+              the query heads that share them, online softmax in fp32, products on tensor cores
+    combine   one program per (row, head, block of Dv): joins the splits by their log-sum-exp
+
+A row is one list of positions: (b, h, s) with h a KV head (then its G query heads share each row
+read) or a query head. Positions must be ascending and then -1, as `loki::select` writes them: a
+tile is skipped when its first entry is no position, so what is beyond a row's budget costs nothing.
+Tiles go to the splits in turn, so all programs have work however short the list is. A row without
+any position runs over all T keys instead.
+
+Bytes: rows * K * (D + Dv) * bytes, and for each split G * (Dv + 2) * 4 written and read again.
+
+Legend as in `loki_compile.kernels`; p_ pointer, i_ program's coordinate, o_ offsets, m_ mask,
+strides in elements (`k_st` is the stride of T in k, and so on).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from loki_compile.kernels.checks import check_attend
+from loki_compile.kernels.triton_launch import (
+    AttendLaunch,
+    Stage,
+    alignment,
+    attend_launch,
+    broadcast_strides,
+    device_of,
+    interpreted,
+    programs_per_row,
+)
+from torch import Tensor
+
+NO_MASK = tl.constexpr(0)
+BOOL_MASK = tl.constexpr(1)
+ADDITIVE_MASK = tl.constexpr(2)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+SPLITS_MAX = tl.constexpr(64)
+FIRSTS_BLOCK = tl.constexpr(128)
+COMBINE_DV = tl.constexpr(64)
+
+
+@triton.jit
+def _weight(logit, largest):
+    """exp(logit - largest), 0 where logit is -inf, whatever `largest` is."""
+    # The difference before the factor: finfo.min * log2(e) would overflow.
+    return tl.exp2((logit - tl.where(largest == float("-inf"), 0.0, largest)) * LOG2_E)
+
+
+@triton.jit
+def _soft_cap(logit, softcap):
+    """softcap * tanh(logit / softcap)."""
+    return softcap * (1.0 - 2.0 / (1.0 + tl.exp2(logit * (2.0 * LOG2_E) / softcap)))
+
+
+@triton.jit
+def _used_tiles(p_positions, K, T, BLOCK_N: tl.constexpr):
+    """Tiles up to the last one that begins with a position."""
+    tiles = tl.cdiv(K, BLOCK_N)
+    used = 0
+    for first in range(0, tiles, FIRSTS_BLOCK):
+        o = first + tl.arange(0, FIRSTS_BLOCK)
+        at = tl.load(p_positions + o.to(tl.int64) * BLOCK_N, mask=o < tiles, other=-1)
+        used = tl.maximum(used, tl.max(tl.where((at >= 0) & (at < T), o + 1, 0), 0))
+    return used
+
+
+@triton.jit
+def _finish(acc, largest, total, sink):
+    """Output rows from their accumulator, largest logit, sum of weights and sink logit."""
+    top = tl.maximum(largest, sink)
+    total = total * _weight(largest, top) + _weight(sink, top)
+    scale = _weight(largest, top) / tl.where(total == 0.0, 1.0, total)
+    return acc * scale[:, None]
+
+
+_RUNTIME_SIZES = [
+    "H", "S", "T", "K", "splits", "hq",
+    "q_sb", "q_sh", "q_ss", "k_sb", "k_sh", "k_st", "v_sb", "v_sh", "v_st",
+    "pos_sb", "pos_sh", "pos_ss", "mask_sb", "mask_sh", "mask_ss", "mask_st",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
+def attend_kernel(
+    p_q, p_k, p_v, p_positions, p_mask, p_sinks, p_out, p_acc, p_largest, p_total,
+    q_sb, q_sh, q_ss, k_sb, k_sh, k_st, v_sb, v_sh, v_st, pos_sb, pos_sh, pos_ss,
+    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, K, splits, scale, softcap,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS_PER_KV: tl.constexpr,
+    K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, MASK: tl.constexpr, HEAD_MASK: tl.constexpr,
+    CAPPED: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Partial (SPLIT) or final attention of one row's heads; grid (rows, splits, head blocks)."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_split = tl.program_id(1)
+    i_s = i_row % S
+    i_h = (i_row // S) % H
+    i_b = i_row // (S * H)
+    i_kv = i_h // ROWS_PER_KV
+    o_g = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    o_h = i_h * GROUP + o_g
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    m_g = o_g < GROUP
+    p_positions += i_b * pos_sb + i_h * pos_sh + i_s * pos_ss
+    p_k += i_b * (k_sb * K_ALIGN) + i_kv * (k_sh * K_ALIGN)
+    p_v += i_b * (v_sb * V_ALIGN) + i_kv * (v_sh * V_ALIGN)
+    HIDDEN: tl.constexpr = 0 if MASK == BOOL_MASK else float("-inf")
+    if MASK != NO_MASK:
+        p_mask += i_b * mask_sb + i_s * mask_ss
+
+    used = _used_tiles(p_positions, K, T, BLOCK_N)
+    # No position at all: over every key.
+    slots = tl.where(used == 0, 0, K)
+    tiles = tl.where(used == 0, tl.cdiv(T, BLOCK_N), used)
+    q = tl.load(
+        p_q + i_b * q_sb + o_h[:, None] * q_sh + i_s * q_ss + o_d[None, :],
+        mask=m_g[:, None] & (o_d < D)[None, :], other=0.0,
+    ).to(DOT)  # fmt: skip
+    largest = tl.full((HEADS,), float("-inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    acc = tl.zeros((HEADS, BLOCK_DV), tl.float32)
+    for tile in tl.range(i_split, tiles, splits, num_stages=STAGES):
+        slot = tile * BLOCK_N + o_n
+        at = tl.load(p_positions + slot, mask=slot < slots, other=-1)
+        at = tl.where(slots == 0, slot, at)
+        inside = (at >= 0) & (at < T)
+        at = at.to(tl.int64)
+        seen = inside[None, :]
+        added = 0.0
+        if MASK != NO_MASK:
+            if HEAD_MASK:
+                o_mask = o_h[:, None] * mask_sh + at[None, :] * mask_st
+                added = tl.load(p_mask + o_mask, mask=seen & m_g[:, None], other=HIDDEN)
+            else:
+                o_mask = i_h * GROUP * mask_sh + at * mask_st
+                added = tl.load(p_mask + o_mask, mask=inside, other=HIDDEN)[None, :]
+            if MASK == BOOL_MASK:
+                seen = added != 0
+                added = 0.0
+            else:
+                added = added.to(tl.float32)
+                seen = added != float("-inf")
+            # A key that no head sees is not read: in the product, 0 * NaN would be NaN.
+            inside = tl.max(seen.to(tl.int32), 0) != 0
+        k = tl.load(
+            p_k + at[:, None] * (k_st * K_ALIGN) + o_d[None, :],
+            mask=inside[:, None] & (o_d < D)[None, :], other=0.0,
+        ).to(DOT)  # fmt: skip
+        v = tl.load(
+            p_v + at[:, None] * (v_st * V_ALIGN) + o_dv[None, :],
+            mask=inside[:, None] & (o_dv < DV)[None, :], other=0.0,
+        ).to(DOT)  # fmt: skip
+        logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if CAPPED:
+            logit = _soft_cap(logit, softcap)
+        logit = tl.where(seen, logit + added, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(logit, 1))
+        weights = _weight(logit, new_largest[:, None])
+        decay = _weight(largest, new_largest)
+        largest = new_largest
+        total = total * decay + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(DOT), v, acc=acc * decay[:, None], input_precision="ieee")
+
+    if SPLIT:
+        # Heads side by side: (rows, GROUP, splits).
+        o = (i_row * GROUP + o_g) * splits + i_split
+        tl.store(p_largest + o, largest, mask=m_g)
+        tl.store(p_total + o, total, mask=m_g)
+        if i_split < tiles:
+            m_acc = m_g[:, None] & (o_dv < DV)[None, :]
+            tl.store(p_acc + o[:, None] * DV + o_dv[None, :], acc, mask=m_acc)
+    else:
+        sink = tl.full((HEADS,), float("-inf"), tl.float32)
+        if SINKS:
+            sink = tl.load(p_sinks + o_h, mask=m_g, other=float("-inf")).to(tl.float32)
+        out = _finish(acc, largest, total, sink)
+        p_out += (((i_b * H * GROUP + o_h) * S + i_s) * DV)[:, None] + o_dv[None, :]
+        m_out = m_g[:, None] & (o_dv < DV)[None, :]
+        tl.store(p_out, out.to(p_out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+def combine_kernel(
+    p_acc, p_largest, p_total, p_sinks, p_out, H, S, splits,
+    DV: tl.constexpr, GROUP: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Join the splits of one row and head; grid (rows * GROUP, blocks of Dv)."""
+    i = tl.program_id(0).to(tl.int64)
+    i_row = i // GROUP
+    i_s = i_row % S
+    i_head = (i_row // S) % H * GROUP + i % GROUP
+    i_b = i_row // (S * H)
+    o_split = tl.arange(0, SPLITS_MAX)
+    o_dv = tl.program_id(1) * COMBINE_DV + tl.arange(0, COMBINE_DV)
+    m_split = o_split < splits
+    largest = tl.load(p_largest + i * splits + o_split, mask=m_split, other=float("-inf"))
+    total = tl.load(p_total + i * splits + o_split, mask=m_split, other=0.0)
+    # A split without tiles wrote no accumulator. One that met a NaN has a sum, NaN.
+    wrote = (largest != float("-inf")) | (total != 0.0)
+    acc = tl.load(
+        p_acc + (i * splits + o_split)[:, None] * DV + o_dv[None, :],
+        mask=wrote[:, None] & (o_dv < DV)[None, :], other=0.0,
+    )  # fmt: skip
+    top = tl.max(largest, 0)
+    share = _weight(largest, top)
+    total = tl.sum(total * share, 0)
+    acc = tl.sum(acc * share[:, None], 0)
+    if SINKS:
+        sink = tl.load(p_sinks + i_head).to(tl.float32)
+        with_sink = tl.maximum(top, sink)
+        acc *= _weight(top, with_sink)
+        total = total * _weight(top, with_sink) + _weight(sink, with_sink)
+    out = acc / tl.where(total == 0.0, 1.0, total)
+    p_out += ((i_b * H * GROUP + i_head) * S + i_s) * DV + o_dv
+    tl.store(p_out, out.to(p_out.dtype.element_ty), mask=o_dv < DV)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    launch: AttendLaunch | None = None,
+) -> Tensor:
+    """`loki::attend`; see `loki_compile.kernels.ops`. `launch` replaces the table's choice."""
+    out, stages = attend_stages(
+        q, k, v, positions, mask, scale=scale, softcap=softcap, sinks=sinks, launch=launch
+    )
+    for stage in stages:
+        stage.run()
+    return out
+
+
+def attend_stages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    launch: AttendLaunch | None = None,
+) -> tuple[Tensor, tuple[Stage, ...]]:
+    """The output of `attend`, unwritten, and the launches that write it, in order."""
+    check_attend(q, k, v, positions, mask, softcap=softcap, sinks=sinks)
+    b, hq, s, d = q.shape
+    hkv, t, dv = v.shape[1:]
+    heads_out, slots = positions.shape[1], positions.shape[3]
+    group = hq // heads_out
+    rows = b * heads_out * s
+    out = q.new_empty((b, hq, s, dv))
+    if rows == 0:
+        return out, ()
+
+    device = device_of(q)
+    block_d, block_dv = (max(16, triton.next_power_of_2(n)) for n in (d, dv))
+    if launch is None:
+        launch = attend_launch(
+            device, group=group, block_d=max(block_d, block_dv), bytes_each=q.element_size()
+        )
+    sinks = None if sinks is None else sinks.contiguous()
+    head_blocks = triton.cdiv(group, launch.heads)
+    most = min(SPLITS_MAX.value, triton.cdiv(slots, launch.block_n))
+    splits = programs_per_row(device, rows * head_blocks, launch.programs, most)
+    parts = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    acc = largest = total = None
+    if splits > 1:
+        acc = parts((rows, group, splits, dv))
+        largest, total = parts((2, rows, group, splits))
+
+    k_strides, v_strides = broadcast_strides(k, 3), broadcast_strides(v, 3)
+    k_align, v_align = alignment(d, k_strides), alignment(dv, v_strides)
+    mask_kind, head_mask = NO_MASK.value, False
+    mask_strides = broadcast_strides(mask)
+    if mask is not None:
+        head_mask = mask_strides[1] != 0 and group > 1
+        mask_kind = BOOL_MASK.value if mask.dtype == torch.bool else ADDITIVE_MASK.value
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    dot = getattr(tl, str(q.dtype).removeprefix("torch."))
+    if interpreted(attend_kernel) and dot == tl.bfloat16:
+        dot = tl.float32  # numpy has no bfloat16
+
+    def run_attend() -> None:
+        attend_kernel[(rows, splits, head_blocks)](
+            q, k, v, positions, mask, sinks, out, acc, largest, total,
+            *broadcast_strides(q, 3), *(n // k_align for n in k_strides),
+            *(n // v_align for n in v_strides), *broadcast_strides(positions, 3), *mask_strides,
+            heads_out, s, t, slots, splits, scale, softcap,
+            D=d, DV=dv, BLOCK_D=block_d, BLOCK_DV=block_dv, GROUP=group, HEADS=launch.heads,
+            ROWS_PER_KV=heads_out // hkv, K_ALIGN=k_align, V_ALIGN=v_align,
+            MASK=mask_kind, HEAD_MASK=head_mask, CAPPED=softcap > 0,
+            SINKS=sinks is not None, SPLIT=splits > 1, DOT=dot,
+            BLOCK_N=launch.block_n, STAGES=launch.stages, num_warps=launch.warps,
+        )  # fmt: skip
+
+    def run_combine() -> None:
+        combine_kernel[(rows * group, triton.cdiv(dv, COMBINE_DV.value))](
+            acc, largest, total, sinks, out, heads_out, s, splits,
+            DV=dv, GROUP=group, SINKS=sinks is not None, num_warps=4,
+        )  # fmt: skip
+
+    attend_stage = Stage("attend", run_attend)
+    return out, (attend_stage, Stage("combine", run_combine)) if splits > 1 else (attend_stage,)

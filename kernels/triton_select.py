@@ -1,0 +1,731 @@
+"""`loki::select` on a GPU: three launches, no sort, no host synchronisation.
+
+    prepare   one program per row: projects the group's queries, finds the row's window, budget and
+              forced keys, and from a stratified sample of scores a floor that the wanted keys are
+              expected to reach: a first, coarse radix digit at the cost of reading 2048 rows.
+    list      streams the index once, split over `parts` programs per row: scores on the tensor
+              cores, maximum over the group, mask; keys at or above the floor are listed in
+              ascending order. Scores of the other keys are never written anywhere.
+    choose    one program per row: bisects the ordered bits of the listed keys for the exact
+              threshold, then writes the chosen positions in ascending order.
+
+A row is one list of positions: (b, h, s) with h a KV head (a group chooses together) or a query
+head. The result is exact whatever the sample says: fewer listed keys than the budget, and `choose`
+lists the row again without a floor (slower, for that row alone); more, and it reads more.
+
+Precision: a query is split into two digits (int8: 7 + 7 bits, matched to the index so that it goes
+to the tensor cores as it is stored, with integer accumulation; bf16 and fp16: head and tail), each
+relative to the row's largest entry, so that its rounding is about 2**-15 of it and not 2**-7.
+
+Bytes: rows * T * R * index_bytes (+ 4 for an int8 scale), and 8 bytes for each listed key, about
+1.9 budgets at T = 131072 and a budget of 2048. Grids, scratch shapes and specialisation do not
+depend on how many keys are visible; programs beyond the window exit at once.
+
+Legend as in `loki_compile.kernels`; p_ pointer, i_ program's coordinate, o_ offsets, strides in
+elements (`index_st` is the stride of T in the index, and so on).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from loki_compile.kernels.checks import check_select, hidden_below
+from loki_compile.kernels.triton_launch import (
+    SelectLaunch,
+    Stage,
+    alignment,
+    broadcast_strides,
+    device_of,
+    interpreted,
+    programs_per_row,
+    select_launch,
+)
+from torch import Tensor
+
+# Ordered keys: int32 that sort as the scores do. No score at all maps to these two.
+FORCED = tl.constexpr(0x7FFFFFFF)
+HIDDEN = tl.constexpr(-0x80000000)
+
+NO_MASK = tl.constexpr(0)
+BOOL_MASK = tl.constexpr(1)
+ADDITIVE_MASK = tl.constexpr(2)
+
+# Fields of a row's record in scratch.
+ROW_START = tl.constexpr(0)  # first position of the window
+ROW_END = tl.constexpr(1)  # its last position + 1
+ROW_READ = tl.constexpr(2)  # a bool mask is read before this: the end, or the start if no holes
+ROW_BUDGET = tl.constexpr(3)  # keys to choose
+ROW_RECENT = tl.constexpr(4)  # visible keys from here on are always chosen
+ROW_SINK = tl.constexpr(5)  # visible keys before this are always chosen
+ROW_FLOOR = tl.constexpr(6)  # list keys at or above this
+ROW_UNIT = tl.constexpr(7)  # fp32 bits: what one unit of the scores stands for
+ROW_FIELDS = tl.constexpr(8)
+
+INT8_DIGIT = tl.constexpr(256)
+INT8_LEVELS = tl.constexpr(127 * 256)  # times 127 * R it stays below 2**31 up to R = 512
+PARTS_MAX = tl.constexpr(256)
+SCAN_BLOCK = tl.constexpr(1024)
+
+
+@triton.jit
+def _ordered(score):
+    """int32 that orders as the fp32 score does; NaN as -inf, -0 as 0."""
+    score = tl.where(score == score, score + 0.0, float("-inf"))
+    bits = score.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _digits(
+    p_high, p_low, p_source, first,
+    BLOCK_R: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, LOW: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """Digits (PACK * BLOCK_R, PACK * HEADS) of the query heads from `first` on: PACK equal blocks
+    on the diagonal, so that one row of the other operand holds PACK keys."""
+    o_n = tl.arange(0, PACK * HEADS)
+    o_k = tl.arange(0, PACK * BLOCK_R)
+    source = tl.load(p_source + first + o_n % HEADS)
+    o = source[:, None] * BLOCK_R + (o_k % BLOCK_R)[None, :]
+    m = (o_n // HEADS)[:, None] == (o_k // BLOCK_R)[None, :]
+    high = tl.trans(tl.load(p_high + o, mask=m, other=0)).to(DOT)
+    low = high
+    if LOW:
+        low = tl.trans(tl.load(p_low + o, mask=m, other=0)).to(DOT)
+    return high, low
+
+
+@triton.jit
+def _group_best(
+    tile, high, low, BLOCK_T: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr,
+    LOW: tl.constexpr, INT8: tl.constexpr,
+):  # fmt: skip
+    """Best score of each key over the heads of `high`: (BLOCK_T) fp32, in units of the row."""
+    if INT8:
+        score = tl.dot(tile, high, out_dtype=tl.int32)
+        score = tl.dot(tile, low, acc=score * INT8_DIGIT, out_dtype=tl.int32)
+    else:
+        score = tl.dot(tile, high, input_precision="ieee")
+        if LOW:
+            # An infinite key gives inf * 0 in the tail: the head alone has its true sign.
+            tail = tl.dot(tile, low, input_precision="ieee")
+            score += tl.where(tl.abs(tail) < float("inf"), tail, 0.0)
+        score = tl.where(score == score, score, float("-inf"))
+    if HEADS > 1:
+        score = tl.max(tl.reshape(score, (BLOCK_T // PACK, PACK, HEADS)), 2)
+    return tl.reshape(score, (BLOCK_T,)).to(tl.float32)
+
+
+@triton.jit
+def _keys(
+    at, begin, stop, read_until, unit, high, low,
+    p_index, p_index_scale, p_mask, p_high, p_low, p_source,
+    index_st, index_scale_st, mask_st, hidden_below,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    PACK: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Ordered keys (HIDDEN where not visible) of the positions `at` < stop of one row.
+
+    With PACK > 1 the positions are begin, begin + 1, ... Pointers are those of the row; high and
+    low hold its first HEADS query heads.
+    """
+    o_k = tl.arange(0, PACK * BLOCK_R)
+    if PACK == 1:
+        at_tile = at[:, None]
+    else:
+        o_t = tl.arange(0, BLOCK_T // PACK) * PACK
+        at_tile = begin + o_t[:, None] + (o_k // BLOCK_R)[None, :]
+    # Read once: the scratch that the next launch needs has more use for the cache.
+    tile = tl.load(
+        p_index + at_tile.to(tl.int64) * index_st + (o_k % BLOCK_R)[None, :],
+        mask=(at_tile < stop) & (o_k % BLOCK_R < R)[None, :],
+        other=0, eviction_policy="evict_first",
+    ).to(DOT)  # fmt: skip
+    inside = at < stop
+    at = at.to(tl.int64)
+    best = _group_best(tile, high, low, BLOCK_T, HEADS, PACK, LOW, INT8)
+    for first in tl.static_range(HEADS, GROUP, HEADS):
+        more_high, more_low = _digits(p_high, p_low, p_source, first, BLOCK_R, HEADS, 1, LOW, DOT)
+        more = _group_best(tile, more_high, more_low, BLOCK_T, HEADS, 1, LOW, INT8)
+        best = tl.maximum(best, more)
+    if INT8:
+        best *= tl.load(p_index_scale + at * index_scale_st, mask=inside, other=0.0)
+    best *= unit
+    if MASK == ADDITIVE_MASK:
+        bias = tl.load(p_mask + at * mask_st, mask=inside, other=float("-inf")).to(tl.float32)
+        return tl.where(bias > hidden_below, _ordered(best + bias), HIDDEN)
+    if MASK == BOOL_MASK:
+        # A window without holes is visible throughout: its mask is not read.
+        seen = tl.load(p_mask + at * mask_st, mask=inside & (at < read_until), other=1) != 0
+        return tl.where(seen, _ordered(best), HIDDEN)
+    return _ordered(best)
+
+
+@triton.jit
+def _count(p_keys, n, at_least, BLOCK: tl.constexpr):
+    """How many of the n keys are >= at_least."""
+    total = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, n, BLOCK):
+        o = first + tl.arange(0, BLOCK)
+        total += (tl.load(p_keys + o, mask=o < n, other=HIDDEN) >= at_least).to(tl.int32)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _bisect(p_keys, n, low, high, n_low, n_high, want, slack, BLOCK: tl.constexpr):
+    """The largest key that `want` to `want + slack` keys reach, or that is as far as keys go.
+
+    n_low >= want keys are >= low and n_high < want are >= high. Returns (low, n_high) once n_low
+    is at most want + slack, or once high = low + 1, where n_high keys lie above low.
+    """
+    while (low + 1 < high) & (n_low > want + slack):
+        middle = (low & high) + ((low ^ high) >> 1)  # mean without overflow
+        n_middle = _count(p_keys, n, middle, BLOCK)
+        enough = n_middle >= want
+        low = tl.where(enough, middle, low)
+        n_low = tl.where(enough, n_middle, n_low)
+        high = tl.where(enough, high, middle)
+        n_high = tl.where(enough, n_high, n_middle)
+    return low, n_low, n_high
+
+
+@triton.jit
+def _visible(o, inside, p_mask, mask_st, hidden_below, MASK: tl.constexpr):
+    """1 where position o is inside and visible, else 0."""
+    if MASK == BOOL_MASK:
+        seen = tl.load(p_mask + o.to(tl.int64) * mask_st, mask=inside, other=0) != 0
+    else:
+        bias = tl.load(p_mask + o.to(tl.int64) * mask_st, mask=inside, other=float("-inf"))
+        seen = bias.to(tl.float32) > hidden_below
+    return (seen & inside).to(tl.int32)
+
+
+@triton.jit
+def _forced_window(
+    start, end, read_until, n_sink, n_recent, p_mask, mask_st, hidden_below, MASK: tl.constexpr
+):
+    """(recent_from, sink_until): positions that bound the forced visible keys."""
+    recent_from = end - n_recent
+    sink_until = start + n_sink
+    if MASK != NO_MASK:  # noqa: SIM102, a test at compile time
+        if read_until > start:  # the n-th visible key from either side: look for it block by block
+            recent_from = end
+            sink_until = start
+            left = n_recent
+            stop = end
+            while (left > 0) & (stop > start):
+                o = stop - SCAN_BLOCK + tl.arange(0, SCAN_BLOCK)
+                seen = _visible(o, o >= start, p_mask, mask_st, hidden_below, MASK)
+                found = tl.sum(seen, 0)
+                pick = (seen != 0) & (found - tl.cumsum(seen, 0) < left)
+                recent_from = tl.minimum(recent_from, tl.min(tl.where(pick, o, end), 0))
+                left -= found
+                stop -= SCAN_BLOCK
+            left = n_sink
+            begin = start
+            while (left > 0) & (begin < end):
+                o = begin + tl.arange(0, SCAN_BLOCK)
+                seen = _visible(o, o < end, p_mask, mask_st, hidden_below, MASK)
+                pick = (seen != 0) & (tl.cumsum(seen, 0) - seen < left)
+                sink_until = tl.maximum(sink_until, tl.max(tl.where(pick, o + 1, start), 0))
+                left -= tl.sum(seen, 0)
+                begin += SCAN_BLOCK
+    return recent_from, sink_until
+
+
+@triton.jit
+def _low_rank(
+    p_q, p_basis, first, q_sh, basis_sd,
+    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """q @ basis of COLUMNS query heads from `first` on: (COLUMNS, BLOCK_R) fp32."""
+    o_h = first + tl.arange(0, COLUMNS)
+    o_r = tl.arange(0, BLOCK_R)
+    low_rank = tl.zeros((COLUMNS, BLOCK_R), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        o_d = d + tl.arange(0, BLOCK_D)
+        q = tl.load(
+            p_q + o_h.to(tl.int64)[:, None] * q_sh + o_d[None, :],
+            mask=(o_h < GROUP)[:, None] & (o_d < D)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        basis = tl.load(
+            p_basis + o_d[:, None] * basis_sd + o_r[None, :],
+            mask=(o_d < D)[:, None] & (o_r < R)[None, :], other=0.0,
+        )  # fmt: skip
+        low_rank = tl.dot(q, basis, acc=low_rank, input_precision="ieee")
+    return low_rank
+
+
+@triton.jit
+def _project(
+    p_q, p_basis, p_high, p_low, p_source, q_sh, basis_sd, scale,
+    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr,
+):  # fmt: skip
+    """Write the digits of the row's GROUP query heads; returns the unit they are counted in.
+
+    Columns without a head of their own (padding, or a projection that is not finite) point to the
+    first finite head, which leaves the maximum over the group as it is. The unit is NaN if there
+    is none.
+    """
+    unit = 0.0
+    a_head = GROUP
+    low_rank = tl.zeros((COLUMNS, BLOCK_R), tl.float32)
+    for first in tl.static_range(0, GROUP, COLUMNS):
+        low_rank = _low_rank(
+            p_q, p_basis, first, q_sh, basis_sd, D, R, BLOCK_D, BLOCK_R, GROUP, COLUMNS
+        )
+        o_h = first + tl.arange(0, COLUMNS)
+        usable = (tl.sum(low_rank * 0.0, 1) == 0.0) & (o_h < GROUP)
+        largest = tl.max(tl.where(usable[:, None], tl.abs(low_rank), 0.0), 1)
+        unit = tl.maximum(unit, tl.max(largest, 0))
+        a_head = tl.minimum(a_head, tl.min(tl.where(usable, o_h, GROUP), 0))
+    divisor = tl.where(unit > 0, unit, 1.0)
+    for first in tl.static_range(0, GROUP, COLUMNS):
+        if GROUP > COLUMNS:
+            low_rank = _low_rank(
+                p_q, p_basis, first, q_sh, basis_sd, D, R, BLOCK_D, BLOCK_R, GROUP, COLUMNS
+            )
+        o_h = first + tl.arange(0, COLUMNS)
+        usable = (tl.sum(low_rank * 0.0, 1) == 0.0) & (o_h < GROUP)
+        tl.store(p_source + o_h, tl.where(usable, o_h, a_head % GROUP))
+        share = tl.where(usable[:, None], low_rank, 0.0) / divisor
+        o = o_h[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+        if INT8:
+            level = tl.floor(share * INT8_LEVELS + 0.5)
+            high = tl.floor((level + INT8_DIGIT // 2) / INT8_DIGIT)
+            tl.store(p_high + o, high.to(tl.int8))
+            tl.store(p_low + o, (level - high * INT8_DIGIT).to(tl.int8))
+        else:
+            high = share.to(p_high.dtype.element_ty)
+            tl.store(p_high + o, high)
+            if LOW:
+                tl.store(p_low + o, (share - high.to(tl.float32)).to(p_low.dtype.element_ty))
+    unit *= scale
+    if INT8:
+        unit /= INT8_LEVELS
+    return tl.where(a_head < GROUP, unit, float("nan"))
+
+
+_RUNTIME_SIZES = [
+    "S", "T", "H", "parts", "top_k", "keep_q16", "sink", "recent",
+    "q_sb", "q_sh", "q_ss", "basis_sh", "basis_sd",
+    "index_sb", "index_sh", "index_st", "index_scale_sb", "index_scale_sh", "index_scale_st",
+    "mask_sb", "mask_sh", "mask_ss", "mask_st", "bounds_sb", "bounds_sh", "bounds_ss",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask", "p_bounds"])
+def prepare_kernel(
+    p_q, p_basis, p_index, p_index_scale, p_mask, p_bounds,
+    p_high, p_low, p_source, p_rows, p_sample,
+    q_sb, q_sh, q_ss, basis_sh, basis_sd, index_sb, index_sh, index_st,
+    index_scale_sb, index_scale_sh, index_scale_st,
+    mask_sb, mask_sh, mask_ss, mask_st, bounds_sb, bounds_sh, bounds_ss,
+    H, S, T, scale, hidden_below, top_k, keep_q16, sink, recent,
+    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr,
+    ALIGN: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_T: tl.constexpr, SAMPLE: tl.constexpr, LIST_ALL: tl.constexpr,
+):  # fmt: skip
+    """Digits and record of one row; grid (rows,)."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_s = i_row % S
+    i_h = (i_row // S) % H
+    i_b = i_row // (S * H)
+    i_kv = i_h // ROWS_PER_KV
+    COLUMNS: tl.constexpr = HEADS * PACK
+    GROUP_PAD: tl.constexpr = (GROUP + COLUMNS - 1) // COLUMNS * COLUMNS
+    p_high += i_row * GROUP_PAD * BLOCK_R
+    p_low += i_row * GROUP_PAD * BLOCK_R
+    p_source += i_row * GROUP_PAD
+    p_rows += i_row * ROW_FIELDS
+    p_sample += i_row * SAMPLE
+    unit = _project(
+        p_q + i_b * q_sb + i_h * GROUP * q_sh + i_s * q_ss, p_basis + i_kv * basis_sh,
+        p_high, p_low, p_source, q_sh, basis_sd, scale,
+        D, R, BLOCK_D, BLOCK_R, GROUP, COLUMNS, LOW, INT8,
+    )  # fmt: skip
+
+    start = 0
+    end = T
+    count = T
+    if MASK != NO_MASK:
+        p_mask += i_b * mask_sb + i_h * GROUP * mask_sh + i_s * mask_ss
+        p_bounds += i_b * bounds_sb + i_h * GROUP * bounds_sh + i_s * bounds_ss
+        start = tl.maximum(tl.load(p_bounds), 0)
+        end = tl.minimum(tl.load(p_bounds + 1), T)
+        count = tl.minimum(tl.maximum(tl.load(p_bounds + 2), 0), tl.maximum(end - start, 0))
+        start = tl.where(count > 0, start, 0)
+        end = tl.where(count > 0, end, 0)
+    read_until = tl.where(count != end - start, end, start)
+    share = ((count.to(tl.int64) * keep_q16 + 65535) >> 16).to(tl.int32)
+    budget = tl.minimum(tl.minimum(top_k, tl.maximum(share, 1)), count)
+    n_recent = tl.minimum(recent, budget)
+    n_sink = tl.minimum(sink, budget - n_recent)
+    recent_from, sink_until = _forced_window(
+        start, end, read_until, n_sink, n_recent, p_mask, mask_st, hidden_below, MASK
+    )
+
+    floor = tl.full((), HIDDEN + 1, tl.int32)
+    if count > LIST_ALL:
+        tl.debug_barrier()  # the digits were stored by other threads of this program
+        high, low = _digits(p_high, p_low, p_source, 0, BLOCK_R, COLUMNS, 1, LOW, DOT)
+        if INT8:
+            p_index_scale += i_b * index_scale_sb + i_kv * index_scale_sh
+        span = (end - start).to(tl.int64)
+        for first in range(0, SAMPLE, BLOCK_T):
+            # One position per stratum, at a scrambled offset: a period in the keys cannot hide.
+            o = first + tl.arange(0, BLOCK_T).to(tl.int64)
+            left = o * span // SAMPLE
+            width = tl.maximum((o + 1) * span // SAMPLE - left, 1)
+            at = start + left + ((o * 0x9E3779B1) >> 8) % width
+            key = _keys(
+                at, start, end, read_until, unit, high, low,
+                p_index + i_b * (index_sb * ALIGN) + i_kv * (index_sh * ALIGN), p_index_scale,
+                p_mask, p_high, p_low, p_source,
+                index_st * ALIGN, index_scale_st, mask_st, hidden_below,
+                R, BLOCK_R, GROUP, COLUMNS, 1, MASK, LOW, INT8, DOT, BLOCK_T,
+            )  # fmt: skip
+            tl.store(p_sample + o, key, mask=o < SAMPLE)
+        tl.debug_barrier()
+        n_seen = _count(p_sample, SAMPLE, HIDDEN + 1, SCAN_BLOCK)
+        # Four standard deviations of the count above the true threshold, and four keys.
+        expected = budget.to(tl.float32) / count.to(tl.float32) * n_seen.to(tl.float32)
+        want = (expected + 4.0 * tl.sqrt(expected) + 4.0).to(tl.int32)
+        top = tl.full((), FORCED, tl.int32)
+        if want < n_seen:
+            floor, _, _ = _bisect(
+                p_sample, SAMPLE, floor, top, n_seen, top * 0, want, want // 8, SCAN_BLOCK
+            )
+    tl.store(p_rows + ROW_START, start)
+    tl.store(p_rows + ROW_END, end)
+    tl.store(p_rows + ROW_READ, read_until)
+    tl.store(p_rows + ROW_BUDGET, budget)
+    tl.store(p_rows + ROW_RECENT, recent_from)
+    tl.store(p_rows + ROW_SINK, sink_until)
+    tl.store(p_rows + ROW_FLOOR, floor)
+    tl.store(p_rows + ROW_UNIT, unit.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _list_span(
+    begin, stop, floor, p_rows, p_list_key, p_list_at,
+    p_index, p_index_scale, p_mask, p_high, p_low, p_source,
+    index_st, index_scale_st, mask_st, hidden_below,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    PACK: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """List the visible keys of [begin, stop) that reach the floor, ascending; returns how many."""
+    recent_from = tl.load(p_rows + ROW_RECENT)
+    sink_until = tl.load(p_rows + ROW_SINK)
+    read_until = tl.load(p_rows + ROW_READ)
+    unit = tl.load(p_rows + ROW_UNIT).to(tl.float32, bitcast=True)
+    high, low = _digits(p_high, p_low, p_source, 0, BLOCK_R, HEADS, PACK, LOW, DOT)
+    n = 0
+    for t in tl.range(begin, stop, BLOCK_T, num_stages=STAGES):
+        at = t + tl.arange(0, BLOCK_T)
+        key = _keys(
+            at, t, stop, read_until, unit, high, low,
+            p_index, p_index_scale, p_mask, p_high, p_low, p_source,
+            index_st, index_scale_st, mask_st, hidden_below,
+            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T,
+        )  # fmt: skip
+        if (t < sink_until) | (t + BLOCK_T > tl.minimum(recent_from, stop)):
+            forced = (key != HIDDEN) & ((at >= recent_from) | (at < sink_until))
+            key = tl.where(at < stop, tl.where(forced, FORCED, key), HIDDEN)
+        keep = (key >= floor).to(tl.int32)
+        slot = n + tl.cumsum(keep, 0) - 1
+        tl.store(p_list_key + slot, key, mask=keep != 0)
+        tl.store(p_list_at + slot, at, mask=keep != 0)
+        n += tl.sum(keep, 0)
+    return n
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
+def list_kernel(
+    p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_rows,
+    p_list_key, p_list_at, p_counts,
+    index_sb, index_sh, index_st, index_scale_sb, index_scale_sh, index_scale_st,
+    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, parts,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
+    MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """List one part of one row's window; grid (rows, parts).
+
+    The rows of one KV head are neighbours in the grid: they share its index through the cache.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    i_part = tl.program_id(1)
+    i_s = i_row % S
+    i_h = (i_row // S) % H
+    i_b = i_row // (S * H)
+    i_kv = i_h // ROWS_PER_KV
+    COLUMNS: tl.constexpr = HEADS * PACK
+    GROUP_PAD: tl.constexpr = (GROUP + COLUMNS - 1) // COLUMNS * COLUMNS
+    p_rows += i_row * ROW_FIELDS
+    start = tl.load(p_rows + ROW_START)
+    end = tl.load(p_rows + ROW_END)
+    chunk = tl.cdiv(tl.cdiv(end - start, parts), BLOCK_T) * BLOCK_T
+    begin = start + tl.minimum(i_part * chunk, end - start)
+    stop = tl.minimum(begin + chunk, end)
+    list_from = i_row * tl.cdiv(T, 16) * 16 + begin - start
+    if MASK != NO_MASK:
+        p_mask += i_b * mask_sb + i_h * GROUP * mask_sh + i_s * mask_ss
+    if INT8:
+        p_index_scale += i_b * index_scale_sb + i_kv * index_scale_sh
+    n = 0
+    if begin < stop:
+        n = _list_span(
+            begin, stop, tl.load(p_rows + ROW_FLOOR), p_rows,
+            p_list_key + list_from, p_list_at + list_from,
+            p_index + i_b * (index_sb * ALIGN) + i_kv * (index_sh * ALIGN), p_index_scale, p_mask,
+            p_high + i_row * GROUP_PAD * BLOCK_R, p_low + i_row * GROUP_PAD * BLOCK_R,
+            p_source + i_row * GROUP_PAD, index_st * ALIGN, index_scale_st, mask_st, hidden_below,
+            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, STAGES,
+        )  # fmt: skip
+    tl.store(p_counts + i_row * parts + i_part, n)
+
+
+@triton.jit
+def _flatten(p_list_key, p_list_at, p_counts, p_before, parts, chunk, BLOCK: tl.constexpr):
+    """Move the lists of the parts together, in place and in order; returns how many keys.
+
+    A key only ever moves to a lower slot, so no slot is written before it has been read.
+    """
+    o_part = tl.arange(0, PARTS_MAX)
+    counts = tl.load(p_counts + o_part, mask=o_part < parts, other=0)
+    total = tl.sum(counts, 0)
+    tl.store(p_before + o_part, tl.cumsum(counts, 0) - counts, mask=o_part < parts)
+    tl.debug_barrier()
+    for first in range(0, total, BLOCK):
+        o = first + tl.arange(0, BLOCK)
+        inside = o < total
+        part = tl.zeros((BLOCK,), tl.int32)
+        for bit in tl.static_range(1, 9):  # the last part that begins at or before slot o
+            beyond = part + (PARTS_MAX >> bit)
+            before = tl.load(p_before + beyond, mask=beyond < parts, other=0x7FFFFFFF)
+            part = tl.where(before <= o, beyond, part)
+        source = part * chunk + o - tl.load(p_before + part)
+        key = tl.load(p_list_key + source, mask=inside)
+        at = tl.load(p_list_at + source, mask=inside)
+        tl.debug_barrier()
+        tl.store(p_list_key + o, key, mask=inside)
+        tl.store(p_list_at + o, at, mask=inside)
+    tl.debug_barrier()
+    return total
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
+def choose_kernel(
+    p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_rows,
+    p_list_key, p_list_at, p_counts, p_before, p_positions,
+    index_sb, index_sh, index_st, index_scale_sb, index_scale_sh, index_scale_st,
+    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, parts, top_k,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
+    MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Positions (top_k) of one row from its lists; grid (rows,)."""
+    i_row = tl.program_id(0).to(tl.int64)
+    p_rows += i_row * ROW_FIELDS
+    p_list_key += i_row * tl.cdiv(T, 16) * 16  # whole vectors
+    p_list_at += i_row * tl.cdiv(T, 16) * 16
+    p_positions += i_row * top_k
+    start = tl.load(p_rows + ROW_START)
+    end = tl.load(p_rows + ROW_END)
+    budget = tl.load(p_rows + ROW_BUDGET)
+    floor = tl.load(p_rows + ROW_FLOOR)
+    chunk = tl.cdiv(tl.cdiv(end - start, parts), BLOCK_T) * BLOCK_T
+    total = _flatten(
+        p_list_key, p_list_at, p_counts + i_row * parts, p_before + i_row * parts, parts, chunk,
+        BLOCK,
+    )  # fmt: skip
+    if total < budget:  # the sample misled: list every visible key of this row
+        i_s = i_row % S
+        i_h = (i_row // S) % H
+        i_b = i_row // (S * H)
+        i_kv = i_h // ROWS_PER_KV
+        COLUMNS: tl.constexpr = HEADS * PACK
+        GROUP_PAD: tl.constexpr = (GROUP + COLUMNS - 1) // COLUMNS * COLUMNS
+        if MASK != NO_MASK:
+            p_mask += i_b * mask_sb + i_h * GROUP * mask_sh + i_s * mask_ss
+        if INT8:
+            p_index_scale += i_b * index_scale_sb + i_kv * index_scale_sh
+        floor = tl.full((), HIDDEN + 1, tl.int32)
+        total = _list_span(
+            start, end, floor, p_rows, p_list_key, p_list_at,
+            p_index + i_b * (index_sb * ALIGN) + i_kv * (index_sh * ALIGN), p_index_scale, p_mask,
+            p_high + i_row * GROUP_PAD * BLOCK_R, p_low + i_row * GROUP_PAD * BLOCK_R,
+            p_source + i_row * GROUP_PAD, index_st * ALIGN, index_scale_st, mask_st, hidden_below,
+            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, 1,
+        )  # fmt: skip
+        tl.debug_barrier()
+        budget = tl.minimum(budget, total)
+
+    best = tl.full((BLOCK,), HIDDEN, tl.int32)
+    forced = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, total, BLOCK):
+        o = first + tl.arange(0, BLOCK)
+        key = tl.load(p_list_key + o, mask=o < total, other=HIDDEN)
+        best = tl.maximum(best, tl.where(key == FORCED, HIDDEN, key))
+        forced += (key == FORCED).to(tl.int32)
+    n_forced = tl.sum(forced, 0)
+    threshold, n_reach, n_above = _bisect(
+        p_list_key, total, floor, tl.max(best, 0) + 1, total, n_forced, budget, 0, BLOCK
+    )
+    # Keys above the threshold, and as many equal to it, from the left, as the budget has left.
+    from_ties = tl.where(n_reach == budget, budget, budget - n_above)
+    threshold = tl.where(n_forced >= budget, FORCED, threshold)
+    from_ties = tl.where(n_forced >= budget, budget, from_ties)
+    n = 0
+    n_ties = 0
+    for first in range(0, total, BLOCK):
+        o = first + tl.arange(0, BLOCK)
+        key = tl.load(p_list_key + o, mask=o < total, other=HIDDEN)
+        at = tl.load(p_list_at + o, mask=o < total, other=-1)
+        tie = ((key == threshold) & (o < total)).to(tl.int32)
+        tie_rank = n_ties + tl.cumsum(tie, 0)
+        chosen = (key > threshold) | ((tie != 0) & (tie_rank <= from_ties))
+        slot = n + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(p_positions + slot, at, mask=chosen & (slot < top_k))
+        n += tl.sum(chosen.to(tl.int32), 0)
+        n_ties += tl.sum(tie, 0)
+    for first in range(n // BLOCK * BLOCK, top_k, BLOCK):
+        o = first + tl.arange(0, BLOCK)
+        tl.store(p_positions + o, tl.full((BLOCK,), -1, tl.int32), mask=(o >= n) & (o < top_k))
+
+
+def select(
+    q: Tensor,
+    basis: Tensor,
+    index: Tensor,
+    index_scale: Tensor | None,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    *,
+    scale: float,
+    top_k: int,
+    keep_q16: int,
+    sink: int,
+    recent: int,
+    per_head: bool,
+    launch: SelectLaunch | None = None,
+) -> Tensor:
+    """`loki::select`; see `loki_compile.kernels.ops`. `launch` replaces the table's choice."""
+    positions, stages = select_stages(
+        q, basis, index, index_scale, mask, bounds, scale=scale, top_k=top_k, keep_q16=keep_q16,
+        sink=sink, recent=recent, per_head=per_head, launch=launch,
+    )  # fmt: skip
+    for stage in stages:
+        stage.run()
+    return positions
+
+
+def select_stages(
+    q: Tensor,
+    basis: Tensor,
+    index: Tensor,
+    index_scale: Tensor | None,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    *,
+    scale: float,
+    top_k: int,
+    keep_q16: int,
+    sink: int,
+    recent: int,
+    per_head: bool,
+    launch: SelectLaunch | None = None,
+) -> tuple[Tensor, tuple[Stage, ...]]:
+    """The output of `select`, unwritten, and the launches that write it, in order."""
+    check_select(
+        q, basis, index, index_scale, mask, bounds,
+        top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, per_head=per_head,
+    )  # fmt: skip
+    b, hq, s, d = q.shape
+    hkv, t, r = index.shape[1:]
+    heads_out = hq if per_head else hkv
+    group = hq // heads_out
+    rows = b * heads_out * s
+    positions = q.new_empty((b, heads_out, s, top_k), dtype=torch.int32)
+    if rows == 0:
+        return positions, ()
+
+    device = device_of(q)
+    int8 = index.dtype == torch.int8
+    block_r = max(32 if int8 else 16, triton.next_power_of_2(r))
+    if launch is None:
+        launch = select_launch(
+            device, group=group, block_r=block_r, index_bytes=index.element_size(), top_k=top_k
+        )
+    parts = programs_per_row(device, rows, launch.programs, PARTS_MAX.value)
+    columns = launch.heads * launch.pack
+    group_pad = triton.cdiv(group, columns) * columns
+    scratch = functools.partial(torch.empty, device=q.device)
+    high, low = scratch((2, rows, group_pad, block_r), dtype=index.dtype)
+    source = scratch((rows, group_pad), dtype=torch.int32)
+    records = scratch((rows, ROW_FIELDS.value), dtype=torch.int32)
+    sample = scratch((rows, launch.sample), dtype=torch.int32)
+    list_key, list_at = scratch((2, rows, triton.cdiv(t, 16) * 16), dtype=torch.int32)
+    counts, before = scratch((2, rows, parts), dtype=torch.int32)
+
+    index_strides = broadcast_strides(index, 3)
+    align = alignment(r, index_strides)
+    index_strides = tuple(stride // align for stride in index_strides)
+    scale_strides = broadcast_strides(index_scale, 3)
+    mask_strides = broadcast_strides(mask)
+    mask_kind, hidden = NO_MASK.value, 0.0
+    if mask is not None:
+        mask_kind = BOOL_MASK.value if mask.dtype == torch.bool else ADDITIVE_MASK.value
+        hidden = hidden_below(mask.dtype) if mask_kind == ADDITIVE_MASK.value else 0.0
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    dot = getattr(tl, str(index.dtype).removeprefix("torch."))
+    if interpreted(list_kernel) and dot == tl.bfloat16:
+        dot = tl.float32  # numpy has no bfloat16
+
+    tile = dict(
+        R=r, BLOCK_R=block_r, GROUP=group, HEADS=launch.heads, PACK=launch.pack,
+        ROWS_PER_KV=heads_out // hkv, ALIGN=align, MASK=mask_kind,
+        LOW=index.dtype != torch.float32, INT8=int8, DOT=dot, BLOCK_T=launch.block_t,
+    )  # fmt: skip
+
+    def prepare() -> None:
+        prepare_kernel[(rows,)](
+            q, basis, index, index_scale, mask, bounds, high, low, source, records, sample,
+            *broadcast_strides(q, 3), *basis.stride()[:2], *index_strides, *scale_strides,
+            *mask_strides, *broadcast_strides(bounds, 3),
+            heads_out, s, t, scale, hidden, top_k, keep_q16, sink, recent,
+            D=d, BLOCK_D=32, SAMPLE=launch.sample, LIST_ALL=launch.list_all, **tile,
+            num_warps=launch.warps,
+        )  # fmt: skip
+
+    def list_keys() -> None:
+        list_kernel[(rows, parts)](
+            index, index_scale, mask, high, low, source, records, list_key, list_at, counts,
+            *index_strides, *scale_strides, *mask_strides, heads_out, s, t, hidden, parts,
+            STAGES=launch.stages, **tile, num_warps=launch.warps,
+        )  # fmt: skip
+
+    def choose() -> None:
+        choose_kernel[(rows,)](
+            index, index_scale, mask, high, low, source, records, list_key, list_at, counts,
+            before, positions, *index_strides, *scale_strides, *mask_strides,
+            heads_out, s, t, hidden, parts, top_k,
+            BLOCK=launch.block, **tile, num_warps=launch.choose_warps,
+        )  # fmt: skip
+
+    return positions, (
+        Stage("prepare", prepare),
+        Stage("list", list_keys),
+        Stage("choose", choose),
+    )
