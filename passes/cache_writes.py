@@ -56,8 +56,9 @@ class KeyCache:
 
     `past` is the placeholder that brings it in. `root` holds the keys that the site reads: the
     same placeholder where the cache is mutated, the node that builds the new cache where it is
-    replaced (then `output` is its place among the graph's outputs). `views` lead from `root` to
-    the site's `key.base`. `head_axis` and `token_axis` are dimensions of `root`; head_dim is last.
+    replaced (then `output` is its place among the graph's outputs, after the views `leaves`: a
+    sliding window keeps a slice). `views` lead from `root` to the site's `key.base`. `head_axis`
+    and `token_axis` are dimensions of `root`; head_dim is last.
     """
 
     past: fx.Node
@@ -68,6 +69,7 @@ class KeyCache:
     token_axis: int
     source: str
     output: int | None = None
+    leaves: tuple[fx.Node, ...] = ()
 
     @property
     def replaced(self) -> bool:
@@ -108,7 +110,7 @@ def trace_cache(site: AttentionSite) -> KeyCache | Skipped:
     found = trace(node, labels, site)
     if not isinstance(found, tuple):
         return skip(*found.reason)
-    past, writes, output = found
+    past, writes, output, leaves = found
     return KeyCache(
         past=past,
         root=node,
@@ -118,6 +120,7 @@ def trace_cache(site: AttentionSite) -> KeyCache | Skipped:
         token_axis=order[2],
         source=source_name(past) or past.name,
         output=output,
+        leaves=leaves,
     )
 
 
@@ -128,7 +131,7 @@ class _No:
 
 def _replaced(
     node: fx.Node, labels: list[Any], site: AttentionSite
-) -> tuple[fx.Node, tuple[CacheWrite, ...], int] | _No:
+) -> tuple[fx.Node, tuple[CacheWrite, ...], int, tuple[fx.Node, ...]] | _No:
     """The cache is rebuilt by one call from a placeholder and the new keys, and returned."""
     if op_name(node) == "cat":
         tensors = operand(node, "tensors")
@@ -146,17 +149,36 @@ def _replaced(
     head_axis = _head_axis(source, target, site)
     if head_axis is None:
         return _No((Reason.WRITE, op_name(node), "the new keys do not line up with the cache"))
-    outputs = node.graph.output_node().args[0]
-    places = [i for i, out in enumerate(outputs) if out is node]  # type: ignore[arg-type]
-    if not places:
+    left = _way_out(node)
+    if left is None:
         users = ", ".join(sorted({op_name(user) or user.op for user in node.users}))
         return _No((Reason.CACHE_LEAVES, f"its users are {users}"))
-    return past, (CacheWrite(node, source, head_axis),), places[0]
+    return past, (CacheWrite(node, source, head_axis),), *left
+
+
+def _way_out(node: fx.Node) -> tuple[int, tuple[fx.Node, ...]] | None:
+    """Where a replaced cache leaves the graph: its place among the outputs, and the slices before.
+
+    A cache that leaves more than once, or whose slice is followed by other views, is not followed.
+    """
+    outputs = list(node.graph.output_node().args[0])  # type: ignore[arg-type]
+    slices = [
+        user
+        for user in node.users
+        if op_name(user) == "getitem"
+        and _view_dims(user) == list(range(len(shape_of(node) or ())))
+        and user in outputs
+    ]
+    ways = [(node, ())] if node in outputs else []
+    ways += [(user, (user,)) for user in slices]
+    if len(ways) != 1 or outputs.count(ways[0][0]) != 1:
+        return None
+    return outputs.index(ways[0][0]), ways[0][1]
 
 
 def _mutated(
     root: fx.Node, labels: list[Any], site: AttentionSite
-) -> tuple[fx.Node, tuple[CacheWrite, ...], None] | _No:
+) -> tuple[fx.Node, tuple[CacheWrite, ...], None, tuple[fx.Node, ...]] | _No:
     """Every write into a placeholder through any of its views, in graph order."""
     writes: list[CacheWrite] = []
     aliases: list[tuple[fx.Node, tuple[fx.Node, ...], list[Any]]] = [(root, (), labels)]
@@ -181,7 +203,7 @@ def _mutated(
                 return _No((Reason.WRITE, op_name(user), "written through a view"))
     position = {node: i for i, node in enumerate(root.graph.nodes)}
     writes.sort(key=lambda write: position[write.node])
-    return root, tuple(writes), None
+    return root, tuple(writes), None, ()
 
 
 def _mirrorable(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +25,12 @@ ALIASES = {
     "__getitem__": "getitem",
     "__setitem__": "setitem",
 }
+
+_IN_PLACE_OPERATORS = frozenset(
+    f"i{name}"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or",
+                 "xor", "lshift", "rshift")
+)  # fmt: skip
 
 # Operands in order, for the operations whose operands the passes read.
 SIGNATURES: dict[str, tuple[str, ...]] = {
@@ -55,14 +63,33 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 
 
 def op_name(node: fx.Node) -> str:
-    """The operation of a call node in its one spelling (`"transpose"`, `"cat"`, ...), else ""."""
+    """The operation of a call node in its one spelling (`"transpose"`, `"cat"`, ...), else "".
+
+    Only PyTorch's own: another library's op or function keeps its full name
+    (`"mylib::index_copy_"`), since it may do anything under a name that PyTorch uses too.
+    """
     if node.op == "call_method":
         name = str(node.target)
     elif node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
+        name = _function_name(node.target)
     else:
         return ""
     return ALIASES.get(name, name)
+
+
+def _function_name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return str(target._qualified_op_name).removeprefix("aten::")
+    name = getattr(target, "__name__", "")
+    return f"{target.__module__}.{name}" if _is_foreign(target) else name
+
+
+def _is_foreign(target: Any) -> bool:
+    """Whether a call's target is a Python function that is not PyTorch's."""
+    package = str(getattr(target, "__module__", None)).partition(".")[0]
+    return isinstance(target, types.FunctionType) and package not in ("torch", "_operator")
 
 
 def operand(node: fx.Node, name: str, default: Any = None) -> Any:
@@ -103,9 +130,84 @@ def concrete(size: Any) -> int | None:
 
 
 def mutates(node: fx.Node) -> bool:
-    """Whether the call writes into its first operand (torch's trailing-underscore convention)."""
+    """Whether the call writes into its first operand and returns it, as PyTorch's own calls do.
+
+    That is what a trailing underscore, an in-place operator and `inplace=True` say.
+    """
     name = op_name(node)
-    return name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+    if name == "setitem" or name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True:
+        return True
+    return name.endswith("_") and not name.endswith("__")
+
+
+def written_operands(node: fx.Node) -> list[fx.Node]:
+    """The operands that a call may write into: all of them where its effects are not known."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        unknown = target._schema.is_mutable
+    elif isinstance(target, torch._ops.OpOverloadPacket):
+        unknown = any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    else:
+        unknown = isinstance(target, torch._ops.HigherOrderOperator) or _is_foreign(target)
+    if unknown:
+        return list(node.all_input_nodes)
+    written: list[fx.Node] = []
+    if mutates(node):
+        first = node.args[0] if node.args else node.kwargs.get("input", list(node.all_input_nodes))
+        map_arg(first, written.append)
+    map_arg(node.kwargs.get("out"), written.append)
+    return written
+
+
+@dataclass(frozen=True)
+class Write:
+    """A call that may write into the memory of `operand`, at `position` in its graph."""
+
+    position: int
+    call: fx.Node
+    operand: fx.Node
+
+
+def writes_of(graph: fx.Graph) -> list[Write]:
+    """Everything in the graph that may write into an operand, in order."""
+    return [
+        Write(position, node, operand)
+        for position, node in enumerate(graph.nodes)
+        for operand in written_operands(node)
+    ]
+
+
+def may_overlap(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two tensors may share memory. Fake tensors share storage as the real ones do."""
+    x, y = fake_value(a), fake_value(b)
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        return False
+    if _storage(x) != _storage(y):
+        return False
+    first, second = _extent(x), _extent(y)
+    if first is None or second is None:
+        return True
+    return first[0] < second[1] and second[0] < first[1]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a wrapper without memory of its own
+        return id(tensor)
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """First and last element (exclusive) within the storage, None where they are symbolic."""
+    numbers = [concrete(n) for n in (tensor.storage_offset(), *tensor.shape, *tensor.stride())]
+    known = [n for n in numbers if n is not None]
+    if len(known) < len(numbers):
+        return None
+    start, shape, stride = known[0], known[1 : tensor.ndim + 1], known[tensor.ndim + 1 :]
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return start, start + last + 1 if all(shape) else start
 
 
 def module_path(node: fx.Node) -> str:
@@ -161,14 +263,14 @@ def remap(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
 def finish(gm: fx.GraphModule) -> fx.GraphModule:
     """Drops dead views and arithmetic, checks the graph and regenerates its code.
 
-    Keeps every call that writes into an operand and every node without a fake tensor: fx does not
-    know that `index_copy_` has an effect.
+    Keeps every call that may write into an operand and every node without a fake tensor: fx does
+    not know that `index_copy_`, `x += 1` or `out=` have an effect.
     """
 
     def is_impure(node: fx.Node) -> bool:
-        return (
+        return bool(
             node.op in ("placeholder", "output")
-            or mutates(node)
+            or written_operands(node)
             or not isinstance(fake_value(node), (torch.Tensor, torch.SymInt, torch.SymFloat, int))
         )
 

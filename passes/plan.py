@@ -92,8 +92,8 @@ def make_plan(
         if isinstance(cache, Skipped):
             dense.append(cache)
             continue
-        slots = _slots(site)
-        if slots is not None and not cache.replaced and min_context and slots <= min_context:
+        slots = _most_keys(site, cache)
+        if slots is not None and min_context and slots <= min_context:
             dense.append(Skipped(site.node, Reason.SHORT_CACHE, (slots, min_context), site.path))
             continue
         if cache not in caches:
@@ -103,8 +103,12 @@ def make_plan(
     return Plan(tuple(sparse), tuple(dense), tuple(sites), tuple(caches))
 
 
-def _slots(site: AttentionSite) -> int | None:
-    """Keys that the site's key operand can hold, where that is a constant."""
+def _most_keys(site: AttentionSite, cache: KeyCache) -> int | None:
+    """Keys that the site can ever see, where that is a constant: a static cache, a window."""
+    if cache.replaced:
+        kept = shape_of(cache.leaves[-1]) if cache.leaves else None
+        window = concrete(kept[cache.token_axis]) if kept is not None else None
+        return None if window is None else window + site.query_tokens
     shape = shape_of(site.key.base)
     return concrete(shape[site.key.order[2]]) if shape is not None else None
 

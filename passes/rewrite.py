@@ -92,7 +92,8 @@ def rewrite_sparse(
         for write in cache.writes:
             parts = _mirror(graph, cache, write, parts, key_basis, layout)
         if cache.replaced:
-            outputs += parts
+            with graph.inserting_before(graph.output_node()):
+                outputs += [_replay(graph, cache.leaves, part) for part in parts]
         indexes.append((parts, query_basis))
     for sparse in plan.sparse:
         with graph.inserting_before(sparse.site.node):
