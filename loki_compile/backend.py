@@ -29,7 +29,7 @@ from loki_compile.passes.sites import Reason, Skipped, find_sites
 from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from loki_compile.pca_store.store import Store
-from loki_compile.report import record_graph
+from loki_compile.report import GraphReport, describe, record_graph
 from loki_compile.runtime import CacheBinding, DecodeGraph, Variant
 
 log = logging.getLogger("loki_compile")
@@ -73,6 +73,17 @@ def loki(
         packed, mapping = copy_of(normal)
         return compile_graph(pack_groups(packed, plan.on(mapping).sites), example_inputs)
     return compile_graph(gm, example_inputs)
+
+
+def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfig) -> GraphReport:
+    """The report of one graph, without compiling it.
+
+    Raises:
+      ValueError: a basis that does not belong to the model.
+    """
+    normal, _ = normalize(gm)
+    plan = plan_graph(normal, config)
+    return describe(plan, config, _bind_caches(normal, plan, example_inputs, config))
 
 
 def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:

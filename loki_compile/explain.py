@@ -1,0 +1,115 @@
+"""`explain(model, ...)`: what each attention site of a call would become, and why; runs it eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from loki_compile.backend import analyse
+from loki_compile.config import LokiConfig
+from loki_compile.report import GraphReport, SiteReport
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def explain(
+    model: nn.Module, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any
+) -> list[GraphReport]:
+    """The report of each graph of `model(*args, **kwargs)`; nothing is compiled or rewritten.
+
+    The call itself takes place once, eagerly: a cache that is passed grows by its tokens. Pass a
+    decode step (one token and a filled cache), since prefills stay dense by plan.
+
+    Args:
+        model: any module.
+        *args, **kwargs: what it is called with.
+        options: as in `torch.compile(..., options=)`.
+
+    Raises:
+        ValueError: an option or a basis that the backend would refuse.
+    """
+    config = LokiConfig.from_options(options)
+    found: list[GraphReport] = []
+    refused: list[ValueError] = []
+
+    def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            found.append(analyse(gm, example_inputs, config))
+        except ValueError as error:  # Dynamo would bury it in one of its own
+            refused.append(error)
+        return gm.forward
+
+    model = getattr(model, "_orig_mod", model)
+    with torch.no_grad():
+        torch.compile(model.forward, backend=look)(*args, **kwargs)
+    if refused:
+        raise refused[0]
+    return found
+
+
+def site_table(reports: Sequence[GraphReport], config: LokiConfig, context: int) -> Table:
+    """A table of all sites, with budget and index memory at `context` visible keys."""
+    from rich.table import Table
+
+    table = Table(title=f"attention sites, with {context} cached tokens", title_justify="left")
+    for name, justify in (
+        ("site", "left"),
+        ("became", "left"),
+        ("heads q/kv", "right"),
+        ("dims", "right"),
+        ("keys read", "right"),
+        ("index", "right"),
+        ("basis, or why not", "left"),
+    ):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for report in reports:
+        for site in report.sites:
+            table.add_row(*_row(site, config, context))
+    return table
+
+
+def _row(site: SiteReport, config: LokiConfig, context: int) -> list[str]:
+    sparse = site.outcome == "sparse"
+    heads = f"{site.query_heads}/{site.kv_heads}" if site.query_heads else ""
+    dims = f"{site.head_dim}" if site.head_dim else ""
+    keys, index, outcome = "", "", site.outcome
+    if sparse:
+        dims = f"{site.rank if site.rank is not None else '?'} of {site.head_dim}"
+        if not _runs_sparse(config, context):
+            outcome, keys = "dense here", f"all {context}"
+        else:
+            keys = f"{config.budget.keys(context)} of {context}"
+        if site.index_bytes_per_token is not None:
+            index = _bytes(site.index_bytes_per_token * context)
+    path = site.path or site.cache or "(fragment)"
+    return [path, outcome, heads, dims, keys, index, site.basis if sparse else site.reason]
+
+
+def _runs_sparse(config: LokiConfig, context: int) -> bool:
+    return context >= config.min_context and not config.budget.covers(context)
+
+
+def summary(reports: Sequence[GraphReport], config: LokiConfig, context: int) -> str:
+    """One line: how many sites, how many sparse, what the indexes cost in all."""
+    sites = [site for report in reports for site in report.sites]
+    sparse = [site for site in sites if site.outcome == "sparse"]
+    memory = sum(site.index_bytes_per_token or 0 for site in sparse) * context
+    line = f"{len(sparse)} of {len(sites)} sites sparse in {len(reports)} graph(s)"
+    if sparse and not _runs_sparse(config, context):
+        why = f"min_context={config.min_context}"
+        if config.budget.covers(context):
+            why = f"top_k={config.top_k} covers them"
+        return f"{line}; at {context} cached tokens they run dense ({why})"
+    return f"{line}; indexes take {_bytes(memory)} at {context} cached tokens" if sparse else line
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
