@@ -1,4 +1,4 @@
-"""`explain(model, ...)`: what each attention site of a call would become, and why; runs it eagerly."""
+"""`explain(model, ...)`: what each attention site of a call would become, and why."""
 
 from __future__ import annotations
 
@@ -97,7 +97,13 @@ def summary(reports: Sequence[GraphReport], config: LokiConfig, context: int) ->
     """One line: how many sites, how many sparse, what the indexes cost in all."""
     sites = [site for report in reports for site in report.sites]
     sparse = [site for site in sites if site.outcome == "sparse"]
-    memory = sum(site.index_bytes_per_token or 0 for site in sparse) * context
+    # Sites that share a cache share its index.
+    each = {
+        (number, site.cache): site.index_bytes_per_token or 0
+        for number, report in enumerate(reports)
+        for site in report.sites
+    }
+    memory = sum(each.values()) * context
     line = f"{len(sparse)} of {len(sites)} sites sparse in {len(reports)} graph(s)"
     if sparse and not _runs_sparse(config, context):
         why = f"min_context={config.min_context}"
