@@ -24,7 +24,13 @@ from loki_compile.passes.fx_tools import (
     shape_of,
     source_name,
 )
-from loki_compile.passes.sites import AttentionSite, Reason, Skipped, permutation
+from loki_compile.passes.sites import (
+    MAX_QUERY_TOKENS,
+    AttentionSite,
+    Reason,
+    Skipped,
+    permutation,
+)
 from torch import fx
 
 _IN_PLACE_OPERATORS = tuple(
@@ -229,7 +235,17 @@ def _mirrorable(
     head_axis = _head_axis(source, target, site)
     if head_axis is None:
         return _No((Reason.WRITE, name, "the new keys do not line up with the cache"))
+    rows = _rows(source, target)
+    if rows is None or rows > MAX_QUERY_TOKENS:
+        return _No((Reason.WRITE, name, "it writes more rows than there are new tokens"))
     return CacheWrite(node, source, head_axis, views, fill)
+
+
+def _rows(source: Any, target: list[Any] | None) -> int | None:
+    """Key rows that a write stores per head, where that is a constant."""
+    shape = shape_of(source) or ()
+    axis = target.index("T") - (len(target) - len(shape)) if target and "T" in target else -1
+    return concrete(shape[axis]) if axis >= 0 else 1
 
 
 def _fill_of_index(node: fx.Node, labels: list[Any]) -> tuple[Any, int] | None:
