@@ -127,13 +127,16 @@ class Phase:
 
 # At most ~8k tokens a step: small models learn more from many small steps than from few large.
 CURRICULUM = (
-    Phase(0.00, 128, 64, 0.45, 0.10),
-    Phase(0.20, 256, 32, 0.40, 0.05),
-    Phase(0.40, 512, 16, 0.40, 0.05),
-    Phase(0.60, 1024, 8, 0.50, 0.0),
-    Phase(0.76, 2048, 4, 0.50, 0.0),
-    Phase(0.86, 4096, 2, 0.75, 0.0),
+    Phase(0.00, 128, 64, 0.35, 0.05),
+    Phase(0.10, 256, 32, 0.35, 0.05),
+    Phase(0.30, 512, 16, 0.35, 0.0),
+    Phase(0.55, 1024, 8, 0.50, 0.0),
+    Phase(0.75, 2048, 4, 0.50, 0.0),
+    Phase(0.85, 4096, 2, 0.75, 0.0),
 )
+# New models first learn to look up, in pairs alone: 99 % right after 60 steps. Mixed with text from
+# the start, the noise of the text gradient kept recall at a guess for 2.7 M tokens.
+LOOK_UP_STEPS = 80
 
 
 class Rows:
@@ -165,6 +168,19 @@ class Rows:
         kinds = np.full(length, 3)
         kinds[:period] = 0
         return np.resize(run, length), kinds
+
+    def pairs(self, length: int):
+        """Facts without code between them, then all of them asked, in new orders, to the end."""
+        facts = self.rng.randint(4, 14)
+        keys = self.rng.sample(self.keys.tolist(), facts)
+        values = self.rng.sample(self.values.tolist(), facts)
+        order = list(range(facts))
+        while len(order) * (len(self.line_start) + 2) < length:
+            order += self.rng.sample(range(facts), facts)
+        lines = np.array([[*self.line_start, keys[n], values[n]] for n in order])
+        kinds = np.zeros_like(lines)
+        kinds[facts:, -1] = 2
+        return lines.flatten()[:length], kinds.flatten()[:length]
 
     def recall(self, length: int):
         """Facts and questions with code between them: mixed, or all facts first."""
@@ -209,12 +225,14 @@ class Rows:
         kinds.extend([1] * (room - at))
         return np.array(ids[:length]), np.array(kinds[:length])
 
-    def batch(self, phase: Phase):
+    def batch(self, phase: Phase, pairs_only: bool = False):
         """ids (rows, length + 1) int64 and kinds of the same shape."""
         drawn = []
         for _ in range(phase.rows):
             kind = self.rng.random()
-            if kind < phase.recall:
+            if pairs_only:
+                drawn.append(self.pairs(phase.length + 1))
+            elif kind < phase.recall:
                 drawn.append(self.recall(phase.length + 1))
             elif kind < phase.recall + phase.repeats:
                 drawn.append(self.repeated(phase.length + 1))
@@ -295,12 +313,20 @@ def target_weights(kinds: torch.Tensor, value_weight: float) -> torch.Tensor:
     return share[flat]
 
 
+def edit_json(path: Path, **entries) -> None:
+    content = json.loads(path.read_text()) | entries
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
 def save(folder: Path, model, tokenizer, state: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     half = LlamaForCausalLM(model.config).to(torch.bfloat16)
     half.load_state_dict(model.state_dict())
     half.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # transformers 4 reads these spellings and no others, transformers 5 reads both.
+    edit_json(folder / "config.json", rope_theta=model.config.rope_parameters["rope_theta"])
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     torch.save({"model": model.state_dict(), **state}, folder / "training_state.pt")
 
 
@@ -313,7 +339,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=20260)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.003)
-    parser.add_argument("--value-weight", type=float, default=1.0)
+    parser.add_argument("--value-weight", type=float, default=0.5)
     parser.add_argument("--save-minutes", type=float, default=5.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
@@ -367,7 +393,7 @@ def main() -> None:
             saved = time.monotonic()
         if finished:
             break
-        ids, kinds = rows.batch(phase)
+        ids, kinds = rows.batch(phase, pairs_only=step < LOOK_UP_STEPS)
         weights = target_weights(kinds, args.value_weight)
         loss, each, logits = run(model, ids, kinds, weights)
         loss.backward()
