@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 from loki_compile.passes.fx_tools import (
+    Write,
     concrete,
     fake_value,
+    may_overlap,
     module_path,
     op_name,
     operand,
     same_size,
     shape_of,
+    writes_of,
 )
 from torch import fx
 
@@ -153,7 +156,8 @@ def find_sites(
 
     sites: list[AttentionSite] = []
     skipped: list[Skipped] = []
-    for node in graph.nodes:
+    writes = writes_of(graph)
+    for position, node in enumerate(graph.nodes):
         name = op_name(node)
         core: Core | Skipped | None = None
         if name == "scaled_dot_product_attention":
@@ -162,7 +166,8 @@ def find_sites(
             core = chain_core(node)
         if core is None:
             continue
-        found = core if isinstance(core, Skipped) else _site(core, max_query_tokens)
+        before = [write for write in writes if write.position < position]
+        found = core if isinstance(core, Skipped) else _site(core, max_query_tokens, before)
         if isinstance(found, AttentionSite):
             sites.append(found)
         else:
@@ -194,7 +199,7 @@ def _sdpa_core(node: fx.Node) -> Core | Skipped:
     )
 
 
-def _site(core: Core, max_query_tokens: int | None) -> AttentionSite | Skipped:
+def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> AttentionSite | Skipped:
     def skip(reason: Reason, *details: Any) -> Skipped:
         return Skipped(core.node, reason, details, module_path(core.node))
 
@@ -223,7 +228,8 @@ def _site(core: Core, max_query_tokens: int | None) -> AttentionSite | Skipped:
     by_flag = heads // kv_heads if kv_heads and heads % kv_heads == 0 else 0
     if by_flag < 1 or (by_flag > 1 and kv_heads > 1 and not core.grouped):
         return skip(Reason.GROUPS, f"{heads} query heads, {kv_heads} KV heads")
-    key, value = heads_of(core.key, core.key_order), heads_of(core.value)
+    key = _heads_at(core.key, core.key_order, core, writes)
+    value = _heads_at(core.value, (0, 1, 2, 3), core, writes)
     if not same_size(k_shape[1], v_shape[1]) or key.group != value.group:
         return skip(Reason.GROUPS, "keys and values are repeated differently")
     for term in core.masks:
@@ -267,6 +273,30 @@ def _broadcasts(mask: Any, q_shape: tuple[Any, ...], k_shape: tuple[Any, ...]) -
         concrete(size) == 1 or same_size(size, target[offset + i])
         for i, size in enumerate(shape[:-1])
     )
+
+
+def _heads_at(
+    node: fx.Node, at: tuple[int, int, int, int], core: Core, writes: list[Write]
+) -> Heads:
+    """`heads_of`, unless what lies behind may be written into before the core reads it.
+
+    A repetition or `contiguous` copies: it holds the cache as it was at that point. In attention
+    written out the keys are read by the first product, which lies before the core's node.
+    """
+    heads = heads_of(node, at)
+    written = [write for write in writes if may_overlap(write.operand, heads.base)]
+    if not written:
+        return heads
+    frozen = [node] if op_name(core.node) != "scaled_dot_product_attention" else []
+    walked = node
+    while walked is not heads.base:
+        if not may_overlap(walked, heads.base):
+            frozen.append(walked)
+        walked = walked.args[0]  # type: ignore[assignment]
+    order = {n: i for i, n in enumerate(core.node.graph.nodes)}
+    if frozen and any(write.position > min(order[n] for n in frozen) for write in written):
+        return Heads(node, at, 1)
+    return heads
 
 
 def heads_of(node: fx.Node, at: tuple[int, int, int, int] = (0, 1, 2, 3)) -> Heads:
