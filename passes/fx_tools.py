@@ -243,7 +243,13 @@ def copy_of(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]
         new.meta = dict(old.meta)
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
-    return fx.GraphModule(gm, graph), mapping
+    copy = fx.GraphModule(gm, graph)
+    # Without these AOTAutograd does not take the graph for Dynamo's: it would neither drop guards
+    # on repeated parameters nor tell CUDA graphs which inputs keep their address.
+    copy.meta.update(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        copy._param_name_to_source = gm._param_name_to_source
+    return copy, mapping
 
 
 def remap(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
