@@ -563,6 +563,13 @@ class TestFingerprint:
         variants = [weight, weight.T, weight.double(), weight.reshape(-1), weight[:-1], changed]
         assert len({weights_fingerprint(variant) for variant in variants}) == len(variants)
 
+    def test_the_sample_spans_the_whole_weight(self):
+        weight = torch.randn(100, 1001)
+        changed = weight.clone()
+        changed[50:] += 1
+        assert weights_fingerprint(weight[:50]) == weights_fingerprint(changed[:50])
+        assert weights_fingerprint(weight) != weights_fingerprint(changed)
+
     @pytest.mark.parametrize(
         "weight",
         [
@@ -1075,6 +1082,12 @@ class TestHub:
         assert store.load("org/tiny-1.5").kind == "score-optimal"
         assert hub.calls == ()
         assert store.load("org/tiny-1.5@main").kind == "pca"
+
+    @pytest.mark.parametrize("path", ["org/file.safetensors", "./name", "~/name", "/org/name"])
+    def test_what_is_written_as_a_path_is_not_asked_of_the_hub(self, tmp_path, hub, path):
+        with pytest.raises(BasisNotFound, match="no basis file at"):
+            Store(tmp_path).load(path)
+        assert hub.calls == ()
 
     @pytest.mark.parametrize(
         ("error", "said"),
