@@ -65,12 +65,7 @@ def calibrate(
         ValueError: an unknown choice; no batches; no attention whose keys can be observed.
         RuntimeError: part of the model escaped compilation, so that its keys were not seen.
     """
-    for what, value, allowed in (
-        ("calibration", calibration, CALIBRATIONS),
-        ("kind", kind, FITTED_KINDS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{what}={value!r}: needs one of {', '.join(map(repr, allowed))}.")
+    check_choices(calibration, kind)
     model = getattr(model, "_orig_mod", model)
     seen = _Moments(pre_rotary=calibration == "pre-rotary")
     run = torch.compile(model.forward, backend=seen.observe)
@@ -100,6 +95,20 @@ def calibrate(
         source=source,
         versions=_versions(),
     )
+
+
+def check_choices(calibration: str, kind: str) -> None:
+    """Refuses what `calibrate` does not know, before a model is loaded.
+
+    Raises:
+        ValueError: an unknown choice.
+    """
+    for what, value, allowed in (
+        ("calibration", calibration, CALIBRATIONS),
+        ("kind", kind, FITTED_KINDS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{what}={value!r}: needs one of {', '.join(map(repr, allowed))}.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,202 @@
+"""Quality and speed of decoding, measured on the decode path itself: one token at a time.
+
+A *step* is what `model(...)` is: the model, or what `torch.compile` made of it. Every function here
+prefills eagerly and then calls the step with one token and a cache, as `generate` does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Step = Callable[..., Any]
+
+CACHES = ("static", "dynamic")
+# The first steps of a variant compile, fit a basis or build an index.
+WARM_UP_STEPS = 3
+# One model, several backends and cache lengths: Dynamo must not give up on the code they share.
+RECOMPILE_LIMIT = 64
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one variant made of a given text, for each token that was fed to it.
+
+    nats: -log of the probability of the token that truly follows. predicted: the token with the
+    highest logit. seconds: time of the step.
+    """
+
+    nats: tuple[float, ...]
+    predicted: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(statistics.fmean(self.nats))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the median step, warm-up left out."""
+        return 1 / statistics.median(self.seconds[WARM_UP_STEPS:] or self.seconds)
+
+    def agreement(self, other: Trace) -> float:
+        """Share of positions where both predict the same token."""
+        same = [a == b for a, b in zip(self.predicted, other.predicted, strict=True)]
+        return statistics.fmean(same)
+
+    def joined(self, other: Trace) -> Trace:
+        return Trace(
+            self.nats + other.nats, self.predicted + other.predicted, self.seconds + other.seconds
+        )
+
+
+@contextmanager
+def many_variants() -> Iterator[None]:
+    """Lets several backends and cache lengths compile one model's code."""
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        yield
+
+
+def variants(model: nn.Module, options: dict[str, dict[str, Any]]) -> dict[str, Step]:
+    """Eager, Inductor, and loki under each name of `options`."""
+    steps: dict[str, Step] = {"eager": model, "inductor": torch.compile(model)}
+    for name, chosen in options.items():
+        steps[name] = torch.compile(model, backend="loki", options=chosen)
+    return steps
+
+
+def new_cache(model: nn.Module, kind: str, slots: int) -> Any:
+    """An empty transformers cache; `slots` tokens fit a "static" one."""
+    from transformers import DynamicCache, StaticCache
+
+    if kind == "dynamic":
+        return DynamicCache(config=model.config)
+    return StaticCache(config=model.config, max_cache_len=slots)
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, ids: Tensor, cache: Any) -> Tensor:
+    """Fills the cache with ids (1, T), eagerly; returns the last token's logits (vocabulary,)."""
+    keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+    extra = {"logits_to_keep": 1} if keep else {}
+    out = model(ids, past_key_values=cache, use_cache=True, **extra)
+    return out.logits[0, -1]
+
+
+@torch.no_grad()
+def follow(model: nn.Module, step: Step, ids: Tensor, start: int, cache: Any) -> Trace:
+    """Prefills ids[:start], then feeds the rest token by token whatever is predicted.
+
+    Args:
+        ids: (T,) int64.
+        start: 1 <= start < T - 1. The token at `start` is the first that is fed; the prediction
+            for the token at `start + 1` is the first that counts.
+    """
+    prefill(model, ids[None, :start], cache)
+    nats, predicted, seconds = [], [], []
+    for position in range(start, len(ids) - 1):
+        begin = time.perf_counter()
+        out = step(ids[None, position : position + 1], past_key_values=cache, use_cache=True)
+        logits = out.logits[0, -1].float()
+        predicted.append(int(logits.argmax()))  # waits for the device
+        seconds.append(time.perf_counter() - begin)
+        nats.append(-float(logits.log_softmax(-1)[ids[position + 1]]))
+    return Trace(tuple(nats), tuple(predicted), tuple(seconds))
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module, step: Step, ids: Tensor, new_tokens: int, cache: Any
+) -> tuple[list[int], list[float]]:
+    """Greedy decoding behind ids (T,): the new tokens, and the seconds of each step."""
+    token = prefill(model, ids[None], cache).argmax().view(1, 1)
+    tokens, seconds = [int(token)], []
+    for _ in range(new_tokens - 1):
+        begin = time.perf_counter()
+        out = step(token, past_key_values=cache, use_cache=True)
+        token = out.logits[0, -1].argmax().view(1, 1)
+        tokens.append(int(token))
+        seconds.append(time.perf_counter() - begin)
+    return tokens, seconds
+
+
+def recall_of(trace: Trace, start: int, queries: Sequence[tuple[int, list[int]]]) -> list[bool]:
+    """For each query of a recall prompt that was fed from `start` on: is the answer predicted?"""
+    return [trace.predicted[position - start] == answer[0] for position, answer in queries]
+
+
+@torch.no_grad()
+def filled_cache(model: nn.Module, kind: str, context: int, room: int) -> Any:
+    """A cache that holds `context` tokens of noise, without running them through the model.
+
+    Raises:
+        ValueError: a layer whose cache does not hold one key per token.
+    """
+    cache = new_cache(model, kind, context + room)
+    model(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache)
+    for number, layer in enumerate(cache.layers):
+        known = ("DynamicLayer", "StaticLayer", "StaticSlidingWindowLayer")
+        if type(layer).__name__ not in known:
+            raise ValueError(
+                f"layer {number} caches in a {type(layer).__name__}; a latency needs one of "
+                f"{', '.join(known)}: use --cache static, or a model whose layers all attend."
+            )
+        if kind == "dynamic":
+            shape = (*layer.keys.shape[:2], context, layer.keys.shape[3])
+            layer.keys, layer.values = (
+                layer.keys.new_empty(shape),
+                layer.values.new_empty((*shape[:3], layer.values.shape[3])),
+            )
+        else:
+            layer.cumulative_length.fill_(context)
+            if hasattr(layer, "cumulative_length_int"):
+                layer.cumulative_length_int = context
+        layer.keys.normal_()
+        layer.values.normal_()
+    return cache
+
+
+@torch.no_grad()
+def latencies(
+    model: nn.Module,
+    steps: dict[str, Step],
+    context: int,
+    *,
+    cache: str = "static",
+    rounds: int = 5,
+    steps_per_round: int = 4,
+    most_seconds: float = math.inf,
+) -> dict[str, float]:
+    """Milliseconds per token of each variant behind `context` cached tokens, in one run.
+
+    Each variant has its own cache of noise; rounds are interleaved, and the median counts.
+    `most_seconds` ends the rounds early, after the first.
+    """
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    room = WARM_UP_STEPS + rounds * steps_per_round + 1
+    caches = {}
+    for name, step in steps.items():
+        caches[name] = filled_cache(model, cache, context, room)
+        for _ in range(WARM_UP_STEPS):
+            step(token, past_key_values=caches[name], use_cache=True)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    started = time.perf_counter()
+    for number in range(rounds):
+        if number and time.perf_counter() - started > most_seconds:
+            break
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            for _ in range(steps_per_round):
+                out = step(token, past_key_values=caches[name], use_cache=True)
+            out.logits[0, -1, 0].item()  # waits for the device
+            times[name].append((time.perf_counter() - begin) * 1e3 / steps_per_round)
+    return {name: statistics.median(samples) for name, samples in times.items()}
