@@ -9,7 +9,7 @@ the attention core. Analysis only: nothing here edits a graph.
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,24 +18,25 @@ from loki_compile.passes.fx_tools import (
     ancestors,
     concrete,
     fake_value,
+    may_overlap,
     mutates,
     op_name,
     operand,
+    same_size,
     shape_of,
     source_name,
+    writes_of,
 )
 from loki_compile.passes.sites import (
     MAX_QUERY_TOKENS,
     AttentionSite,
+    Heads,
     Reason,
     Skipped,
     permutation,
 )
 from torch import fx
 
-_IN_PLACE_OPERATORS = tuple(
-    getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor")
-)
 _FUNCTIONAL_WRITES = ("cat", "index_copy", "index_put")
 
 
@@ -47,6 +48,10 @@ class CacheWrite:
     dimension); its last dimension is head_dim. `fill` = (what, plus) tells how far the cache is
     filled behind the write: the largest entry of `what` (a tensor node, an integer or an integer
     node) plus `plus`; None where the write does not say.
+
+    A full window moves all its rows before it takes new ones (`roll`, a write into the result, a
+    copy back): then `moved` has those calls in order, new keys come in by the writes among them,
+    and `node` copies the result back.
     """
 
     node: fx.Node
@@ -54,6 +59,7 @@ class CacheWrite:
     head_axis: int
     views: tuple[fx.Node, ...] = ()
     fill: tuple[Any, int] | None = None
+    moved: tuple[fx.Node | CacheWrite, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,14 +107,17 @@ def trace_cache(site: AttentionSite) -> KeyCache | Skipped:
             views.append(node)
         node = node.args[0]  # type: ignore[assignment]
     rank = len(shape_of(node) or ())
-    if order[3] != rank - 1:
+    if order[3] != rank - 1 or not (
+        _rows_lie_together(site.key) and _rows_lie_together(site.value)
+    ):
         return skip(Reason.NON_CONTIGUOUS_HEAD_DIM, tuple(shape_of(node) or ()))
     labels: list[Any] = [None] * rank
     for label, dim in zip("BHTD", order, strict=True):
         if dim is not None and dim >= 0:
             labels[dim] = label
-    shared = [d for d in range(rank) if labels[d] is None and concrete(shape_of(node)[d]) != 1]
-    if shared:
+    sizes = [concrete(size) for size in shape_of(node) or ()]
+    shared = [d for d in range(rank) if labels[d] is None and sizes[d] != 1]
+    if shared or sizes[-1] != site.head_dim or ("H" in labels and sizes[order[1]] != site.kv_heads):
         return skip(Reason.SHARED_TENSOR, tuple(shape_of(node) or ()))
     head_axis = -1 if order[1] is None else order[1]
     views.reverse()
@@ -117,6 +126,13 @@ def trace_cache(site: AttentionSite) -> KeyCache | Skipped:
     if not isinstance(found, tuple):
         return skip(*found.reason)
     past, writes, output, leaves = found
+    known = {write.node for write in writes}
+    for write in writes_of(site.node.graph):
+        touched = [n for n in (past, node) if may_overlap(write.operand, n)]
+        if touched and write.call not in known:
+            return skip(Reason.WRITE, op_name(write.call), "its effect is not known")
+    if any(may_overlap(write.source, past) for write in writes):
+        return skip(Reason.WRITE, op_name(writes[0].node), "it moves keys within the cache")
     return KeyCache(
         past=past,
         root=node,
@@ -152,6 +168,10 @@ def _replaced(
         target = labels if op_name(node) == "index_copy" else _after_index(node, labels)
     if not isinstance(past, fx.Node) or past.op != "placeholder":
         return _No((Reason.NO_CACHE, op_name(node)))
+    if len(shape_of(past) or ()) != len(labels):
+        return _No((Reason.WRITE, op_name(node), "the past has other dimensions"))
+    if op_name(node) == "index_copy" and _indexes_features(node, labels):
+        return _No((Reason.WRITE, op_name(node), "it indexes heads or head_dim"))
     head_axis = _head_axis(source, target, site)
     if head_axis is None:
         return _No((Reason.WRITE, op_name(node), "the new keys do not line up with the cache"))
@@ -185,60 +205,99 @@ def _way_out(node: fx.Node) -> tuple[int, tuple[fx.Node, ...]] | None:
 def _mutated(
     root: fx.Node, labels: list[Any], site: AttentionSite
 ) -> tuple[fx.Node, tuple[CacheWrite, ...], None, tuple[fx.Node, ...]] | _No:
-    """Every write into a placeholder through any of its views, in graph order."""
+    """The writes into a placeholder that can be mirrored, through any of its views, in order."""
     writes: list[CacheWrite] = []
     aliases: list[tuple[fx.Node, tuple[fx.Node, ...], list[Any]]] = [(root, (), labels)]
     for alias, views, at in aliases:
         for user in alias.users:
-            if _writes_into(user, alias):
-                write = _mirrorable(user, views, at, site)
+            first = user.args[0] if user.args else None
+            if first is not alias:
+                continue
+            if mutates(user):
+                write = _mirrorable(user, views, at, labels, site)
                 if isinstance(write, _No):
                     return write
                 writes.append(write)
                 aliases.append((user, views, at))
                 continue
-            if user.op == "output":
-                continue
-            if not _only_reads(user, alias):
-                return _No((Reason.WRITE, op_name(user) or str(user.target), "effect not known"))
-            dims = _view_dims(user) if user.args and user.args[0] is alias else None
+            dims = _view_dims(user)
             if dims is not None:
                 after = [None if d is None else at[d] for d in dims]
                 aliases.append((user, (*views, user), after))
-            elif _may_alias(user) and any(mutates(reader) for reader in user.users):
-                return _No((Reason.WRITE, op_name(user), "written through a view"))
     position = {node: i for i, node in enumerate(root.graph.nodes)}
     writes.sort(key=lambda write: position[write.node])
     return root, tuple(writes), None, ()
 
 
 def _mirrorable(
-    node: fx.Node, views: tuple[fx.Node, ...], labels: list[Any], site: AttentionSite
+    node: fx.Node,
+    views: tuple[fx.Node, ...],
+    labels: list[Any],
+    root_labels: list[Any],
+    site: AttentionSite,
 ) -> CacheWrite | _No:
     name, fill = op_name(node), None
     if name == "index_copy_":
         source, target = operand(node, "source"), labels
         fill = (operand(node, "index"), 1)
-        dim = operand(node, "dim") % len(labels)
-        if labels[dim] in ("H", "D"):
+        if _indexes_features(node, labels):
             return _No((Reason.WRITE, name, "it indexes heads or head_dim"))
     elif name == "copy_":
         source, target = operand(node, "source"), labels
+        fill = _fill_of_view(views, root_labels)
     elif name in ("setitem", "index_put_"):
         if name == "index_put_" and operand(node, "accumulate", False):
             return _No((Reason.WRITE, name, "it accumulates"))
         source = operand(node, "source" if name == "setitem" else "values")
         target = _after_index(node, labels)
-        fill = _fill_of_index(node, labels)
+        fill = _fill_of_index(operand(node, "index" if name == "setitem" else "indices"), labels)
     else:
         return _No((Reason.WRITE, name, "not a copy of new keys"))
     head_axis = _head_axis(source, target, site)
     if head_axis is None:
         return _No((Reason.WRITE, name, "the new keys do not line up with the cache"))
+    if name == "copy_" and not views:
+        moved = _moved_rows(source, node, labels, site)
+        if moved:
+            return CacheWrite(node, source, head_axis, moved=moved)
     rows = _rows(source, target)
     if rows is None or rows > MAX_QUERY_TOKENS:
         return _No((Reason.WRITE, name, "it writes more rows than there are new tokens"))
     return CacheWrite(node, source, head_axis, views, fill)
+
+
+def _moved_rows(
+    source: fx.Node, write: fx.Node, labels: list[Any], site: AttentionSite
+) -> tuple[fx.Node | CacheWrite, ...]:
+    """The calls between the cache and its moved rows; () where they do more than move rows.
+
+    Followed are a roll along the keys of the whole cache and writes of new keys into its result.
+    """
+    roll, cache = source, write.args[0]
+    while isinstance(roll, fx.Node) and mutates(roll):
+        roll = roll.args[0]  # type: ignore[assignment]
+    if not isinstance(roll, fx.Node) or op_name(roll) != "roll" or roll.args[0] is not cache:
+        return ()
+    dims = operand(roll, "dims")
+    dims = (dims,) if isinstance(dims, int) else dims
+    if not dims or any(labels[d % len(labels)] != "T" for d in dims):
+        return ()
+    calls: list[fx.Node | CacheWrite] = [roll]
+    for other in writes_of(roll.graph):
+        if other.call is write or not may_overlap(other.operand, roll):
+            continue
+        if other.operand is not roll or not other.call < write:
+            return ()
+        into = _mirrorable(other.call, (), labels, labels, site)
+        if isinstance(into, _No) or into.moved:
+            return ()
+        calls.append(into)
+    return tuple(calls)
+
+
+def _indexes_features(node: fx.Node, labels: list[Any]) -> bool:
+    """Whether an index_copy indexes heads or head_dim, so that rows lose their place."""
+    return labels[operand(node, "dim") % len(labels)] in ("H", "D")
 
 
 def _rows(source: Any, target: list[Any] | None) -> int | None:
@@ -248,20 +307,39 @@ def _rows(source: Any, target: list[Any] | None) -> int | None:
     return concrete(shape[axis]) if axis >= 0 else 1
 
 
-def _fill_of_index(node: fx.Node, labels: list[Any]) -> tuple[Any, int] | None:
-    """The item of a setitem's or index_put's index that stands at the token dimension."""
-    index = operand(node, "index" if op_name(node) == "setitem" else "indices")
+def _fill_of_index(index: Any, labels: list[Any]) -> tuple[Any, int] | None:
+    """Where `x[index]` ends at the token dimension, for x with these labels."""
     items = list(index) if isinstance(index, (tuple, list)) else [index]
-    if Ellipsis in [i for i in items if i is Ellipsis]:
+    if any(i is Ellipsis for i in items):
         at = next(n for n, i in enumerate(items) if i is Ellipsis)
         items[at : at + 1] = [slice(None)] * (len(labels) + 1 - len(items))
     token = labels.index("T") if "T" in labels else len(items)
-    if None in items or token >= len(items):
+    if any(i is None for i in items) or token >= len(items):
         return None
-    item = items[token]
-    if isinstance(item, slice):
-        return None if item.stop is None else (item.stop, 0)
-    return item, 1
+    return _end_of(items[token])
+
+
+def _end_of(item: Any) -> tuple[Any, int] | None:
+    """The end of a slice, or the position behind an index; None where counted from the end."""
+    end, plus = (item.stop, 0) if isinstance(item, slice) else (item, 1)
+    return None if end is None or (isinstance(end, int) and end < 0) else (end, plus)
+
+
+def _fill_of_view(views: tuple[fx.Node, ...], labels: list[Any]) -> tuple[Any, int] | None:
+    """Where a copy into the one view of a cache with these labels ends at the token dimension."""
+    if len(views) != 1:
+        return None
+    (view,) = views
+    if op_name(view) == "getitem":
+        return _fill_of_index(view.args[1], labels)
+    if op_name(view) not in ("select", "narrow"):
+        return None
+    if labels[operand(view, "dim") % len(labels)] != "T":
+        return None
+    if op_name(view) == "select":
+        return _end_of(operand(view, "index"))
+    start, length = operand(view, "start"), operand(view, "length")
+    return (start, length) if isinstance(length, int) else None
 
 
 def _head_axis(source: Any, target: list[Any] | None, site: AttentionSite) -> int | None:
@@ -270,7 +348,7 @@ def _head_axis(source: Any, target: list[Any] | None, site: AttentionSite) -> in
     if shape is None or not target or target[-1] != "D" or concrete(shape[-1]) != site.head_dim:
         return None
     if "H" not in target:
-        return -1
+        return -1 if site.kv_heads == 1 else None
     axis = target.index("H") - (len(target) - len(shape))
     kv_heads = site.kv_heads
     return axis if axis >= 0 and concrete(shape[axis]) == kv_heads else None
@@ -281,10 +359,16 @@ def _after_index(node: fx.Node, labels: list[Any]) -> list[Any] | None:
     index = operand(node, "index" if op_name(node) == "setitem" else "indices")
     if op_name(node) != "setitem":  # index_put spells a full slice as None
         index = tuple(slice(None) if i is None else i for i in index)
-    dims = _indexed_dims(index, len(labels))
+    dims = _indexed_dims(index, shape_of(node.args[0]) or ())  # type: ignore[arg-type]
     if dims is None:
         return None
     return [None if d is None else labels[d] for d in dims]
+
+
+def _rows_lie_together(heads: Heads) -> bool:
+    """Whether a key or value row is one run of memory, as the kernels need it."""
+    value = fake_value(heads.base)
+    return value.shape[heads.order[3]] == 1 or concrete(value.stride(heads.order[3])) == 1
 
 
 def _source_dim(dims: list[int | None], dim: int | None) -> int | None:
@@ -321,15 +405,15 @@ def _view_dims(node: fx.Node) -> list[int | None] | None:
             shape_of(item) is not None or isinstance(item, (list, torch.Tensor)) for item in items
         ):
             return None  # advanced indexing copies
-        dims = _indexed_dims(index, rank)
+        dims = _indexed_dims(index, shape_of(source) or ())
         # A slice of head_dim is not the key any more.
         return dims if dims and dims[-1] == rank - 1 and _whole_last(index, rank) else None
     return None
 
 
-def _indexed_dims(index: Any, rank: int) -> list[int | None] | None:
+def _indexed_dims(index: Any, shape: Sequence[Any]) -> list[int | None] | None:
     """NumPy's rule: the input dimension behind each dimension of `x[index]`, None where new."""
-    items = list(index) if isinstance(index, tuple) else [index]
+    items, rank = list(index) if isinstance(index, tuple) else [index], len(shape)
     consumed = sum(1 for i in items if i is not None and i is not Ellipsis)
     if Ellipsis in [i for i in items if i is Ellipsis]:
         at = next(n for n, i in enumerate(items) if i is Ellipsis)
@@ -338,6 +422,7 @@ def _indexed_dims(index: Any, rank: int) -> list[int | None] | None:
         items += [slice(None)] * (rank - consumed)
     out: list[int | None] = []
     advanced: list[int] = []  # positions among items
+    counted: dict[int, int] = {}  # dimension of the indices, from the right -> dimension of x
     advanced_rank, insert_at, dim = 0, 0, 0
     for position, item in enumerate(items):
         if item is None:
@@ -353,6 +438,9 @@ def _indexed_dims(index: Any, rank: int) -> list[int | None] | None:
                 insert_at = len(out)
             advanced.append(position)
             advanced_rank = max(advanced_rank, value.ndim)
+            axis = _counting_axis(item, shape[dim])
+            if axis is not None:
+                counted[axis] = dim
         elif not _is_int(item):
             return None
         elif advanced:
@@ -362,12 +450,34 @@ def _indexed_dims(index: Any, rank: int) -> list[int | None] | None:
         return out
     if advanced[-1] - advanced[0] + 1 != len(advanced):
         insert_at = 0
-    out[insert_at:insert_at] = [None] * advanced_rank
+    out[insert_at:insert_at] = [counted.get(axis) for axis in range(-advanced_rank, 0)]
     return out
 
 
+def _counting_axis(item: Any, size: Any) -> int | None:
+    """The axis (from the right) along which an index tensor counts a dimension from 0 to its end.
+
+    `cache[torch.arange(B)[:, None], :, pos]` pairs rows as a slice would.
+    """
+    shape = shape_of(item)
+    if shape is None:
+        return None
+    node, axes = item, [d for d, n in enumerate(shape) if concrete(n) != 1]
+    while op_name(node) in ("unsqueeze", "getitem", "reshape", "to"):
+        node = node.args[0]
+    ends = [a for a in node.args if isinstance(a, (int, fx.Node))]
+    if op_name(node) != "arange" or len(ends) != len(node.args) or len(ends) > 2:
+        return None
+    if (len(ends) == 2 and ends[0] != 0) or "step" in node.kwargs or "start" in node.kwargs:
+        return None
+    whole = same_size(shape_of(node)[0], size) if shape_of(node) else False
+    if not whole or len(axes) != 1 or not same_size(shape[axes[0]], size):
+        return None
+    return axes[0] - len(shape)
+
+
 def _is_int(item: Any) -> bool:
-    return isinstance(item, int) or (
+    return (isinstance(item, int) and not isinstance(item, bool)) or (
         isinstance(item, fx.Node) and isinstance(fake_value(item), (int, torch.SymInt))
     )
 
@@ -378,31 +488,6 @@ def _whole_last(index: Any, rank: int) -> bool:
     used = sum(1 for i in items if i is not None and i is not Ellipsis)
     last_is_indexed = used == rank or (Ellipsis in items and items[-1] is not Ellipsis)
     return not last_is_indexed or items[-1] == slice(None)
-
-
-def _writes_into(node: fx.Node, tensor: fx.Node) -> bool:
-    return bool(mutates(node) and node.args and node.args[0] is tensor)
-
-
-def _only_reads(node: fx.Node, tensor: fx.Node) -> bool:
-    """Whether the call is known not to write into `tensor`."""
-    if mutates(node):
-        return node.args[0] is not tensor
-    if node.op == "call_method":
-        return True
-    if node.op != "call_function" or node.target in _IN_PLACE_OPERATORS or "out" in node.kwargs:
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return not node.target._schema.is_mutable
-    if isinstance(node.target, torch._ops.OpOverloadPacket):
-        return not any(getattr(node.target, o)._schema.is_mutable for o in node.target.overloads())
-    return not isinstance(node.target, torch._ops.HigherOrderOperator)
-
-
-def _may_alias(node: fx.Node) -> bool:
-    """Views whose dimensions are not followed here, but through which a cache could be written."""
-    return op_name(node) in ("reshape", "flatten", "unflatten", "squeeze", "expand", "unbind",
-                             "chunk", "split", "getitem", "narrow", "detach", "alias")  # fmt: skip
 
 
 def _why_not_a_view(node: fx.Node) -> tuple[Any, ...]:
