@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,24 +126,23 @@ def _source(name: str) -> str:
     return name
 
 
-@functools.lru_cache(maxsize=8)
 def _ask_hub(name: str) -> None:
-    """Gets the model's configuration, once and without a page of warnings where there is none."""
-    from huggingface_hub import hf_hub_download
+    """Makes sure that the hub or its cache has the model: loading would retry for minutes.
 
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    Raises:
+        ValueError: it has not, or cannot be reached.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
     try:
-        hf_hub_download(name, "config.json")
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
     except Exception as error:  # of the hub, or of its HTTP library, whichever that is
         raise ValueError(
             f"cannot get {name} from the hub, and its cache does not hold it "
             f"({type(error).__name__}: {_first_line(error)}); needed an existing hub id and a "
             "connection, or a local folder"
         ) from error
-    finally:
-        log.setLevel(level)
 
 
 def _transformers() -> Any:
