@@ -83,10 +83,34 @@ inline int64_t accumulator_slot(int64_t d) {
   return d;
 }
 
+// Query heads as `dots` reads them. bf16 stays as it is where the processor multiplies it: the
+// products are exact in fp32 either way.
+#if LOKI_BF16_DOTS
+template <class E>
+using Query = std::conditional_t<std::is_same_v<E, BFloat16>, BFloat16, float>;
+#else
+template <class E>
+using Query = float;
+#endif
+
+// Where dim d of head g of `heads` lies: vector after vector, in each head after head; where
+// vectors are left to the compiler, head after head, each of `size`.
+template <class E>
+inline int64_t query_slot([[maybe_unused]] int64_t heads, int64_t g, int64_t d,
+                          [[maybe_unused]] int64_t size) {
+#if LOKI_AVX512
+  constexpr int64_t kVector = 64 / sizeof(Query<E>);
+  int64_t slot = kVector == 16 ? accumulator_slot<E>(d) : d;
+  return (slot / kVector * heads + g) * kVector + slot % kVector;
+#else
+  return g * size + d;
+#endif
+}
+
 #if LOKI_AVX512
 
-// A chunk is 64 bytes of a row, as one or two vectors of floats: 16-bit values alternate between
-// the two, whichever the type.
+// A chunk is 64 bytes of a row, unpacked to one or two vectors of floats: 16-bit values go to the
+// two by turns.
 template <class E>
 struct Chunk {
   static constexpr int64_t kSize = 64 / sizeof(E);
@@ -98,19 +122,32 @@ inline __mmask16 first16(int64_t n) {
   return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
 }
 
-inline void load_chunk(const BFloat16* at, int64_t left, __m512* value) {
-  __m512i raw = _mm512_maskz_loadu_epi16(first32(left), at);
-  value[0] = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
-  value[1] = _mm512_castsi512_ps(
-      _mm512_and_si512(raw, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+// Vector `Half` of a chunk.
+template <int Half, class E>
+inline __m512 unpack(__m512i chunk, E) {
+  if constexpr (sizeof(E) == 4) {
+    return _mm512_castsi512_ps(chunk);
+  } else if constexpr (std::is_same_v<E, Float16>) {
+    return _mm512_cvtph_ps(
+        _mm512_cvtepi32_epi16(Half == 0 ? chunk : _mm512_srli_epi32(chunk, 16)));
+  } else if constexpr (Half == 0) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(chunk, 16));
+  } else {
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(chunk, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
 }
-inline void load_chunk(const Float16* at, int64_t left, __m512* value) {
-  __m512i raw = _mm512_maskz_loadu_epi16(first32(left), at);
-  value[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(raw));
-  value[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(raw, 16)));
-}
-inline void load_chunk(const float* at, int64_t left, __m512* value) {
-  value[0] = _mm512_maskz_loadu_ps(first16(left), at);
+
+// `left` values at most; Whole says that a chunk is there.
+template <bool Whole, class E>
+inline __m512i load_chunk(const E* at, int64_t left) {
+  if constexpr (Whole) {
+    return _mm512_loadu_si512(at);
+  } else if constexpr (sizeof(E) == 2) {
+    return _mm512_maskz_loadu_epi16(first32(left), at);
+  } else {
+    return _mm512_maskz_loadu_epi32(first16(left), at);
+  }
 }
 
 // Lane i of the result is the sum over the lanes of value[i].
@@ -138,9 +175,10 @@ inline __m512 sums_of_16(const __m512* value) {
 
 // logit[slot * GB + head] = q . k; fetches the V rows on the way.
 template <class E, int GB>
-void dots(const E* k, int64_t stride, const Block& block, const float* q, int64_t d, const E* v,
+void dots(const E* k, int64_t stride, const Block& block, const Query<E>* q, int64_t d, const E* v,
           int64_t v_stride, int64_t v_bytes, float* logit) {
   constexpr int kRows = 16 / GB, kVectors = Chunk<E>::kVectors;
+  constexpr int64_t kSize = Chunk<E>::kSize;
   for (int64_t n = 0; n < block.n; n += kRows) {
     const E* row[kRows];
     __m512 sum[kRows * GB];
@@ -148,78 +186,101 @@ void dots(const E* k, int64_t stride, const Block& block, const float* q, int64_
       int64_t position = block.position[min_of(n + i, block.n - 1)];
       row[i] = k + position * stride;
       prefetch_row(v + position * v_stride, v_bytes);
-      for (int g = 0; g < GB; ++g) sum[i * GB + g] = _mm512_setzero_ps();
     }
-    const float* weights = q;
-    for (int64_t done = 0; done < d; done += Chunk<E>::kSize) {
-      __m512 weight[GB][kVectors];
-      for (int g = 0; g < GB; ++g) {
-        for (int x = 0; x < kVectors; ++x, weights += 16) weight[g][x] = _mm512_loadu_ps(weights);
+    unroll<kRows * GB>([&](auto i) LOKI_INLINE { sum[i] = _mm512_setzero_ps(); });
+    auto chunk = [&](auto whole, int64_t done) LOKI_INLINE {
+      auto load_row = [&](int i) LOKI_INLINE {
+        return load_chunk<decltype(whole)::value>(row[i] + done, d - done);
+      };
+#if LOKI_BF16_DOTS
+      if constexpr (std::is_same_v<E, BFloat16>) {
+        __m512i weight[GB];
+        unroll<GB>([&](auto g) LOKI_INLINE {
+          weight[g] = _mm512_loadu_si512(q + done * GB + kSize * g);
+        });
+        unroll<kRows>([&](auto i) LOKI_INLINE {
+          __m512bh value = reinterpret_cast<__m512bh>(load_row(i));
+          unroll<GB>([&](auto g) LOKI_INLINE {
+            sum[i * GB + g] = _mm512_dpbf16_ps(sum[i * GB + g], value,
+                                               reinterpret_cast<__m512bh>(weight[g]));
+          });
+        });
+        return;
       }
-      for (int i = 0; i < kRows; ++i) {
-        __m512 value[kVectors];
-        load_chunk(row[i] + done, d - done, value);
-        for (int x = 0; x < kVectors; ++x) {
-          for (int g = 0; g < GB; ++g) {
-            sum[i * GB + g] = _mm512_fmadd_ps(value[x], weight[g][x], sum[i * GB + g]);
-          }
-        }
-      }
-    }
+#endif
+      unroll<kVectors>([&](auto half) LOKI_INLINE {
+        __m512 weight[GB];
+        unroll<GB>([&](auto g) LOKI_INLINE {
+          weight[g] = _mm512_loadu_ps(q + done * GB + 16 * (half * GB + g));
+        });
+        unroll<kRows>([&](auto i) LOKI_INLINE {
+          __m512 value = unpack<half>(load_row(i), E{});
+          unroll<GB>([&](auto g) LOKI_INLINE {
+            sum[i * GB + g] = _mm512_fmadd_ps(value, weight[g], sum[i * GB + g]);
+          });
+        });
+      });
+    };
+    int64_t done = 0;
+    for (; done + kSize <= d; done += kSize) chunk(std::true_type{}, done);
+    if (done < d) chunk(std::false_type{}, done);
     _mm512_storeu_ps(logit + n * GB, sums_of_16(sum));
   }
 }
 
-// sum[head] = sum[head] * rescale[head] + weight . v; fetches the K rows of the next block.
+// Dims [0, left) of sum[head] = sum[head] * rescale[head] + weight . v, kAccumulator / GB of them
+// at most. Fetches the first `fetch` K rows of the next block on the way.
+template <bool Whole, class E, int GB>
+void accumulate_piece(const E* v, int64_t stride, const Block& block, const float* weight,
+                      int64_t left, const float* rescale, float* sum, int64_t sum_stride,
+                      const E* k, int64_t k_stride, int64_t k_bytes, const Block& next,
+                      int64_t fetch) {
+  constexpr int kVectors = Chunk<E>::kVectors;
+  constexpr int kChunks = kAccumulator / GB / Chunk<E>::kSize, kParts = kChunks * kVectors;
+  __m512 part[GB * kParts];
+  unroll<GB * kParts>([&](auto i) LOKI_INLINE {
+    __m512 before = _mm512_loadu_ps(sum + i / kParts * sum_stride + 16 * (i % kParts));
+    part[i] = _mm512_mul_ps(before, _mm512_set1_ps(rescale[i / kParts]));
+  });
+  for (int64_t n = 0; n < block.n; ++n) {
+    const E* row = v + block.position[n] * stride;
+    if (n < fetch) prefetch_row(k + next.position[n] * k_stride, k_bytes);
+    __m512 weights[GB];
+    unroll<GB>([&](auto g) LOKI_INLINE { weights[g] = _mm512_set1_ps(weight[n * GB + g]); });
+    unroll<kChunks>([&](auto c) LOKI_INLINE {
+      constexpr int64_t done = c * Chunk<E>::kSize;
+      if (!Whole && done >= left) return;
+      __m512i raw = load_chunk<Whole>(row + done, left - done);
+      unroll<kVectors>([&](auto half) LOKI_INLINE {
+        __m512 value = unpack<half>(raw, E{});
+        unroll<GB>([&](auto g) LOKI_INLINE {
+          constexpr int i = g * kParts + c * kVectors + half;
+          part[i] = _mm512_fmadd_ps(value, weights[g], part[i]);
+        });
+      });
+    });
+  }
+  unroll<GB * kParts>([&](auto i) LOKI_INLINE {
+    _mm512_storeu_ps(sum + i / kParts * sum_stride + 16 * (i % kParts), part[i]);
+  });
+}
+
 template <class E, int GB>
 void accumulate(const E* v, int64_t stride, const Block& block, const float* weight, int64_t dv,
                 const float* rescale, float* sum, int64_t sum_stride, const E* k, int64_t k_stride,
                 int64_t k_bytes, const Block& next) {
-  constexpr int kVectors = Chunk<E>::kVectors, kPiece = kAccumulator / GB;
-  constexpr int kChunks = kPiece / Chunk<E>::kSize;
+  constexpr int64_t kPiece = kAccumulator / GB;
   for (int64_t done = 0; done < dv; done += kPiece) {
-    __m512 part[GB][kChunks * kVectors];
-    for (int g = 0; g < GB; ++g) {
-      for (int x = 0; x < kChunks * kVectors; ++x) {
-        __m512 before = _mm512_loadu_ps(sum + g * sum_stride + done + 16 * x);
-        part[g][x] = _mm512_mul_ps(before, _mm512_set1_ps(rescale[g]));
-      }
-    }
-    for (int64_t n = 0; n < block.n; ++n) {
-      const E* row = v + block.position[n] * stride + done;
-      if (done == 0 && n < next.n) prefetch_row(k + next.position[n] * k_stride, k_bytes);
-      for (int c = 0; c < kChunks; ++c) {
-        int64_t left = dv - done - c * Chunk<E>::kSize;
-        if (left <= 0) break;
-        __m512 value[kVectors];
-        load_chunk(row + c * Chunk<E>::kSize, left, value);
-        for (int g = 0; g < GB; ++g) {
-          __m512 w = _mm512_set1_ps(weight[n * GB + g]);
-          for (int x = 0; x < kVectors; ++x) {
-            part[g][c * kVectors + x] = _mm512_fmadd_ps(value[x], w, part[g][c * kVectors + x]);
-          }
-        }
-      }
-    }
-    for (int g = 0; g < GB; ++g) {
-      for (int x = 0; x < kChunks * kVectors; ++x) {
-        _mm512_storeu_ps(sum + g * sum_stride + done + 16 * x, part[g][x]);
-      }
-    }
+    auto piece = done + kPiece <= dv ? accumulate_piece<true, E, GB> : accumulate_piece<false, E, GB>;
+    piece(v + done, stride, block, weight, dv - done, rescale, sum + done, sum_stride, k, k_stride,
+          k_bytes, next, done == 0 ? min_of(block.n, next.n) : 0);
   }
-}
-
-// Query heads as `dots` reads them: chunk after chunk, head after head, the chunk's vectors.
-template <class E>
-inline int64_t query_slot(int64_t heads, int64_t g, int64_t d, int64_t) {
-  constexpr int64_t kSize = Chunk<E>::kSize;
-  return (d / kSize * heads + g) * kSize + accumulator_slot<E>(d % kSize);
 }
 
 #else  // portable
 
 template <class E, int GB>
-void dots(const E* k, int64_t stride, const Block& block, const float* q, int64_t d, const E* v,
+void dots(const E* k, int64_t stride, const Block& block, const Query<E>* q, int64_t d, const E* v,
           int64_t v_stride, int64_t v_bytes, float* logit) {
   for (int64_t n = 0; n < block.n; ++n) {
     const E* row = k + block.position[n] * stride;
@@ -253,11 +314,6 @@ void accumulate(const E* v, int64_t stride, const Block& block, const float* wei
   }
 }
 
-template <class E>
-inline int64_t query_slot(int64_t, int64_t g, int64_t d, int64_t size) {
-  return g * size + d;
-}
-
 #endif
 
 // Partial softmax of a few heads: logits to weights, in place. Slots past `n` are at -inf.
@@ -267,6 +323,7 @@ void soften(float* logit, int64_t n, float* most, float* total, float* rescale) 
   float lane_most[16], lane_total[16];
   for (int l = 0; l < 16; ++l) lane_most[l] = most[l % GB];
   for (int64_t i = 0; i < n * GB; i += 16) {
+#pragma omp simd
     for (int l = 0; l < 16; ++l) lane_most[l] = max_of(logit[i + l], lane_most[l]);
   }
   for (int g = 0; g < GB; ++g) {
@@ -277,13 +334,16 @@ void soften(float* logit, int64_t n, float* most, float* total, float* rescale) 
     most[g] = highest;
     for (int l = g; l < 16; l += GB) lane_most[l] = base;
   }
+  for (int64_t i = 0; i < n * GB; i += 16) {
+#pragma omp simd
+    for (int l = 0; l < 16; ++l) logit[i + l] -= lane_most[l];
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n * GB; ++i) logit[i] = exp_of(logit[i]);
   for (int l = 0; l < 16; ++l) lane_total[l] = 0;
   for (int64_t i = 0; i < n * GB; i += 16) {
-    for (int l = 0; l < 16; ++l) {
-      float weight = exp_of(logit[i + l] - lane_most[l]);
-      logit[i + l] = weight;
-      lane_total[l] += weight;
-    }
+#pragma omp simd
+    for (int l = 0; l < 16; ++l) lane_total[l] += logit[i + l];
   }
   for (int g = 0; g < GB; ++g) {
     float sum = 0;
@@ -316,7 +376,7 @@ class Attend {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-      work<E>(me, all, room + me * query_floats);
+      work<E>(me, all, reinterpret_cast<Query<E>*>(room + me * query_floats));
 #pragma omp barrier
       int64_t heads = rows_ * together_;
       for (int64_t i = heads * me / all; i < heads * (me + 1) / all; ++i) {
@@ -372,11 +432,22 @@ class Attend {
     return any;
   }
 
+  bool all_valid(const int32_t* position, int64_t n) const {
+    int32_t all = 1;
+    for (int64_t i = 0; i < n; ++i) all &= valid(position[i]);
+    return all;
+  }
+
   // Slots [from, to) of a row, without those that read nothing.
   void fill(int64_t row, int64_t from, int64_t to, const MaskRow& mask, Block* block) const {
     const int32_t* position = spans_[row].dense ? nullptr : positions_of(row) + from;
     block->n = 0;
     block->biased = mask.additive();
+    if (mask.dtype == kNone && position && all_valid(position, to - from)) {
+      block->n = to - from;
+      std::memcpy(block->position, position, block->n * sizeof(int32_t));
+      return;
+    }
     for (int64_t i = 0; i < to - from; ++i) {
       int32_t at = position ? position[i] : static_cast<int32_t>(from + i);
       if (!valid(at)) continue;
@@ -399,7 +470,7 @@ class Attend {
   }
 
   template <class E>
-  void work(int64_t me, int64_t all, float* queries) {
+  void work(int64_t me, int64_t all, Query<E>* queries) {
     int64_t from = blocks_ * me / all, stop = blocks_ * (me + 1) / all;
     for (int64_t row = 0; from < stop; ++row) {
       int64_t row_stop = min_of(stop, spans_[row + 1].first_block);
@@ -413,17 +484,16 @@ class Attend {
   }
 
   template <class E>
-  void load_queries(int64_t row, float* queries) const {
+  void load_queries(int64_t row, Query<E>* queries) const {
     int64_t size = round_up(d_, 32);
-    float scale = static_cast<float>(p_.scale);
     for (int64_t g = 0; g < together_;) {
       int64_t heads = head_block(together_ - g);
-      std::memset(queries, 0, heads * size * sizeof(float));
+      std::memset(queries, 0, heads * size * sizeof(*queries));
       for (int64_t x = 0; x < heads; ++x) {
         int64_t h = head_of(row) + min_of(g + x, together_ - 1);
         const E* q = p_.q.row<E>(batch_of(row), h, token_of(row));
         for (int64_t d = 0; d < d_; ++d) {
-          queries[query_slot<E>(heads, x, d, size)] = to_float(q[d]) * scale;
+          from_float(to_float(q[d]), &queries[query_slot<E>(heads, x, d, size)]);
         }
       }
       queries += heads * size;
@@ -432,7 +502,7 @@ class Attend {
   }
 
   template <class E>
-  void attend_slots(int64_t row, int64_t first, int64_t last, const float* queries,
+  void attend_slots(int64_t row, int64_t first, int64_t last, const Query<E>* queries,
                     float* partial) const {
     MaskRow mask(p_.mask, batch_of(row), head_of(row), token_of(row));
     float* most = most_of(partial);
@@ -450,7 +520,7 @@ class Attend {
         fill(row, from + kSlots, min_of(from + 2 * kSlots, last), mask, &next);
       }
       if (block.n == 0) continue;
-      const float* q = queries;
+      const Query<E>* q = queries;
       for (int64_t g = 0; g < together_;) {
         int64_t heads = head_block(together_ - g);
         float* sum = partial + g * sum_stride_;
@@ -467,14 +537,17 @@ class Attend {
   }
 
   template <class E, int GB>
-  void take(int64_t row, const Block& block, const Block& next, const float* q, float* sum,
+  void take(int64_t row, const Block& block, const Block& next, const Query<E>* q, float* sum,
             float* most, float* total) const {
     const E* k = p_.k.row<E>(batch_of(row), kv_head_of(row), 0);
     const E* v = p_.v.row<E>(batch_of(row), kv_head_of(row), 0);
     float logit[kSlots * GB], rescale[GB];
     dots<E, GB>(k, p_.k.stride[2], block, q, d_, v, p_.v.stride[2], dv_ * sizeof(E), logit);
+    float scale = static_cast<float>(p_.scale);
+    for (int64_t i = 0; i < block.n * GB; ++i) logit[i] *= scale;
     if (p_.softcap > 0) {
       float cap = static_cast<float>(p_.softcap);
+#pragma omp simd
       for (int64_t i = 0; i < block.n * GB; ++i) logit[i] = cap * tanh_of(logit[i] / cap);
     }
     if (block.biased) {

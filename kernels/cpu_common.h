@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 // Declared here because clang often comes without omp.h.
 extern "C" int omp_get_thread_num(void);
@@ -20,6 +21,16 @@ extern "C" int omp_get_num_threads(void);
 #include <immintrin.h>
 #else
 #define LOKI_AVX512 0
+#endif
+#if LOKI_AVX512 && defined(__AVX512VNNI__)
+#define LOKI_VNNI 1
+#else
+#define LOKI_VNNI 0
+#endif
+#if LOKI_AVX512 && defined(__AVX512BF16__)
+#define LOKI_BF16_DOTS 1
+#else
+#define LOKI_BF16_DOTS 0
 #endif
 
 namespace loki {
@@ -143,6 +154,18 @@ template <class T>
 inline T min_of(T a, T b) { return a < b ? a : b; }
 template <class T>
 inline T max_of(T a, T b) { return a > b ? a : b; }
+
+// f(0), f(1), ... f(N - 1) with constant arguments. A loop that the compiler unrolls late leaves
+// arrays of vector registers in memory.
+#define LOKI_INLINE __attribute__((always_inline))
+template <class F, int... I>
+LOKI_INLINE inline void unroll(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+LOKI_INLINE inline void unroll(F&& f) {
+  unroll(f, std::make_integer_sequence<int, N>{});
+}
 
 // Heads are taken through a kernel 1, 2, 4 or 8 at a time; a block that is not full repeats its
 // last head.
