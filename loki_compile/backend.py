@@ -133,7 +133,7 @@ def _bind_caches(
     bindings = []
     for number, cache in enumerate(plan.caches):
         site = next(s.site for s in plan.sparse if s.cache == number)
-        weight = nearest_matrix([write.source for write in cache.writes], is_parameter)
+        weight = nearest_matrix(cache.new_keys, is_parameter)
         bindings.append(
             CacheBinding(
                 cache=cache,

@@ -87,6 +87,12 @@ class KeyCache:
     def replaced(self) -> bool:
         return self.output is not None
 
+    @property
+    def new_keys(self) -> list[fx.Node]:
+        """The tensors of new keys that the graph writes into the cache."""
+        inner = [step for write in self.writes for step in (*write.moved, write)]
+        return [step.source for step in inner if isinstance(step, CacheWrite) and not step.moved]
+
 
 def trace_cache(site: AttentionSite) -> KeyCache | Skipped:
     """The cache that the site's keys are read from, or the reason why there is none to index."""
@@ -500,17 +506,12 @@ def _why_not_a_view(node: fx.Node) -> tuple[Any, ...]:
     return (Reason.NO_CACHE, op_name(node) or node.op)
 
 
-def key_weight(cache: KeyCache, is_parameter: Any) -> fx.Node | None:
-    """The parameter that makes the keys: the nearest matrix behind the new keys, breadth first.
-
-    It identifies a site's keys whatever the graph, the module path or the kind of cache.
-    """
-    starts = [write.source for write in cache.writes]
-    return nearest_matrix(starts, is_parameter)
-
-
 def nearest_matrix(starts: list[fx.Node], is_parameter: Any) -> fx.Node | None:
-    """The nearest placeholder of two or more dimensions for which `is_parameter` holds."""
+    """The nearest placeholder of two or more dimensions for which `is_parameter` holds.
+
+    From the new keys of a cache it is the weight that makes the keys: it identifies a site whatever
+    the graph, the module path or the kind of cache.
+    """
     for node in ancestors(starts):
         if node.op == "placeholder" and is_parameter(node) and len(shape_of(node) or ()) >= 2:
             return node

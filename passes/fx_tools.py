@@ -58,6 +58,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "index_put": ("input", "indices", "values", "accumulate"),
     "cat": ("tensors", "dim"),
     "repeat_interleave": ("input", "repeats", "dim"),
+    "roll": ("input", "shifts", "dims"),
     "to": ("input", "dtype"),
 }
 

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from loki_compile.kernels.ops import attend, index_rows, mask_bounds, select
 from loki_compile.passes.cache_writes import CacheWrite, KeyCache
-from loki_compile.passes.fx_tools import call, fake_mode_of, fake_value, finish, shape_of
+from loki_compile.passes.fx_tools import (
+    call,
+    fake_mode_of,
+    fake_value,
+    finish,
+    may_overlap,
+    shape_of,
+    writes_of,
+)
 from loki_compile.passes.plan import Plan, SparseSite
 from loki_compile.passes.sites import AttentionSite, Heads, MaskTerm
 from torch import fx
@@ -77,7 +85,8 @@ def rewrite_sparse(
     """
     graph = gm.graph
     bounds: dict[fx.Node, fx.Node] = {}
-    masks: dict[tuple[MaskTerm, ...], fx.Node] = {}
+    masks: dict[tuple[tuple[MaskTerm, ...], fx.Node], fx.Node] = {}
+    complete = _masks_complete(graph, [s.site for s in plan.sparse])
     indexes: list[tuple[list[fx.Node], fx.Node]] = []
     outputs: list[fx.Node] = []
     kv_heads = {s.cache: s.site.kv_heads for s in plan.sparse}
@@ -99,8 +108,9 @@ def rewrite_sparse(
         with graph.inserting_before(sparse.site.node):
             parts, query_basis = indexes[sparse.cache]
             out = _sparse_attention(
-                graph, sparse, plan.caches[sparse.cache], parts, query_basis, masks, bounds
-            )
+                graph, sparse, plan.caches[sparse.cache], parts, query_basis, masks, bounds,
+                complete.get(sparse.site.node),
+            )  # fmt: skip
         sparse.site.node.replace_all_uses_with(out)
     result = graph.output_node()
     result.args = ((*result.args[0], *outputs),)  # type: ignore[misc]
@@ -171,25 +181,54 @@ def _mirror(
     """Repeats a cache write on the index with the projected keys; returns the index after it."""
     with graph.inserting_after(write.node):
         marker = graph.call_function(operator.pos, (0,))  # holds the place; removed below
-    after = []
     with graph.inserting_before(marker):
-        new = call(
-            graph,
-            project_new_keys,
-            write.source,
-            key_basis,
-            write.head_axis,
-            layout.dtype,
-            like=write.node,
-        )
-        for part, index in enumerate(parts):
-            rows = call(graph, operator.getitem, new, part, like=write.node)
-            target = _replay(graph, write.views, index)
-            substitutes = {write.source: rows, _written(cache, write): target}
-            done = _call_like(graph, write.node, substitutes)
-            after.append(done if cache.replaced else index)
+        steps = [step for step in (*write.moved, write) if isinstance(step, CacheWrite)]
+        new = {
+            step: call(
+                graph,
+                project_new_keys,
+                step.source,
+                key_basis,
+                step.head_axis,
+                layout.dtype,
+                like=step.node,
+            )
+            for step in steps
+            if step is not write or not write.moved
+        }
+        after = [
+            _mirror_part(graph, cache, write, new, number, index)
+            for number, index in enumerate(parts)
+        ]
     graph.erase_node(marker)
     return after
+
+
+def _mirror_part(
+    graph: fx.Graph,
+    cache: KeyCache,
+    write: CacheWrite,
+    new: dict[CacheWrite, fx.Node],
+    number: int,
+    index: fx.Node,
+) -> fx.Node:
+    """The write on one part of the index; `new` has the projected keys of each write in it."""
+    if write.moved:
+        image = {_written(cache, write): index}
+        for step in write.moved:
+            if isinstance(step, CacheWrite):
+                rows = call(graph, operator.getitem, new[step], number, like=step.node)
+                target = image[step.node.args[0]]  # type: ignore[index]
+                _call_like(graph, step.node, {step.source: rows, step.node.args[0]: target})
+                image[step.node] = target
+            else:
+                image[step] = _call_like(graph, step, image)
+        _call_like(graph, write.node, {**image, write.source: image[write.source]})
+        return index
+    rows = call(graph, operator.getitem, new[write], number, like=write.node)
+    target = _replay(graph, write.views, index)
+    done = _call_like(graph, write.node, {write.source: rows, _written(cache, write): target})
+    return done if cache.replaced else index
 
 
 def _written(cache: KeyCache, write: CacheWrite) -> fx.Node:
@@ -240,26 +279,28 @@ def _sparse_attention(
     cache: KeyCache,
     parts: list[fx.Node],
     query_basis: fx.Node,
-    masks: dict[tuple[MaskTerm, ...], fx.Node],
+    masks: dict[tuple[tuple[MaskTerm, ...], fx.Node], fx.Node],
     bounds: dict[fx.Node, fx.Node],
+    complete: fx.Node | None,
 ) -> fx.Node:
     site, budget = sparse.site, sparse.budget
     key = _canonical(graph, site.key, site)
     value = _canonical(graph, site.value, site)
     index = [_canonical(graph, site.key, site, _replay(graph, cache.views, part)) for part in parts]
     mask, bound = None, None
-    if site.masks:
-        if site.masks not in masks:
-            masks[site.masks] = _one_mask(graph, site)
-        mask = masks[site.masks]
+    if complete is not None:
+        if (site.masks, complete) not in masks:
+            masks[site.masks, complete] = _one_mask(graph, site, complete)
+        mask = masks[site.masks, complete]
         if mask not in bounds:
             with graph.inserting_after(mask):
                 bounds[mask] = call(graph, mask_bounds, mask, like=site.node)
         bound = bounds[mask]
     slots = call(graph, torch.ops.aten.sym_size.int, key, 2, like=site.node)
-    if isinstance(fake_value(slots), int):
+    constant = concrete(fake_value(slots))
+    if constant is not None:
         graph.erase_node(slots)
-        slots = shape_of(key)[2]  # type: ignore[index]
+        slots = constant
     positions = call(
         graph,
         select,
@@ -293,15 +334,35 @@ def _sparse_attention(
     return _strided_like(graph, out, site)
 
 
-def _one_mask(graph: fx.Graph, site: AttentionSite) -> fx.Node:
-    """The site's masks as one 4-D mask, placed before every reader so that all layers share it."""
+def _masks_complete(graph: fx.Graph, sites: Sequence[AttentionSite]) -> dict[fx.Node, fx.Node]:
+    """For each masked core, the node behind which its masks are as the core reads them.
+
+    That is the last of the masks, or the last call before the core that writes into one: a mask may
+    be allocated first and filled in place. Layers that read the same masks share the node.
+    """
     order = {node: i for i, node in enumerate(graph.nodes)}
-    last = max((term.node for term in site.masks), key=lambda node: order[node])
-    if last.op == "placeholder":
-        last = graph.find_nodes(op="placeholder")[-1]
+    writes = writes_of(graph)
+    last_input = graph.find_nodes(op="placeholder")[-1]
+    complete = {}
+    for site in sites:
+        nodes = [term.node for term in site.masks]
+        filled = [
+            write.call
+            for write in writes
+            if write.position < order[site.node]
+            and any(may_overlap(write.operand, n) for n in nodes)
+        ]
+        if nodes:
+            last = max((*nodes, *filled), key=lambda node: order[node])
+            complete[site.node] = last_input if last.op == "placeholder" else last
+    return complete
+
+
+def _one_mask(graph: fx.Graph, site: AttentionSite, complete: fx.Node) -> fx.Node:
+    """The site's masks as one 4-D mask, placed behind `complete` so that all layers share it."""
     nodes = [term.node for term in site.masks]
     rules = [(term.factor, term.inverted) for term in site.masks]
-    with graph.inserting_after(last):
+    with graph.inserting_after(complete):
         return call(graph, joint_mask, rules, *nodes, like=site.node)
 
 
