@@ -17,6 +17,7 @@ from loki_compile.kernels.ops import attend, index_rows, mask_bounds, select
 from loki_compile.passes.cache_writes import CacheWrite, KeyCache
 from loki_compile.passes.fx_tools import (
     call,
+    concrete,
     fake_mode_of,
     fake_value,
     finish,
@@ -345,16 +346,13 @@ def _masks_complete(graph: fx.Graph, sites: Sequence[AttentionSite]) -> dict[fx.
     last_input = graph.find_nodes(op="placeholder")[-1]
     complete = {}
     for site in sites:
-        nodes = [term.node for term in site.masks]
-        filled = [
-            write.call
-            for write in writes
-            if write.position < order[site.node]
-            and any(may_overlap(write.operand, n) for n in nodes)
-        ]
-        if nodes:
-            last = max((*nodes, *filled), key=lambda node: order[node])
-            complete[site.node] = last_input if last.op == "placeholder" else last
+        masks = [term.node for term in site.masks]
+        if not masks:
+            continue
+        before = [write for write in writes if write.position < order[site.node]]
+        filled = [w.call for w in before if any(may_overlap(w.operand, mask) for mask in masks)]
+        last = max((*masks, *filled), key=lambda node: order[node])
+        complete[site.node] = last_input if last.op == "placeholder" else last
     return complete
 
 
