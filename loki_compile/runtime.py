@@ -206,7 +206,9 @@ class DecodeGraph:
     def __call__(self, *args: Any) -> Any:
         visible = self.visible_keys(args)
         if self.wants_sparse(visible) and self.prepare_sparse(args, visible):
-            return self.run_sparse(args, visible)
+            assert self.sparse is not None
+            if self.sparse.holds(args):
+                return self.run_sparse(self.sparse, args, visible)
         return self.run_dense(args, visible)
 
     def wants_sparse(self, visible: int) -> bool:
@@ -298,7 +300,8 @@ class DecodeGraph:
             with self.building:
                 if self.dense is None:
                     self.dense = self.compile_graph(self._dense_graph())
-        outputs = _call(self.dense, args, self.gm)
+        run = self.dense.run if self.dense.holds(args) else self.gm
+        outputs = run(*args)
         _count("dense_steps")
         self._remember_filled(args, visible)
         return outputs
@@ -309,8 +312,7 @@ class DecodeGraph:
             gm = pack_groups(gm, self.plan.on(mapping).sites)
         return gm
 
-    def run_sparse(self, args: Sequence[Any], visible: int) -> Any:
-        assert self.sparse is not None
+    def run_sparse(self, variant: Variant, args: Sequence[Any], visible: int) -> Any:
         records, rebuilt = [], 0
         with torch.inference_mode(False), torch.no_grad():
             for binding in self.bindings:
@@ -324,7 +326,7 @@ class DecodeGraph:
             extra += [*record.parts, binding.bound.key, binding.bound.query]
             if not binding.cache.replaced:
                 record.stamp = None  # until the step has ended well
-        outputs = list(_call(self.sparse, [*args, *extra], None))
+        outputs = list(variant.run(*args, *extra))
         self._adopt(args, outputs, records, visible)
         _count("sparse_steps")
         del outputs[self.outputs :]
@@ -438,17 +440,6 @@ class DecodeGraph:
             )
 
 
-def _call(variant: Variant, args: Sequence[Any], eager: fx.GraphModule | None) -> Any:
-    if variant.holds(args):
-        return variant.run(*args)
-    if eager is None:
-        raise RuntimeError(
-            "the sparse variant was specialised to sizes that this call does not have; "
-            "found sizes outside its precondition. Call torch._dynamo.reset() to compile anew."
-        )
-    return eager(*args)
-
-
 @dataclass
 class FillGraph:
     """Computes, outside the compiled graph, how far one mutated cache will be filled."""
@@ -477,7 +468,7 @@ def _fill_graph(gm: fx.GraphModule, bindings: Sequence[CacheBinding]) -> FillGra
 
 
 def _fit(binding: CacheBinding, past: Tensor, visible: int) -> Basis:
-    """PCA of the keys in a cache, once per set of weights; the step's own keys are not in it yet."""
+    """PCA of the keys in a cache, once per set of weights; the new keys are not in it yet."""
     identity = (binding.weights, binding.kv_heads, binding.head_dim)
     with _lock:
         if binding.weights and identity in _fitted:
