@@ -10,11 +10,12 @@ the attention core. Analysis only: nothing here edits a graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from loki_compile.passes.fx_tools import (
+    Write,
     ancestors,
     concrete,
     fake_value,
@@ -75,7 +76,7 @@ class KeyCache:
 
     past: fx.Node
     root: fx.Node
-    views: tuple[fx.Node, ...]
+    views: tuple[fx.Node, ...] = field(compare=False)
     writes: tuple[CacheWrite, ...]
     head_axis: int
     token_axis: int
@@ -94,8 +95,11 @@ class KeyCache:
         return [step.source for step in inner if isinstance(step, CacheWrite) and not step.moved]
 
 
-def trace_cache(site: AttentionSite) -> KeyCache | Skipped:
-    """The cache that the site's keys are read from, or the reason why there is none to index."""
+def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skipped:
+    """The cache that the site's keys are read from, or the reason why there is none to index.
+
+    all_writes: `writes_of` the site's graph.
+    """
 
     def skip(reason: Reason, *details: Any) -> Skipped:
         return Skipped(site.node, reason, details, site.path)
@@ -133,7 +137,7 @@ def trace_cache(site: AttentionSite) -> KeyCache | Skipped:
         return skip(*found.reason)
     past, writes, output, leaves = found
     known = {write.node for write in writes}
-    for write in writes_of(site.node.graph):
+    for write in all_writes:
         touched = [n for n in (past, node) if may_overlap(write.operand, n)]
         if touched and write.call not in known:
             return skip(Reason.WRITE, op_name(write.call), "its effect is not known")
@@ -290,7 +294,11 @@ def _moved_rows(
         return ()
     calls: list[fx.Node | CacheWrite] = [roll]
     for other in writes_of(roll.graph):
-        if other.call is write or not may_overlap(other.operand, roll):
+        if other.call is write:
+            continue
+        if may_overlap(other.operand, cache) and roll < other.call and other.call < write:
+            return ()  # the index rolls where the copy stands, behind this write
+        if not may_overlap(other.operand, roll):
             continue
         if other.operand is not roll or not other.call < write:
             return ()

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 
 from loki_compile.passes.cache_writes import KeyCache, trace_cache
-from loki_compile.passes.fx_tools import concrete, fake_value, remap, shape_of
+from loki_compile.passes.fx_tools import concrete, fake_value, remap, shape_of, writes_of
 from loki_compile.passes.sites import AttentionSite, Reason, Skipped
 from torch import fx
 
@@ -42,10 +42,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class SparseSite:
-    """A site that the sparse variant rewrites. `cache` numbers its cache in `Plan.caches`."""
+    """A site that the sparse variant rewrites. `cache` numbers its cache in `Plan.caches`.
+
+    `views` lead from that cache to the site's keys: layers that share a cache share its index,
+    whatever part of it each reads.
+    """
 
     site: AttentionSite
     cache: int
+    views: tuple[fx.Node, ...]
     budget: Budget
     per_head: bool
 
@@ -84,11 +89,12 @@ def make_plan(
     dense = list(skipped)
     sparse: list[SparseSite] = []
     caches: list[KeyCache] = []
+    writes = writes_of(sites[0].node.graph) if sites else []
     for number, site in enumerate(sites):
         if not _selected(site, number, layers):
             dense.append(Skipped(site.node, Reason.LAYER_OFF, (layers,), site.path))
             continue
-        cache = trace_cache(site)
+        cache = trace_cache(site, writes)
         if isinstance(cache, Skipped):
             dense.append(cache)
             continue
@@ -99,7 +105,8 @@ def make_plan(
         if cache not in caches:
             caches.append(cache)
         heads_differ = any(_mask_heads(term.node) != 1 for term in site.masks)
-        sparse.append(SparseSite(site, caches.index(cache), budget, per_head or heads_differ))
+        each = per_head or heads_differ
+        sparse.append(SparseSite(site, caches.index(cache), cache.views, budget, each))
     return Plan(tuple(sparse), tuple(dense), tuple(sites), tuple(caches))
 
 
@@ -121,8 +128,8 @@ def _mask_heads(mask: fx.Node) -> int | None:
 def _selected(site: AttentionSite, number: int, layers: str | tuple[int | str, ...]) -> bool:
     if layers == "all":
         return True
-    digits = re.search(r"\d+", site.path)
-    layer = int(digits.group()) if digits else number
+    digits = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site.path)
+    layer = int(digits[1]) if digits else number
     return any(
         layer == pick if isinstance(pick, int) else fnmatch.fnmatch(site.path, pick)
         for pick in layers

@@ -109,7 +109,7 @@ def rewrite_sparse(
         with graph.inserting_before(sparse.site.node):
             parts, query_basis = indexes[sparse.cache]
             out = _sparse_attention(
-                graph, sparse, plan.caches[sparse.cache], parts, query_basis, masks, bounds,
+                graph, sparse, parts, query_basis, masks, bounds,
                 complete.get(sparse.site.node),
             )  # fmt: skip
         sparse.site.node.replace_all_uses_with(out)
@@ -277,7 +277,6 @@ def _canonical(
 def _sparse_attention(
     graph: fx.Graph,
     sparse: SparseSite,
-    cache: KeyCache,
     parts: list[fx.Node],
     query_basis: fx.Node,
     masks: dict[tuple[tuple[MaskTerm, ...], fx.Node], fx.Node],
@@ -285,9 +284,14 @@ def _sparse_attention(
     complete: fx.Node | None,
 ) -> fx.Node:
     site, budget = sparse.site, sparse.budget
+    query = site.query
+    if concrete(fake_value(query).stride(3)) != 1:  # the ops read rows that are one run of memory
+        query = call(graph, torch.Tensor.contiguous, query, like=site.node)
     key = _canonical(graph, site.key, site)
     value = _canonical(graph, site.value, site)
-    index = [_canonical(graph, site.key, site, _replay(graph, cache.views, part)) for part in parts]
+    index = [
+        _canonical(graph, site.key, site, _replay(graph, sparse.views, part)) for part in parts
+    ]
     mask, bound = None, None
     if complete is not None:
         if (site.masks, complete) not in masks:
@@ -305,7 +309,7 @@ def _sparse_attention(
     positions = call(
         graph,
         select,
-        site.query,
+        query,
         query_basis,
         index[0],
         index[1] if len(index) == 2 else None,
@@ -322,7 +326,7 @@ def _sparse_attention(
     out = call(
         graph,
         attend,
-        site.query,
+        query,
         key,
         value,
         positions,
