@@ -11,6 +11,7 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KEEP_ALL_Q16 = 1 << 16
+MAX_KEYS = 2**31 - 64  # positions are int32, and blocks of them are counted past the end
 
 
 def hidden_below(dtype: torch.dtype) -> float:
@@ -45,8 +46,8 @@ def check_select(
         raise _wrong(op, "batch of index", bi, f"batch of q, {b}")
     if hkv < 1 or hq % hkv:
         raise _wrong(op, "KV heads of index", hkv, f"a divisor of the {hq} query heads")
-    if s < 1 or t < 1 or r < 1:
-        raise _wrong(op, "sizes (S, T, R)", (s, t, r), "at least 1 each")
+    if min(b, s, t, r) < 1 or t > MAX_KEYS:
+        raise _wrong(op, "sizes (B, S, T, R)", (b, s, t, r), f"1 or more, T at most {MAX_KEYS}")
     if basis.shape != (hkv, d, r) or basis.dtype != torch.float32:
         found = (tuple(basis.shape), basis.dtype)
         raise _wrong(op, "basis", found, f"shape (Hkv, D, R) = {(hkv, d, r)}, float32")
@@ -122,8 +123,9 @@ def check_attend(
         raise _wrong(op, "shape of k", (bk, hkv, t, dk), allowed)
     if v.shape[:3] != k.shape[:3]:
         raise _wrong(op, "shape of v", tuple(v.shape), f"{(bk, hkv, t)} and Dv, as k has")
-    if min(s, t, d, dv) < 1:
-        raise _wrong(op, "sizes (S, T, D, Dv)", (s, t, d, dv), "at least 1 each")
+    if min(b, s, t, d, dv) < 1 or t > MAX_KEYS:
+        allowed = f"1 or more, T at most {MAX_KEYS}"
+        raise _wrong(op, "sizes (B, S, T, D, Dv)", (b, s, t, d, dv), allowed)
     if positions.dtype != torch.int32:
         raise _wrong(op, "positions dtype", positions.dtype, "int32")
     if bp != b or sp != s or (hp != hkv and hp != hq) or slots < 1:

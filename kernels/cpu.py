@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import struct
-from types import ModuleType
 
 import torch
 from loki_compile.kernels import cpu_build, cpu_torch
@@ -120,14 +120,18 @@ def _view(tensor: Tensor) -> tuple[int, ...]:
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
+def _kernels() -> ctypes.CDLL | None:
     """The compiled kernels, or None, said once, where there are none."""
     try:
-        library = cpu_build.load()
+        return declare(cpu_build.load())
     except cpu_build.KernelsUnavailable as error:
         _LOGGER.warning("CPU kernels: %s. PyTorch ops are used instead, slower.", error)
         return None
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Tells ctypes what the library's functions take: one block of parameters."""
     for function in (library.loki_select, library.loki_attend):
-        function.argtypes = [cpu_build.ctypes.c_char_p]
+        function.argtypes = [ctypes.c_char_p]
         function.restype = None
     return library

@@ -1,0 +1,520 @@
+"""The CPU kernels against the reference in fp64: compiled for this processor, compiled for a plain
+one (the code without intrinsics), and made of PyTorch ops.
+
+Legend: B batch, Hq query heads, Hkv KV heads, S new tokens, T cached tokens, D dims of q and k, Dv
+dims of v, R index dims, K slots.
+"""
+
+import itertools
+import logging
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loki_compile.kernels import cpu, cpu_build, reference
+from loki_compile.kernels.ops import KEEP_ALL_Q16, index_rows, mask_bounds
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PLAIN_ISA = {"x86_64": "-march=x86-64-v3", "aarch64": "-march=armv8-a"}
+
+#        B, Hq, Hkv, S, T, D, Dv, R, K
+SHAPES = [
+    (1, 1, 1, 1, 1, 64, 64, 16, 1),
+    (2, 3, 1, 2, 7, 80, 48, 20, 9),
+    (3, 4, 4, 1, 63, 96, 96, 24, 16),
+    (1, 6, 2, 8, 1000, 128, 64, 32, 100),
+    (2, 8, 1, 3, 257, 192, 128, 48, 33),
+    (1, 8, 2, 1, 4097, 256, 256, 64, 600),
+    (1, 20, 2, 2, 333, 72, 40, 5, 333),
+]
+SHAPE_NAMES = [f"T{shape[4]}-D{shape[5]}-G{shape[1] // shape[2]}" for shape in SHAPES]
+
+
+@pytest.fixture(scope="session")
+def plain_library():
+    machine = platform.machine()
+    if machine not in PLAIN_ISA:
+        pytest.skip(f"no plain instruction set is named for {machine}")
+    flags = tuple(PLAIN_ISA[machine] if f.startswith("-march") else f for f in cpu_build._FLAGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_build, "_FLAGS", flags)
+        return cpu.declare(cpu_build.load())
+
+
+@pytest.fixture(params=["native", "plain", "torch"])
+def implementation(request, monkeypatch):
+    """loki_compile.kernels.cpu, with the kernels that the parameter names."""
+    if request.param == "native":
+        assert cpu._kernels() is not None
+    if request.param == "plain":
+        library = request.getfixturevalue("plain_library")
+        monkeypatch.setattr(cpu, "_kernels", lambda: library)
+    if request.param == "torch":
+        monkeypatch.setattr(cpu, "_kernels", lambda: None)
+    return cpu
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty gives NaN, or the largest integer: what an op forgets to write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- inputs ------------------------------------------------------------------------------------
+
+
+def cache(b, heads, t, d, dtype):
+    """(B, H, T, D) with the strides of a (B, T, H, D) cache."""
+    return torch.randn(b, t, heads, d).to(dtype).transpose(1, 2)
+
+
+def masks(kind, b, s, t):
+    """A mask with a row that sees nothing, unless there is no mask."""
+    if kind == "none":
+        return None
+    position = torch.arange(t)
+    if kind == "left-padded":
+        visible = (position >= t // 3).expand(b, 1, s, t).clone()
+    elif kind == "window":
+        newest = t - s + torch.arange(s).view(s, 1)
+        visible = (position <= newest) & (position > newest - max(t // 2, 1))
+        visible = visible.view(1, 1, s, t).expand(b, 1, s, t).clone()
+    elif kind == "static cache":
+        return (position < (t + 1) // 2).expand(b, 1, s, t)  # strides 0
+    else:
+        visible = torch.rand(b, 1, s, t) > 0.4
+    visible[0, 0, 0] = False
+    if kind in ("additive", "additive half"):
+        dtype = torch.float32 if kind == "additive" else torch.float16
+        filler = torch.where(torch.rand(b, 1, s, t) < 0.5, -torch.inf, torch.finfo(dtype).min)
+        return torch.where(visible, torch.randn(b, 1, s, t), filler).to(dtype)
+    return visible
+
+
+MASKS = ["none", "random", "left-padded", "window", "static cache", "additive", "additive half"]
+
+
+def select_inputs(shape, dtype, index_dtype, mask_kind="none"):
+    b, hq, hkv, s, t, d, _, r, _ = shape
+    q = torch.randn(b, s, hq, d).to(dtype).transpose(1, 2)
+    basis = torch.randn(hkv, d, r) / d**0.5
+    index, index_scale = index_rows(cache(b, hkv, t, d, dtype), basis, index_dtype)
+    mask = masks(mask_kind, b, s, t)
+    return q, basis, index, index_scale, mask, None if mask is None else mask_bounds(mask)
+
+
+# ---- select ------------------------------------------------------------------------------------
+
+
+def settings(k, **changes):
+    return {
+        "scale": 0.125,
+        "top_k": k,
+        "keep_q16": KEEP_ALL_Q16,
+        "sink": 2,
+        "recent": 5,
+        "per_head": False,
+        **changes,
+    }
+
+
+def assert_chosen_as_defined(positions, inputs, options):
+    """The reference's choice, up to scores within rounding of the threshold."""
+    expected = reference.select(*inputs, **options)
+    assert positions.dtype == torch.int32 and positions.shape == expected.shape
+    assert positions.is_contiguous()
+    kept = positions >= 0
+    assert torch.equal(kept, expected >= 0), "not the budget, or -1 before a position"
+    assert (positions[~kept] == -1).all()
+    pairs = kept[..., 1:]
+    assert (positions[..., 1:] > positions[..., :-1])[pairs].all(), "not ascending"
+    score = reference.scores(*inputs[:5], scale=options["scale"], per_head=options["per_head"])
+    slack = rounding(*inputs[:4], options)
+    for row in (positions != expected).any(-1).nonzero():
+        row = tuple(row.tolist())
+        found = set(positions[row].tolist())
+        wanted = set(expected[row].tolist())
+        gained = score[row][sorted(found - wanted)]
+        lost = score[row][sorted(wanted - found)]
+        assert (gained >= lost.max() - slack).all(), f"row {row}: {found ^ wanted}"
+
+
+def rounding(q, basis, index, index_scale, options):
+    """A bound on the error of any score. An int8 index meets q in 16 bits, the rest is fp32."""
+    packed = q.double().unflatten(1, (index.shape[1], -1)).abs()
+    low = torch.einsum("bhgsd,hdr->bhgsr", packed, basis.double().abs()) * options["scale"]
+    rows = index.double().abs()
+    if index_scale is None:
+        return 2.0**-20 * torch.einsum("bhgsr,bhtr->bhgst", low, rows).nan_to_num(0, 0).max()
+    return 2.0**-16 * (low.amax(-1).max() * (rows * index_scale).sum(-1).max())
+
+
+@pytest.mark.parametrize("index_dtype", [*DTYPES, torch.int8], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
+def test_select_chooses_as_defined(implementation, shape, index_dtype):
+    dtype = torch.bfloat16 if index_dtype == torch.int8 else index_dtype
+    inputs = select_inputs(shape, dtype, index_dtype)
+    for options in (settings(shape[-1]), settings(shape[-1], keep_q16=20000, per_head=True)):
+        assert_chosen_as_defined(implementation.select(*inputs, **options), inputs, options)
+
+
+@pytest.mark.parametrize("mask_kind", MASKS)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[4]], ids=str)
+def test_select_sees_what_the_mask_shows(implementation, shape, mask_kind):
+    inputs = select_inputs(shape, torch.float32, torch.int8, mask_kind)
+    for options in (settings(shape[-1], keep_q16=30000), settings(shape[-1], per_head=True)):
+        positions = implementation.select(*inputs, **options)
+        assert_chosen_as_defined(positions, inputs, options)
+        if mask_kind not in ("none", "static cache"):
+            assert (positions[0, :, 0] == -1).all()
+
+
+@pytest.mark.parametrize("index_dtype", [*DTYPES, torch.int8], ids=str)
+def test_ties_go_to_the_lower_position(implementation, index_dtype):
+    # Small integers: every score is exact in fp32, and most are equal to many others.
+    b, hq, hkv, s, t, d, r = 1, 4, 2, 2, 3001, 16, 8
+    q = torch.randint(-1, 2, (b, hq, s, d)).float()
+    basis = torch.zeros(hkv, d, r)
+    basis[:, :r] = torch.eye(r)
+    index = torch.randint(-2, 3, (b, hkv, t, r)).to(index_dtype)
+    index_scale = torch.ones(b, hkv, t, 1) if index_dtype == torch.int8 else None
+    for k, per_head in ((1, False), (17, False), (400, True), (1500, False), (2999, True)):
+        options = settings(k, scale=0.5, sink=1, recent=3, per_head=per_head)
+        inputs = (q, basis, index, index_scale, None, None)
+        found = implementation.select(*inputs, **options)
+        assert torch.equal(found, reference.select(*inputs, **options)), (k, per_head)
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 3])
+def test_keys_that_are_nearly_all_equal(implementation, distinct):
+    t = 70001
+    index = (torch.arange(t) % 997 < distinct - 1).float() * (torch.arange(t) % 2 + 1)
+    inputs = (torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1), index.view(1, 1, t, 1), None, None, None)
+    for k in (1, 60, 69, 70, 71, 140, 5000):
+        options = settings(k, sink=0, recent=0)
+        found = implementation.select(*inputs, **options)
+        assert torch.equal(found, reference.select(*inputs, **options)), k
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "periodic"])
+@pytest.mark.parametrize("k", [1, 512, 16384, 99999])
+def test_a_long_row_in_any_order(implementation, order, k):
+    t = 100001
+    score = torch.randn(t)
+    if order != "periodic":
+        score = score.sort(descending=order == "descending").values
+    else:
+        score[::98] += 10
+    inputs = (torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1), score.view(1, 1, t, 1), None, None, None)
+    options = settings(k, scale=1.0)
+    found = implementation.select(*inputs, **options)
+    assert torch.equal(found, reference.select(*inputs, **options))
+
+
+@pytest.mark.parametrize("index_dtype", DTYPES, ids=str)
+def test_keys_that_are_not_finite_rank_last_and_spoil_no_others(implementation, index_dtype):
+    inputs = list(select_inputs((2, 4, 2, 2, 501, 64, 64, 16, 50), torch.float32, index_dtype))
+    index = inputs[2]
+    broken = torch.tensor([0, 3, 77, 99, 500])
+    index[:, :, broken[:3]] = torch.nan
+    index[:, 1, broken[3:], 0] = torch.inf
+    options = settings(50, sink=0, recent=0)
+    positions = implementation.select(*inputs, **options)
+    assert_chosen_as_defined(positions, inputs, options)
+    assert not torch.isin(positions, broken[:3]).any()
+    every = implementation.select(*inputs, **settings(501))
+    assert torch.equal(every, torch.arange(501, dtype=torch.int32).expand_as(every))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30, 1e-42, 0.0])
+def test_a_query_of_any_size_meets_an_int8_index(implementation, value):
+    inputs = list(select_inputs((1, 4, 2, 2, 301, 64, 64, 16, 40), torch.float32, torch.int8))
+    inputs[0][0, 1, 0] = value
+    inputs[0][0, 2:, 1] = value
+    options = settings(40)
+    found = implementation.select(*inputs, **options)
+    assert (found >= 0).all()
+    if value != 1e-42:  # subnormal sums round away most of their bits
+        assert_chosen_as_defined(found, inputs, options)
+
+
+def test_the_tail_behind_the_last_visible_key_is_not_read(implementation):
+    shape = (1, 4, 2, 1, 4000, 64, 64, 16, 30)
+    q, basis, index, _, _, _ = select_inputs(shape, torch.float32, torch.float32)
+    mask = (torch.arange(4000) < 1234).expand(1, 1, 1, 4000)
+    inputs = (q, basis, index, None, mask, mask_bounds(mask))
+    before = implementation.select(*inputs, **settings(30))
+    index[:, :, 1234:] = 1e30
+    assert torch.equal(implementation.select(*inputs, **settings(30)), before)
+
+
+def test_an_index_in_the_layout_of_a_cache(implementation):
+    inputs = list(select_inputs(SHAPES[3], torch.bfloat16, torch.int8))
+    expected = implementation.select(*inputs, **settings(100))
+    inputs[2] = inputs[2].transpose(1, 2).contiguous().transpose(1, 2)
+    inputs[3] = inputs[3].transpose(1, 2).contiguous().transpose(1, 2)
+    assert inputs[2].stride(2) == 2 * 32
+    assert torch.equal(implementation.select(*inputs, **settings(100)), expected)
+
+
+# ---- attend ------------------------------------------------------------------------------------
+
+
+def attend_inputs(shape, dtype, per_head=False):
+    b, hq, hkv, s, t, d, dv, _, k = shape
+    q = torch.randn(b, s, hq, d).to(dtype).transpose(1, 2)
+    heads = hq if per_head else hkv
+    positions = torch.rand(b, heads, s, t).topk(min(k, t)).indices.sort().values.int()
+    used = torch.randint(1, positions.shape[-1] + 1, (b, heads, s, 1))
+    positions[torch.arange(positions.shape[-1]) >= used] = -1
+    return q, cache(b, hkv, t, d, dtype), cache(b, hkv, t, dv, dtype), positions
+
+
+def pytorch_attention(q, k, v, positions, mask, *, scale, softcap=0.0, sinks=None):
+    """PyTorch's own attention over the chosen keys, in the dtype of q."""
+    b, hq, s, _ = q.shape
+    hkv, t = k.shape[1:3]
+    out = torch.empty(b, hq, s, v.shape[3], dtype=q.dtype)
+    for i, h, j in itertools.product(range(b), range(hq), range(s)):
+        kv = h // (hq // hkv)
+        row = positions[i, h if positions.shape[1] == hq else kv, j]
+        at = row[row >= 0].long() if (row >= 0).any() else torch.arange(t)
+        added = None if mask is None else mask.expand(b, hq, s, t)[i, h, j, at][None]
+        if added is not None and added.dtype != torch.bool:
+            added = added.to(q.dtype)
+        args = (q[i, h, j][None], k[i, kv, at], v[i, kv, at], added, scale)
+        if softcap or sinks is not None:
+            out[i, h, j] = eager_attention(*args, softcap, None if sinks is None else sinks[h])[0]
+        else:
+            query, keys, values, added, scale = args
+            out[i, h, j] = F.scaled_dot_product_attention(
+                query[None], keys[None], values[None], added, scale=scale
+            )[0, 0]
+    return out
+
+
+def eager_attention(query, keys, values, added, scale, softcap, sink):
+    """What models with a softcap or a sink logit compute: matmul, softmax in fp32, matmul."""
+    logits = query @ keys.T * scale
+    if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
+    assert added is None
+    if sink is not None:
+        logits = torch.cat((logits, sink.to(logits.dtype).view(1, 1)), -1)
+    weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return weights[:, : len(keys)] @ values
+
+
+def assert_attends_as_defined(implementation, inputs, mask, **options):
+    q, k, v, positions = inputs
+    truth = reference.attend(q.double(), k.double(), v.double(), positions, mask, **options)
+    found = implementation.attend(*inputs, mask, **options)
+    assert found.dtype == q.dtype and found.is_contiguous() and found.isfinite().all()
+    error = (found.double() - truth).abs().max()
+    theirs = (pytorch_attention(*inputs, mask, **options).double() - truth).abs().max()
+    floor = torch.finfo(q.dtype).eps * truth.abs().max()
+    assert error <= 2 * theirs + floor, f"error {error:.2e}, PyTorch's {theirs:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
+def test_attend_is_exact_over_the_positions(implementation, shape, dtype):
+    inputs = attend_inputs(shape, dtype)
+    assert_attends_as_defined(implementation, inputs, None, scale=shape[5] ** -0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attend_takes_positions_of_each_head(implementation, dtype):
+    inputs = attend_inputs(SHAPES[3], dtype, per_head=True)
+    assert_attends_as_defined(implementation, inputs, None, scale=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_attend_with_softcap_and_sinks(implementation, dtype, softcap):
+    inputs = attend_inputs(SHAPES[4], dtype)
+    for sinks in (torch.randn(8), torch.full((8,), 30.0, dtype=dtype)):
+        assert_attends_as_defined(
+            implementation, inputs, None, scale=0.3, softcap=softcap, sinks=sinks
+        )
+
+
+@pytest.mark.parametrize("mask_kind", ["random", "window", "static cache", "additive"])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4]], ids=str)
+def test_attend_adds_the_mask(implementation, shape, mask_kind):
+    mask = masks(mask_kind, shape[0], shape[3], shape[4])
+    inputs = attend_inputs(shape, torch.float32)
+    assert_attends_as_defined(implementation, inputs, mask, scale=0.2)
+    mask_of_each_head = mask.repeat(1, shape[1], 1, 1)
+    mask_of_each_head[:, ::2] = mask.flip(-1)
+    assert_attends_as_defined(implementation, inputs, mask_of_each_head, scale=0.2)
+
+
+@pytest.mark.parametrize("filler", [False, -torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("t", [5, 1003])
+def test_a_row_without_positions_is_what_sdpa_makes_of_it(implementation, t, filler):
+    q, k, v, positions = attend_inputs((2, 6, 2, 2, t, 64, 48, 16, 4), torch.float32)
+    positions[0, :, 0] = -1
+    blind = torch.full((2, 1, 2, t), filler)
+    sighted = torch.ones(2, 1, 2, t, dtype=torch.bool)
+    mask = torch.where(sighted, True if filler is False else 0.0, blind)
+    mask[0, 0, 0] = filler
+    found = implementation.attend(q, k, v, positions, mask, scale=0.1)
+    expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.1, enable_gqa=True)
+    torch.testing.assert_close(found[0, :, 0], expected[0, :, 0])
+    if filler == torch.finfo(torch.float32).min:
+        mean = v[0].mean(1).repeat_interleave(3, 0)
+        torch.testing.assert_close(found[0, :, 0], mean)
+    else:
+        assert not found[0, :, 0].any()
+    assert_attends_as_defined(implementation, (q, k, v, positions), mask, scale=0.1)
+
+
+def test_positions_outside_the_cache_add_nothing(implementation):
+    q, k, v, positions = attend_inputs((1, 4, 2, 1, 50, 64, 64, 16, 20), torch.float32)
+    positions[..., 8:] = -1
+    padded = torch.full((1, 2, 1, 40), -1, dtype=torch.int32)
+    padded[..., 7:15] = positions[..., :8]
+    padded[..., 0], padded[..., 20], padded[..., 39] = 50, 2**31 - 1, -(2**31)
+    expected = implementation.attend(q, k, v, positions, None, scale=0.1)
+    torch.testing.assert_close(implementation.attend(q, k, v, padded, None, scale=0.1), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_keys_that_are_not_finite_spoil_no_other_row(implementation, dtype, value):
+    q, k, v, positions = attend_inputs((2, 8, 2, 2, 300, 64, 64, 16, 80), dtype)
+    clean = implementation.attend(q, k, v, positions, None, scale=0.1)
+    broken = int(positions[0, 1, 1, 0])
+    k[0, 1, broken] = value
+    v[0, 1, broken] = value
+    found = implementation.attend(q, k, v, positions, None, scale=0.1)
+    reads = (positions[0, 1] == broken).any(-1)
+    spoilt = torch.zeros(2, 8, 2, dtype=torch.bool)
+    spoilt[0, 4:] = reads
+    assert torch.equal(found[~spoilt], clean[~spoilt])
+    visible = torch.ones(2, 1, 2, 300, dtype=torch.bool)
+    visible[..., broken] = False
+    assert implementation.attend(q, k, v, positions, visible, scale=0.1).isfinite().all()
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "additive"])
+def test_what_is_left_out_bounds_the_error(implementation, mask_kind):
+    shape = (2, 4, 2, 2, 700, 64, 32, 16, 90)
+    mask = masks(mask_kind, 2, 2, 700)
+    q, k, v, positions = attend_inputs(shape, torch.float32)
+    dense = reference.attend(
+        q.double(), k.double(), v.double(), torch.full_like(positions, -1), mask, scale=0.2
+    )
+    found = implementation.attend(q, k, v, positions, mask, scale=0.2).double()
+    logits = 0.2 * torch.einsum(
+        "bhgsd,bhtd->bhgst", q.double().unflatten(1, (2, 2)), k.double()
+    ).flatten(1, 2)
+    weights = (logits if mask is None else logits + mask.double()).softmax(-1)
+    chosen = torch.zeros(2, 2, 2, 701).scatter_(3, positions.long() % 701, 1)[..., :700]
+    mass = (weights * chosen.repeat_interleave(2, 1)).sum(-1)
+    mass = torch.where((positions < 0).all(-1).repeat_interleave(2, 1), 1.0, mass)
+    spread = (v.amax(2) - v.amin(2)).amax(-1).repeat_interleave(2, 1)[:, :, None]
+    sees = torch.ones(2, 1, 2) if mask is None else (mask > -1e30).any(-1)
+    off = (found - dense).abs().amax(-1)
+    assert ((off <= (1 - mass) * spread + 1e-5) | (sees == 0)).all()
+
+
+# ---- together ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_any_number_of_threads_gives_the_same(implementation, count):
+    shape = (1, 8, 2, 2, 6001, 128, 128, 32, 700)
+    inputs = select_inputs(shape, torch.bfloat16, torch.int8)
+    k, v = cache(1, 2, 6001, 128, torch.bfloat16), cache(1, 2, 6001, 128, torch.bfloat16)
+    expected = implementation.select(*inputs, **settings(700))
+    torch.set_num_threads(count)
+    positions = implementation.select(*inputs, **settings(700))
+    assert torch.equal(positions, expected)
+    assert_attends_as_defined(implementation, (inputs[0], k, v, positions), None, scale=0.1)
+
+
+def test_python_threads_do_not_share_scratch():
+    cases = []
+    for t in (1500, 3001, 4097, 700):
+        shape = (1, 4, 2, 1, t, 64, 64, 16, t // 5)
+        inputs = select_inputs(shape, torch.float32, torch.float32)
+        k, v = cache(1, 2, t, 64, torch.float32), cache(1, 2, t, 64, torch.float32)
+        cases.append((inputs, k, v, settings(t // 5)))
+
+    def run(case):
+        inputs, k, v, options = case
+        positions = cpu.select(*inputs, **options)
+        return positions, cpu.attend(inputs[0], k, v, positions, None, scale=0.1)
+
+    alone = [run(case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            for (positions, out), expected in zip(pool.map(run, cases), alone, strict=True):
+                assert torch.equal(positions, expected[0])
+                torch.testing.assert_close(out, expected[1])
+
+
+# ---- the build ---------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_pytorch_ops_serve_and_it_is_said_once(monkeypatch, caplog):
+    def none_found():
+        raise cpu_build.KernelsUnavailable("no C++ compiler: install g++ or clang++, or set CXX")
+
+    monkeypatch.setattr(cpu_build, "_compiler", none_found)
+    inputs = select_inputs(SHAPES[1], torch.float32, torch.float32)
+    expected = cpu.select(*inputs, **settings(9))
+    cpu._kernels.cache_clear()
+    with caplog.at_level(logging.WARNING, "loki_compile"):
+        found = [cpu.select(*inputs, **settings(9)) for _ in range(3)]
+    cpu._kernels.cache_clear()
+    assert all(torch.equal(each, expected) for each in found)
+    assert [record.getMessage() for record in caplog.records] == [
+        "CPU kernels: no C++ compiler: install g++ or clang++, or set CXX. "
+        "PyTorch ops are used instead, slower."
+    ]
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho cannot allocate registers >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(cpu_build, "_compiler", lambda: str(broken))
+    monkeypatch.setattr(cpu_build, "_cache_folder", lambda: tmp_path / "cache")
+    with pytest.raises(cpu_build.KernelsUnavailable, match="cannot allocate registers"):
+        cpu_build.load()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_two_processes_may_build_at_once(tmp_path):
+    code = "from loki_compile.kernels import cpu_build; cpu_build.load()"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    builds = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [build.wait() for build in builds] == [0, 0]
+    assert len(list((tmp_path / "loki_compile").iterdir())) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_the_process_has_one_openmp():
+    assert cpu._kernels() is not None
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    assert len([path for path in mapped if "libgomp" in path or "libomp" in path]) == 1

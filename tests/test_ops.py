@@ -1,0 +1,453 @@
+"""The ops' door: schemas, fakes, what feeds them, what they refuse, and how Inductor calls them.
+
+Legend: B batch, Hq query heads, Hkv KV heads, S new tokens, T cached tokens, D head dims, R index
+dims, K slots.
+"""
+
+import re
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loki_compile.kernels import cpu, reference
+from loki_compile.kernels.ops import (
+    KEEP_ALL_Q16,
+    attend,
+    hidden_below,
+    index_rows,
+    mask_bounds,
+    select,
+)
+
+B, HQ, HKV, S, T, D, DV, R, K = 2, 6, 2, 3, 37, 24, 16, 8, 11
+SELECT = {
+    "scale": 0.3,
+    "top_k": K,
+    "keep_q16": KEEP_ALL_Q16,
+    "sink": 1,
+    "recent": 2,
+    "per_head": False,
+}
+
+
+def select_args(**changes):
+    args = {
+        "q": torch.randn(B, HQ, S, D),
+        "basis": torch.randn(HKV, D, R),
+        "index": torch.randn(B, HKV, T, R),
+        "index_scale": None,
+        "mask": None,
+        "bounds": None,
+        **SELECT,
+    }
+    args.update(changes)
+    return args
+
+
+def attend_args(**changes):
+    args = {
+        "q": torch.randn(B, HQ, S, D),
+        "k": torch.randn(B, HKV, T, D),
+        "v": torch.randn(B, HKV, T, DV),
+        "positions": torch.arange(K, dtype=torch.int32).expand(B, HKV, S, K).contiguous(),
+        "mask": None,
+        "scale": 0.3,
+    }
+    args.update(changes)
+    return args
+
+
+def call(op, args):
+    return op(**args)
+
+
+def opcheck(op, args):
+    positional = [a for a in ("q", "basis", "index", "index_scale") if a in args]
+    positional += [a for a in ("k", "v", "positions", "mask", "bounds") if a in args]
+    keywords = {name: value for name, value in args.items() if name not in positional}
+    torch.library.opcheck(op, tuple(args[name] for name in positional), keywords)
+
+
+# ---- masks and index rows -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float16])
+def test_mask_bounds_are_first_last_and_count(dtype):
+    rows = ["0001111", "1010010", "0000000", "1111111", "0000001"]
+    visible = torch.tensor([[c == "1" for c in row] for row in rows])
+    mask = visible if dtype == torch.bool else additive(visible, dtype)
+    expected = torch.tensor([[3, 7, 4], [0, 6, 3], [0, 0, 0], [0, 7, 7], [6, 7, 1]])
+    found = mask_bounds(mask.view(1, 1, 5, 7))
+    assert found.dtype == torch.int32
+    assert torch.equal(found, expected.int().view(1, 1, 5, 3))
+
+
+def additive(visible, dtype, filler=None):
+    filler = torch.finfo(dtype).min if filler is None else filler
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, filler)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_key_is_hidden_by_half_of_the_lowest_value_and_below(dtype):
+    least = hidden_below(dtype)
+    above = torch.nextafter(torch.tensor(least, dtype=dtype), torch.tensor(0.0, dtype=dtype))
+    mask = torch.tensor([least, above, -torch.inf, 3.0], dtype=dtype).view(1, 1, 1, 4)
+    assert mask_bounds(mask).flatten().tolist() == [1, 4, 2]
+
+
+def test_mask_bounds_keeps_broadcast_sizes():
+    assert mask_bounds(torch.ones(2, 1, 3, 5, dtype=torch.bool)).shape == (2, 1, 3, 3)
+
+
+def test_index_rows_are_the_projection_in_fp32():
+    keys, basis = torch.randn(B, HKV, S, D).bfloat16(), torch.randn(HKV, D, R)
+    rows, scale = index_rows(keys, basis, torch.float32)
+    truth = torch.einsum("bhsd,hdr->bhsr", keys.double(), basis.double())
+    assert scale is None
+    torch.testing.assert_close(rows.double(), truth, rtol=1e-5, atol=1e-5)
+    assert index_rows(keys, basis, torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_int8_rows_are_within_half_a_step():
+    keys, basis = torch.randn(B, HKV, S, D), torch.randn(HKV, D, R)
+    exact, _ = index_rows(keys, basis, torch.float32)
+    rows, scale = index_rows(keys, basis, torch.int8)
+    assert rows.dtype == torch.int8 and scale.dtype == torch.float32
+    assert scale.shape == (B, HKV, S, 1)
+    torch.testing.assert_close(scale, exact.abs().amax(-1, keepdim=True) / 127)
+    assert ((rows * scale - exact).abs() <= scale * 0.5001).all()
+    assert (rows.abs().amax(-1) == 127).all()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e38])
+def test_int8_rows_of_any_size_are_finite(size):
+    keys = torch.full((1, 1, 1, 4), size)
+    rows, scale = index_rows(keys, torch.eye(4)[None], torch.int8)
+    assert scale.isfinite().all() and (rows >= -127).all()
+    assert (rows * scale - keys).abs().max() <= max(size / 127, 1e-44)
+
+
+def test_entries_that_are_not_finite_count_as_zero_in_int8():
+    keys = torch.tensor([[3e38, 2e38], [torch.nan, 1], [-torch.inf, 1], [4, 2]]).view(1, 1, 4, 2)
+    basis = torch.tensor([[[1.0, 1.0], [1.0, -1.0]]])  # 3e38 + 2e38 is infinite, 3e38 - 2e38 is not
+    rows, scale = index_rows(keys, basis, torch.int8)
+    assert rows[0, 0].tolist() == [[0, 127], [0, 0], [0, 0], [127, 42]]
+    assert scale[0, 0, 1:3].flatten().tolist() == [0, 0] and scale.isfinite().all()
+
+
+# ---- the definition, on rows small enough to check by hand ------------------------------------
+
+
+def choose(scores, **changes):
+    """Positions for one query whose scores are given: D = R = 1, q = 1, index = scores."""
+    scores = torch.tensor(scores, dtype=torch.float32)
+    args = {**SELECT, "scale": 1.0, "sink": 0, "recent": 0, **changes}
+    mask = args.pop("mask", None)
+    found = []
+    for implementation in (reference, cpu):
+        positions = implementation.select(
+            torch.ones(1, 1, 1, 1),
+            torch.ones(1, 1, 1),
+            scores.view(1, 1, -1, 1),
+            None,
+            mask,
+            None if mask is None else mask_bounds(mask),
+            **args,
+        )
+        found.append(positions.flatten().tolist())
+    assert found[0] == found[1]
+    return [p for p in found[0] if p >= 0]
+
+
+def test_the_best_are_chosen_in_order_of_position():
+    assert choose([1, 5, 2, 9, 3], top_k=2) == [1, 3]
+
+
+def test_ties_go_to_the_lower_position():
+    assert choose([2, 1, 2, 2, 7, 2], top_k=3) == [0, 2, 4]
+
+
+def test_zeros_of_either_sign_are_equal():
+    assert choose([-0.0, 0.0, -0.0, 0.0], top_k=2) == [0, 1]
+
+
+def test_nan_ranks_with_minus_infinity():
+    nan, inf = float("nan"), float("inf")
+    assert choose([nan, -1e38, -inf, 4, inf], top_k=3) == [1, 3, 4]
+    assert choose([nan, -inf, 4, nan], top_k=3) == [0, 1, 2]
+
+
+def test_recent_and_sink_are_kept_and_count():
+    assert choose([0, 0, 9, 8, 7, 0, 0], top_k=4, sink=1, recent=2) == [0, 2, 5, 6]
+    assert choose([0, 0, 9, 8, 7, 0, 0], top_k=3, sink=2, recent=2) == [0, 5, 6]
+    assert choose([0, 0, 9, 8, 7, 0, 0], top_k=1, sink=2, recent=2) == [6]
+
+
+def test_recent_and_sink_count_visible_keys_alone():
+    mask = torch.tensor([0, 1, 0, 1, 1, 1, 0, 1, 0], dtype=torch.bool).view(1, 1, 1, 9)
+    assert choose([9] * 3 + [1, 5, 2, 9, 0, 9], mask=mask, top_k=3, sink=1, recent=1) == [1, 4, 7]
+
+
+def test_the_fraction_is_of_the_visible_keys_and_rounds_up():
+    mask = torch.tensor([1] * 7 + [0] * 9, dtype=torch.bool).view(1, 1, 1, 16)
+    quarter = KEEP_ALL_Q16 // 4
+    assert choose(list(range(16)), mask=mask, top_k=9, keep_q16=quarter) == [5, 6]
+    assert choose(list(range(16)), top_k=9, keep_q16=quarter) == [12, 13, 14, 15]
+    assert choose([1, 2], top_k=9, keep_q16=1) == [1]
+
+
+def test_an_additive_mask_is_added_to_the_score():
+    mask = torch.tensor([0.0, 5.0, -torch.inf, -1.0]).view(1, 1, 1, 4)
+    assert choose([3, 1, 9, 3], mask=mask, top_k=2) == [0, 1]
+
+
+def test_a_row_that_sees_nothing_gets_nothing():
+    assert choose([1, 2, 3], mask=torch.zeros(1, 1, 1, 3, dtype=torch.bool), top_k=2) == []
+
+
+def test_a_group_chooses_by_its_best_head():
+    q = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 2, 1, 2)
+    index = torch.tensor([[9.0, 0], [0, 0], [1, 1], [0, 5]]).view(1, 1, 4, 2)
+    args = {**SELECT, "scale": 1.0, "sink": 0, "recent": 0, "top_k": 2}
+    basis = torch.eye(2)[None]
+    for op in (reference.select, cpu.select):
+        shared = op(q, basis, index, None, None, None, **args)
+        own = op(q, basis, index, None, None, None, **{**args, "per_head": True})
+        assert shared.tolist() == [[[[0, 3]]]]
+        assert own.tolist() == [[[[0, 2]], [[2, 3]]]]
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+def test_attending_to_every_key_is_pytorch_attention(kind):
+    args = attend_args(positions=torch.full((B, HKV, S, K), -1, dtype=torch.int32))
+    if kind != "none":
+        visible = torch.rand(B, 1, S, T) > 0.4
+        args["mask"] = visible if kind == "bool" else torch.randn(B, 1, S, T).where(
+            visible, torch.tensor(-torch.inf)
+        )  # fmt: skip
+    for name in ("q", "k", "v"):
+        args[name] = args[name].double()
+    mask = args["mask"] if kind != "additive" else args["mask"].double()
+    expected = F.scaled_dot_product_attention(
+        args["q"], args["k"], args["v"], mask, scale=args["scale"], enable_gqa=True
+    )
+    torch.testing.assert_close(reference.attend(**args), expected)
+
+
+# ---- as seen by the compiler -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["plain", "int8", "bool mask", "additive mask", "per head"])
+def test_opcheck_of_select(case):
+    args = select_args()
+    if case == "int8":
+        args["index"], args["index_scale"] = index_rows(
+            torch.randn(B, HKV, T, D), args["basis"], torch.int8
+        )
+    if "mask" in case:
+        visible = torch.rand(B, 1, S, T) > 0.3
+        args["mask"] = visible if case == "bool mask" else additive(visible, torch.float32)
+        args["bounds"] = mask_bounds(args["mask"])
+    args["per_head"] = case == "per head"
+    opcheck(select, args)
+
+
+@pytest.mark.parametrize("case", ["plain", "mask", "sinks"])
+def test_opcheck_of_attend(case):
+    args = attend_args()
+    if case == "mask":
+        args["mask"] = torch.rand(B, 1, S, T) > 0.3
+    if case == "sinks":
+        args.update(sinks=torch.randn(HQ), softcap=20.0)
+    opcheck(attend, args)
+
+
+def test_fakes_have_the_shapes_and_strides_of_the_results():
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = {
+            name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            for name, value in select_args().items()
+        }
+        positions = select(**fake)
+    real = select(**select_args())
+    assert positions.shape == real.shape == (B, HKV, S, K)
+    assert positions.stride() == real.stride() and positions.dtype == torch.int32
+
+
+@contextmanager
+def recorded(name, calls):
+    """Calls of loki::<name> on the CPU are noted, with their arguments."""
+    library = torch.library.Library("loki", "IMPL")
+
+    def note(*args, **kwargs):
+        calls.append(args)
+        return getattr(cpu, name)(*args, **kwargs)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the kernel is overridden is the purpose
+        library.impl(name, note, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def static_cache_step(x, k_cache, v_cache, index, new, basis, mask):
+    """A decode step over a (B, T, Hkv, D) cache, written in place; the mask is longer."""
+    k_cache[:, 5:6] = new
+    q = (x * 2).view(B, 1, HQ, D).transpose(1, 2)
+    k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    seen = mask[:, :, :, : k.shape[2]].expand(B, 1, 1, k.shape[2])
+    return sparse(q, k, v, index, basis, seen)
+
+
+def growing_cache_step(x, k_cache, v_cache, index, new, basis, mask):
+    """A decode step over a (B, Hkv, T, D) cache that grows by concatenation."""
+    q = (x * 2).view(B, 1, HQ, D).transpose(1, 2)
+    k, v = torch.cat((k_cache, new), 2), torch.cat((v_cache, new + 1), 2)
+    rows, scale = index
+    new_rows, new_scale = index_rows(new, basis, torch.int8)
+    rows, scale = torch.cat((rows, new_rows), 2), torch.cat((scale, new_scale), 2)
+    seen = mask[:, :, :, : k.shape[2]].expand(B, HQ, 1, k.shape[2])
+    return *sparse(q, k, v, (rows, scale), basis, seen), k, v, rows
+
+
+def sparse(q, k, v, index, basis, mask):
+    positions = select(q, basis, *index, mask, mask_bounds(mask), **SELECT)
+    return attend(q, k, v, positions, mask, scale=0.3), positions
+
+
+@pytest.mark.parametrize("step", [static_cache_step, growing_cache_step])
+def test_inductor_hands_caches_over_as_they_are(step):
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="inductor", dynamic=True, fullgraph=True)
+    basis = torch.randn(HKV, D, R)
+    for t in (40, 53):
+        heads_last = step is static_cache_step
+        shape = (B, t, HKV, D) if heads_last else (B, HKV, t, D)
+        k_cache, v_cache = torch.randn(shape), torch.randn(shape)
+        new = torch.randn(B, 1, HKV, D) if heads_last else torch.randn(B, HKV, 1, D)
+        index = index_rows(torch.randn(B, HKV, t, D), basis, torch.int8)
+        args = (torch.randn(B, 1, HQ * D), k_cache, v_cache, index, new, basis)
+        mask = torch.rand(B, 1, 1, 100) > 0.3
+        expected = step(*(a.clone() if a is k_cache else a for a in args), mask)
+        selects, attends = [], []
+        with recorded("select", selects), recorded("attend", attends):
+            found = compiled(*args, mask)
+        assert torch.equal(found[1], expected[1])
+        torch.testing.assert_close(found[0], expected[0])
+        (_, _, rows, *_), (q, k, v, _, seen) = selects[0], attends[0]
+        if heads_last:
+            assert k.data_ptr() == k_cache.data_ptr() and v.data_ptr() == v_cache.data_ptr()
+            assert rows.data_ptr() == index[0].data_ptr()
+            assert k.stride() == k_cache.transpose(1, 2).stride()
+            assert seen.data_ptr() == mask.data_ptr()
+        else:
+            assert [k.data_ptr(), v.data_ptr(), rows.data_ptr()] == [
+                tensor.data_ptr() for tensor in found[2:]
+            ]
+        assert q.stride(-1) == 1
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+SEEN = torch.ones(B, 1, S, T, dtype=torch.bool)
+PER_HEAD_MASK = torch.ones(B, HQ, S, T, dtype=torch.bool)
+BAD_SELECT = {
+    "rank of q is 3 (shape (6, 3, 24)); allowed: 4": {"q": torch.ones(HQ, S, D)},
+    "q dtype is torch.float64; allowed: bfloat16": {"q": torch.ones(B, HQ, S, D).double()},
+    "strides of q is (432, 72, 1, 3); allowed: 1 in the last dim": {
+        "q": torch.ones(B, HQ, D, S).transpose(2, 3)
+    },
+    "batch of index is 1; allowed: batch of q, 2": {"index": torch.ones(1, HKV, T, R)},
+    "KV heads of index is 4; allowed: a divisor of the 6": {"index": torch.ones(B, 4, T, R)},
+    "sizes (B, S, T, R) is (2, 3, 0, 8); allowed: 1": {"index": torch.ones(B, HKV, 0, R)},
+    "index dtype is torch.int16; allowed": {"index": torch.ones(B, HKV, T, R).short()},
+    "basis is ((2, 24, 7), torch.float32); allowed: shape (Hkv, D, R) = (2, 24, 8)": {
+        "basis": torch.ones(HKV, D, R - 1)
+    },
+    "basis is ((2, 24, 8), torch.float64)": {"basis": torch.ones(HKV, D, R).double()},
+    "strides of index is (592, 296, 1, 37)": {"index": torch.ones(B, HKV, R, T).mT},
+    "index_scale is None; allowed: a tensor, since index is int8": {
+        "index": torch.ones(B, HKV, T, R).char()
+    },
+    "index_scale is a tensor; allowed: None": {"index_scale": torch.ones(B, HKV, T, 1)},
+    "index_scale is ((2, 2, 36, 1), torch.float32); allowed: shape (B, Hkv, T, 1)": {
+        "index": torch.ones(B, HKV, T, R).char(),
+        "index_scale": torch.ones(B, HKV, T - 1, 1),
+    },
+    "(mask, bounds) is ('a mask', 'None'); allowed: both or neither": {"mask": SEEN},
+    "rank of mask is 2; allowed: 4": {"mask": SEEN[0, 0], "bounds": mask_bounds(SEEN)},
+    "shape of mask is (2, 1, 3, 36); allowed: (B, Hq, S, T) = (2, 6, 3, 37)": {
+        "mask": SEEN[..., 1:],
+        "bounds": mask_bounds(SEEN),
+    },
+    "mask dtype is torch.int64; allowed: bool": {
+        "mask": SEEN.long(),
+        "bounds": mask_bounds(SEEN),
+    },
+    "heads of mask is 6; allowed: 1 unless per_head=True": {
+        "mask": PER_HEAD_MASK,
+        "bounds": mask_bounds(PER_HEAD_MASK),
+    },
+    "bounds is ((2, 1, 1, 3), torch.int32); allowed: shape (2, 1, 3, 3), int32: mask_bounds": {
+        "mask": SEEN,
+        "bounds": mask_bounds(SEEN[:, :, :1]),
+    },
+    "top_k is 0; allowed: at least 1": {"top_k": 0},
+    "keep_q16 is 65537; allowed: 1 to 65536": {"keep_q16": 65537},
+    "(sink, recent) is (-1, 2); allowed: 0 or more": {"sink": -1},
+}
+BAD_ATTEND = {
+    "rank of k is 3": {"k": torch.ones(HKV, T, D)},
+    "q dtype is torch.float64": {"q": torch.ones(B, HQ, S, D).double()},
+    "dtypes of (k, v) is (torch.bfloat16, torch.float32); allowed: that of q": {
+        "k": torch.ones(B, HKV, T, D).bfloat16()
+    },
+    "shape of k is (2, 4, 37, 24); allowed: (B, Hkv, T, D) with B = 2, D = 24": {
+        "k": torch.ones(B, 4, T, D),
+        "v": torch.ones(B, 4, T, DV),
+        "positions": torch.zeros(B, 4, S, K, dtype=torch.int32),
+    },
+    "shape of v is (2, 2, 36, 16); allowed: (2, 2, 37) and Dv": {"v": torch.ones(B, HKV, 36, DV)},
+    "sizes (B, S, T, D, Dv) is (2, 3, 37, 24, 0)": {"v": torch.ones(B, HKV, T, 0)},
+    "strides of v is (1184, 592, 1, 37)": {"v": torch.ones(B, HKV, DV, T).mT},
+    "positions dtype is torch.int64; allowed: int32": {
+        "positions": torch.zeros(B, HKV, S, K, dtype=torch.int64)
+    },
+    "shape of positions is (2, 3, 3, 11); allowed: (B, Hkv or Hq, S, K) = (2, 2 or 6, 3": {
+        "positions": torch.zeros(B, 3, S, K, dtype=torch.int32)
+    },
+    "shape of mask is (2, 1, 3, 36)": {"mask": SEEN[..., 1:]},
+    "softcap is -1.0; allowed: 0 (none) or a positive number": {"softcap": -1.0},
+    "sinks is ((2,), torch.float32); allowed: shape (Hq,) = (6,)": {"sinks": torch.ones(HKV)},
+}
+
+
+@pytest.mark.parametrize("found", BAD_SELECT)
+def test_select_says_what_it_found_and_what_it_takes(found):
+    with pytest.raises(ValueError, match="loki::select: .*" + re.escape(found)):
+        select(**select_args(**BAD_SELECT[found]))
+
+
+@pytest.mark.parametrize("found", BAD_ATTEND)
+def test_attend_says_what_it_found_and_what_it_takes(found):
+    with pytest.raises(ValueError, match="loki::attend: .*" + re.escape(found)):
+        attend(**attend_args(**BAD_ATTEND[found]))
+
+
+def test_tensors_on_two_devices_are_refused():
+    from loki_compile.kernels.checks import check_attend
+
+    args = attend_args(k=torch.ones(B, HKV, T, D, device="meta"))
+    args.pop("scale")
+    with pytest.raises(ValueError, match="device of k is meta; allowed: that of q, cpu"):
+        check_attend(**args, softcap=0.0, sinks=None)
+
+
+def test_a_mask_expanded_over_heads_may_be_shared():
+    mask = (torch.rand(B, 1, S, T) > 0.3).expand(B, HQ, S, T)
+    args = select_args(mask=mask, bounds=mask_bounds(mask))
+    assert torch.equal(select(**args), reference.select(**args))
