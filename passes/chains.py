@@ -8,7 +8,6 @@ attention. Analysis only: nothing here edits a graph.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from loki_compile.passes.fx_tools import concrete, fake_value, module_path, op_name, shape_of
@@ -202,17 +201,18 @@ def _fold_fill(node: fx.Node, scores: _Scores) -> fx.Node | None:
     if not isinstance(inner, fx.Node) or not isinstance(mask, fx.Node) or scores.softcap:
         return None
     value = fake_value(mask)
-    if value is None or str(value.dtype) != "torch.bool" or not _very_low(fill):
+    low = _very_low(fill)
+    if value is None or str(value.dtype) != "torch.bool" or low is None:
         return None
-    scores.masks.append(MaskTerm(mask, inverted=inverted))
+    scores.masks.append(MaskTerm(mask, scores.factor, inverted, low))
     return inner
 
 
-def _very_low(fill: Any) -> bool:
-    """A number, or a constant tensor made from one, that hides a key from the softmax."""
+def _very_low(fill: Any) -> float | None:
+    """The number, given as it is or as a constant tensor, if it hides a key from the softmax."""
     if isinstance(fill, fx.Node) and op_name(fill) in ("tensor", "full"):
         fill = fill.args[0] if op_name(fill) == "tensor" else fill.args[1]
-    return isinstance(fill, (int, float)) and (math.isinf(fill) or fill <= -1e37) and fill < 0
+    return float(fill) if isinstance(fill, (int, float)) and fill <= -1e37 else None
 
 
 def _fold_sub(node: fx.Node, scores: _Scores) -> fx.Node | None:

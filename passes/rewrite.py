@@ -7,6 +7,7 @@ graph only ever appends arguments and strips results.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -363,30 +364,37 @@ def _masks_complete(graph: fx.Graph, sites: Sequence[AttentionSite]) -> dict[fx.
 def _one_mask(graph: fx.Graph, site: AttentionSite, complete: fx.Node) -> fx.Node:
     """The site's masks as one 4-D mask, placed behind `complete` so that all layers share it."""
     nodes = [term.node for term in site.masks]
-    rules = [(term.factor, term.inverted) for term in site.masks]
+    rules = [(term.factor, term.inverted, term.fill) for term in site.masks]
+    dtype = fake_value(site.query).dtype
     with graph.inserting_after(complete):
-        return call(graph, joint_mask, rules, *nodes, like=site.node)
+        return call(graph, joint_mask, rules, dtype, *nodes, like=site.node)
 
 
-def joint_mask(rules: Sequence[tuple[float, bool]], *masks: torch.Tensor) -> torch.Tensor:
-    """One 4-D mask that does what several do one after the other; see `MaskTerm` for the rules.
+def joint_mask(
+    rules: Sequence[tuple[float, bool, float]], dtype: torch.dtype, *masks: torch.Tensor
+) -> torch.Tensor:
+    """One 4-D mask that does what several do one after the other.
 
-    Bool where all are bool (True = visible), else floating with -inf for what a bool mask hides.
+    `rules` has factor, inverted and fill of each, as in `MaskTerm`. Bool (True = visible) where all
+    are bool and fill with -inf, else floating, `dtype` where no mask has one. A score is added to
+    the fill instead of replaced by it, which rounds to the same: fills are huge.
     """
-    visible: torch.Tensor | None = None
-    added: torch.Tensor | None = None
-    for (factor, inverted), mask in zip(rules, masks, strict=True):
-        mask = _as_4d(mask)
-        if mask.dtype == torch.bool:
-            keep = ~mask if inverted else mask
-            visible = keep if visible is None else visible & keep
+    masks = tuple(_as_4d(mask) for mask in masks)
+    keeps = {
+        i: ~mask if inverted else mask
+        for i, (mask, (_, inverted, _)) in enumerate(zip(masks, rules, strict=True))
+        if mask.dtype == torch.bool
+    }
+    if len(keeps) == len(masks) and all(fill == float("-inf") for _, _, fill in rules):
+        return functools.reduce(torch.logical_and, keeps.values())
+    joint = torch.zeros((1, 1, 1, 1), dtype=dtype, device=masks[0].device)
+    for i, (mask, (factor, _, fill)) in enumerate(zip(masks, rules, strict=True)):
+        if i in keeps:
+            joint = torch.where(keeps[i], joint, fill * factor)
         else:
             term = mask if factor == 1.0 else mask * factor
-            added = term if added is None else added + term
-    if added is None:
-        assert visible is not None
-        return visible
-    return added if visible is None else torch.where(visible, added, float("-inf"))
+            joint = term if i == 0 else joint + term
+    return joint
 
 
 def _rows_of_group(query: torch.Tensor, kv_heads: int) -> torch.Tensor:

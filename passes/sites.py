@@ -88,12 +88,16 @@ class Heads:
 
 @dataclass(frozen=True)
 class MaskTerm:
-    """What a mask does to the scores: a bool `node` hides keys where it is False (where it is True
-    if `inverted`), a floating one is added after multiplication with `factor`."""
+    """What a mask does to the scores: a bool `node` sets them to `fill` where it is False (where it
+    is True if `inverted`), a floating one is added; `factor` multiplies `fill` or what is added.
+
+    A finite fill differs from -inf in rows that see no key: there it gives the mean of all values.
+    """
 
     node: fx.Node
     factor: float = 1.0
     inverted: bool = False
+    fill: float = float("-inf")
 
 
 @dataclass(frozen=True)
