@@ -205,7 +205,7 @@ def _tiny(cls: type, exceptions: dict[str, Any]) -> Any:
 
 
 def _layers(default: dict[str, Any]) -> dict[str, Any]:
-    """Two layers, or one of each kind, with every list that has an entry per layer cut alike."""
+    """One layer of each kind, with every list that has an entry per layer cut alike."""
     depths = {name: default[name] for name in _DEPTHS if isinstance(default.get(name), int)}
     depth = next(iter(depths.values()), 0)
     lists = {
@@ -215,10 +215,12 @@ def _layers(default: dict[str, Any]) -> dict[str, Any]:
     }
     kinds = list(zip(*(map(repr, value) for value in lists.values()), strict=True))
     first = sorted({kind: place for place, kind in reversed(list(enumerate(kinds)))}.values())
-    if len(first) == 1:
+    # Kinds that no list names: experts behind the first layers, every n-th layer of its own.
+    mixed = any(w in name for name in default for w in ("expert", "moe", "period", "interval"))
+    if len(first) == 1 and mixed:
         first = [0, 1]
     cut = {name: type(value)(value[i] for i in first) for name, value in lists.items()}
-    return {**dict.fromkeys(depths, max(2, len(first))), **cut}
+    return {**dict.fromkeys(depths, max(1 + mixed, len(first))), **cut}
 
 
 def build(model_type: str, attention: str) -> Any:
@@ -258,6 +260,7 @@ class Case:
     cache: str
     attention: str
     engine: str = "eager"
+    small: bool = True
 
     @property
     def key(self) -> str:
@@ -326,7 +329,7 @@ def _compiled(model: Any, case: Case, tokens: Any, truth: Any, heard: _Warnings)
         return {**found, "status": wrong + _without_us(model, case, tokens, truth, found)}
     if any("could not be built" in line for line in heard.lines):
         return {**found, "status": "crashes", "error": heard.lines[-1]}
-    if found["steps"]["sparse_steps"]:
+    if case.small and found["steps"]["sparse_steps"]:
         torch._dynamo.reset()
         try:
             _, logits = decode(model, case.cache, _backend(SMALL), tokens)
@@ -542,6 +545,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=("eager", "inductor"), default="eager")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for one case")
+    parser.add_argument("--no-small", action="store_true", help="leave out the small budget")
     parser.add_argument("--again", action="store_true", help="run finished cases again")
     parser.add_argument("--report-only", action="store_true", help="write the table, run nothing")
     args = parser.parse_args()
@@ -552,7 +556,7 @@ def main() -> None:
     record = RUNS / f"{args.engine}.jsonl"
     known = read_record(record)
     cases = [
-        Case(model, cache, attention, args.engine)
+        Case(model, cache, attention, args.engine, not args.no_small)
         for attention in args.attention
         for cache in args.caches
         for model in args.models or model_types()
