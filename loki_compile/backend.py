@@ -185,7 +185,7 @@ def _choose_bases(bindings: list[CacheBinding], config: LokiConfig) -> None:
 def _pick(
     chosen: BasisSet | None, binding: CacheBinding, occurrence: int, *, must: bool
 ) -> Basis | None:
-    if chosen is None or (not binding.weights and not must):
+    if chosen is None or not binding.weights:  # a read-only cache: no weight here made its keys
         return None
     if not must and chosen.find(binding.weights) is None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ class LokiConfig:
                 "id, or a BasisSet. `loki bases list` shows what is stored."
             )
         if self.layers != "all":
-            picks = (self.layers,) if isinstance(self.layers, str) else self.layers
+            one = isinstance(self.layers, str) or not isinstance(self.layers, Sequence)
+            picks = (self.layers,) if one else self.layers
             if not picks or not all(_is_int(p) or isinstance(p, str) for p in picks):
                 raise ValueError(
                     f'layers={self.layers!r}: needs "all", or layer numbers and module path '

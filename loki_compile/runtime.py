@@ -17,6 +17,7 @@ reads the cache's own keys and values.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import weakref
 from collections import Counter
@@ -147,6 +148,11 @@ class CacheBinding:
     layout: IndexLayout | None = None
 
     @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells one index of a cache tensor from another: its basis and its layout."""
+        return self.bound, self.layout
+
+    @property
     def item_bytes(self) -> int:
         """Bytes of one number in the cache."""
         return fake_value(self.cache.past).element_size()
@@ -157,7 +163,7 @@ class CacheBinding:
             return self.basis.rank_for(spec)
         if isinstance(spec, str):
             return None
-        return spec if isinstance(spec, int) else max(1, round(spec * self.head_dim))
+        return spec if isinstance(spec, int) else max(1, math.ceil(round(spec * self.head_dim, 6)))
 
     def basis_name(self) -> str:
         """Where the basis comes from, for reports."""
@@ -245,7 +251,8 @@ class DecodeGraph:
             return slots
         if binding is not self.fill_graph.binding:
             return 0
-        return min(slots, self.fill_graph.read(args))
+        filled = self.fill_graph.read(args)
+        return min(slots, filled) if filled > 0 else slots  # positions counted from the end
 
     def prepare_sparse(self, args: Sequence[Any], visible: int) -> bool:
         """Builds the sparse variant at its first use. False: stay dense."""
@@ -257,6 +264,9 @@ class DecodeGraph:
         """Bases, layouts and the compiled sparse variant, at its first use. False: stay dense."""
         if self.sparse is not None:
             return True
+        for binding in self.bindings:
+            if binding.basis is None and _cached(binding, args[binding.argument], visible) < 1:
+                return False  # nothing to fit a basis from yet
         with self.building:
             if self.sparse is not None:
                 return True
@@ -352,7 +362,7 @@ class DecodeGraph:
                 parts = list(outputs[place : place + binding.layout.parts])
                 place += binding.layout.parts
                 held = _indexes.setdefault(tensor, {})
-                held[binding.bound] = IndexRecord(parts, _stamp(tensor), visible)
+                held[binding.identity] = IndexRecord(parts, _stamp(tensor), visible)
         self._remember_filled(args, visible)
 
     def _remember_filled(self, args: Sequence[Any], visible: int) -> None:
@@ -365,12 +375,12 @@ class DecodeGraph:
     def _index(self, binding: CacheBinding, past: Tensor, visible: int) -> tuple[IndexRecord, bool]:
         """The cache's index, and whether it had to be built from the cache."""
         with _lock:
-            record = _indexes.get(past, {}).get(binding.bound)
+            record = _indexes.get(past, {}).get(binding.identity)
         if record is not None and self._belongs(binding, record, past, visible):
             return record, False
         record = IndexRecord(self._project(binding, past, record), _stamp(past), visible)
         with _lock:
-            _indexes.setdefault(past, {})[binding.bound] = record
+            _indexes.setdefault(past, {})[binding.identity] = record
         _count("rebuilds")
         return record, True
 
@@ -389,7 +399,7 @@ class DecodeGraph:
         """Whether a sample of cached keys, evenly spread and the newest, projects onto its rows."""
         cache, bound, layout = binding.cache, binding.bound, binding.layout
         assert bound is not None and layout is not None
-        last = min(record.filled, past.shape[cache.token_axis]) - 1
+        last = max(0, min(record.filled, past.shape[cache.token_axis]) - 1)
         rows = torch.linspace(0, last, SPOT_ROWS, device=past.device).long()
         keys = past.index_select(cache.token_axis, rows)
         now = project_new_keys(keys, bound.key, cache.head_axis, layout.dtype)
@@ -467,15 +477,18 @@ def _fill_graph(gm: fx.GraphModule, bindings: Sequence[CacheBinding]) -> FillGra
     return None
 
 
+def _cached(binding: CacheBinding, past: Tensor, visible: int) -> int:
+    """Keys that a cache holds before the step after which `visible` are there."""
+    return min(visible - binding.new_tokens, past.shape[binding.cache.token_axis])
+
+
 def _fit(binding: CacheBinding, past: Tensor, visible: int) -> Basis:
     """PCA of the keys in a cache, once per set of weights; the new keys are not in it yet."""
     identity = (binding.weights, binding.kv_heads, binding.head_dim)
     with _lock:
         if binding.weights and identity in _fitted:
             return _fitted[identity]
-    cache = binding.cache
-    filled = visible - (binding.new_tokens if not cache.replaced else 0)
-    filled = max(1, min(filled, past.shape[cache.token_axis]))
+    cache, filled = binding.cache, _cached(binding, past, visible)
     keys = past.narrow(cache.token_axis, 0, filled)
     if filled > FIT_TOKENS:
         pick = torch.linspace(0, filled - 1, FIT_TOKENS, device=past.device).long()
