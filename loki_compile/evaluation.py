@@ -66,11 +66,13 @@ def many_variants() -> Iterator[None]:
         yield
 
 
-def variants(model: nn.Module, options: dict[str, dict[str, Any]]) -> dict[str, Step]:
-    """Eager, Inductor, and loki under each name of `options`."""
-    steps: dict[str, Step] = {"eager": model, "inductor": torch.compile(model)}
+def variants(
+    model: nn.Module, options: dict[str, dict[str, Any]], *, dynamic: bool | None = None
+) -> dict[str, Step]:
+    """Eager, Inductor, and loki under each name of `options`; `dynamic` as in torch.compile."""
+    steps: dict[str, Step] = {"eager": model, "inductor": torch.compile(model, dynamic=dynamic)}
     for name, chosen in options.items():
-        steps[name] = torch.compile(model, backend="loki", options=chosen)
+        steps[name] = torch.compile(model, backend="loki", options=chosen, dynamic=dynamic)
     return steps
 
 

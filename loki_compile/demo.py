@@ -1,0 +1,290 @@
+"""`loki demo`: one model, dense against sparse decoding, and a picture of where sparse pays off."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from loki_compile.calibration import calibrate
+from loki_compile.config import LokiConfig
+from loki_compile.evaluation import (
+    WARM_UP_STEPS,
+    Step,
+    Trace,
+    follow,
+    generate,
+    latencies,
+    many_variants,
+    new_cache,
+    prefill,
+    recall_of,
+    variants,
+)
+from loki_compile.explanation import explain, site_table, summary
+from loki_compile.models import batches_of, encode, longest_context
+from loki_compile.reference_data import recall_prompt, recall_token_ids, stdlib_text
+
+NEW_TOKENS = 96
+TEXT_TOKENS = 256
+QUESTIONS = 32
+CALIBRATION_TOKENS = 32768
+SEED = 4096
+# An attention-heavy shape for the picture: what long contexts cost when little else is computed.
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "vocab_size": 1024,
+    "max_position_embeddings": 1 << 20,
+}
+SHAPE_CONTEXTS = (1024, 4096, 16384, 65536, 131072)
+SHAPE_TOP_K = 1024
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one variant did: with the text, with the questions, and on its own."""
+
+    text: Trace
+    recall: tuple[bool, ...]
+    generated: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the median generation step, warm-up left out."""
+        steps = sorted(self.seconds[WARM_UP_STEPS:] or self.seconds)
+        return 1 / steps[len(steps) // 2]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids: `text` to read on, `start` where reading begins, and a recall prompt."""
+
+    text: Tensor
+    start: int
+    questions: Tensor | None
+    queries: Sequence[tuple[int, list[int]]]
+
+
+def run_demo(
+    model: nn.Module,
+    tokenizer: Any,
+    name: str,
+    context: int,
+    options: dict[str, Any],
+    picture: Path | None,
+    out: Console,
+    err: Console,
+) -> None:
+    """Runs every part and prints it to `out`; progress goes to `err`.
+
+    Args:
+        model, tokenizer: any causal LM of transformers.
+        context: tokens of each prompt.
+        options: `torch.compile` options for loki; the basis is calibrated here.
+        picture: where to write the picture of latencies; None for none.
+
+    Raises:
+        ValueError: a context that the model or the text cannot fill.
+    """
+    prompts = make_prompts(model, tokenizer, context)
+    out.print(_headline(model, name, context), highlight=False)
+    with many_variants():
+        with err.status("calibrating a basis on Python's standard library"):
+            text = stdlib_text("train")[: 16 * CALIBRATION_TOKENS]
+            pieces = batches_of(
+                encode(tokenizer, text), min(2048, longest_context(model)), CALIBRATION_TOKENS
+            )
+            basis = calibrate(model, pieces, name=name, source="Python's standard library")
+        config = LokiConfig.from_options({**options, "basis": basis})
+        _print_sites(model, config, context, out)
+        outcomes = {}
+        steps = variants(model, {"loki": config.to_options()})
+        for number, (label, step) in enumerate(steps.items(), 1):
+            with err.status(f"{label} ({number} of {len(steps)}): compiling and decoding"):
+                outcomes[label] = try_out(model, step, prompts)
+        dense = min("eager", "inductor", key=lambda n: 1 / outcomes[n].tokens_per_second)
+        out.print(_outcome_table(outcomes, dense, context))
+        for line in _findings(outcomes, dense, tokenizer, context):
+            out.print(line, highlight=False, markup=False)
+        if picture is not None:
+            torch._dynamo.reset()
+            _draw(model, name, config, picture, err)
+            out.print(f"wrote {picture}", soft_wrap=True, highlight=False)
+
+
+def make_prompts(model: nn.Module, tokenizer: Any, context: int) -> Prompts:
+    """Held-out code to read, and recall questions where the tokenizer has the words for them.
+
+    Raises:
+        ValueError: a context that the model or the text cannot fill.
+    """
+    longest = longest_context(model) - NEW_TOKENS
+    if not 2 * TEXT_TOKENS <= context <= longest:
+        raise ValueError(
+            f"--context {context}: needs {2 * TEXT_TOKENS} to {longest} tokens for this model."
+        )
+    # The end of the text: code as every other, where the start is a licence.
+    ids = encode(tokenizer, stdlib_text("held_out")[-16 * context :])[-context:]
+    if len(ids) < context:
+        raise ValueError(
+            f"--context {context}: the text holds {len(ids)} tokens; needs a shorter context."
+        )
+    try:
+        recall_token_ids(tokenizer)
+    except ValueError:
+        return Prompts(ids.to(model.device), context - TEXT_TOKENS, None, ())
+    questions, queries = recall_prompt(tokenizer, context, QUESTIONS, SEED)
+    device = model.device
+    asked = torch.tensor(questions, device=device)
+    return Prompts(ids.to(device), context - TEXT_TOKENS, asked, queries)
+
+
+def try_out(model: nn.Module, step: Step, prompts: Prompts) -> Outcome:
+    """Reads the text, answers the questions and generates, all behind a static cache."""
+    slots = len(prompts.text) + NEW_TOKENS
+    text = follow(model, step, prompts.text, prompts.start, new_cache(model, "static", slots))
+    right: list[bool] = []
+    if prompts.questions is not None:
+        first = prompts.queries[0][0] - 2
+        trace = follow(model, step, prompts.questions, first, new_cache(model, "static", slots))
+        right = recall_of(trace, first, prompts.queries)
+    cache = new_cache(model, "static", slots)
+    generated, seconds = generate(model, step, prompts.text, NEW_TOKENS, cache)
+    return Outcome(text, tuple(right), tuple(generated), tuple(seconds))
+
+
+def _headline(model: nn.Module, name: str, context: int) -> str:
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    kind = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return (
+        f"{name}: {size:.1f} M parameters, {kind}, {model.device}, "
+        f"{torch.get_num_threads()} threads, prompts of {context} tokens"
+    )
+
+
+def _print_sites(model: nn.Module, config: LokiConfig, context: int, out: Console) -> None:
+    cache = new_cache(model, "static", context + NEW_TOKENS)
+    ids = torch.zeros(1, 9, dtype=torch.long, device=model.device)
+    prefill(model, ids, cache)
+    found = explain(
+        model, ids[:, :1], past_key_values=cache, use_cache=True, options=config.to_options()
+    )
+    out.print(site_table(found, config, context))
+    out.print(summary(found, config, context), highlight=False)
+
+
+def _outcome_table(outcomes: dict[str, Outcome], dense: str, context: int) -> Table:
+    base = outcomes[dense]
+    title = f"decoding behind {context} tokens (dense is {dense}, the faster of the two)"
+    table = Table(title=title, title_justify="left")
+    asked = len(base.recall)
+    columns = ["variant", "tokens/s", "speed", "perplexity", "against dense", "same token"]
+    for column in [*columns, *(["recall"] if asked else [])]:
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for label, outcome in outcomes.items():
+        row = [
+            label,
+            f"{outcome.tokens_per_second:.0f}",
+            f"{outcome.tokens_per_second / base.tokens_per_second:.2f}x",
+            f"{outcome.text.perplexity:.4f}",
+            f"{outcome.text.perplexity / base.text.perplexity - 1:+.2%}",
+            f"{outcome.text.agreement(base.text):.1%}",
+        ]
+        table.add_row(*row, *([f"{sum(outcome.recall)}/{asked}"] if asked else []))
+    return table
+
+
+def _findings(outcomes: dict[str, Outcome], dense: str, tokenizer: Any, context: int) -> list[str]:
+    base, loki = outcomes[dense], outcomes["loki"]
+    same = next(
+        (i for i, (a, b) in enumerate(zip(base.generated, loki.generated, strict=True)) if a != b),
+        len(base.generated),
+    )
+    lines = [
+        f"Generating {NEW_TOKENS} tokens greedily, dense and loki agree on the first {same}.",
+        f"  dense: {_shown(tokenizer, base.generated)}",
+        f"  loki:  {_shown(tokenizer, loki.generated)}",
+    ]
+    ratio = loki.tokens_per_second / base.tokens_per_second
+    if ratio < 1.05:
+        lines.append(
+            f"Sparse decoding is not faster here ({ratio:.2f}x): reading {context} cached tokens "
+            "is a small part of this model's step. The picture shows where it pays off."
+        )
+    return lines
+
+
+def _shown(tokenizer: Any, ids: Sequence[int]) -> str:
+    return textwrap.shorten(repr(tokenizer.decode(ids)), 100, placeholder="...")
+
+
+def _draw(model: nn.Module, name: str, config: LokiConfig, picture: Path, err: Console) -> None:
+    """Milliseconds per token against cached tokens; for the bundled model, of a larger shape."""
+    options = config.to_options()
+    if name == "reference":
+        title = "random weights, 4 layers, 8 query and 2 KV heads x 128 dims"
+        subject, contexts = _shape(model), list(SHAPE_CONTEXTS)
+        options.pop("basis")
+        named = {f"loki, top_k={config.top_k}": options}
+        named[f"loki, top_k={SHAPE_TOP_K}"] = {**options, "top_k": SHAPE_TOP_K}
+    else:
+        title = f"{name}, a cache of noise"
+        subject = model
+        longest = longest_context(model) - 64
+        contexts = [2**n for n in range(10, 18) if 2**n <= longest]
+        named = {f"loki, top_k={config.top_k}": options}
+    steps = variants(subject, named, dynamic=True)
+    rows: dict[int, dict[str, float]] = {}
+    for context in contexts:
+        with err.status(f"picture: latency behind {context} cached tokens"):
+            rows[context] = latencies(
+                subject, steps, context, rounds=3, steps_per_round=2, most_seconds=4
+            )
+    plot_latencies(rows, title, f"{model.device}, {model.dtype}".replace("torch.", ""), picture)
+
+
+def _shape(model: nn.Module) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE)).to(model.device, model.dtype).eval()
+
+
+def plot_latencies(
+    rows: dict[int, dict[str, float]], title: str, device: str, picture: Path
+) -> None:
+    """Writes one picture: rows[context][variant] in milliseconds per token."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    contexts = list(rows)
+    for number, label in enumerate(next(iter(rows.values()))):
+        style = "--" if label in ("eager", "inductor") else "-"
+        times = [rows[context][label] for context in contexts]
+        axes.plot(contexts, times, style, marker="o", color=f"C{number}", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.set_xlabel("cached tokens")
+    axes.set_ylabel("milliseconds per token")
+    axes.set_title(f"{title}\n{device}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(title="dense dashed, sparse solid")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=120)

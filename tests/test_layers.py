@@ -1,0 +1,121 @@
+"""Which room may import what (the table in CONTRIBUTING.md), and what rooms may not mention."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Folder -> import prefixes allowed besides the standard library.
+ROOMS = {
+    "kernels": ("torch", "triton", "loki_compile.kernels"),
+    "pca_store": ("torch", "numpy", "safetensors", "huggingface_hub", "loki_compile.pca_store"),
+    "passes": ("torch", "loki_compile.passes", "loki_compile.kernels.ops"),
+    "loki_compile": (
+        "torch",
+        "numpy",
+        "click",
+        "rich",
+        "matplotlib",
+        "transformers",
+        "huggingface_hub",
+        "loki_compile",
+    ),
+}
+# The command line's modules; transformers only inside their functions.
+MAY_USE_TRANSFORMERS = {"cli.py", "demo.py", "evaluation.py", "models.py"}
+HEAVY = ("transformers", "matplotlib", "huggingface_hub")
+FILES = [path for room in ROOMS for path in sorted((ROOT / room).glob("*.py"))]
+FAMILIES = (
+    "llama|qwen|mistral|mixtral|gemma|gpt|falcon|phi[0-9]|bloom|bert|deepseek|olmo|cohere|granite"
+    "|glm|neox|starcoder|pythia|transformers"
+)
+
+
+def imports(tree):
+    """(module, line, inside a function) of every import statement."""
+    inside = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno, id(node) in inside
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or ""), node.lineno, id(node) in inside
+
+
+def is_within(module, prefixes):
+    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
+
+
+def named(path):
+    return str(path.relative_to(ROOT))
+
+
+def test_there_are_files_to_look_at():
+    assert {path.parent.name for path in FILES} == set(ROOMS)
+    assert len(FILES) > 20
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_a_room_imports_only_what_the_table_allows(path):
+    allowed = ROOMS[path.parent.name]
+    for module, line, _ in imports(ast.parse(path.read_text(encoding="utf-8"))):
+        standard = module.partition(".")[0] in sys.stdlib_module_names
+        assert standard or is_within(module, allowed), f"{named(path)}:{line} imports {module}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "loki_compile"], ids=named)
+def test_the_backend_does_not_need_what_only_the_command_line_needs(path):
+    for module, line, in_function in imports(ast.parse(path.read_text(encoding="utf-8"))):
+        if is_within(module, HEAVY):
+            assert in_function, f"{named(path)}:{line} imports {module} when it is imported"
+        if is_within(module, ("transformers",)):
+            assert path.name in MAY_USE_TRANSFORMERS, f"{named(path)}:{line} imports {module}"
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room != "loki_compile"])
+def test_init_of_a_mapped_folder_holds_a_docstring_only(room):
+    # A stray `import kernels` from the root would otherwise register every op a second time.
+    body = ast.parse((ROOT / room / "__init__.py").read_text(encoding="utf-8")).body
+    assert len(body) == 1
+    assert isinstance(body[0].value.value, str)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_are_flat(room):
+    assert not [path for path in (ROOT / room).rglob("*.py") if path.parent != ROOT / room]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "passes").glob("*.py")), ids=named)
+def test_passes_know_no_model(path):
+    found = re.findall(rf"(?i)\b\w*(?:{FAMILIES})\w*", path.read_text(encoding="utf-8"))
+    assert not found
+
+
+def test_every_reason_to_stay_dense_is_documented():
+    from loki_compile.passes.sites import Reason
+
+    sections = re.findall(r"(?m)^### (\w+)$", (ROOT / "docs" / "coverage.md").read_text())
+    assert sorted(sections) == sorted(reason.name for reason in Reason)
+
+
+def test_the_readme_lists_every_option_with_its_default():
+    import dataclasses
+
+    from loki_compile.config import LokiConfig
+
+    rows = re.findall(r"(?m)^\| `(\w+)` \| `(.+?)` \|", (ROOT / "README.md").read_text())
+    default = LokiConfig()
+    shown = {
+        field.name: str(value).replace("'", '"') if not isinstance(value, str) else f'"{value}"'
+        for field in dataclasses.fields(LokiConfig)
+        for value in [getattr(default, field.name)]
+    }
+    assert dict(rows) == shown
