@@ -109,7 +109,7 @@ def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skip
     while node.op != "placeholder" and op_name(node) not in _FUNCTIONAL_WRITES:
         dims = _view_dims(node)
         if dims is None:
-            return skip(*_why_not_a_view(node))
+            return skip(*_why_not_a_view(node, site.head_dim))
         order = [_source_dim(dims, d) for d in order]
         if order[2] is None or order[3] is None:
             return skip(Reason.OPAQUE_VIEW, op_name(node))
@@ -504,11 +504,10 @@ def _whole_last(index: Any, rank: int) -> bool:
     return not last_is_indexed or items[-1] == slice(None)
 
 
-def _why_not_a_view(node: fx.Node) -> tuple[Any, ...]:
-    reads_cache = any(
-        source.op == "placeholder" and len(shape_of(source) or ()) >= 3
-        for source in ancestors([node])
-    )
+def _why_not_a_view(node: fx.Node, head_dim: int) -> tuple[Any, ...]:
+    """NO_CACHE, unless something behind looks like one: three dimensions, the last head_dim."""
+    shapes = [shape_of(n) or () for n in ancestors([node]) if n.op == "placeholder"]
+    reads_cache = any(len(shape) >= 3 and concrete(shape[-1]) == head_dim for shape in shapes)
     if reads_cache and op_name(node) in ("reshape", "to", "repeat", "flatten", "getitem", "float"):
         return (Reason.OPAQUE_VIEW, op_name(node))
     return (Reason.NO_CACHE, op_name(node) or node.op)
