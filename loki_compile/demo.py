@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from loki_compile.calibration import calibrate
 from loki_compile.config import LokiConfig
 from loki_compile.evaluation import (
-    WARM_UP_STEPS,
     Step,
     Trace,
     follow,
@@ -59,13 +57,6 @@ class Outcome:
     text: Trace
     recall: tuple[bool, ...]
     generated: tuple[int, ...]
-    seconds: tuple[float, ...]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of the median generation step, warm-up left out."""
-        steps = sorted(self.seconds[WARM_UP_STEPS:] or self.seconds)
-        return 1 / steps[len(steps) // 2]
 
 
 @dataclass(frozen=True)
@@ -115,9 +106,11 @@ def run_demo(
         for number, (label, step) in enumerate(steps.items(), 1):
             with err.status(f"{label} ({number} of {len(steps)}): compiling and decoding"):
                 outcomes[label] = try_out(model, step, prompts)
-        dense = min("eager", "inductor", key=lambda n: 1 / outcomes[n].tokens_per_second)
-        out.print(_outcome_table(outcomes, dense, context))
-        for line in _findings(outcomes, dense, tokenizer, context):
+        with err.status("timing all three, in turns"):
+            ms = latencies(model, steps, context, room=NEW_TOKENS)
+        dense = min("eager", "inductor", key=ms.__getitem__)
+        out.print(_outcome_table(outcomes, ms, dense, context))
+        for line in _findings(outcomes, ms, dense, tokenizer, context):
             out.print(line, highlight=False, markup=False)
         if picture is not None:
             torch._dynamo.reset()
@@ -162,8 +155,9 @@ def try_out(model: nn.Module, step: Step, prompts: Prompts) -> Outcome:
         trace = follow(model, step, prompts.questions, first, new_cache(model, "static", slots))
         right = recall_of(trace, first, prompts.queries)
     cache = new_cache(model, "static", slots)
-    generated, seconds = generate(model, step, prompts.text, NEW_TOKENS, cache)
-    return Outcome(text, tuple(right), tuple(generated), tuple(seconds))
+    return Outcome(
+        text, tuple(right), tuple(generate(model, step, prompts.text, NEW_TOKENS, cache))
+    )
 
 
 def _headline(model: nn.Module, name: str, context: int) -> str:
@@ -186,7 +180,9 @@ def _print_sites(model: nn.Module, config: LokiConfig, context: int, out: Consol
     out.print(summary(found, config, context), highlight=False)
 
 
-def _outcome_table(outcomes: dict[str, Outcome], dense: str, context: int) -> Table:
+def _outcome_table(
+    outcomes: dict[str, Outcome], ms: dict[str, float], dense: str, context: int
+) -> Table:
     base = outcomes[dense]
     title = f"decoding behind {context} tokens (dense is {dense}, the faster of the two)"
     table = Table(title=title, title_justify="left")
@@ -197,8 +193,8 @@ def _outcome_table(outcomes: dict[str, Outcome], dense: str, context: int) -> Ta
     for label, outcome in outcomes.items():
         row = [
             label,
-            f"{outcome.tokens_per_second:.0f}",
-            f"{outcome.tokens_per_second / base.tokens_per_second:.2f}x",
+            f"{1e3 / ms[label]:.0f}",
+            f"{ms[dense] / ms[label]:.2f}x",
             f"{outcome.text.perplexity:.4f}",
             f"{outcome.text.perplexity / base.text.perplexity - 1:+.2%}",
             f"{outcome.text.agreement(base.text):.1%}",
@@ -207,7 +203,13 @@ def _outcome_table(outcomes: dict[str, Outcome], dense: str, context: int) -> Ta
     return table
 
 
-def _findings(outcomes: dict[str, Outcome], dense: str, tokenizer: Any, context: int) -> list[str]:
+def _findings(
+    outcomes: dict[str, Outcome],
+    ms: dict[str, float],
+    dense: str,
+    tokenizer: Any,
+    context: int,
+) -> list[str]:
     base, loki = outcomes[dense], outcomes["loki"]
     same = next(
         (i for i, (a, b) in enumerate(zip(base.generated, loki.generated, strict=True)) if a != b),
@@ -218,7 +220,7 @@ def _findings(outcomes: dict[str, Outcome], dense: str, tokenizer: Any, context:
         f"  dense: {_shown(tokenizer, base.generated)}",
         f"  loki:  {_shown(tokenizer, loki.generated)}",
     ]
-    ratio = loki.tokens_per_second / base.tokens_per_second
+    ratio = ms[dense] / ms["loki"]
     if ratio < 1.05:
         lines.append(
             f"Sparse decoding is not faster here ({ratio:.2f}x): reading {context} cached tokens "
@@ -228,7 +230,8 @@ def _findings(outcomes: dict[str, Outcome], dense: str, tokenizer: Any, context:
 
 
 def _shown(tokenizer: Any, ids: Sequence[int]) -> str:
-    return textwrap.shorten(repr(tokenizer.decode(ids)), 100, placeholder="...")
+    text = repr(tokenizer.decode(ids))
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _draw(model: nn.Module, name: str, config: LokiConfig, picture: Path, err: Console) -> None:

@@ -116,19 +116,15 @@ def follow(model: nn.Module, step: Step, ids: Tensor, start: int, cache: Any) ->
 
 
 @torch.no_grad()
-def generate(
-    model: nn.Module, step: Step, ids: Tensor, new_tokens: int, cache: Any
-) -> tuple[list[int], list[float]]:
-    """Greedy decoding behind ids (T,): the new tokens, and the seconds of each step."""
+def generate(model: nn.Module, step: Step, ids: Tensor, new_tokens: int, cache: Any) -> list[int]:
+    """Greedy decoding behind ids (T,): the new tokens."""
     token = prefill(model, ids[None], cache).argmax().view(1, 1)
-    tokens, seconds = [int(token)], []
+    tokens = [int(token)]
     for _ in range(new_tokens - 1):
-        begin = time.perf_counter()
         out = step(token, past_key_values=cache, use_cache=True)
         token = out.logits[0, -1].argmax().view(1, 1)
         tokens.append(int(token))
-        seconds.append(time.perf_counter() - begin)
-    return tokens, seconds
+    return tokens
 
 
 def recall_of(trace: Trace, start: int, queries: Sequence[tuple[int, list[int]]]) -> list[bool]:
@@ -176,15 +172,17 @@ def latencies(
     cache: str = "static",
     rounds: int = 5,
     steps_per_round: int = 4,
+    room: int = 64,
     most_seconds: float = math.inf,
 ) -> dict[str, float]:
     """Milliseconds per token of each variant behind `context` cached tokens, in one run.
 
-    Each variant has its own cache of noise; rounds are interleaved, and the median counts.
-    `most_seconds` ends the rounds early, after the first.
+    Each variant has its own cache of noise, with room for `room` more tokens (at least as many as
+    are timed); rounds are interleaved, and the median counts. `most_seconds` ends the rounds early,
+    after the first.
     """
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    room = WARM_UP_STEPS + rounds * steps_per_round + 1
+    room = max(room, WARM_UP_STEPS + rounds * steps_per_round)
     caches = {}
     for name, step in steps.items():
         caches[name] = filled_cache(model, cache, context, room)
