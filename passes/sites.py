@@ -218,8 +218,11 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
             return skip(Reason.PREFILL, q_shape[2])
         if core.causal:
             return skip(Reason.PREFILL, query_tokens)
-    dtypes = {fake_value(x).dtype for x in (core.query, core.key, core.value, core.node)}
-    dtype = fake_value(core.query).dtype
+    key = _heads_at(core.key, core.key_order, core, writes)
+    value = _heads_at(core.value, (0, 1, 2, 3), core, writes)
+    query = _narrow(core.query)
+    dtypes = {fake_value(x).dtype for x in (query, key.base, value.base, core.node)}
+    dtype = fake_value(query).dtype
     if len(dtypes) > 1 or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return skip(Reason.DTYPE, ", ".join(sorted(map(str, dtypes))))
     heads, head_dim = concrete(q_shape[1]), concrete(q_shape[3])
@@ -232,8 +235,6 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
     by_flag = heads // kv_heads if kv_heads and heads % kv_heads == 0 else 0
     if by_flag < 1 or (by_flag > 1 and kv_heads > 1 and not core.grouped):
         return skip(Reason.GROUPS, f"{heads} query heads, {kv_heads} KV heads")
-    key = _heads_at(core.key, core.key_order, core, writes)
-    value = _heads_at(core.value, (0, 1, 2, 3), core, writes)
     if not same_size(k_shape[1], v_shape[1]) or key.group != value.group:
         return skip(Reason.GROUPS, "keys and values are repeated differently")
     for term in core.masks:
@@ -242,7 +243,7 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
     group = by_flag * key.group
     return AttentionSite(
         node=core.node,
-        query=core.query,
+        query=query,
         key=key,
         value=value,
         masks=core.masks,
@@ -323,16 +324,14 @@ def heads_of(node: fx.Node, at: tuple[int, int, int, int] = (0, 1, 2, 3)) -> Hea
 def _through(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] | None:
     """One view back: the node before it, the order on that node, the repetition it adds."""
     name = op_name(node)
-    if name in ("transpose", "permute", "movedim", "contiguous", "detach", "alias", "to"):
+    if name in ("transpose", "permute", "movedim", "contiguous", "detach", "alias", "to", "float"):
         source = node.args[0]
         if not isinstance(source, fx.Node) or shape_of(source) is None:
             return None
         if name in ("contiguous", "detach", "alias"):
             return source, order, 1
-        if name == "to":
-            same = fake_value(source).dtype == fake_value(node).dtype
-            same = same and fake_value(source).device == fake_value(node).device
-            return (source, order, 1) if same else None
+        if name in ("to", "float"):
+            return (source, order, 1) if _widens(node) else None
         back = permutation(node)
         return (source, [back[d] if d >= 0 else d for d in order], 1) if back else None
     if name == "repeat_interleave":
@@ -350,6 +349,23 @@ def _through(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] 
     if name in ("reshape", "flatten"):
         return _through_repeat(node, order)
     return None
+
+
+def _widens(node: fx.Node) -> bool:
+    """Whether a cast on one device keeps the dtype or makes it float32, which no value notices.
+
+    The ops compute in float32 whatever they are given: a product of widened operands is theirs.
+    """
+    before, after = fake_value(node.args[0]), fake_value(node)
+    wider = after.dtype == torch.float32 and before.dtype in (torch.float16, torch.bfloat16)
+    return before.device == after.device and (wider or before.dtype == after.dtype)
+
+
+def _narrow(query: fx.Node) -> fx.Node:
+    """The queries before a cast that only widens them."""
+    while op_name(query) in ("to", "float") and _widens(query):
+        query = query.args[0]  # type: ignore[assignment]
+    return query
 
 
 def permutation(node: fx.Node) -> list[int] | None:
