@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from loki_compile.pca_store.basis import BasisSet
     from loki_compile.pca_store.basis_file import BasisHeader
 
-# Tables go to stdout, progress and logs to stderr.
-out = Console(width=None if sys.stdout.isatty() else 120)
+# Tables go to stdout, progress and logs to stderr. A pipe has no width of its own.
+out = Console(width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True)
 
 MODEL_HELP = 'MODEL is a hub id, a local folder, or "reference" for the bundled model.'
@@ -262,7 +262,8 @@ def bases_list() -> None:
 
     store = Store()
     table = Table()
-    for column in ("name", "model", "kind", "calibration", "caches", "tokens", "created"):
+    table.add_column("name", no_wrap=True)
+    for column in ("model", "kind", "calibration", "caches", "tokens", "created"):
         table.add_column(column, overflow="fold")
     stored = store.list()
     for entry in stored:

@@ -1,0 +1,243 @@
+"""The command line: what a user sees, what is written where, and one line for each mistake."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from loki_compile.pca_store.store import Store
+
+from loki_compile.cli import main
+from loki_compile.models import BUNDLED
+
+transformers = pytest.importorskip("transformers")
+
+WORDS = "def f(x):\n    return [otter, copper, badger, cobalt][x] + 'heron' * len(x)\n"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a random model of two layers and the bundled tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=20,
+        vocab_size=2048,
+        max_position_embeddings=700,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / name, folder / name)
+    return str(folder)
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_text("".join(f"# {i}\n{WORDS}" for i in range(60)))
+    return str(file)
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOKI_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch._dynamo.reset()
+    return tmp_path / "home" / "bases"
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def succeed(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+# -------------------------------------------------------------------------------------- bases
+
+
+def test_calibrate_stores_what_explain_then_uses(tiny, text, own_store):
+    before = succeed("explain", tiny, "--min-context", "0")
+    assert before.count("auto (fitted from the first long prompt)") == 2
+    shown = succeed("calibrate", tiny, "--text", text, "--tokens", "300", "--length", "77")
+    (path,) = own_store.glob("*.safetensors")
+    assert f"wrote {path}" in shown
+    (stored,) = Store().list()
+    assert stored.header.source == "words.txt"
+    assert [site.tokens for site in stored.header.sites] == [300, 300]
+    after = succeed("explain", tiny, "--min-context", "0")
+    assert after.count("pca, 300 tokens") == 2
+
+
+def test_calibrate_takes_several_files_and_another_folder(tiny, text, tmp_path, own_store):
+    other = tmp_path / "other.txt"
+    other.write_text(WORDS)
+    elsewhere = tmp_path / "elsewhere"
+    kind = ("--kind", "score-optimal", "--calibration", "pre-rotary", "--out", elsewhere)
+    succeed("calibrate", tiny, "--text", text, other, "--tokens", "200", *kind)
+    assert not own_store.exists()
+    (stored,) = Store(elsewhere).list()
+    assert (stored.header.kind, stored.header.calibration) == ("score-optimal", "pre-rotary")
+    assert stored.header.source == "words.txt, other.txt"
+
+
+def test_bases_are_listed_shown_and_verified(tiny, text, own_store):
+    assert succeed("bases", "list").startswith("0 in ")
+    succeed("calibrate", tiny, "--text", text, "--tokens", "200")
+    (path,) = own_store.glob("*.safetensors")
+    assert path.stem in succeed("bases", "list")
+    shown = succeed("bases", "show", path.stem)
+    assert "model.layers.1.self_attn" in shown
+    assert "words.txt" in shown
+    assert "intact" in succeed("bases", "verify")
+    assert "intact" in succeed("bases", "verify", path.stem)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    result = run("bases", "verify")
+    assert result.exit_code == 2
+    assert "broken" in result.stdout
+    assert result.stderr.startswith("Error: ")
+
+
+# ------------------------------------------------------------------------------------ explain
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_explain_tells_heads_dims_budget_and_memory(tiny, cache):
+    shown = succeed(
+        "explain", tiny, "--cache", cache, "--context", "600", "--min-context", "0", "--rank", "7"
+    )
+    rows = [line for line in shown.splitlines() if "self_attn" in line]
+    assert len(rows) == 2
+    for row in rows:
+        cells = [cell.strip() for cell in re.split("[│┃]", row)[1:-1]]
+        # 2 KV heads x 7 dims x 4 bytes x 600 tokens
+        assert cells[1:6] == ["sparse", "6/2", "7 of 20", "75 of 600", "32.8 KiB"]
+    assert "2 of 2 sites sparse" in shown
+    assert "65.6 KiB" in shown
+
+
+def test_explain_says_where_a_short_context_runs_dense(tiny):
+    shown = succeed("explain", tiny, "--cache", "dynamic", "--context", "600")
+    assert "they run dense (min_context=1024)" in shown
+    shown = succeed("explain", tiny, "--cache", "static", "--context", "600")
+    assert shown.count("dense by plan") >= 2
+
+
+def test_explain_does_not_need_a_checkpoint(tiny, tmp_path):
+    folder = tmp_path / "config_only"
+    folder.mkdir()
+    shutil.copy(f"{tiny}/config.json", folder / "config.json")
+    assert run("explain", folder).exit_code == 2
+    assert "2 of 2 sites" in succeed("explain", folder, "--random-weights", "--min-context", "0")
+
+
+# --------------------------------------------------------------------------------------- eval
+
+
+def test_eval_with_the_whole_budget_is_dense(tiny, text):
+    shown = succeed(
+        *("eval", tiny, "--text", text, "--context", "90", "--prefill", "70", "--windows", "2"),
+        *("--top-k", "1.0", "--min-context", "0", "--recall-prompts", "0", "--dtype", "float32"),
+    )
+    (row,) = [line for line in shown.splitlines() if "loki" in line]
+    cells = [cell.strip() for cell in re.split("[│┃]", row)[1:-1]]
+    assert cells[2] in ("+0.00%", "-0.00%")
+    assert cells[3] == "100.00%"
+    assert "38 tokens of text" in shown
+
+
+@pytest.mark.slow
+def test_bench_writes_the_rows_it_prints(tiny, tmp_path):
+    file = tmp_path / "rows.json"
+    contexts = ("--context", "50", "--context", "130", "--min-context", "0")
+    shown = succeed("bench", tiny, *contexts, "--rounds", "2", "--out", file)
+    rows = json.loads(file.read_text())
+    assert [row["context"] for row in rows] == [50, 130]
+    for row in rows:
+        ms = row["ms_per_token"]
+        assert set(ms) == {"eager", "inductor", "loki"}
+        assert row["against_dense"] == min(ms["eager"], ms["inductor"]) / ms["loki"]
+    assert f"wrote {file}" in shown
+
+
+@pytest.mark.slow
+def test_the_demo_shows_everything_and_writes_the_picture(tiny, tmp_path):
+    picture = tmp_path / "new" / "picture.png"
+    arguments = ("--context", "560", "--min-context", "0", "--top-k", "1.0", "--dtype", "float32")
+    shown = succeed("demo", "--model", tiny, *arguments, "--out", picture)
+    for label in ("eager", "inductor", "loki"):
+        (row,) = [line for line in shown.splitlines() if re.match(rf"│ {label} ", line)]
+        assert "100.0%" in row
+        assert re.search(r"\d+/32", row)
+    assert "agree on the first 96" in shown
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+# ------------------------------------------------------------------------------------ mistakes
+
+MISTAKES = {
+    "a folder that is not there": (("explain", "/nowhere/model"), "found no folder /nowhere/model"),
+    "a hub id without a network": (("explain", "org/nothing"), "cannot get org/nothing"),
+    "a missing text": (("calibrate", "{tiny}", "--text", "no.txt"), "cannot read no.txt"),
+    "an empty budget": (("explain", "{tiny}", "--top-k", "0"), "top_k=0: needs"),
+    "a rank above head_dim": (
+        ("explain", "{tiny}", "--rank", "21", "--min-context", "0"),
+        "rank=21 exceeds head_dim=20",
+    ),
+    "a rank that is none": (("explain", "{tiny}", "--rank", "much"), "rank='much': needs"),
+    "a basis that is not there": (("explain", "{tiny}", "--basis", "mine"), "no basis 'mine'"),
+    "an unknown kind": (("calibrate", "{tiny}", "--kind", "ica"), "kind='ica': needs one of"),
+    "an unknown dtype": (("explain", "{tiny}", "--dtype", "float7"), "found dtype 'float7'"),
+    "too long a context": (("demo", "--model", "{tiny}"), "needs 512 to 604 tokens"),
+    "too long a prefill": (
+        ("eval", "{tiny}", "--context", "64", "--prefill", "64"),
+        "--prefill 64: needs at most 62",
+    ),
+    "too little text": (
+        ("eval", "{tiny}", "--text", "{text}", "--context", "90000"),
+        "needs 90000: pass more text",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(mistake, tiny, text, own_store):
+    arguments, message = MISTAKES[mistake]
+    result = run(*(a.format(tiny=tiny, text=text) for a in arguments))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert result.stderr.rstrip().endswith(line)
+    assert not own_store.exists()  # nothing was written
+
+
+def test_a_basis_of_another_model_is_refused(tiny, text, tmp_path):
+    other = tmp_path / "other"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.mul_(1.5)
+    model.save_pretrained(other)
+    succeed("calibrate", tiny, "--text", text, "--tokens", "200")
+    (stored,) = Store().list()
+    result = run("explain", other, "--basis", stored.name, "--min-context", "0")
+    assert result.exit_code == 2
+    assert "model.layers.1.self_attn" in result.stderr
+    assert "loki calibrate" in result.stderr
+
+
+def test_a_traceback_is_there_for_the_asking():
+    result = run("--traceback", "explain", "/nowhere/model")
+    assert isinstance(result.exception, ValueError)
