@@ -39,6 +39,11 @@ from loki_compile.passes.sites import (
 from torch import fx
 
 _FUNCTIONAL_WRITES = ("cat", "index_copy", "index_put")
+_REARRANGEMENTS = (
+    "reshape", "to", "float", "type", "repeat", "repeat_interleave", "flatten", "unflatten",
+    "getitem", "transpose", "permute", "movedim", "expand", "unsqueeze", "squeeze", "select",
+    "narrow", "flip", "roll", "index_select", "gather", "contiguous", "clone", "detach",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skip
     while node.op != "placeholder" and op_name(node) not in _FUNCTIONAL_WRITES:
         dims = _view_dims(node)
         if dims is None:
-            return skip(*_why_not_a_view(node, site.head_dim))
+            return skip(*_why_not_a_view(node))
         order = [_source_dim(dims, d) for d in order]
         if order[2] is None or order[3] is None:
             return skip(Reason.OPAQUE_VIEW, op_name(node))
@@ -504,11 +509,15 @@ def _whole_last(index: Any, rank: int) -> bool:
     return not last_is_indexed or items[-1] == slice(None)
 
 
-def _why_not_a_view(node: fx.Node, head_dim: int) -> tuple[Any, ...]:
-    """NO_CACHE, unless something behind looks like one: three dimensions, the last head_dim."""
-    shapes = [shape_of(n) or () for n in ancestors([node]) if n.op == "placeholder"]
-    reads_cache = any(len(shape) >= 3 and concrete(shape[-1]) == head_dim for shape in shapes)
-    if reads_cache and op_name(node) in ("reshape", "to", "repeat", "flatten", "getitem", "float"):
+def _why_not_a_view(node: fx.Node) -> tuple[Any, ...]:
+    """OPAQUE_VIEW where only rearrangements and casts lie between here and a cache."""
+    origin: Any = node
+    while isinstance(origin, fx.Node) and op_name(origin) in _REARRANGEMENTS and origin.args:
+        origin = origin.args[0]
+    reads_cache = isinstance(origin, fx.Node) and (
+        origin.op == "placeholder" or op_name(origin) in _FUNCTIONAL_WRITES
+    )
+    if reads_cache:
         return (Reason.OPAQUE_VIEW, op_name(node))
     return (Reason.NO_CACHE, op_name(node) or node.op)
 
