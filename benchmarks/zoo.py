@@ -326,7 +326,8 @@ def _compiled(model: Any, case: Case, tokens: Any, truth: Any, heard: _Warnings)
     found["steps"] = stats()
     found["breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
     if wrong:
-        return {**found, "status": wrong + _without_us(model, case, tokens, truth, found)}
+        status = wrong + _without_us(model, case, tokens, truth, found)
+        return {**found, "status": status}
     if any("could not be built" in line for line in heard.lines):
         return {**found, "status": "crashes", "error": heard.lines[-1]}
     if case.small and found["steps"]["sparse_steps"]:

@@ -1,0 +1,100 @@
+"""A stratified sample of `benchmarks/zoo.py`: one architecture for each way to decode."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+_FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "zoo.py"
+_SPEC = importlib.util.spec_from_file_location("zoo", _FILE)
+zoo = importlib.util.module_from_spec(_SPEC)
+sys.modules["zoo"] = zoo
+_SPEC.loader.exec_module(zoo)
+
+REWRITTEN = [
+    ("llama", "static", "sdpa"),  # repeat_kv in front of SDPA, index_copy_ into the cache
+    ("llama", "generate", "sdpa"),  # the mask is an input of the graph
+    ("gpt2", "dynamic", "eager"),  # written out, one head for each query head
+    ("falcon", "static", "sdpa"),  # one KV head by broadcasting, no scale
+    ("gemma2", "static", "eager"),  # soft cap, a window that fills up and rolls
+    ("gpt_oss", "dynamic", "eager"),  # attention sinks, a window that leaves as a slice
+    ("gpt_neo", "static", "eager"),  # where() with a finite fill: rows that see no key
+    ("diffllama", "dynamic", "sdpa"),  # two cores over one cache
+    ("flint", "static", "eager"),  # products of operands widened to float32
+]
+DENSE = [
+    ("deepseek_v3", "static", "sdpa"),  # keys expanded from a cached latent
+]
+
+
+@pytest.fixture(autouse=True)
+def _restore(monkeypatch: pytest.MonkeyPatch):
+    """`zoo.engine` replaces Inductor for the life of a process: here, for one test."""
+    import loki_compile.backend
+
+    monkeypatch.setattr(loki_compile.backend, "_inductor", loki_compile.backend._inductor)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("model", "cache", "attention"), REWRITTEN)
+def test_every_site_is_rewritten_and_decodes_as_the_uncompiled_model(model, cache, attention):
+    result = zoo.run_case(zoo.Case(model, cache, attention))
+    sites = [site for graph in result["graphs"] for site in graph]
+    assert result["status"] == "equal", result
+    assert result["steps"]["sparse_steps"] >= zoo.STEPS and result["steps"]["dense_steps"] == 0
+    assert sites and {site["outcome"] for site in sites} == {"sparse"}, sites
+
+
+@pytest.mark.parametrize(("model", "cache", "attention"), DENSE)
+def test_what_is_not_understood_stays_dense_with_a_reason_and_decodes_alike(
+    model, cache, attention
+):
+    result = zoo.run_case(zoo.Case(model, cache, attention))
+    sites = [site for graph in result["graphs"] for site in graph]
+    assert result["status"] == "equal", result
+    assert sites and all(site["outcome"] == "dense" and site["reason"] for site in sites)
+
+
+def test_a_wrong_rewrite_is_told_from_a_model_that_differs_under_plain_dynamo(monkeypatch):
+    import loki_compile.passes.rewrite as rewrite
+
+    right = rewrite.attend
+    monkeypatch.setattr(rewrite, "attend", lambda *args, **kwargs: right(*args, **kwargs) * 1.5)
+    result = zoo.run_case(zoo.Case("gpt2", "dynamic", "sdpa", small=False))
+    assert result["status"] == "differs"
+    assert result["difference"] > zoo.TOLERANCE > result["plain_difference"]
+
+
+def test_a_rewrite_that_fails_is_a_crash_although_decoding_goes_on_dense(monkeypatch):
+    import loki_compile.runtime as runtime
+
+    def fail(*args):
+        raise RuntimeError("no such form")
+
+    monkeypatch.setattr(runtime, "rewrite_sparse", fail)
+    result = zoo.run_case(zoo.Case("gpt2", "static", "sdpa", small=False))
+    assert result["status"] == "crashes" and "no such form" in result["error"]
+
+
+def test_the_last_line_of_a_case_is_the_one_that_counts(tmp_path):
+    record = tmp_path / "eager.jsonl"
+    assert zoo.read_record(record) == {}
+    lines = [{"key": "a", "status": "crashes"}, {"key": "b"}, {"key": "a", "status": "equal"}]
+    record.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert zoo.read_record(record) == {"a": lines[2], "b": lines[1]}
+
+
+def test_the_table_counts_outcomes_and_says_which_architectures_a_reason_costs():
+    def row(model: str, outcome: str, reason: str) -> dict:
+        case = zoo.Case(model, "static", "sdpa")
+        site = {"outcome": outcome, "reason": reason}
+        return {"key": case.key, **vars(case), "status": "equal", "graphs": [[site, site]]}
+
+    text = zoo.table([row("ant", "sparse", ""), row("bee", "dense", "its wings: 4")])
+    assert "| eager | static | sdpa | 2 | 0 | 0 | 0 | 0 | 0 | 0 | 2 | 1 |" in text
+    assert "| 1 | its wings | bee |" in text
+    assert "| ant | 1 | 2 | 2 | 0 | 0 |" in text
