@@ -25,6 +25,9 @@ import triton
 import triton.language as tl
 from loki_compile.kernels.checks import check_attend
 from loki_compile.kernels.triton_launch import (
+    ADDITIVE_MASK,
+    BOOL_MASK,
+    NO_MASK,
     AttendLaunch,
     Stage,
     alignment,
@@ -33,12 +36,9 @@ from loki_compile.kernels.triton_launch import (
     device_of,
     interpreted,
     programs_per_row,
+    row_coordinates,
 )
 from torch import Tensor
-
-NO_MASK = tl.constexpr(0)
-BOOL_MASK = tl.constexpr(1)
-ADDITIVE_MASK = tl.constexpr(2)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SPLITS_MAX = tl.constexpr(64)
@@ -98,14 +98,15 @@ def attend_kernel(
     CAPPED: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Partial (SPLIT) or final attention of one row's heads; grid (rows, splits, head blocks)."""
-    i_row = tl.program_id(0).to(tl.int64)
+    """Partial (SPLIT) or final attention of one row's heads; grid (rows * head blocks, splits).
+
+    The head blocks of one row are neighbours in the grid: they share K and V through the cache.
+    """
+    HEAD_BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    i = tl.program_id(0)
     i_split = tl.program_id(1)
-    i_s = i_row % S
-    i_h = (i_row // S) % H
-    i_b = i_row // (S * H)
-    i_kv = i_h // ROWS_PER_KV
-    o_g = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    i_row, i_b, i_h, i_s, i_kv = row_coordinates(i // HEAD_BLOCKS, H, S, ROWS_PER_KV)
+    o_g = i % HEAD_BLOCKS * HEADS + tl.arange(0, HEADS)
     o_h = i_h * GROUP + o_g
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
@@ -195,11 +196,10 @@ def combine_kernel(
     DV: tl.constexpr, GROUP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one row and head; grid (rows * GROUP, blocks of Dv)."""
-    i = tl.program_id(0).to(tl.int64)
-    i_row = i // GROUP
-    i_s = i_row % S
-    i_head = (i_row // S) % H * GROUP + i % GROUP
-    i_b = i_row // (S * H)
+    i = tl.program_id(0)
+    _, i_b, i_h, i_s, _ = row_coordinates(i // GROUP, H, S, 1)
+    i_head = i_h * GROUP + i % GROUP
+    i = i.to(tl.int64)
     o_split = tl.arange(0, SPLITS_MAX)
     o_dv = tl.program_id(1) * COMBINE_DV + tl.arange(0, COMBINE_DV)
     m_split = o_split < splits
@@ -298,7 +298,7 @@ def attend_stages(
         dot = tl.float32  # numpy has no bfloat16
 
     def run_attend() -> None:
-        attend_kernel[(rows, splits, head_blocks)](
+        attend_kernel[(rows * head_blocks, splits)](
             q, k, v, positions, mask, sinks, out, acc, largest, total,
             *broadcast_strides(q, 3), *(n // k_align for n in k_strides),
             *(n // v_align for n in v_strides), *broadcast_strides(positions, 3), *mask_strides,

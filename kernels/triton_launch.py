@@ -17,8 +17,27 @@ from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
+
+# Kinds of mask, known when a kernel is compiled.
+NO_MASK = tl.constexpr(0)
+BOOL_MASK = tl.constexpr(1)
+ADDITIVE_MASK = tl.constexpr(2)
+
+
+@triton.jit
+def row_coordinates(i_row, H, S, ROWS_PER_KV: tl.constexpr):
+    """(row, b, h, s, KV head) of row number i_row, all int64: they multiply strides."""
+    # Divided as int32: a division of int64 is a call.
+    i_h = (i_row // S) % H
+    i_b = i_row // (S * H)
+    i_kv = i_h // ROWS_PER_KV
+    return (
+        i_row.to(tl.int64), i_b.to(tl.int64), i_h.to(tl.int64), (i_row % S).to(tl.int64),
+        i_kv.to(tl.int64),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +65,8 @@ class SelectLaunch:
     programs   programs of the list kernel per processor
     heads      query heads per tensor-core tile (more are looped over)
     pack       keys per row of that tile
-    block      listed keys per step of `choose`; choose_warps: its warps
+    block      listed keys per step of `choose`
+    row_warps  warps of the kernels with one program per row, `prepare` and `choose`
     sample     scores sampled to find the floor
     list_all   rows that see at most this many keys list them all, without a sample
     """
@@ -58,7 +78,7 @@ class SelectLaunch:
     heads: int
     pack: int
     block: int
-    choose_warps: int
+    row_warps: int
     sample: int = 2048
     list_all: int = 4096
 
@@ -79,14 +99,25 @@ class AttendLaunch:
     heads: int
 
 
+# 99 KB of shared memory per multiprocessor, where others have 163 or 227 KB.
+_SMALL_SHARED = ("sm86", "sm89", "sm120", "sm121")
+
+
+def _programs(device: Device) -> int:
+    """Programs per processor that the tables' shared memory allows."""
+    return 2 if device.arch in _SMALL_SHARED else 4
+
+
 def select_launch(
     device: Device, *, group: int, block_r: int, index_bytes: int, top_k: int
 ) -> SelectLaunch:
     """The table of `select`. block_r: rank padded to a power of two; index_bytes: per element.
 
-    A tile is 8 KB: 4 programs per processor with 4 stages keep 96 KB in flight, three times what
-    H200 needs at 4.8 TB/s and 800 ns (29 KB per multiprocessor). A tile of more than 256 keys only
-    makes the epilogue longer; wide groups halve it, since their accumulator is (keys, heads).
+    A tile of the index is 16 KB (512 keys of 32 dims in int8), so that what is done once per tile
+    (barriers, prefix sum, addresses) is spread over many keys; the instructions per key then stay
+    under two thirds of what sm90 can issue while the tile comes from memory. Wide groups take less,
+    since their accumulator is (keys, heads). The tiles in flight, 2 of them for each of 4 programs,
+    are 128 KB per multiprocessor on sm90; H200 needs 29 KB at 4.8 TB/s and 800 ns.
     """
     amd = device.arch.startswith("gfx")
     # The matrix units take at least this many columns: 8 on NVIDIA (m16n8, wgmma n8), 16 on AMD.
@@ -96,38 +127,43 @@ def select_launch(
     # the epilogue shrinks with them. Not for floats: a NaN would reach its neighbour (0 * NaN).
     pack = max(1, columns // heads) if index_bytes == 1 else 1
     heads = max(heads, columns // pack)
-    block_t = 16384 // (block_r * index_bytes) * 8 // max(heads, 8)
+    # AMD: 64 KB of shared memory for the programs of a compute unit.
+    block_t = (8192 if amd else 16384) // (block_r * index_bytes) * 8 // max(heads, 8)
     # fp32 has no tensor-core path at full precision: small tiles, which unroll.
-    block_t = 32 if index_bytes == 4 else max(64, min(512, block_t))
-    # AMD copies through registers: a deep pipeline spills there, and 64-wide wavefronts need fewer.
-    stages = 2 if amd or index_bytes == 4 else 4
+    block_t = 32 if index_bytes == 4 else max(32, min(512, block_t))
+    # A third stage only where shared memory holds it 4 times; sm100 stages its operands there too.
+    stages = 3 if device.arch == "sm90" and index_bytes != 4 else 2
     wide = top_k > 8192
     return SelectLaunch(
         block_t=block_t,
         warps=4,
         stages=stages,
-        programs=4,
+        programs=_programs(device),
         heads=heads,
         pack=pack,
         block=8192 if wide else 4096,
-        choose_warps=8,
+        row_warps=8,
     )
 
 
 def attend_launch(device: Device, *, group: int, block_d: int, bytes_each: int) -> AttendLaunch:
     """The table of `attend`. block_d: the larger of D and Dv, padded; bytes_each: per element.
 
-    A K tile and its V tile take 32 KB together (64 keys of 128 dims in 16 bits); 3 programs per
-    processor with one pair in use and one in flight fit the 164 KB of sm80 and the 228 KB of sm90.
+    A K tile and its V tile take 32 KB together (64 keys of 128 dims in 16 bits): the 4 programs of
+    a processor have 128 KB in flight, as in `select_launch`, and fit the 163 KB of sm80.
     """
     amd = device.arch.startswith("gfx")
-    heads = max(16, min(64, triton.next_power_of_2(group)))
-    block_n = max(16, min(64, 16384 // (block_d * bytes_each)))
+    # fp32 at full precision has no tensor-core path on NVIDIA, and its operands sit in registers:
+    # tiles are half as large, and twice as many warps share them.
+    fp32 = bytes_each == 4
+    heads = 16 if fp32 else max(16, min(32, triton.next_power_of_2(group)))
     return AttendLaunch(
-        block_n=block_n,
-        warps=4,
-        stages=1 if amd or bytes_each == 4 else 2,
-        programs=4,
+        block_n=max(16, min(64, (8192 if fp32 else 16384) // (block_d * bytes_each))),
+        # The accumulator is (heads, Dv) fp32. A warp of AMD is twice as wide.
+        warps=8 if (fp32 or heads > 16) and not amd else 4,
+        stages=1 if amd or fp32 else 2,
+        # AMD: K and V tiles wait in registers, 180 per lane, which leaves room for 2 programs.
+        programs=2 if amd else _programs(device),
         heads=heads,
     )
 

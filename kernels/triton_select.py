@@ -34,6 +34,9 @@ import triton
 import triton.language as tl
 from loki_compile.kernels.checks import check_select, hidden_below
 from loki_compile.kernels.triton_launch import (
+    ADDITIVE_MASK,
+    BOOL_MASK,
+    NO_MASK,
     SelectLaunch,
     Stage,
     alignment,
@@ -41,6 +44,7 @@ from loki_compile.kernels.triton_launch import (
     device_of,
     interpreted,
     programs_per_row,
+    row_coordinates,
     select_launch,
 )
 from torch import Tensor
@@ -48,10 +52,6 @@ from torch import Tensor
 # Ordered keys: int32 that sort as the scores do. No score at all maps to these two.
 FORCED = tl.constexpr(0x7FFFFFFF)
 HIDDEN = tl.constexpr(-0x80000000)
-
-NO_MASK = tl.constexpr(0)
-BOOL_MASK = tl.constexpr(1)
-ADDITIVE_MASK = tl.constexpr(2)
 
 # Fields of a row's record in scratch.
 ROW_START = tl.constexpr(0)  # first position of the window
@@ -65,7 +65,8 @@ ROW_UNIT = tl.constexpr(7)  # fp32 bits: what one unit of the scores stands for
 ROW_FIELDS = tl.constexpr(8)
 
 INT8_DIGIT = tl.constexpr(256)
-INT8_LEVELS = tl.constexpr(127 * 256)  # times 127 * R it stays below 2**31 up to R = 512
+INT8_LEVELS = tl.constexpr(127 * 256)
+INT8_RANK_MAX = 512  # INT8_LEVELS * 127 * 512 < 2**31
 PARTS_MAX = tl.constexpr(256)
 SCAN_BLOCK = tl.constexpr(1024)
 
@@ -241,12 +242,12 @@ def _forced_window(
 def _low_rank(
     p_q, p_basis, first, q_sh, basis_sd,
     D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """q @ basis of COLUMNS query heads from `first` on: (COLUMNS, BLOCK_R) fp32."""
-    o_h = first + tl.arange(0, COLUMNS)
+    """q @ basis of CHUNK query heads from `first` on: (CHUNK, BLOCK_R) fp32."""
+    o_h = first + tl.arange(0, CHUNK)
     o_r = tl.arange(0, BLOCK_R)
-    low_rank = tl.zeros((COLUMNS, BLOCK_R), tl.float32)
+    low_rank = tl.zeros((CHUNK, BLOCK_R), tl.float32)
     for d in range(0, D, BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
         q = tl.load(
@@ -265,7 +266,8 @@ def _low_rank(
 def _project(
     p_q, p_basis, p_high, p_low, p_source, q_sh, basis_sd, scale,
     D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHUNK: tl.constexpr,
+    LOW: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Write the digits of the row's GROUP query heads; returns the unit they are counted in.
 
@@ -275,23 +277,23 @@ def _project(
     """
     unit = 0.0
     a_head = GROUP
-    low_rank = tl.zeros((COLUMNS, BLOCK_R), tl.float32)
-    for first in tl.static_range(0, GROUP, COLUMNS):
+    low_rank = tl.zeros((CHUNK, BLOCK_R), tl.float32)
+    for first in range(0, GROUP, CHUNK):
         low_rank = _low_rank(
-            p_q, p_basis, first, q_sh, basis_sd, D, R, BLOCK_D, BLOCK_R, GROUP, COLUMNS
+            p_q, p_basis, first, q_sh, basis_sd, D, R, BLOCK_D, BLOCK_R, GROUP, CHUNK
         )
-        o_h = first + tl.arange(0, COLUMNS)
+        o_h = first + tl.arange(0, CHUNK)
         usable = (tl.sum(low_rank * 0.0, 1) == 0.0) & (o_h < GROUP)
         largest = tl.max(tl.where(usable[:, None], tl.abs(low_rank), 0.0), 1)
         unit = tl.maximum(unit, tl.max(largest, 0))
         a_head = tl.minimum(a_head, tl.min(tl.where(usable, o_h, GROUP), 0))
     divisor = tl.where(unit > 0, unit, 1.0)
-    for first in tl.static_range(0, GROUP, COLUMNS):
-        if GROUP > COLUMNS:
+    for first in range(0, GROUP_PAD, CHUNK):
+        if GROUP_PAD > CHUNK:
             low_rank = _low_rank(
-                p_q, p_basis, first, q_sh, basis_sd, D, R, BLOCK_D, BLOCK_R, GROUP, COLUMNS
+                p_q, p_basis, first, q_sh, basis_sd, D, R, BLOCK_D, BLOCK_R, GROUP, CHUNK
             )
-        o_h = first + tl.arange(0, COLUMNS)
+        o_h = first + tl.arange(0, CHUNK)
         usable = (tl.sum(low_rank * 0.0, 1) == 0.0) & (o_h < GROUP)
         tl.store(p_source + o_h, tl.where(usable, o_h, a_head % GROUP))
         share = tl.where(usable[:, None], low_rank, 0.0) / divisor
@@ -334,11 +336,7 @@ def prepare_kernel(
     DOT: tl.constexpr, BLOCK_T: tl.constexpr, SAMPLE: tl.constexpr, LIST_ALL: tl.constexpr,
 ):  # fmt: skip
     """Digits and record of one row; grid (rows,)."""
-    i_row = tl.program_id(0).to(tl.int64)
-    i_s = i_row % S
-    i_h = (i_row // S) % H
-    i_b = i_row // (S * H)
-    i_kv = i_h // ROWS_PER_KV
+    i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
     COLUMNS: tl.constexpr = HEADS * PACK
     GROUP_PAD: tl.constexpr = (GROUP + COLUMNS - 1) // COLUMNS * COLUMNS
     p_high += i_row * GROUP_PAD * BLOCK_R
@@ -349,7 +347,7 @@ def prepare_kernel(
     unit = _project(
         p_q + i_b * q_sb + i_h * GROUP * q_sh + i_s * q_ss, p_basis + i_kv * basis_sh,
         p_high, p_low, p_source, q_sh, basis_sd, scale,
-        D, R, BLOCK_D, BLOCK_R, GROUP, COLUMNS, LOW, INT8,
+        D, R, BLOCK_D, BLOCK_R, GROUP, GROUP_PAD, 8, LOW, INT8,
     )  # fmt: skip
 
     start = 0
@@ -378,13 +376,14 @@ def prepare_kernel(
         high, low = _digits(p_high, p_low, p_source, 0, BLOCK_R, COLUMNS, 1, LOW, DOT)
         if INT8:
             p_index_scale += i_b * index_scale_sb + i_kv * index_scale_sh
-        span = (end - start).to(tl.int64)
+        narrow = (end - start) // SAMPLE
+        wider = (end - start) % SAMPLE
         for first in range(0, SAMPLE, BLOCK_T):
             # One position per stratum, at a scrambled offset: a period in the keys cannot hide.
-            o = first + tl.arange(0, BLOCK_T).to(tl.int64)
-            left = o * span // SAMPLE
-            width = tl.maximum((o + 1) * span // SAMPLE - left, 1)
-            at = start + left + ((o * 0x9E3779B1) >> 8) % width
+            o = first + tl.arange(0, BLOCK_T)
+            width = narrow + (o < wider).to(tl.int32)
+            noise = ((o.to(tl.int64) * 0x9E3779B1) >> 8) & 0xFFFFFF
+            at = start + o * narrow + tl.minimum(o, wider) + ((noise * width) >> 24).to(tl.int32)
             key = _keys(
                 at, start, end, read_until, unit, high, low,
                 p_index + i_b * (index_sb * ALIGN) + i_kv * (index_sh * ALIGN), p_index_scale,
@@ -463,12 +462,8 @@ def list_kernel(
 
     The rows of one KV head are neighbours in the grid: they share its index through the cache.
     """
-    i_row = tl.program_id(0).to(tl.int64)
+    i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
     i_part = tl.program_id(1)
-    i_s = i_row % S
-    i_h = (i_row // S) % H
-    i_b = i_row // (S * H)
-    i_kv = i_h // ROWS_PER_KV
     COLUMNS: tl.constexpr = HEADS * PACK
     GROUP_PAD: tl.constexpr = (GROUP + COLUMNS - 1) // COLUMNS * COLUMNS
     p_rows += i_row * ROW_FIELDS
@@ -536,7 +531,7 @@ def choose_kernel(
     BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Positions (top_k) of one row from its lists; grid (rows,)."""
-    i_row = tl.program_id(0).to(tl.int64)
+    i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
     p_rows += i_row * ROW_FIELDS
     p_list_key += i_row * tl.cdiv(T, 16) * 16  # whole vectors
     p_list_at += i_row * tl.cdiv(T, 16) * 16
@@ -551,10 +546,6 @@ def choose_kernel(
         BLOCK,
     )  # fmt: skip
     if total < budget:  # the sample misled: list every visible key of this row
-        i_s = i_row % S
-        i_h = (i_row // S) % H
-        i_b = i_row // (S * H)
-        i_kv = i_h // ROWS_PER_KV
         COLUMNS: tl.constexpr = HEADS * PACK
         GROUP_PAD: tl.constexpr = (GROUP + COLUMNS - 1) // COLUMNS * COLUMNS
         if MASK != NO_MASK:
@@ -663,6 +654,11 @@ def select_stages(
 
     device = device_of(q)
     int8 = index.dtype == torch.int8
+    if int8 and r > INT8_RANK_MAX:
+        raise ValueError(
+            f"loki::select: rank is {r} with an int8 index; allowed: at most {INT8_RANK_MAX},"
+            " the largest whose integer scores fit in 32 bits."
+        )
     block_r = max(32 if int8 else 16, triton.next_power_of_2(r))
     if launch is None:
         launch = select_launch(
@@ -706,7 +702,7 @@ def select_stages(
             *mask_strides, *broadcast_strides(bounds, 3),
             heads_out, s, t, scale, hidden, top_k, keep_q16, sink, recent,
             D=d, BLOCK_D=32, SAMPLE=launch.sample, LIST_ALL=launch.list_all, **tile,
-            num_warps=launch.warps,
+            num_warps=launch.row_warps,
         )  # fmt: skip
 
     def list_keys() -> None:
@@ -721,7 +717,7 @@ def select_stages(
             index, index_scale, mask, high, low, source, records, list_key, list_at, counts,
             before, positions, *index_strides, *scale_strides, *mask_strides,
             heads_out, s, t, hidden, parts, top_k,
-            BLOCK=launch.block, **tile, num_warps=launch.choose_warps,
+            BLOCK=launch.block, **tile, num_warps=launch.row_warps,
         )  # fmt: skip
 
     return positions, (
