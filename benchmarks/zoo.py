@@ -626,7 +626,8 @@ Written by `python benchmarks/zoo.py` on {date}: {versions}, CPU. Tiny random mo
 prefill of 12 tokens uncompiled, then 6 steps compiled with `top_k=1.0, min_context=0`: sparse is
 forced and must agree with the uncompiled run of the same cache kind.
 
-* **equal**: the same tokens, and logits within 1e-4 of the largest one; finite at `top_k=6`.
+* **equal**: the same tokens, and logits within 1e-4 of the largest one; where a small budget
+  (`top_k=6`) was run too, finite at it (the column **small** counts those).
 * **differs**, **crashes**: wrong, and plain `torch.compile(backend="eager")` is not.
 * **without us**: `backend="eager"` differs or crashes as well. **does not run**: nor does the
   uncompiled model (its cache is of another kind). Difference: of logits, as a share of the largest.
@@ -656,13 +657,14 @@ def _short(reason: str) -> str:
 
 
 def _totals(sections: Sequence[tuple[tuple[str, str, str], list[dict[str, Any]]]]) -> str:
-    head = ["engine", "cache", "attention", *_STATUSES, "has sites", "all rewritten"]
+    head = ["engine", "cache", "attention", *_STATUSES, "small", "has sites", "all rewritten"]
     rows = []
     for name, results in sections:
         counts = Counter(result["status"] for result in results)
+        small = sum(result["small"] and result["status"] == "equal" for result in results)
         sites = sum(bool(_sites(result)) for result in results)
         rewritten = sum(map(_all_rewritten, results))
-        rows.append([*name, *(counts[status] for status in _STATUSES), sites, rewritten])
+        rows.append([*name, *(counts[status] for status in _STATUSES), small, sites, rewritten])
     return "## Totals (architectures)\n\n" + _markdown(head, rows)
 
 

@@ -83,7 +83,11 @@ def test_a_rewrite_that_fails_is_a_crash_although_decoding_goes_on_dense(monkeyp
 def test_the_last_line_of_a_case_is_the_one_that_counts(tmp_path):
     record = tmp_path / "eager.jsonl"
     assert zoo.read_record(record) == {}
-    lines = [{"key": "a", "status": "crashes"}, {"key": "b"}, {"key": "a", "status": "equal"}]
+    lines = [
+        {"key": "a", "small": True, "status": "crashes"},
+        {"key": "b", "small": False},
+        {"key": "a", "small": True, "status": "equal"},
+    ]
     record.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert zoo.read_record(record) == {"a": lines[2], "b": lines[1]}
 
@@ -95,6 +99,6 @@ def test_the_table_counts_outcomes_and_says_which_architectures_a_reason_costs()
         return {"key": case.key, **vars(case), "status": "equal", "graphs": [[site, site]]}
 
     text = zoo.table([row("ant", "sparse", ""), row("bee", "dense", "its wings: 4")])
-    assert "| eager | static | sdpa | 2 | 0 | 0 | 0 | 0 | 0 | 0 | 2 | 1 |" in text
+    assert "| eager | static | sdpa | 2 | 0 | 0 | 0 | 0 | 0 | 0 | 2 | 2 | 1 |" in text
     assert "| 1 | its wings | bee |" in text
     assert "| ant | 1 | 2 | 2 | 0 | 0 |" in text
