@@ -22,8 +22,8 @@ test: $(STAMP)
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf $(TYPED)
-	$(BIN)/pip install --quiet --no-deps $(PIP_FLAGS) --target $(TYPED) .
+	rm -rf build
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target $(TYPED) .
 	MYPYPATH=$(TYPED) $(BIN)/mypy -p loki_compile
 
 format: $(DEV_STAMP)

@@ -450,7 +450,7 @@ def evaluate(
     model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
     pieces = ids[: len(ids) // context * context].view(-1, context)[:windows].to(model.device)
     recall = _recall_prompts(tokenizer, name, context, recall_prompts)
-    steps = {"dense": model}
+    steps: dict[str, Any] = {"dense": model}
     for label, each in named.items():
         steps[label] = torch.compile(model, backend="loki", options=each)
     traces: dict[str, Trace] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from loki_compile.calibration import calibrate
 from loki_compile.config import LokiConfig
@@ -70,7 +70,7 @@ class Prompts:
 
 
 def run_demo(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     name: str,
     context: int,
@@ -118,7 +118,7 @@ def run_demo(
             out.print(f"wrote {picture}", soft_wrap=True, highlight=False)
 
 
-def make_prompts(model: nn.Module, tokenizer: Any, context: int) -> Prompts:
+def make_prompts(model: Any, tokenizer: Any, context: int) -> Prompts:
     """Held-out code to read, and recall questions where the tokenizer has the words for them.
 
     Raises:
@@ -145,7 +145,7 @@ def make_prompts(model: nn.Module, tokenizer: Any, context: int) -> Prompts:
     return Prompts(ids.to(device), context - TEXT_TOKENS, asked, queries)
 
 
-def try_out(model: nn.Module, step: Step, prompts: Prompts) -> Outcome:
+def try_out(model: Any, step: Step, prompts: Prompts) -> Outcome:
     """Reads the text, answers the questions and generates, all behind a static cache."""
     slots = len(prompts.text) + NEW_TOKENS
     text = follow(model, step, prompts.text, prompts.start, new_cache(model, "static", slots))
@@ -160,7 +160,7 @@ def try_out(model: nn.Module, step: Step, prompts: Prompts) -> Outcome:
     )
 
 
-def _headline(model: nn.Module, name: str, context: int) -> str:
+def _headline(model: Any, name: str, context: int) -> str:
     size = sum(p.numel() for p in model.parameters()) / 1e6
     kind = str(next(model.parameters()).dtype).removeprefix("torch.")
     return (
@@ -169,7 +169,7 @@ def _headline(model: nn.Module, name: str, context: int) -> str:
     )
 
 
-def _print_sites(model: nn.Module, config: LokiConfig, context: int, out: Console) -> None:
+def _print_sites(model: Any, config: LokiConfig, context: int, out: Console) -> None:
     cache = new_cache(model, "static", context + NEW_TOKENS)
     ids = torch.zeros(1, 9, dtype=torch.long, device=model.device)
     prefill(model, ids, cache)
@@ -234,7 +234,7 @@ def _shown(tokenizer: Any, ids: Sequence[int]) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def _draw(model: nn.Module, name: str, config: LokiConfig, picture: Path, err: Console) -> None:
+def _draw(model: Any, name: str, config: LokiConfig, picture: Path, err: Console) -> None:
     """Milliseconds per token against cached tokens; for the bundled model, of a larger shape."""
     options = config.to_options()
     if name == "reference":
@@ -259,7 +259,7 @@ def _draw(model: nn.Module, name: str, config: LokiConfig, picture: Path, err: C
     plot_latencies(rows, title, f"{model.device}, {model.dtype}".replace("torch.", ""), picture)
 
 
-def _shape(model: nn.Module) -> nn.Module:
+def _shape(model: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Step = Callable[..., Any]
 
@@ -67,7 +67,7 @@ def many_variants() -> Iterator[None]:
 
 
 def variants(
-    model: nn.Module, options: dict[str, dict[str, Any]], *, dynamic: bool | None = None
+    model: Any, options: dict[str, dict[str, Any]], *, dynamic: bool | None = None
 ) -> dict[str, Step]:
     """Eager, Inductor, and loki under each name of `options`; `dynamic` as in torch.compile."""
     steps: dict[str, Step] = {"eager": model, "inductor": torch.compile(model, dynamic=dynamic)}
@@ -76,7 +76,7 @@ def variants(
     return steps
 
 
-def new_cache(model: nn.Module, kind: str, slots: int) -> Any:
+def new_cache(model: Any, kind: str, slots: int) -> Any:
     """An empty transformers cache; `slots` tokens fit a "static" one."""
     from transformers import DynamicCache, StaticCache
 
@@ -86,7 +86,7 @@ def new_cache(model: nn.Module, kind: str, slots: int) -> Any:
 
 
 @torch.no_grad()
-def prefill(model: nn.Module, ids: Tensor, cache: Any) -> Tensor:
+def prefill(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """Fills the cache with ids (1, T), eagerly; returns the last token's logits (vocabulary,)."""
     keep = "logits_to_keep" in inspect.signature(model.forward).parameters
     extra = {"logits_to_keep": 1} if keep else {}
@@ -95,7 +95,7 @@ def prefill(model: nn.Module, ids: Tensor, cache: Any) -> Tensor:
 
 
 @torch.no_grad()
-def follow(model: nn.Module, step: Step, ids: Tensor, start: int, cache: Any) -> Trace:
+def follow(model: Any, step: Step, ids: Tensor, start: int, cache: Any) -> Trace:
     """Prefills ids[:start], then feeds the rest token by token whatever is predicted.
 
     Args:
@@ -116,7 +116,7 @@ def follow(model: nn.Module, step: Step, ids: Tensor, start: int, cache: Any) ->
 
 
 @torch.no_grad()
-def generate(model: nn.Module, step: Step, ids: Tensor, new_tokens: int, cache: Any) -> list[int]:
+def generate(model: Any, step: Step, ids: Tensor, new_tokens: int, cache: Any) -> list[int]:
     """Greedy decoding behind ids (T,): the new tokens."""
     token = prefill(model, ids[None], cache).argmax().view(1, 1)
     tokens = [int(token)]
@@ -133,7 +133,7 @@ def recall_of(trace: Trace, start: int, queries: Sequence[tuple[int, list[int]]]
 
 
 @torch.no_grad()
-def filled_cache(model: nn.Module, kind: str, context: int, room: int) -> Any:
+def filled_cache(model: Any, kind: str, context: int, room: int) -> Any:
     """A cache that holds `context` tokens of noise, without running them through the model.
 
     Raises:
@@ -165,7 +165,7 @@ def filled_cache(model: nn.Module, kind: str, context: int, room: int) -> Any:
 
 @torch.no_grad()
 def latencies(
-    model: nn.Module,
+    model: Any,
     steps: dict[str, Step],
     context: int,
     *,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 BUNDLED = Path(__file__).parent / "reference_model"
 REFERENCE = "reference"
@@ -19,7 +19,7 @@ def load_model(
     device: str | None = None,
     dtype: str = "auto",
     random_weights: bool = False,
-) -> nn.Module:
+) -> Any:
     """A causal LM in eval mode.
 
     Args:
@@ -61,7 +61,7 @@ def load_tokenizer(name: str) -> Any:
         raise ValueError(_cannot_load(name, error)) from error
 
 
-def longest_context(model: nn.Module) -> int:
+def longest_context(model: Any) -> int:
     """Positions that the model's configuration allows, or a large number where it says none."""
     config = getattr(model, "config", None)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
