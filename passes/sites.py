@@ -37,7 +37,7 @@ class Reason(enum.Enum):
     LAYOUT = "queries, keys and values are not 4-D (batch, heads, tokens, head_dim): {}"
     GROUPS = "query heads do not map onto KV heads in groups: {}"
     PREFILL = "prefill ({} query tokens; up to 8 are rewritten): dense by plan"
-    DTYPE = "queries, keys, values and result are not one of float32, bfloat16, float16: {}"
+    DTYPE = "queries, keys, values and result do not share float32, bfloat16 or float16: {}"
     SCALE = "the scale is a computed value ({})"
     SOFTMAX = "the scores reach the softmax through `{}`, which is not understood"
     WEIGHTS_USED = "the attention weights are used by `{}` as well"
