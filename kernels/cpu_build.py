@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+_FOLDER = Path(__file__).parent
 _SOURCES = ("cpu_common.h", "cpu_select.cpp", "cpu_attend.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-w")
 # As Inductor links its own kernels. libgomp is in the process already, brought by torch: one
@@ -31,13 +32,12 @@ def load() -> ctypes.CDLL:
     """
     if not sys.platform.startswith("linux"):
         raise KernelsUnavailable(f"they are built on Linux, this is {sys.platform}")
-    folder = Path(__file__).parent
-    sources = {name: (folder / name).read_bytes() for name in _SOURCES}
+    sources = {name: (_FOLDER / name).read_bytes() for name in _SOURCES}
     compiler = _compiler()
     library = _cache_folder() / f"{_key(sources, compiler)}.so"
     try:
         if not library.exists():
-            _compile(compiler, folder, library)
+            _compile(compiler, library)
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise KernelsUnavailable(str(error)) from error
@@ -79,11 +79,11 @@ def _processor() -> bytes:
     return b"\n".join(line for line in info.splitlines() if line.startswith(wanted))
 
 
-def _compile(compiler: str, folder: Path, library: Path) -> None:
+def _compile(compiler: str, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     handle, made = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
-    units = [str(folder / name) for name in _SOURCES if name.endswith(".cpp")]
+    units = [str(_FOLDER / name) for name in _SOURCES if name.endswith(".cpp")]
     command = [compiler, *_FLAGS, *units, *_LINK, "-o", made]
     try:
         subprocess.run(

@@ -1,8 +1,9 @@
 // loki::select on the CPU.
 //
 // Three stages: plan each row (budget, sink, recent), score its middle, keep the best; the last two
-// in one parallel region. Scores are held as int32 keys that order as the floats do, in scratch that stays in L2;
-// the threshold is found by counting passes over them, never by sorting.
+// in one parallel region. Scores are held as int32 keys that order as the floats do, in scratch.
+// A sample of them bounds the threshold from below, one pass picks the candidates from there up,
+// and counting passes over these few find it. Nothing is sorted.
 
 #include "cpu_common.h"
 
@@ -22,6 +23,7 @@ struct SelectParams {
 };
 
 constexpr int32_t kHidden = std::numeric_limits<int32_t>::min();
+constexpr int32_t kLowest = kHidden + 1;  // at or below the key of -inf
 constexpr int64_t kBlock = 32;          // positions scored at once
 constexpr int64_t kTile = 512;          // positions per unit of work, a multiple of kBlock
 constexpr int64_t kAhead = 8 * kBlock;  // positions fetched ahead of the ones being scored
@@ -105,7 +107,14 @@ struct Query {
 constexpr int kLimbs = 2;
 constexpr int32_t kMaxFixed = 127 * (1 + 256);
 
-// Kernels: dots of one block, score[head * kBlock + row].
+// What a kernel does with the dots of a block of rows: `best` of kBlock keeps the highest over the
+// heads, NaN left aside; or `each` of heads * kBlock takes them as they are. An int8 index
+// multiplies them by row_scale.
+struct Scores {
+  float* best;
+  float* each;
+  const float* row_scale;
+};
 
 #if LOKI_AVX512
 
@@ -163,12 +172,29 @@ inline __m512 unpack(__m512i column, E) {
   }
 }
 
+// sum[half * GB + head] of 16 rows each.
+template <int GB>
+inline void put_scores(const __m512* sum, const Scores& to) {
+  unroll<2>([&](auto half) LOKI_INLINE {
+    if (to.best) {
+      __m512 best = _mm512_loadu_ps(to.best + 16 * half);
+      // Of two operands, one of them NaN, max_ps returns the second.
+      unroll<GB>([&](auto g) LOKI_INLINE { best = _mm512_max_ps(sum[half * GB + g], best); });
+      _mm512_storeu_ps(to.best + 16 * half, best);
+    } else {
+      unroll<GB>([&](auto g) LOKI_INLINE {
+        _mm512_storeu_ps(to.each + g * kBlock + 16 * half, sum[half * GB + g]);
+      });
+    }
+  });
+}
+
 inline __mmask16 chunk_bytes(int64_t left) {
   return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
 }
 
 template <class E, int GB>
-void score_block(const E* rows, int64_t stride, int64_t r, const float* q, float* score) {
+void score_block(const E* rows, int64_t stride, int64_t r, const float* q, const Scores& to) {
   const char* at = reinterpret_cast<const char*>(rows);
   const int64_t stride_bytes = stride * sizeof(E), row_bytes = r * sizeof(E);
   __m512 sum[2 * GB];
@@ -189,17 +215,19 @@ void score_block(const E* rows, int64_t stride, int64_t r, const float* q, float
     });
     q += 4 * kPerColumn<E> * GB;
   }
-  unroll<GB>([&](auto g) LOKI_INLINE {
-    _mm512_storeu_ps(score + g * kBlock, sum[g]);
-    _mm512_storeu_ps(score + g * kBlock + 16, sum[GB + g]);
-  });
+  if constexpr (std::is_same_v<E, int8_t>) {
+    unroll<2 * GB>([&](auto i) LOKI_INLINE {
+      sum[i] = _mm512_mul_ps(sum[i], _mm512_loadu_ps(to.row_scale + i / GB * 16));
+    });
+  }
+  put_scores<GB>(sum, to);
 }
 
 #if LOKI_VNNI
 // int8 rows against the fixed-point query.
 template <int GB>
 void score_block_int8(const int8_t* rows, int64_t stride, int64_t r, const Query& q,
-                      float* score) {
+                      const Scores& to) {
   const char* at = reinterpret_cast<const char*>(rows);
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));  // dpbusd wants unsigned bytes
   const int64_t limb_stride = round_up(r, 16) * GB;
@@ -222,6 +250,7 @@ void score_block_int8(const int8_t* rows, int64_t stride, int64_t r, const Query
       });
     });
   }
+  __m512 score[2 * GB];
   unroll<2 * GB>([&](auto i) LOKI_INLINE {
     constexpr int half = i / GB, g = i % GB;
     __m512 total = _mm512_setzero_ps();
@@ -230,36 +259,37 @@ void score_block_int8(const int8_t* rows, int64_t stride, int64_t r, const Query
       __m512i exact = _mm512_sub_epi32(sum[(half * kLimbs + limb) * GB + g], offset);
       total = _mm512_fmadd_ps(total, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(exact));
     }
-    total = _mm512_mul_ps(total, _mm512_set1_ps(q.step[g]));
-    _mm512_storeu_ps(score + g * kBlock + 16 * half, total);
+    __m512 row_scale = _mm512_loadu_ps(to.row_scale + 16 * half);
+    score[i] = _mm512_mul_ps(total, _mm512_mul_ps(row_scale, _mm512_set1_ps(q.step[g])));
   });
+  put_scores<GB>(score, to);
 }
 #endif
 
 template <class E>
-void score_floats(const E* rows, int64_t stride, int64_t r, const Query& q, float* score) {
+void score_floats(const E* rows, int64_t stride, int64_t r, const Query& q, const Scores& to) {
   switch (q.heads) {
-    case 1: return score_block<E, 1>(rows, stride, r, q.value, score);
-    case 2: return score_block<E, 2>(rows, stride, r, q.value, score);
-    case 4: return score_block<E, 4>(rows, stride, r, q.value, score);
-    default: return score_block<E, 8>(rows, stride, r, q.value, score);
+    case 1: return score_block<E, 1>(rows, stride, r, q.value, to);
+    case 2: return score_block<E, 2>(rows, stride, r, q.value, to);
+    case 4: return score_block<E, 4>(rows, stride, r, q.value, to);
+    default: return score_block<E, 8>(rows, stride, r, q.value, to);
   }
 }
 
 template <class E>
-void score_heads(const E* rows, int64_t stride, int64_t r, const Query& q, float* score) {
-  score_floats(rows, stride, r, q, score);
+void score_heads(const E* rows, int64_t stride, int64_t r, const Query& q, const Scores& to) {
+  score_floats(rows, stride, r, q, to);
 }
 #if LOKI_VNNI
 template <>
 void score_heads<int8_t>(const int8_t* rows, int64_t stride, int64_t r, const Query& q,
-                         float* score) {
-  if (!q.fixed_point) return score_floats(rows, stride, r, q, score);
+                         const Scores& to) {
+  if (!q.fixed_point) return score_floats(rows, stride, r, q, to);
   switch (q.heads) {
-    case 1: return score_block_int8<1>(rows, stride, r, q, score);
-    case 2: return score_block_int8<2>(rows, stride, r, q, score);
-    case 4: return score_block_int8<4>(rows, stride, r, q, score);
-    default: return score_block_int8<8>(rows, stride, r, q, score);
+    case 1: return score_block_int8<1>(rows, stride, r, q, to);
+    case 2: return score_block_int8<2>(rows, stride, r, q, to);
+    case 4: return score_block_int8<4>(rows, stride, r, q, to);
+    default: return score_block_int8<8>(rows, stride, r, q, to);
   }
 }
 #endif
@@ -267,7 +297,7 @@ void score_heads<int8_t>(const int8_t* rows, int64_t stride, int64_t r, const Qu
 #else  // portable
 
 template <class E>
-void score_heads(const E* rows, int64_t stride, int64_t r, const Query& q, float* score) {
+void score_heads(const E* rows, int64_t stride, int64_t r, const Query& q, const Scores& to) {
   for (int64_t n = 0; n < kBlock; ++n) {
     const E* row = rows + n * stride;
     for (int64_t g = 0; g < q.heads; ++g) {
@@ -275,7 +305,9 @@ void score_heads(const E* rows, int64_t stride, int64_t r, const Query& q, float
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t d = 0; d < r; ++d) sum += to_float(row[d]) * weight[d];
-      score[g * kBlock + n] = sum;
+      if (std::is_same_v<E, int8_t>) sum *= to.row_scale[n];
+      if (to.each) to.each[g * kBlock + n] = sum;
+      if (to.best && sum > to.best[n]) to.best[n] = sum;
     }
   }
 }
@@ -324,37 +356,60 @@ int32_t bisect(const int32_t* key, int64_t n, int64_t m) {
   return static_cast<int32_t>(low);
 }
 
+// Two keys between which the m-th largest of n surely lies, or nearly: quantiles of a sample, four
+// deviations apart on either side.
+struct Bracket {
+  int32_t low, high;
+};
+
+Bracket bracket(const int32_t* key, int64_t n, int64_t m) {
+  constexpr int64_t kMost = 1024;
+  int64_t size = n > 32768 ? kMost : kMost / 4;
+  int32_t sample[kMost];
+  int64_t stratum = n / size;
+  uint32_t jitter = 12345;  // strided positions alone could beat against a period in the text
+  for (int64_t i = 0; i < size; ++i) {
+    jitter = jitter * 1664525u + 1013904223u;
+    sample[i] = key[i * stratum + static_cast<int64_t>((uint64_t{jitter} * stratum) >> 32)];
+  }
+  double rank = static_cast<double>(m) / n * size;
+  double slack = 2 + 4 * std::sqrt(rank * (1 - rank / size));
+  int64_t high_rank = static_cast<int64_t>(rank - slack);
+  int64_t low_rank = static_cast<int64_t>(rank + slack) + 1;
+  return {low_rank > size ? kLowest : bisect(sample, size, low_rank),
+          high_rank < 1 ? std::numeric_limits<int32_t>::max() : bisect(sample, size, high_rank)};
+}
+
+// Lanes of a vector that hold keys from `low` on, packed to its front.
+#if LOKI_AVX512
+inline __mmask16 first_lanes(int64_t n) {
+  return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
+}
+inline int64_t pack(__mmask16 keep, __m512i value, int32_t* to) {
+  int64_t count = __builtin_popcount(keep);
+  _mm512_mask_storeu_epi32(to, first_lanes(count), _mm512_maskz_compress_epi32(keep, value));
+  return count;
+}
+#endif
+
 // Copies the keys in [low, high] to `out`, in order; counts those above. May work in place.
-int64_t keep_between(const int32_t* key, int64_t n, int32_t low, int32_t high, int32_t* out,
-                     int64_t* above) {
+int64_t keep_between(const int32_t* key, int64_t n, Bracket range, int32_t* out, int64_t* above) {
   int64_t kept = 0, over = 0;
 #if LOKI_AVX512
-  const __m512i vlow = _mm512_set1_epi32(low), vhigh = _mm512_set1_epi32(high);
+  const __m512i low = _mm512_set1_epi32(range.low), high = _mm512_set1_epi32(range.high);
   for (int64_t i = 0; i < n; i += 16) {
-    __mmask16 valid = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - i)) - 1);
-    __m512i x = _mm512_maskz_loadu_epi32(valid, key + i);
-    __mmask16 big = _mm512_mask_cmpgt_epi32_mask(valid, x, vhigh);
-    __mmask16 keep = _mm512_mask_cmpge_epi32_mask(valid & ~big, x, vlow);
+    __m512i x = _mm512_maskz_loadu_epi32(first_lanes(n - i), key + i);
+    __mmask16 big = _mm512_mask_cmpgt_epi32_mask(first_lanes(n - i), x, high);
+    __mmask16 keep = _mm512_mask_cmpge_epi32_mask(first_lanes(n - i) & ~big, x, low);
     over += __builtin_popcount(big);
-    if (keep) {
-      int count = __builtin_popcount(keep);
-      _mm512_mask_storeu_epi32(out + kept, static_cast<__mmask16>((1u << count) - 1),
-                               _mm512_maskz_compress_epi32(keep, x));
-      kept += count;
-    }
+    kept += pack(keep, x, out + kept);
   }
 #else
-  for (int64_t i = 0; i < n; i += 16) {
-    int64_t stop = min_of(i + 16, n);
-    int32_t any = 0;
-    for (int64_t j = i; j < stop; ++j) any |= key[j] >= low;
-    if (!any) continue;
-    for (int64_t j = i; j < stop; ++j) {
-      int32_t x = key[j];
-      over += x > high;
-      out[kept] = x;
-      kept += (x >= low) & (x <= high);
-    }
+  for (int64_t i = 0; i < n; ++i) {
+    int32_t x = key[i];
+    over += x > range.high;
+    out[kept] = x;
+    kept += (x >= range.low) & (x <= range.high);
   }
 #endif
   *above = over;
@@ -366,29 +421,14 @@ struct Threshold {
   int64_t equal;  // how many keys that equal it are among the m largest
 };
 
-// m-th largest of n keys, 1 <= m <= n. Brackets it between two quantiles of a sample, keeps what
-// lies between, and repeats; bisects what is small, and whatever a bracket fails to narrow.
-// `room` holds n keys.
+constexpr int64_t kFew = 2048;  // keys that bisection alone is quick for
+
+// The m-th largest of n keys, 1 <= m <= n: brackets it, keeps what lies between, and repeats;
+// bisects what is small, and whatever a bracket fails to narrow. `room` holds n keys.
 Threshold find_threshold(const int32_t* key, int64_t n, int64_t m, int32_t* room) {
-  constexpr int64_t kSmall = 2048;
-  while (n > kSmall) {
-    int64_t size = n > 32768 ? 1024 : 256;
-    int32_t sample[1024];
-    int64_t stratum = n / size;
-    uint32_t jitter = 12345;  // strided positions alone could beat against a period in the text
-    for (int64_t i = 0; i < size; ++i) {
-      jitter = jitter * 1664525u + 1013904223u;
-      sample[i] = key[i * stratum + static_cast<int64_t>((uint64_t{jitter} * stratum) >> 32)];
-    }
-    double rank = static_cast<double>(m) / n * size;
-    double slack = 2 + 4 * std::sqrt(rank * (1 - rank / size));
-    int64_t high_rank = static_cast<int64_t>(rank - slack);
-    int64_t low_rank = static_cast<int64_t>(rank + slack) + 1;
-    int32_t high = high_rank < 1 ? std::numeric_limits<int32_t>::max()
-                                 : bisect(sample, size, high_rank);
-    int32_t low = low_rank > size ? kHidden : bisect(sample, size, low_rank);
+  while (n > kFew) {
     int64_t above;
-    int64_t kept = keep_between(key, n, low, high, room, &above);
+    int64_t kept = keep_between(key, n, bracket(key, n, m), room, &above);
     if (m <= above || m > above + kept || kept > n / 2) break;
     key = room;
     n = kept;
@@ -400,50 +440,78 @@ Threshold find_threshold(const int32_t* key, int64_t n, int64_t m, int32_t* room
 
 // ---- compaction -----------------------------------------------------------------------------
 
+// Some keys of a row and their positions, ascending.
+struct Candidates {
+  int64_t n;
+  int32_t* key;
+  int32_t* position;
+};
+
+// Those of positions [from, to) that are `low` or above. `room` holds twice as many.
+Candidates gather(const int32_t* key, int64_t from, int64_t to, int32_t low, int32_t* room) {
+  Candidates found{0, room, room + (to - from)};
+  int64_t t = from;
+#if LOKI_AVX512
+  const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (; t < to; t += 16) {
+    __m512i x = _mm512_maskz_loadu_epi32(first_lanes(to - t), key + t);
+    __mmask16 keep =
+        _mm512_mask_cmpge_epi32_mask(first_lanes(to - t), x, _mm512_set1_epi32(low));
+    if (!keep) continue;
+    __m512i position = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(t)), iota);
+    pack(keep, position, found.position + found.n);
+    found.n += pack(keep, x, found.key + found.n);
+  }
+#else
+  for (; t < to; t += 16) {
+    int64_t stop = min_of(t + 16, to);
+    int32_t any = 0;
+    for (int64_t i = t; i < stop; ++i) any |= key[i] >= low;
+    if (!any) continue;
+    for (int64_t i = t; i < stop; ++i) {
+      found.key[found.n] = key[i];
+      found.position[found.n] = static_cast<int32_t>(i);
+      found.n += key[i] >= low;
+    }
+  }
+#endif
+  return found;
+}
+
 // Writes ascending positions into the slots of one row, never past its end.
 class SlotWriter {
  public:
   SlotWriter(int32_t* slots, int64_t size) : slots_(slots), size_(size) {}
 
-  void put(int64_t position) {
-    if (used_ < size_) slots_[used_++] = static_cast<int32_t>(position);
-  }
-
   // Positions [from, to) that are visible.
   void put_visible(int64_t from, int64_t to, const MaskRow& mask, bool holes) {
-    for (int64_t t = from; t < to; ++t) {
-      if (!holes || visible(mask, t)) put(t);
+    for (int64_t t = from; t < to && used_ < size_; ++t) {
+      if (!holes || visible(mask, t)) slots_[used_++] = static_cast<int32_t>(t);
     }
   }
 
-  // Positions in [from, to) whose key is above `threshold`, and the first `equal` that equal it.
-  void put_best(const int32_t* key, int64_t from, int64_t to, int32_t threshold, int64_t equal) {
-    int64_t t = from;
+  // Candidates above the threshold, and the first of those that equal it.
+  void put_best(const Candidates& from, Threshold threshold) {
+    int64_t i = 0;
 #if LOKI_AVX512
-    const __m512i vthreshold = _mm512_set1_epi32(threshold);
-    const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (; t + 16 <= to && used_ < size_; t += 16) {
-      __m512i x = _mm512_loadu_si512(key + t);
-      __mmask16 from_threshold = _mm512_cmpge_epi32_mask(x, vthreshold);
-      if (!from_threshold) continue;
-      __mmask16 keep = _mm512_mask_cmpgt_epi32_mask(from_threshold, x, vthreshold);
-      for (unsigned ties = from_threshold & ~keep; ties && equal; ties &= ties - 1, --equal) {
-        keep |= static_cast<__mmask16>(ties & (~ties + 1));
+    const __m512i limit = _mm512_set1_epi32(threshold.key);
+    for (; i + 16 <= from.n && used_ + 16 <= size_; i += 16) {
+      __m512i x = _mm512_loadu_si512(from.key + i);
+      unsigned keep = _mm512_cmpgt_epi32_mask(x, limit);
+      unsigned equal = _mm512_cmpeq_epi32_mask(x, limit);
+      for (; equal && threshold.equal > 0; equal &= equal - 1, --threshold.equal) {
+        keep |= equal & (~equal + 1);
       }
-      __m512i position = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(t)), iota);
-      int64_t count = min_of<int64_t>(__builtin_popcount(keep), size_ - used_);
-      _mm512_mask_storeu_epi32(slots_ + used_, static_cast<__mmask16>((1u << count) - 1),
-                               _mm512_maskz_compress_epi32(keep, position));
-      used_ += count;
-    }
-#else
-    for (; t + 16 <= to; t += 16) {
-      int32_t any = 0;
-      for (int64_t j = t; j < t + 16; ++j) any |= key[j] >= threshold;
-      if (any) put_best_each(key, t, t + 16, threshold, &equal);
+      used_ += pack(static_cast<__mmask16>(keep), _mm512_loadu_si512(from.position + i),
+                    slots_ + used_);
     }
 #endif
-    put_best_each(key, t, to, threshold, &equal);
+    for (; i < from.n && used_ < size_; ++i) {
+      int32_t key = from.key[i];
+      bool keep = key > threshold.key || (key == threshold.key && threshold.equal-- > 0);
+      slots_[used_] = from.position[i];
+      used_ += keep;
+    }
   }
 
   void finish() {
@@ -451,15 +519,6 @@ class SlotWriter {
   }
 
  private:
-  void put_best_each(const int32_t* key, int64_t from, int64_t to, int32_t threshold,
-                     int64_t* equal) {
-    for (int64_t t = from; t < to; ++t) {
-      if (key[t] < threshold) continue;
-      if (key[t] == threshold && (*equal)-- <= 0) continue;
-      put(t);
-    }
-  }
-
   int32_t* slots_;
   int64_t size_;
   int64_t used_ = 0;
@@ -516,7 +575,7 @@ class Select {
     int64_t padded_heads = round_up(group_, 8);
     int64_t per_token = padded_heads * (columns_ * (4 + kLimbs) + 4 * (kLimbs + 1));
     int64_t query_bytes = s_ * group_ * sizeof(Query) + s_ * per_token;
-    room_bytes_ = round_up(max_of(query_bytes + tail_bytes(), key_stride_ * 4), 64);
+    room_bytes_ = round_up(max_of(query_bytes + tail_bytes(), 3 * key_stride_ * 4), 64);
     int64_t plan_bytes = round_up(rows_ * sizeof(RowPlan), 64);
     int64_t span_bytes = round_up((pairs_ + 1) * sizeof(Span), 64);
     char* at = static_cast<char*>(scratch.reserve(plan_bytes + span_bytes +
@@ -688,21 +747,14 @@ class Select {
   template <class E>
   void score_token(int64_t pair, int64_t s, int64_t t, int64_t n, const Query* queries,
                    int64_t blocks, const E* rows, int64_t stride, const float* row_scale) {
-    float score[8 * kBlock], best[kBlock];
+    float best[kBlock], each[8 * kBlock];
     for (int64_t i = 0; i < kBlock; ++i) best[i] = -kInf;
+    const Scores to{p_.per_head ? nullptr : best, p_.per_head ? each : nullptr, row_scale};
     for (const Query* query = queries; query < queries + blocks; ++query) {
-      score_heads(rows, stride, r_, *query, score);
-      int64_t heads = min_of(query->heads, group_ - query->first_head);
-      for (int64_t x = 0; x < heads; ++x) {
-        float* mine = score + x * kBlock;
-        if (sizeof(E) == 1) {
-          for (int64_t i = 0; i < kBlock; ++i) mine[i] *= row_scale[i];
-        }
-        if (p_.per_head) {
-          store_row(row_of(pair, query->first_head + x, s), t, n, mine);
-        } else {
-          for (int64_t i = 0; i < kBlock; ++i) best[i] = mine[i] > best[i] ? mine[i] : best[i];
-        }
+      score_heads(rows, stride, r_, *query, to);
+      if (!p_.per_head) continue;
+      for (int64_t x = 0; x < min_of(query->heads, group_ - query->first_head); ++x) {
+        store_row(row_of(pair, query->first_head + x, s), t, n, each + x * kBlock);
       }
     }
     if (!p_.per_head) store_row(row_of(pair, 0, s), t, n, best);
@@ -714,16 +766,23 @@ class Select {
     store_keys(score, mask_of(row), plan, t, n, keys_ + row * key_stride_ + t);
   }
 
+  void put_best(const RowPlan& plan, const int32_t* key, int32_t* room, SlotWriter* slots) const {
+    int64_t n = plan.last - plan.first;
+    int64_t take = min_of(plan.take, n);
+    int32_t low = n > kFew ? bracket(key + plan.first, n, take).low : kLowest;
+    Candidates found = gather(key, plan.first, plan.last, max_of(low, kLowest), room);
+    if (found.n < take) found = gather(key, plan.first, plan.last, kLowest, room);
+    take = min_of(take, found.n);
+    if (take > 0) slots->put_best(found, find_threshold(found.key, found.n, take, room + 2 * n));
+  }
+
   void emit(int64_t row, int32_t* room) const {
     const RowPlan& plan = plans_[row];
     const MaskRow mask = mask_of(row);
     SlotWriter slots(p_.positions + row * p_.top_k, p_.top_k);
     slots.put_visible(plan.start, plan.first, mask, plan.holes);
     if (plan.scored()) {
-      const int32_t* key = keys_ + row * key_stride_;
-      int64_t n = plan.last - plan.first;
-      Threshold best = find_threshold(key + plan.first, n, min_of(plan.take, n), room);
-      slots.put_best(key, plan.first, plan.last, best.key, best.equal);
+      put_best(plan, keys_ + row * key_stride_, room, &slots);
     } else if (plan.take > 0) {
       slots.put_visible(plan.first, plan.last, mask, plan.holes);
     }

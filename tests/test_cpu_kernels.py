@@ -506,11 +506,20 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
 
 
 def test_two_processes_may_build_at_once(tmp_path):
-    code = "from loki_compile.kernels import cpu_build; cpu_build.load()"
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for name in cpu_build._SOURCES:
+        exported = 'extern "C" __attribute__((visibility("default"))) void'
+        text = f"{exported} {Path(name).stem}_stub() {{}}\n" if name.endswith("cpp") else ""
+        (tmp_path / name).write_text(text)
+    code = (
+        "from pathlib import Path; from loki_compile.kernels import cpu_build\n"
+        f"cpu_build._FOLDER = Path({str(tmp_path)!r})\n"
+        "assert cpu_build.load().cpu_select_stub"
+    )
+    cache = tmp_path / "cache"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     builds = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [build.wait() for build in builds] == [0, 0]
-    assert len(list((tmp_path / "loki_compile").iterdir())) == 1
+    assert len(list((cache / "loki_compile").iterdir())) == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
