@@ -480,9 +480,9 @@ def test_without_a_compiler_pytorch_ops_serve_and_it_is_said_once(monkeypatch, c
     def none_found():
         raise cpu_build.KernelsUnavailable("no C++ compiler: install g++ or clang++, or set CXX")
 
-    monkeypatch.setattr(cpu_build, "_compiler", none_found)
     inputs = select_inputs(SHAPES[1], torch.float32, torch.float32)
     expected = cpu.select(*inputs, **settings(9))
+    monkeypatch.setattr(cpu_build, "_compiler", none_found)
     cpu._kernels.cache_clear()
     with caplog.at_level(logging.WARNING, "loki_compile"):
         found = [cpu.select(*inputs, **settings(9)) for _ in range(3)]
