@@ -241,8 +241,9 @@ def attend(
     out, stages = attend_stages(
         q, k, v, positions, mask, scale=scale, softcap=softcap, sinks=sinks, launch=launch
     )
-    for stage in stages:
-        stage.run()
+    with torch.cuda.device_of(q):
+        for stage in stages:
+            stage.run()
     return out
 
 

@@ -617,8 +617,9 @@ def select(
         q, basis, index, index_scale, mask, bounds, scale=scale, top_k=top_k, keep_q16=keep_q16,
         sink=sink, recent=recent, per_head=per_head, launch=launch,
     )  # fmt: skip
-    for stage in stages:
-        stage.run()
+    with torch.cuda.device_of(q):
+        for stage in stages:
+            stage.run()
     return positions
 
 
