@@ -211,7 +211,10 @@ def _layers(default: dict[str, Any]) -> dict[str, Any]:
     lists = {
         name: value
         for name, value in default.items()
-        if isinstance(value, (list, tuple)) and len(value) == depth > 1 and not name.startswith("_")
+        if isinstance(value, (list, tuple))
+        and len(value) == depth > 1
+        and not name.startswith("_")
+        and list(value) != list(range(depth))  # numbers of layers, not their kinds
     }
     kinds = list(zip(*(map(repr, value) for value in lists.values()), strict=True))
     first = sorted({kind: place for place, kind in reversed(list(enumerate(kinds)))}.values())
@@ -246,6 +249,9 @@ def build(model_type: str, attention: str) -> Any:
             module.weight.data.normal_(0.0, 1.5 / math.sqrt(fan_in))
             if getattr(module, "bias", None) is not None:
                 module.bias.data.normal_(0.0, 0.1)
+    for parameter in model.parameters():
+        if not parameter.any():  # zero at first: gates and scales of keys that training opens
+            parameter.data.normal_(0.0, 0.1)
     return model.eval()
 
 
@@ -611,7 +617,9 @@ def table(results: Iterable[dict[str, Any]]) -> str:
     sections: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for result in sorted(results, key=lambda r: r["key"]):
         sections[result["engine"], result["cache"], result["attention"]].append(result)
-    parts = [_HEAD.format(date=datetime.date.today(), versions=_versions())]
+    covered = len({result["model"] for rows in sections.values() for result in rows})
+    head = {"covered": covered, "known": len(model_types()), "versions": _versions()}
+    parts = [_HEAD.format(date=datetime.date.today(), **head)]
     names = list(sections)
     names.sort(key=lambda n: (n[0], CACHES.index(n[1]), ATTENTIONS.index(n[2])))
     parts.append(_totals([(name, sections[name]) for name in names]))
@@ -624,7 +632,8 @@ _HEAD = """# Every causal language model of transformers through `backend="loki"
 
 Written by `python benchmarks/zoo.py` on {date}: {versions}, CPU. Tiny random models, fp32, one
 prefill of 12 tokens uncompiled, then 6 steps compiled with `top_k=1.0, min_context=0`: sparse is
-forced and must agree with the uncompiled run of the same cache kind.
+forced and must agree with the uncompiled run of the same cache kind. The record covers {covered}
+of {known} architectures, each at the commit at which it ran; what is not listed has not been run.
 
 * **equal**: the same tokens, and logits within 1e-4 of the largest one; where a small budget
   (`top_k=6`) was run too, finite at it (the column **small** counts those).
