@@ -28,6 +28,7 @@ constexpr int64_t kBlock = 32;          // positions scored at once
 constexpr int64_t kTile = 512;          // positions per unit of work, a multiple of kBlock
 constexpr int64_t kAhead = 8 * kBlock;  // positions fetched ahead of the ones being scored
 constexpr int64_t kBytesPerThread = 1 << 16;
+constexpr int64_t kMaxKeys = 1 << 24;  // scores held at once, unless one pair has more
 
 // The middle [first, last) of a row competes for `take` slots; what is visible before and behind
 // it is kept.
@@ -539,16 +540,12 @@ class Select {
   void run() {
     int64_t bytes = pairs_ * t_ * r_ * p_.index.element_size();
     int threads = static_cast<int>(min_of(p_.threads, bytes / kBytesPerThread + 1));
-    allocate(threads);
+    int64_t pairs_at_once =
+        min_of(max_of<int64_t>(kMaxKeys / (rows_per_pair() * key_stride_), 1), pairs_);
+    allocate(threads, pairs_at_once);
     plan();
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-      char* room = rooms_ + me * room_bytes_;
-      score_tiles(tiles_ * me / all, tiles_ * (me + 1) / all, room);
-#pragma omp barrier
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t row = 0; row < rows_; ++row) emit(row, reinterpret_cast<int32_t*>(room));
+    for (int64_t first = 0; first < pairs_; first += pairs_at_once) {
+      take(first, min_of(first + pairs_at_once, pairs_), threads);
     }
   }
 
@@ -570,7 +567,26 @@ class Select {
     return p_.per_head ? (pair * group_ + g) * s_ + s : pair * s_ + s;
   }
 
-  void allocate(int threads) {
+  // Pairs [first, stop).
+  void take(int64_t first, int64_t stop, int threads) {
+    first_row_ = first * rows_per_pair();
+    int64_t first_tile = spans_[first].first_tile, tiles = spans_[stop].first_tile - first_tile;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+      char* room = rooms_ + me * room_bytes_;
+      score_tiles(first_tile + tiles * me / all, first_tile + tiles * (me + 1) / all, room);
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t row = first_row_; row < stop * rows_per_pair(); ++row) {
+        emit(row, reinterpret_cast<int32_t*>(room));
+      }
+    }
+  }
+
+  int32_t* keys_of(int64_t row) const { return keys_ + (row - first_row_) * key_stride_; }
+
+  void allocate(int threads, int64_t pairs_at_once) {
     thread_local Scratch scratch;
     int64_t padded_heads = round_up(group_, 8);
     int64_t per_token = padded_heads * (columns_ * (4 + kLimbs) + 4 * (kLimbs + 1));
@@ -578,8 +594,9 @@ class Select {
     room_bytes_ = round_up(max_of(query_bytes + tail_bytes(), 3 * key_stride_ * 4), 64);
     int64_t plan_bytes = round_up(rows_ * sizeof(RowPlan), 64);
     int64_t span_bytes = round_up((pairs_ + 1) * sizeof(Span), 64);
-    char* at = static_cast<char*>(scratch.reserve(plan_bytes + span_bytes +
-                                                  threads * room_bytes_ + rows_ * key_stride_ * 4));
+    int64_t key_bytes = pairs_at_once * rows_per_pair() * key_stride_ * 4;
+    char* at = static_cast<char*>(
+        scratch.reserve(plan_bytes + span_bytes + threads * room_bytes_ + key_bytes));
     plans_ = reinterpret_cast<RowPlan*>(at);
     spans_ = reinterpret_cast<Span*>(at += plan_bytes);
     rooms_ = at += span_bytes;
@@ -590,19 +607,19 @@ class Select {
     for (int64_t row = 0; row < rows_; ++row) {
       plans_[row] = plan_row(p_, mask_of(row), batch_of(row), head_of(row), token_of(row));
     }
-    tiles_ = 0;
+    int64_t tiles = 0;
     for (int64_t pair = 0; pair < pairs_; ++pair) {
-      Span span{t_, 0, tiles_};
+      Span span{t_, 0, tiles};
       for (int64_t n = 0; n < rows_per_pair(); ++n) {
         const RowPlan& row = plans_[pair * rows_per_pair() + n];
         if (!row.scored()) continue;
         span.from = min_of(span.from, row.first);
         span.to = max_of(span.to, row.last);
       }
-      if (span.to > span.from) tiles_ += (span.to - span.from + kTile - 1) / kTile;
+      if (span.to > span.from) tiles += (span.to - span.from + kTile - 1) / kTile;
       spans_[pair] = span;
     }
-    spans_[pairs_] = Span{0, 0, tiles_};
+    spans_[pairs_] = Span{0, 0, tiles};
   }
 
   void score_tiles(int64_t tile, int64_t stop, char* room) {
@@ -763,7 +780,7 @@ class Select {
   void store_row(int64_t row, int64_t t, int64_t n, const float* score) {
     const RowPlan& plan = plans_[row];
     if (!plan.scored() || t + n <= plan.first || t >= plan.last) return;
-    store_keys(score, mask_of(row), plan, t, n, keys_ + row * key_stride_ + t);
+    store_keys(score, mask_of(row), plan, t, n, keys_of(row) + t);
   }
 
   void put_best(const RowPlan& plan, const int32_t* key, int32_t* room, SlotWriter* slots) const {
@@ -782,7 +799,7 @@ class Select {
     SlotWriter slots(p_.positions + row * p_.top_k, p_.top_k);
     slots.put_visible(plan.start, plan.first, mask, plan.holes);
     if (plan.scored()) {
-      put_best(plan, keys_ + row * key_stride_, room, &slots);
+      put_best(plan, keys_of(row), room, &slots);
     } else if (plan.take > 0) {
       slots.put_visible(plan.first, plan.last, mask, plan.holes);
     }
@@ -794,7 +811,7 @@ class Select {
 
   const SelectParams& p_;
   const int64_t hq_, s_, d_, hkv_, t_, r_, group_, heads_, pairs_, rows_, columns_, key_stride_;
-  int64_t room_bytes_ = 0, tiles_ = 0;
+  int64_t room_bytes_ = 0, first_row_ = 0;
   RowPlan* plans_ = nullptr;
   Span* spans_ = nullptr;
   char* rooms_ = nullptr;
