@@ -247,7 +247,7 @@ def _draw(model: Any, name: str, config: LokiConfig, picture: Path, err: Console
         title = f"{name}, a cache of noise"
         subject = model
         longest = longest_context(model) - 64
-        contexts = [2**n for n in range(10, 18) if 2**n <= longest]
+        contexts = [2**n for n in range(6, 18) if 2**n <= longest][-6:]
         named = {f"loki, top_k={config.top_k}": options}
     steps = variants(subject, named, dynamic=True)
     rows: dict[int, dict[str, float]] = {}

@@ -90,6 +90,9 @@ def _row(site: SiteReport, config: LokiConfig, context: int) -> list[str]:
 
 
 def _runs_sparse(config: LokiConfig, context: int) -> bool:
+    """As the runtime decides: `min_context=0` forces the sparse variant."""
+    if config.min_context == 0:
+        return True
     return context >= config.min_context and not config.budget.covers(context)
 
 
