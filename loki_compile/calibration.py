@@ -298,11 +298,11 @@ def _accepted(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
 def _unseen(seen: _Moments, expected: int) -> Exception:
     reasons = "".join(f"\n  {reason}" for reason in seen.reasons)
     if not seen.held:
-        why = reasons or "\n  the model calls no scaled_dot_product_attention"
+        why = reasons or "\n  the model runs no attention that is understood"
         return ValueError(
             f"found no attention whose keys can be observed:{why}\n"
-            "Needs a decoder in eval mode whose attention is PyTorch's "
-            '(transformers: attn_implementation="sdpa").'
+            "Needs a decoder in eval mode with queries, keys and values of its own; in "
+            'transformers, attn_implementation="sdpa" is understood best.'
         )
     return RuntimeError(
         f"the keys of {seen.in_batch} caches were seen in this batch, {expected} in the first: "

@@ -248,7 +248,7 @@ def test_a_model_without_attention_is_named_as_such():
         def forward(self, input_ids):
             return self.line(input_ids.float())
 
-    with pytest.raises(ValueError, match="calls no scaled_dot_product_attention"):
+    with pytest.raises(ValueError, match="runs no attention"):
         calibrate(Plain(), [torch.ones(2, 3)])
 
 
@@ -378,6 +378,18 @@ def test_pre_rotary_is_what_the_key_module_puts_out(name):
     keys = keys.transpose(1, 2) if keys.shape[1] != kv_heads else keys
     basis = calibrate(model, [ids], calibration="pre-rotary").bases[0]
     assert_same_basis(basis, pca_of(keys))
+
+
+def test_attention_written_out_is_observed_as_well():
+    model, _, _ = build("llama", layers=1)
+    ids = tokens(2, 27)
+    for calibration in ("pre-rotary", "post-rotary"):
+        found = []
+        for form in ("sdpa", "eager"):
+            model.set_attn_implementation(form)
+            found += calibrate(model, [ids], calibration=calibration).bases
+        assert found[0].weights == found[1].weights
+        assert_same_basis(found[1], found[0])
 
 
 def test_learned_positions_are_not_a_rotation():
