@@ -2,6 +2,7 @@
 
     python benchmarks/bench_kernels.py                    this machine's shapes, about 2 minutes
     python benchmarks/bench_kernels.py --quick            fewer of them
+    python benchmarks/bench_kernels.py --autotune         neighbours of the Triton launch tables
     python benchmarks/bench_kernels.py --compare REV      against the kernels of a git revision
 
 Each shape is verified first: the chosen keys against exact fp32 scores of the same index, the
@@ -10,14 +11,18 @@ shape that fails is not timed. All of a shape's variants are timed in turn in on
 input sets, so that no input waits in a cache that a decode step would find cold.
 
 A row has: the stage ("select", "attend", "loki" for both, or a dense path), milliseconds, bytes
-that must move at least (design: T*R*index_bytes + 2*K*D*bytes per KV head), the share of the read
-bandwidth measured in the same run, the ratio to the fastest dense path, device, versions, commit.
-On a GPU `--kernels` adds the time of each launched kernel, from the profiler.
+that must move at least (T*(R*index_bytes + 4 for an int8 scale) + 2*K*D*bytes per KV head), its
+share of the bandwidth measured in the same run (a large copy on a GPU, a large read on a CPU), the
+ratio to the fastest dense path, device, versions, commit. `share_of_index_and_kv` counts the bytes
+of index and keys and values alone, without the scales. On a GPU each launched kernel has a row too.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import itertools
 import json
 import statistics
 import sys
@@ -29,6 +34,7 @@ import torch.nn.functional as F
 from harness import (
     RESULTS,
     checkout,
+    copy_bandwidth,
     draw_lines,
     importable,
     input_sets,
@@ -45,7 +51,15 @@ from harness import (
 from loki_compile.kernels.ops import attend, index_rows, select
 from torch import Tensor
 
+try:  # CPU builds of torch come without Triton
+    from loki_compile.kernels import triton_attend, triton_select
+    from loki_compile.kernels.triton_launch import attend_launch, device_of, select_launch
+    from triton import next_power_of_2
+except ImportError:
+    triton_attend = triton_select = None
+
 COUNT_Q16 = 1 << 16  # `top_k` is a count
+DensePath = Callable[["Inputs"], Tensor]
 BOUND = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 
 
@@ -67,8 +81,11 @@ class Shape:
         return self.batch * self.kv_heads * 2 * self.tokens * self.head_dim * self.dtype.itemsize
 
     def select_bytes(self) -> int:
-        row = self.rank * self.index_dtype.itemsize + 4 * (self.index_dtype == torch.int8)
-        return self.batch * self.kv_heads * self.tokens * row
+        rows = self.batch * self.kv_heads * self.tokens
+        return rows * self.rank * self.index_dtype.itemsize + self.scale_bytes()
+
+    def scale_bytes(self) -> int:
+        return self.batch * self.kv_heads * self.tokens * 4 * (self.index_dtype == torch.int8)
 
     def attend_bytes(self) -> int:
         keys = min(self.top_k, self.tokens)
@@ -102,21 +119,15 @@ def make_inputs(shape: Shape, device: str, seed: int) -> Inputs:
     return Inputs(q, k, v, index, scale, basis)
 
 
-def choose(x: Inputs, shape: Shape) -> Tensor:
-    return select(
-        x.q,
-        x.basis,
-        x.index,
-        x.index_scale,
-        None,
-        None,
-        scale=shape.head_dim**-0.5,
-        top_k=shape.top_k,
-        keep_q16=COUNT_Q16,
-        sink=4,
-        recent=32,
+def select_options(shape: Shape) -> dict:
+    return dict(
+        scale=shape.head_dim**-0.5, top_k=shape.top_k, keep_q16=COUNT_Q16, sink=4, recent=32,
         per_head=False,
-    )
+    )  # fmt: skip
+
+
+def choose(x: Inputs, shape: Shape) -> Tensor:
+    return select(x.q, x.basis, x.index, x.index_scale, None, None, **select_options(shape))
 
 
 def read(x: Inputs, shape: Shape, positions: Tensor) -> Tensor:
@@ -133,23 +144,27 @@ def packed_matmul(x: Inputs, shape: Shape) -> Tensor:
     return scores.float().softmax(-1).to(x.v.dtype) @ x.v
 
 
-def dense_paths(shape: Shape, device: str) -> dict[str, Callable[[Inputs], Tensor]]:
-    """Every dense path that runs here, by name; each returns (B, Hq, 1, D) up to a view."""
-    paths: dict[str, Callable[[Inputs], Tensor]] = {
+def repeated(x: Inputs, shape: Shape) -> Tensor:
+    """What a model with a mask does eagerly: K and V copied for every query head."""
+    k, v = (t.repeat_interleave(shape.group, 1) for t in (x.k, x.v))
+    return F.scaled_dot_product_attention(x.q, k, v)
+
+
+def dense_paths(shape: Shape, device: str) -> dict[str, DensePath]:
+    """Every dense path to try here, by name; each returns (B, Hq, 1, D) up to a view."""
+    paths: dict[str, DensePath] = {
         "matmul packed": lambda x: packed_matmul(x, shape),
         "sdpa packed": lambda x: F.scaled_dot_product_attention(packed(x, shape), x.k, x.v),
         "sdpa enable_gqa": lambda x: F.scaled_dot_product_attention(x.q, x.k, x.v, enable_gqa=True),
+        "sdpa repeated": lambda x: repeated(x, shape),
     }
-    if device.startswith("cuda"):
-        paths |= _gpu_paths(shape)
-    probe = make_inputs(Shape(**{**asdict(shape), "tokens": 256, "top_k": 64}), device, 0)
-    return {name: path for name, path in paths.items() if _runs(name, path, probe)}
+    return paths | _gpu_paths(shape) if device.startswith("cuda") else paths
 
 
-def _gpu_paths(shape: Shape) -> dict[str, Callable[[Inputs], Tensor]]:
+def _gpu_paths(shape: Shape) -> dict[str, DensePath]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    paths: dict[str, Callable[[Inputs], Tensor]] = {}
+    paths: dict[str, DensePath] = {}
     for backend in (
         SDPBackend.FLASH_ATTENTION,
         SDPBackend.EFFICIENT_ATTENTION,
@@ -162,11 +177,12 @@ def _gpu_paths(shape: Shape) -> dict[str, Callable[[Inputs], Tensor]]:
 
         paths[f"sdpa packed {backend.name.lower()}"] = through
 
-    def flex(x: Inputs) -> Tensor:
+    if shape.tokens in FLEX_TOKENS:
         from torch.nn.attention.flex_attention import flex_attention
 
-        compiled = _once("flex", lambda: torch.compile(flex_attention, dynamic=False))
-        return compiled(x.q, x.k, x.v, enable_gqa=True)
+        torch._dynamo.reset()  # each shape compiles its own, and none is refused
+        compiled = torch.compile(flex_attention, dynamic=False)
+        paths["flex_attention"] = lambda x: compiled(x.q, x.k, x.v, enable_gqa=True)
 
     def flashinfer(x: Inputs) -> Tensor:
         import flashinfer
@@ -180,23 +196,7 @@ def _gpu_paths(shape: Shape) -> dict[str, Callable[[Inputs], Tensor]]:
         q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
         return flash_attn_with_kvcache(q, k, v).transpose(1, 2)
 
-    return {**paths, "flex_attention": flex, "flashinfer": flashinfer, "flash_attn": flash_attn}
-
-
-_made: dict[str, Callable[..., Tensor]] = {}
-
-
-def _once(name: str, make: Callable[[], Callable[..., Tensor]]) -> Callable[..., Tensor]:
-    return _made.setdefault(name, make())
-
-
-def _runs(name: str, path: Callable[[Inputs], Tensor], probe: Inputs) -> bool:
-    try:
-        path(probe)
-    except Exception as error:
-        print(f"not here: {name}: {type(error).__name__}: {str(error)[:80]}", file=sys.stderr)
-        return False
-    return True
+    return {**paths, "flashinfer": flashinfer, "flash_attn": flash_attn}
 
 
 def exact(x: Inputs, shape: Shape, positions: Tensor | None = None) -> Tensor:
@@ -237,7 +237,12 @@ def check_choice(x: Inputs, shape: Shape, positions: Tensor) -> None:
             assert float(worst) >= float(best) - slack, f"left out {best}, chose {worst}"
 
 
-def verify(shape: Shape, device: str, paths: dict[str, Callable[[Inputs], Tensor]]) -> None:
+def verify(shape: Shape, device: str, paths: dict[str, DensePath]) -> dict[str, DensePath]:
+    """The dense paths that run on this shape.
+
+    Raises:
+      AssertionError: one of them, or `select` or `attend`, gives a wrong result.
+    """
     x = make_inputs(shape, device, seed=99)
     positions = choose(x, shape)
     check_choice(x, shape, positions)
@@ -245,13 +250,38 @@ def verify(shape: Shape, device: str, paths: dict[str, Callable[[Inputs], Tensor
     got = read(x, shape, positions).view(shape.batch, shape.kv_heads, shape.group, -1)
     require("loki::attend", got, exact(x, shape, positions), bound)
     truth = exact(x, shape)
+    running: dict[str, DensePath] = {}
     for name, path in paths.items():
-        require(name, path(x).reshape(truth.shape), truth, bound)
+        try:
+            out = path(x)
+        except Exception as error:
+            print(f"not here: {name}: {type(error).__name__}: {str(error)[:80]}", file=sys.stderr)
+            continue
+        require(name, out.reshape(truth.shape), truth, bound)
+        running[name] = path
+    return running
 
 
-def bench(shape: Shape, device: str, bandwidth: float, budget_s: float) -> list[dict]:
-    paths = dense_paths(shape, device)
-    verify(shape, device, paths)
+def launched_kernels(shape: Shape, inputs: list[Inputs]) -> dict[str, list[Callable[[], None]]]:
+    """Each launch of the sparse path alone, over the inputs; for the device of the Triton path."""
+    launches: dict[str, list[Callable[[], None]]] = {}
+    for x in inputs:
+        positions, stages = triton_select.select_stages(
+            x.q, x.basis, x.index, x.index_scale, None, None, **select_options(shape)
+        )
+        _, more = triton_attend.attend_stages(
+            x.q, x.k, x.v, positions, None, scale=shape.head_dim**-0.5
+        )
+        for stage in (*stages, *more):
+            stage.run()  # the next ones need what it writes
+            launches.setdefault(f"kernel {stage.name}", []).append(stage.run)
+    return launches
+
+
+def bench(
+    shape: Shape, device: str, bandwidth: float, budget_s: float, kernels: bool
+) -> list[dict]:
+    paths = verify(shape, device, dense_paths(shape, device))
     # Enough inputs that nothing the sparse path reads is still in the last cache.
     sets = input_sets(shape.select_bytes() + shape.attend_bytes(), device)
     room = (8 << 30) if device == "cpu" else (64 << 30)
@@ -264,13 +294,18 @@ def bench(shape: Shape, device: str, bandwidth: float, budget_s: float) -> list[
         "loki": [lambda x=x: read(x, shape, choose(x, shape)) for x in inputs],
     }
     variants |= {name: [lambda x=x, p=p: p(x) for x in inputs] for name, p in paths.items()}
+    if kernels:
+        variants |= launched_kernels(shape, inputs)
     timings = measure(variants, device, budget_s=budget_s)
     fastest = min(paths, key=lambda name: timings[name].median_ms)
     moved = {
         "select": shape.select_bytes(),
         "attend": shape.attend_bytes(),
         "loki": shape.select_bytes() + shape.attend_bytes(),
+        "kernel list": shape.select_bytes(),
+        "kernel attend": shape.attend_bytes(),
     }
+    floor_ms = (moved["loki"] - shape.scale_bytes()) / bandwidth * 1e3
     shared = {
         **stamp(device),
         "bench": "kernels",
@@ -281,16 +316,18 @@ def bench(shape: Shape, device: str, bandwidth: float, budget_s: float) -> list[
         "input_sets": sets,
         "fastest_dense": fastest,
     }
-    return [
-        {
-            **shared,
-            "stage": name,
-            **timing_fields(timing),
-            **traffic_fields(moved.get(name, shape.dense_bytes()), timing.median_ms, bandwidth),
-            "vs_fastest_dense": timings[fastest].median_ms / timing.median_ms,
-        }
-        for name, timing in timings.items()
-    ]
+    rows = []
+    for name, timing in timings.items():
+        row = {**shared, "stage": name, **timing_fields(timing)}
+        if name in paths or name in moved:
+            size = moved.get(name, shape.dense_bytes())
+            row |= traffic_fields(size, timing.median_ms, bandwidth)
+        if name == "loki":
+            row["share_of_index_and_kv"] = floor_ms / timing.median_ms
+        if not name.startswith("kernel "):
+            row["vs_fastest_dense"] = timings[fastest].median_ms / timing.median_ms
+        rows.append(row)
+    return rows
 
 
 def shapes_of(device: str, quick: bool) -> list[Shape]:
@@ -311,22 +348,66 @@ def shapes_of(device: str, quick: bool) -> list[Shape]:
 GPU_GRID = [(b, t) for b in (1, 8) for t in (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)]
 
 
-def kernel_times(shape: Shape, device: str) -> list[dict]:
-    """Microseconds of each launched kernel of one sparse call, from the profiler."""
-    from torch.profiler import ProfilerActivity, profile
+FLEX_TOKENS = (32768, 131072)
 
+
+def autotune(shape: Shape, device: str, budget_s: float) -> None:
+    """Print the neighbours of the tables' launches, fastest first; the table's own is marked."""
     x = make_inputs(shape, device, seed=0)
-    for _ in range(3):
-        read(x, shape, choose(x, shape))
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        for _ in range(10):
-            read(x, shape, choose(x, shape))
-        torch.cuda.synchronize()
-    return [
-        {"batch": shape.batch, "tokens": shape.tokens, "kernel": e.key, "us": e.device_time}
-        for e in trace.key_averages()
-        if e.device_time
-    ]
+    where = device_of(x.q)
+    block_r = max(32 if shape.index_dtype == torch.int8 else 16, next_power_of_2(shape.rank))
+    table_select = select_launch(
+        where, group=shape.group, block_r=block_r, index_bytes=shape.index_dtype.itemsize,
+        top_k=shape.top_k,
+    )  # fmt: skip
+    table_attend = attend_launch(
+        where, group=shape.group, block_d=next_power_of_2(shape.head_dim),
+        bytes_each=shape.dtype.itemsize,
+    )  # fmt: skip
+    positions = choose(x, shape)
+    out = read(x, shape, positions)
+    tuned: list[tuple[str, object, Callable[[object], Tensor], Tensor, dict]] = [
+        (
+            "select", table_select,
+            lambda launch: triton_select.select(
+                x.q, x.basis, x.index, x.index_scale, None, None, **select_options(shape),
+                launch=launch,
+            ),
+            positions,
+            dict(
+                block_t=[table_select.block_t // 2, table_select.block_t, table_select.block_t * 2],
+                warps=[4, 8], stages=[2, 3, 4], programs=[2, 4, 6],
+            ),
+        ),
+        (
+            "attend", table_attend,
+            lambda launch: triton_attend.attend(
+                x.q, x.k, x.v, positions, None, scale=shape.head_dim**-0.5, launch=launch
+            ),
+            out,
+            dict(block_n=[32, 64, 128], warps=[4, 8], stages=[1, 2, 3], programs=[2, 4, 6]),
+        ),
+    ]  # fmt: skip
+    for name, own, run, truth, choices in tuned:
+        neighbours = [
+            dataclasses.replace(own, **dict(zip(choices, values, strict=True)))
+            for values in itertools.product(*choices.values())
+        ]
+        launches = {}
+        for launch in {own, *neighbours}:
+            try:
+                got = run(launch)
+            except Exception as error:  # does not fit this device
+                print(f"not here: {launch}: {str(error)[:60]}", file=sys.stderr)
+                continue
+            require(f"{name} {launch}", got, truth, BOUND[shape.dtype])
+            launches[launch] = functools.partial(run, launch)
+        timings = measure({str(k): v for k, v in launches.items()}, device, budget_s=budget_s)
+        fastest = sorted(timings, key=lambda launch: timings[launch].median_ms)
+        print(f"{name} B={shape.batch} T={shape.tokens}")
+        for launch in dict.fromkeys([*fastest[:8], str(own)]):
+            mark = " <- table" if launch == str(own) else ""
+            print(f"  {timings[launch].median_ms * 1e3:8.1f} us  {launch}{mark}")
 
 
 def compare(rev: str, device: str, rounds: int, bound: float) -> int:
@@ -357,7 +438,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the shapes of the stated goals only")
-    parser.add_argument("--kernels", action="store_true", help="also each kernel's time (GPU)")
+    parser.add_argument("--autotune", action="store_true", help="try other launches (GPU)")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds of timing per shape")
     parser.add_argument("--rows-only", action="store_true", help="JSON lines on stdout, no files")
     parser.add_argument("--compare", metavar="REV", help="time against this git revision")
@@ -366,18 +447,21 @@ def main() -> int:
     args = parser.parse_args()
     if args.compare:
         return compare(args.compare, args.device, args.rounds, args.bound)
-    bandwidth = read_bandwidth(args.device)
+    on_gpu = args.device.startswith("cuda")
+    if args.autotune:
+        for shape in shapes_of(args.device, quick=True):
+            autotune(shape, args.device, args.budget)
+        return 0
+    bandwidth = (copy_bandwidth if on_gpu else read_bandwidth)(args.device)
     rows: list[dict] = []
     for shape in shapes_of(args.device, args.quick):
-        new = bench(shape, args.device, bandwidth, args.budget)
+        new = bench(shape, args.device, bandwidth, args.budget, kernels=on_gpu)
         rows += new
         if args.rows_only:
             print("\n".join(json.dumps(row) for row in new), flush=True)
             continue
         columns = ["batch", "tokens", "top_k", "index_dtype", "stage", "median_ms"]
         print(table(new, [*columns, "share_of_bandwidth", "vs_fastest_dense"]), flush=True)
-        if args.kernels and args.device.startswith("cuda"):
-            print(table(kernel_times(shape, args.device), ["kernel", "us"]), flush=True)
     if not args.rows_only:
         name = "kernels_cpu" if args.device == "cpu" else "kernels_gpu"
         print("written to", write_rows(name, rows))
