@@ -373,6 +373,12 @@ def importable(tree: Path) -> Iterator[dict[str, str]]:
             (package / entry.name).symlink_to(entry)
         for room in ("passes", "kernels", "pca_store"):
             (package / room).symlink_to(tree / room)
+        # PyTorch finds the backend by its entry point.
+        info = Path(folder) / "loki_compile-0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: loki-compile\nVersion: 0\n")
+        points = "[torch_dynamo_backends]\nloki = loki_compile.backend:loki\n"
+        (info / "entry_points.txt").write_text(points)
         path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
         yield {**os.environ, "PYTHONPATH": path}
 
