@@ -144,7 +144,7 @@ def _fold(node: Any, scores: _Scores) -> fx.Node | str:
 
 def _fold_add(node: fx.Node, scores: _Scores) -> fx.Node | None:
     left, right = node.args[:2]
-    if node.kwargs.get("alpha", 1) != 1 or not isinstance(left, fx.Node):
+    if node.kwargs or not isinstance(left, fx.Node):  # alpha=
         return None
     if isinstance(right, (int, float)):
         return left  # the same for every key
@@ -171,6 +171,8 @@ def _fold_mul(node: fx.Node, scores: _Scores) -> fx.Node | None:
 
 def _fold_div(node: fx.Node, scores: _Scores) -> fx.Node | None:
     inner, number = node.args[:2]
+    if node.kwargs:  # rounding_mode=
+        return None
     if isinstance(inner, fx.Node) and isinstance(number, (int, float)) and number > 0:
         scores.factor /= number
         return inner
@@ -216,11 +218,14 @@ def _very_low(fill: Any) -> float | None:
 
 
 def _fold_sub(node: fx.Node, scores: _Scores) -> fx.Node | None:
-    """scores - scores.max(...): a softmax does not see it."""
+    """scores - scores.max(...): a softmax does not see what is the same for every key."""
     inner, shift = node.args[:2]
-    if not isinstance(inner, fx.Node) or not isinstance(shift, fx.Node):
+    if not isinstance(inner, fx.Node) or not isinstance(shift, fx.Node) or node.kwargs:
         return None
-    source = shift.args[0] if op_name(shift) == "getitem" else shift
+    shape = shape_of(shift)
+    if shape is None or (len(shape) and concrete(shape[-1]) != 1):
+        return None
+    source = shift.args[0] if op_name(shift) == "getitem" and shift.args[1] == 0 else shift
     is_max = isinstance(source, fx.Node) and op_name(source) in ("max", "amax")
     return inner if is_max and source.args[0] is inner else None  # type: ignore[union-attr]
 

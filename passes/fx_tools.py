@@ -60,6 +60,18 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "repeat_interleave": ("input", "repeats", "dim"),
     "roll": ("input", "shifts", "dims"),
     "to": ("input", "dtype"),
+    "reshape": ("input", "shape"),
+    "flatten": ("input", "start_dim", "end_dim"),
+    "softmax": ("input", "dim"),
+    "matmul": ("input", "other"),
+    "bmm": ("input", "mat2"),
+    "add": ("input", "other"),
+    "sub": ("input", "other"),
+    "mul": ("input", "other"),
+    "div": ("input", "other"),
+    "tanh": ("input",),
+    "masked_fill": ("input", "mask", "value"),
+    "where": ("condition", "input", "other"),
 }
 
 

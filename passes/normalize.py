@@ -8,7 +8,7 @@ function that PyTorch documents as the main one. Meaning and results stay bit fo
 from __future__ import annotations
 
 import torch
-from loki_compile.passes.fx_tools import ALIASES, copy_of
+from loki_compile.passes.fx_tools import ALIASES, SIGNATURES, copy_of, op_name
 from torch import fx
 
 # Method or function name -> the function to call. Only names whose operands agree in order and
@@ -37,11 +37,34 @@ _FUNCTIONS = {
 
 _VARIADIC = ("permute",)
 
+# Operations of more than one operand that passes look for by place.
+_TENSORS = {
+    **dict.fromkeys(("matmul", "bmm", "add", "sub", "mul", "div"), 2),
+    **dict.fromkeys(("masked_fill", "where"), 3),
+}
+
+_NUMPY_NAMES = {"axis": "dim", "axis0": "dim0", "axis1": "dim1"}
+
+
+def _name_operands(node: fx.Node) -> None:
+    """Gives operands PyTorch's own names (NumPy's are taken too), and tensors their places."""
+    names = SIGNATURES.get(op_name(node), ())
+    kwargs = {_NUMPY_NAMES.get(key, key): value for key, value in node.kwargs.items()}
+    if not names or not set(kwargs) <= {*names, *node.kwargs}:
+        return
+    tensors = _TENSORS.get(op_name(node), 1)
+    while len(node.args) < tensors and names[len(node.args)] in kwargs:
+        node.args = (*node.args, kwargs.pop(names[len(node.args)]))
+    node.kwargs = kwargs
+
 
 def normalize(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """Returns a copy of `gm` in one spelling, and the map from its nodes to the copy's."""
     copy, mapping = copy_of(gm)
     for node in copy.graph.nodes:
+        _name_operands(node)
+        if node.target is getattr and node.args[1] == "mT":
+            node.target, node.args = torch.transpose, (node.args[0], -2, -1)
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         if node.op not in ("call_method", "call_function") or name not in _FUNCTIONS:
             continue

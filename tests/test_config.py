@@ -1,0 +1,118 @@
+"""Options: what is taken, what is refused, and that each refusal says what to do."""
+
+import dataclasses
+
+import pytest
+import torch
+from loki_compile.passes.plan import Budget
+from loki_compile.pca_store.basis import BasisSet, random_basis
+from torch._dynamo.exc import BackendCompilerFailed
+
+from loki_compile import LokiConfig
+
+
+def test_defaults_are_the_documented_ones():
+    assert LokiConfig() == LokiConfig(
+        top_k=0.125, rank=0.25, basis="auto", min_context=1024, sink=4, recent=32, share="group",
+        pack_gqa=True, index_dtype="auto", layers="all", policy="loki", strict=False, inductor={},
+    )  # fmt: skip
+    assert LokiConfig.from_options(None) == LokiConfig.from_options({}) == LokiConfig()
+
+
+@pytest.mark.parametrize(
+    "options, found, advice",
+    [
+        ({"topk": 5}, '"topk"', 'did you mean "top_k"?'),
+        ({"min_contxt": 5}, '"min_contxt"', 'did you mean "min_context"?'),
+        ({"zebra": 5}, '"zebra"', "Use one of: top_k"),
+        ({"max_autotune": True}, '"max_autotune"', "inductor={...}"),
+        ({"top_k": 0}, "top_k=0", "count >= 1"),
+        ({"top_k": 0.0}, "top_k=0.0", "(0, 1]"),
+        ({"top_k": 1.5}, "top_k=1.5", "(0, 1]"),
+        ({"top_k": -3}, "top_k=-3", "count >= 1"),
+        ({"top_k": True}, "top_k=True", "count >= 1"),
+        ({"top_k": "many"}, "top_k='many'", "count >= 1"),
+        ({"top_k": None}, "top_k=None", "count >= 1"),
+        ({"top_k": float("nan")}, "top_k=nan", "(0, 1]"),
+        ({"top_k": 8}, "top_k=8", "raise top_k, or lower sink or recent"),
+        ({"rank": 0}, "rank=0", "count >= 1"),
+        ({"rank": 1.01}, "rank=1.01", "(0, 1]"),
+        ({"rank": "variance"}, "rank='variance'", "variance:0.9"),
+        ({"rank": "variance:0"}, "rank='variance:0'", "variance:0.9"),
+        ({"rank": "variance:1.1"}, "rank='variance:1.1'", "variance:0.9"),
+        ({"rank": "variance:x"}, "rank='variance:x'", "variance:0.9"),
+        ({"min_context": -1}, "min_context=-1", ">= 0"),
+        ({"min_context": 10.0}, "min_context=10.0", ">= 0"),
+        ({"min_context": True}, "min_context=True", ">= 0"),
+        ({"sink": -1}, "sink=-1", ">= 0"),
+        ({"recent": 1.5}, "recent=1.5", ">= 0"),
+        ({"share": "all"}, "share='all'", "'group', 'head'"),
+        ({"index_dtype": "int4"}, "index_dtype='int4'", "'auto', 'int8'"),
+        ({"policy": "magic"}, "policy='magic'", "'loki'"),
+        ({"pack_gqa": 1}, "pack_gqa=1", "True or False"),
+        ({"strict": "yes"}, "strict='yes'", "True or False"),
+        ({"basis": None}, "basis=None", "loki bases list"),
+        ({"basis": 3}, "basis=3", "loki bases list"),
+        ({"layers": ()}, "layers=()", "(2, 3)"),
+        ({"layers": 2.5}, "layers=2.5", "(2, 3)"),
+        ({"layers": None}, "layers=None", "(2, 3)"),
+        ({"layers": (1, None)}, "layers=(1, None)", "(2, 3)"),
+        ({"inductor": None}, "inductor=None", "dict"),
+    ],
+)
+def test_a_refusal_names_what_was_found_and_what_is_needed(options, found, advice):
+    with pytest.raises(ValueError) as error:
+        LokiConfig.from_options(options)
+    assert found in str(error.value) and advice in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_refusal_reaches_the_caller_of_a_compiled_function():
+    with pytest.raises(BackendCompilerFailed, match='did you mean "top_k"'):
+        torch.compile(lambda x: x + 1, backend="loki", options={"top_kk": 4})(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "layers, kept",
+    [("all", "all"), (3, (3,)), ((0, 3), (0, 3)), ([1], (1,)), ("model.layers.1*", None)],
+)
+def test_layers_are_numbers_patterns_or_all(layers, kept):
+    assert LokiConfig(layers=layers).layers == (("model.layers.1*",) if kept is None else kept)
+
+
+def test_a_basis_may_be_an_object():
+    basis = BasisSet((random_basis(2, 8, seed=1, weights="0" * 16),))
+    assert LokiConfig(basis=basis).basis is basis
+
+
+@pytest.mark.parametrize(
+    "top_k, visible, keys",
+    [
+        (1.0, 999, 999),
+        (1.0, 1 << 20, 1 << 20),
+        (0.125, 1024, 128),
+        (0.125, 1025, 129),  # a part of a key is a key
+        (0.1, 1, 1),
+        (0.5, 3, 2),
+        (64, 1000, 64),
+        (64, 10, 10),
+    ],
+)
+def test_the_budget_in_keys(top_k, visible, keys):
+    budget = LokiConfig(top_k=top_k, sink=0, recent=0).budget
+    assert budget.keys(visible) == keys
+    assert budget.covers(visible) == (keys == visible)
+
+
+def test_a_tiny_fraction_still_keeps_a_key():
+    assert LokiConfig(top_k=1e-9).budget == Budget(None, 1, 4, 32)
+    assert LokiConfig(top_k=1e-9).budget.keys(10) == 1
+
+
+def test_options_and_configuration_convert_both_ways():
+    options = {"top_k": 300, "share": "head", "inductor": {"max_autotune": True}}
+    config = LokiConfig.from_options(options)
+    assert config.to_options() == options
+    assert LokiConfig.from_options(config.to_options()) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.top_k = 3

@@ -1,0 +1,145 @@
+"""Normalisation: one spelling per operation, the same results, the caller's graph unchanged."""
+
+import pytest
+import torch
+from loki_compile.passes.fx_tools import (
+    may_overlap,
+    mutates,
+    op_name,
+    operand,
+    writes_of,
+    written_operands,
+)
+from loki_compile.passes.normalize import normalize
+from toy_decoders import capture
+
+X = torch.arange(24.0).view(2, 3, 4)
+
+SAME = {
+    "transpose": [
+        lambda x: x.transpose(1, 2),
+        lambda x: torch.transpose(x, 1, 2),
+        lambda x: x.swapaxes(1, 2),
+        lambda x: torch.swapdims(x, 1, 2),
+        lambda x: torch.swapaxes(x, axis0=1, axis1=2),
+        lambda x: torch.transpose(input=x, dim0=1, dim1=2),
+        lambda x: x.transpose(dim1=2, dim0=1),
+    ],
+    "permute": [
+        lambda x: x.permute(0, 2, 1),
+        lambda x: x.permute((0, 2, 1)),
+        lambda x: x.permute(dims=(0, 2, 1)),
+        lambda x: torch.permute(x, (0, 2, 1)),
+    ],
+    "movedim": [
+        lambda x: x.movedim(1, 2),
+        lambda x: torch.moveaxis(x, 1, 2),
+        lambda x: x.moveaxis(source=1, destination=2),
+    ],
+    "cat": [
+        lambda x: torch.cat([x, x], 1),
+        lambda x: torch.concat([x, x], dim=1),
+        lambda x: torch.concatenate((x, x), axis=1),
+        lambda x: torch.cat(tensors=[x, x], dim=1),
+    ],
+    "matmul": [
+        lambda x: x @ x.mT,
+        lambda x: torch.matmul(x, x.mT),
+        lambda x: x.matmul(x.mT),
+    ],
+    "unsqueeze": [
+        lambda x: x.unsqueeze(1),
+        lambda x: torch.unsqueeze(x, dim=1),
+        lambda x: torch.unsqueeze(x, axis=1),
+    ],
+    "softmax": [
+        lambda x: x.softmax(-1),
+        lambda x: torch.softmax(x, dim=-1),
+        lambda x: torch.nn.functional.softmax(x, dim=-1),
+    ],
+}
+CASES = [(name, i) for name, functions in SAME.items() for i in range(len(functions))]
+
+
+@pytest.mark.parametrize("name, i", CASES)
+def test_every_spelling_gets_one_name_and_keeps_its_result(name, i):
+    function = SAME[name][i]
+    gm = capture(function, X)
+    normal, mapping = normalize(gm)
+    assert name in [op_name(node) for node in normal.graph.nodes]
+    assert torch.equal(normal(X)[0], function(X))
+    assert set(mapping) == set(gm.graph.nodes)
+
+
+@pytest.mark.parametrize("name", ["transpose", "permute", "unsqueeze", "cat"])
+def test_operands_are_found_whatever_way_they_were_passed(name):
+    wanted = {"transpose": ("dim0", 1), "unsqueeze": ("dim", 1), "cat": ("dim", 1)}
+    for function in SAME[name]:
+        normal, _ = normalize(capture(function, X))
+        node = next(n for n in normal.graph.nodes if op_name(n) == name)
+        assert node.args and (name == "cat" or isinstance(node.args[0], torch.fx.Node))
+        if name in wanted:
+            assert operand(node, wanted[name][0]) == wanted[name][1]
+
+
+def test_the_graph_of_the_caller_is_not_changed():
+    gm = capture(lambda x: x.swapaxes(0, 1).permute(2, 0, 1) @ x[:, 0], X)
+    before = [(n.op, str(n.target), str(n.args)) for n in gm.graph.nodes]
+    normalize(gm)
+    assert before == [(n.op, str(n.target), str(n.args)) for n in gm.graph.nodes]
+
+
+@torch.library.custom_op("toy::transpose", mutates_args=())
+def negate(x: torch.Tensor) -> torch.Tensor:
+    return -x
+
+
+@negate.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_another_librarys_op_is_not_taken_for_pytorchs():
+    gm = capture(lambda x: torch.ops.toy.transpose(x), X)
+    normal, _ = normalize(gm)
+    (node,) = (n for n in normal.graph.nodes if n.op == "call_function")
+    assert op_name(node) == "toy::transpose"
+    assert torch.equal(normal(X)[0], -X)
+
+
+def effects(function, *args):
+    """Which operands of which calls are written into, by name."""
+    graph = capture(function, *args).graph
+    return [(op_name(w.call), w.operand.name) for w in writes_of(graph)]
+
+
+def test_effects_are_seen_in_every_spelling():
+    def function(x, y):
+        x.add_(1)
+        x += 1
+        x[0] = 2
+        torch.nn.functional.relu(x, inplace=True)
+        torch.add(y, 1, out=x)
+        torch._foreach_mul_([x, y], 2)
+        return x.relu(), x + y, y.transpose(0, 1).contiguous()
+
+    names = [name for name, _ in effects(function, X.clone(), X.clone())]
+    assert names == ["add_", "iadd", "setitem", "relu", "add", "_foreach_mul_", "_foreach_mul_"]
+
+
+def test_views_share_memory_and_copies_do_not():
+    def function(x):
+        view = x.view(6, 4)[1:].t()
+        return view, view.contiguous(), x[:1], x[1:], x.clone()
+
+    graph = capture(function, X).graph
+    x = next(iter(graph.nodes))
+    view, copy, first, last, clone = graph.output_node().args[0]
+    assert may_overlap(x, view) and may_overlap(view, last)
+    assert not may_overlap(x, copy) and not may_overlap(x, clone)
+    assert not may_overlap(first, last)
+
+
+def test_reading_methods_write_nothing():
+    graph = capture(lambda x: x.abs().__neg__().sum().float() ** 2, X).graph
+    assert not any(written_operands(node) or mutates(node) for node in graph.nodes)
