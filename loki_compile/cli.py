@@ -375,6 +375,7 @@ def explain(
 ) -> None:
     """What each attention site of MODEL becomes in a decode step, and why."""
     from loki_compile.config import LokiConfig
+    from loki_compile.evaluation import decode_reports
     from loki_compile.explanation import site_table, summary
     from loki_compile.models import load_model
 
@@ -383,19 +384,6 @@ def explain(
     found = decode_reports(model, cache, context, config.to_options())
     out.print(site_table(found, config, context))
     out.print(summary(found, config, context))
-
-
-def decode_reports(model: Any, cache_kind: str, context: int, options: dict[str, Any]) -> list[Any]:
-    """The reports of one decode step behind a short prompt, in a cache of `context` slots."""
-    import torch
-
-    from loki_compile.evaluation import new_cache, prefill
-    from loki_compile.explanation import explain as look
-
-    cache = new_cache(model, cache_kind, context)
-    ids = torch.zeros(1, 9, dtype=torch.long, device=model.device)
-    prefill(model, ids, cache)
-    return look(model, ids[:, :1], past_key_values=cache, use_cache=True, options=options)
 
 
 # ---------------------------------------------------------------------------------------- eval

@@ -17,16 +17,16 @@ from loki_compile.config import LokiConfig
 from loki_compile.evaluation import (
     Step,
     Trace,
+    decode_reports,
     follow,
     generate,
     latencies,
     many_variants,
     new_cache,
-    prefill,
     recall_of,
     variants,
 )
-from loki_compile.explanation import explain, site_table, summary
+from loki_compile.explanation import site_table, summary
 from loki_compile.models import batches_of, encode, longest_context
 from loki_compile.reference_data import recall_prompt, recall_token_ids, stdlib_text
 
@@ -100,7 +100,9 @@ def run_demo(
             )
             basis = calibrate(model, pieces, name=name, source="Python's standard library")
         config = LokiConfig.from_options({**options, "basis": basis})
-        _print_sites(model, config, context, out)
+        found = decode_reports(model, "static", context + NEW_TOKENS, config.to_options())
+        out.print(site_table(found, config, context))
+        out.print(summary(found, config, context), highlight=False)
         outcomes = {}
         steps = variants(model, {"loki": config.to_options()})
         for number, (label, step) in enumerate(steps.items(), 1):
@@ -167,17 +169,6 @@ def _headline(model: Any, name: str, context: int) -> str:
         f"{name}: {size:.1f} M parameters, {kind}, {model.device}, "
         f"{torch.get_num_threads()} threads, prompts of {context} tokens"
     )
-
-
-def _print_sites(model: Any, config: LokiConfig, context: int, out: Console) -> None:
-    cache = new_cache(model, "static", context + NEW_TOKENS)
-    ids = torch.zeros(1, 9, dtype=torch.long, device=model.device)
-    prefill(model, ids, cache)
-    found = explain(
-        model, ids[:, :1], past_key_values=cache, use_cache=True, options=config.to_options()
-    )
-    out.print(site_table(found, config, context))
-    out.print(summary(found, config, context), highlight=False)
 
 
 def _outcome_table(

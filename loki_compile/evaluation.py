@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loki_compile.explanation import explain
+from loki_compile.report import GraphReport
+
 Step = Callable[..., Any]
 
-CACHES = ("static", "dynamic")
 # The first steps of a variant compile, fit a basis or build an index.
 WARM_UP_STEPS = 3
 # One model, several backends and cache lengths: Dynamo must not give up on the code they share.
@@ -92,6 +94,17 @@ def prefill(model: Any, ids: Tensor, cache: Any) -> Tensor:
     extra = {"logits_to_keep": 1} if keep else {}
     out = model(ids, past_key_values=cache, use_cache=True, **extra)
     return out.logits[0, -1]
+
+
+def decode_reports(
+    model: Any, cache_kind: str, slots: int, options: dict[str, Any]
+) -> list[GraphReport]:
+    """The reports of one decode step behind a short prompt, in a cache of `slots` slots."""
+    cache = new_cache(model, cache_kind, slots)
+    ids = torch.zeros(1, 9, dtype=torch.long, device=model.device)
+    prefill(model, ids, cache)
+    step = ids[:, :1]
+    return explain(model, step, past_key_values=cache, use_cache=True, options=options)
 
 
 @torch.no_grad()
