@@ -1,0 +1,337 @@
+"""Attention cores: what is found, in which form, and what is refused for which reason."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loki_compile.passes.normalize import normalize
+from loki_compile.passes.sites import Reason, find_sites
+from torch import nn
+from toy_decoders import (
+    BATCH,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    SLOTS,
+    Conversation,
+    Spelling,
+    ToyDecoder,
+    alibi,
+    capture,
+    causal,
+    causal_2d,
+    causal_inf,
+    gqa_flag,
+    gqa_flag_by_keyword,
+    gqa_repeat_interleave,
+    gqa_repeat_kv,
+    gqa_repeat_kv_bthd,
+    index_copy_method,
+    interpret,
+    mqa_broadcast,
+    mqa_expand,
+    no_mask,
+    normal_graph,
+    plain,
+    repeat_kv,
+    tiled,
+    tiled_by_expand,
+    tokens,
+    values_tiled,
+    with_dropout,
+)
+
+from loki_compile import stats
+
+
+def sites_of(attend, *, mask=causal, kv_heads=KV_HEADS, **more):
+    spelling = Spelling(index_copy_method, attend=attend, mask=mask, kv_heads=kv_heads, **more)
+    inputs = Conversation.start(spelling).inputs(tokens(spelling, 1)[0])
+    return find_sites(normal_graph(ToyDecoder(spelling).eval(), *inputs).graph)
+
+
+@pytest.mark.parametrize(
+    "attend, kv_heads",
+    [
+        (plain, HEADS),
+        (gqa_flag, KV_HEADS),
+        (gqa_flag_by_keyword, KV_HEADS),
+        (gqa_repeat_kv, KV_HEADS),
+        (gqa_repeat_kv, 1),
+        (gqa_repeat_kv_bthd, KV_HEADS),
+        (gqa_repeat_interleave, KV_HEADS),
+        (gqa_repeat_interleave, 1),
+        (mqa_broadcast, 1),
+        (mqa_expand, 1),
+        (gqa_flag, 2),
+        (gqa_flag, HEADS),
+    ],
+)
+def test_heads_are_grouped_whatever_the_spelling(attend, kv_heads):
+    (site,), skipped = sites_of(attend, kv_heads=kv_heads)
+    assert not skipped
+    assert (site.query_heads, site.kv_heads, site.group) == (HEADS, kv_heads, HEADS // kv_heads)
+    assert (site.head_dim, site.value_dim, site.query_tokens) == (HEAD_DIM, HEAD_DIM, 1)
+    assert site.key.base.op == site.value.base.op == "placeholder"
+    shape = site.key.base.meta["example_value"].shape
+    assert [shape[d] for d in site.key.order] == [BATCH, kv_heads, SLOTS, HEAD_DIM]
+
+
+@pytest.mark.parametrize(
+    "attend, scale",
+    [(gqa_flag, HEAD_DIM**-0.5), (gqa_flag_by_keyword, 0.4), (gqa_repeat_kv, 0.3)],
+)
+def test_the_scale_is_read_or_is_the_default(attend, scale):
+    (site,), _ = sites_of(attend)
+    assert math.isclose(site.scale, scale)
+
+
+@pytest.mark.parametrize("mask", [no_mask, causal, causal_2d, alibi])
+def test_masks_are_kept_as_they_are(mask):
+    (site,), _ = sites_of(gqa_repeat_kv, mask=mask)
+    assert len(site.masks) == (0 if mask is no_mask else 1)
+
+
+@pytest.mark.parametrize("new_tokens", range(1, 9))
+def test_up_to_eight_tokens_are_decoding(new_tokens):
+    (site,), _ = sites_of(gqa_flag, new_tokens=new_tokens)
+    assert site.query_tokens == new_tokens
+
+
+@pytest.mark.parametrize(
+    "attend, reason, more",
+    [
+        (with_dropout, Reason.DROPOUT, {"kv_heads": HEADS}),
+        (gqa_flag, Reason.PREFILL, {"new_tokens": 9}),
+        (values_tiled, Reason.GROUPS, {}),
+    ],
+)
+def test_other_cores_are_skipped_with_a_reason(attend, reason, more):
+    sites, (skip,) = sites_of(attend, **more)
+    assert not sites and skip.reason is reason
+    assert "{" not in skip.sentence()
+
+
+@pytest.mark.parametrize("attend", [tiled, tiled_by_expand])
+def test_another_order_of_heads_is_not_seen_through(attend):
+    """Query head h reads KV head h % Hkv there: the tiles stay what attention reads."""
+    (site,), _ = sites_of(attend)
+    assert site.group == 1 and site.key.base.op != "placeholder"
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((6, 10), (6, 41, 10), (6, 41, 10)),  # no tokens of their own
+        ((6, 1, 10), (6, 41, 10), (6, 41, 10)),  # no batch
+    ],
+)
+def test_other_ranks_are_skipped(shapes):
+    q, k, v = (torch.randn(shape) for shape in shapes)
+    if q.ndim == 2:
+        q = q[:, None]
+    graph = normalize(capture(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), q, k, v))[0]
+    sites, (skip,) = find_sites(graph.graph)
+    assert not sites and skip.reason is Reason.LAYOUT
+
+
+def test_double_precision_is_left_to_eager():
+    q, k = torch.randn(2, 6, 1, 10).double(), torch.randn(2, 6, 41, 10).double()
+    graph = normalize(capture(lambda q, k: F.scaled_dot_product_attention(q, k, k), q, k))[0]
+    sites, (skip,) = find_sites(graph.graph)
+    assert not sites and skip.reason is Reason.DTYPE and "float64" in skip.sentence()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (BATCH, 1, 1, 1), (1,)])
+def test_a_mask_that_says_nothing_per_key_is_refused(shape):
+    q, k, mask = torch.randn(BATCH, 6, 1, 10), torch.randn(BATCH, 6, 41, 10), torch.zeros(shape)
+    if len(shape) == 1:
+        mask = mask[None]
+
+    def function(q, k, mask):
+        return F.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+
+    sites, (skip,) = find_sites(normalize(capture(function, q, k, mask))[0].graph)
+    assert not sites and skip.reason is Reason.MASK
+
+
+def test_a_site_is_named_by_its_module():
+    spelling = Spelling(index_copy_method)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([ToyDecoder(spelling)])
+
+        def forward(self, *args):
+            return self.layers[0](*args)
+
+    inputs = Conversation.start(spelling).inputs(tokens(spelling, 1)[0])
+    (site,), _ = find_sites(normal_graph(Model().eval(), *inputs).graph)
+    assert site.path == "layers.0"
+
+
+# --- attention written out
+
+
+def chain(scores, values):
+    return torch.softmax(scores, dim=-1) @ values
+
+
+def written_out(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3 + mask
+    return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ repeat_kv(values)
+
+
+def scaled_query(q, keys, values, mask):
+    return chain((q * 0.3) @ repeat_kv(keys).transpose(2, 3) + mask, repeat_kv(values))
+
+
+def divided_then_masked(q, keys, values, mask):
+    scores = (q @ repeat_kv(keys).transpose(2, 3)) / math.sqrt(HEAD_DIM)
+    return chain(scores.masked_fill(~mask, -torch.inf), repeat_kv(values))
+
+
+def where_masked(q, keys, values, mask):
+    scores = (q @ repeat_kv(keys).mT) * 0.4
+    low = torch.full([], torch.finfo(scores.dtype).min)
+    return chain(torch.where(mask, scores, low), repeat_kv(values))
+
+
+def soft_capped(q, keys, values, mask):
+    scores = torch.tanh(q @ repeat_kv(keys).transpose(2, 3) * 0.3 / 5.0) * 5.0
+    weights = F.softmax(scores + mask, dim=-1)
+    weights = F.dropout(weights, p=0.0, training=False)
+    return torch.matmul(weights, repeat_kv(values))
+
+
+def stabilised(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3 + mask
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return chain(scores, repeat_kv(values))
+
+
+def mask_before_scale(q, keys, values, mask):
+    return chain((q @ repeat_kv(keys).transpose(2, 3) + mask) / 2.0, repeat_kv(values))
+
+
+def two_masks(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3
+    bias = torch.linspace(-2, 2, scores.shape[-1])
+    return chain((scores + bias).masked_fill(~mask, -torch.inf), repeat_kv(values))
+
+
+def by_keyword(q, keys, values, mask):
+    scores = torch.matmul(input=q, other=repeat_kv(keys).transpose(2, 3))
+    scores = torch.add(input=torch.mul(scores, other=0.3), other=mask)
+    return torch.matmul(F.softmax(input=scores, dim=-1), other=repeat_kv(values))
+
+
+def in_place(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3)
+    scores *= 0.3
+    scores += mask
+    return chain(scores, repeat_kv(values))
+
+
+CHAINS = [
+    (written_out, causal_inf),
+    (written_out, alibi),
+    (scaled_query, causal_inf),
+    (divided_then_masked, causal),
+    (where_masked, causal),
+    (soft_capped, causal_inf),
+    (stabilised, causal_inf),
+    (mask_before_scale, alibi),
+    (two_masks, causal),
+    (by_keyword, causal_inf),
+    (in_place, causal_inf),
+]
+
+
+@pytest.mark.parametrize("attend, mask", CHAINS, ids=lambda f: f.__name__)
+def test_attention_written_out_is_the_same_core(attend, mask, monkeypatch):
+    interpret(monkeypatch)
+    spelling = Spelling(index_copy_method, attend=attend, mask=mask)
+    module = ToyDecoder(spelling).eval()
+    fast = torch.compile(module, backend="loki", options={"min_context": 0, "top_k": 1.0})
+    here = Conversation.start(spelling)
+    there = here.fork()
+    with torch.no_grad():
+        for x in tokens(spelling, 3):
+            torch.testing.assert_close(here.step(fast, x), there.step(module, x), rtol=0, atol=3e-5)
+    assert stats()["sparse_steps"] == 3
+
+
+def max_over_heads(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3
+    return chain(scores - scores.max(dim=1, keepdim=True).values + mask, repeat_kv(values))
+
+
+def floored(q, keys, values, mask):
+    scores = torch.div(q @ repeat_kv(keys).transpose(2, 3), 0.5, rounding_mode="floor")
+    return chain(scores + mask, repeat_kv(values))
+
+
+def scaled_mask(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3)
+    return chain(torch.add(scores, mask, alpha=3), repeat_kv(values))
+
+
+def negative_scale(q, keys, values, mask):
+    return chain(-0.3 * (q @ repeat_kv(keys).transpose(2, 3)) + mask, repeat_kv(values))
+
+
+def masked_then_capped(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3) + mask
+    return chain(torch.tanh(scores / 5.0) * 5.0, repeat_kv(values))
+
+
+def weights_read_twice(q, keys, values, mask):
+    weights = F.softmax(q @ repeat_kv(keys).transpose(2, 3) + mask, dim=-1)
+    return weights @ repeat_kv(values) + weights.mean()
+
+
+def over_heads(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3) + mask
+    return torch.softmax(scores, dim=1) @ repeat_kv(values)
+
+
+def weights_scaled(q, keys, values, mask):
+    weights = F.softmax(q @ repeat_kv(keys).transpose(2, 3) + mask, dim=-1)
+    return (weights * 2) @ repeat_kv(values)
+
+
+def not_very_low(q, keys, values, mask):
+    """Hidden scores of -5 still have weight."""
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3
+    return chain(scores.masked_fill(~mask.isfinite(), -5.0), repeat_kv(values))
+
+
+def keys_as_router(q, keys, values, mask):
+    """A softmax over a product, but nothing is mixed by it."""
+    weights = F.softmax(q @ repeat_kv(keys).transpose(2, 3) + mask, dim=-1)
+    return q * weights.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        max_over_heads, floored, scaled_mask, negative_scale, masked_then_capped,
+        weights_read_twice, over_heads, weights_scaled, not_very_low, keys_as_router,
+    ],
+    ids=lambda f: f.__name__,
+)  # fmt: skip
+def test_what_only_looks_like_attention_written_out_is_left_alone(attend, monkeypatch):
+    compiled = interpret(monkeypatch)
+    spelling = Spelling(index_copy_method, attend=attend, mask=causal_inf)
+    module = ToyDecoder(spelling).eval()
+    fast = torch.compile(module, backend="loki", options={"min_context": 0, "top_k": 1.0})
+    here = Conversation.start(spelling)
+    there = here.fork()
+    with torch.no_grad():
+        for x in tokens(spelling, 2):
+            out, expected = here.step(fast, x), there.step(module, x)
+            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    assert compiled.calls("loki.") == 0
