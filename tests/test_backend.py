@@ -1,0 +1,446 @@
+"""The backend as torch.compile calls it: Inductor below, identity, bases, refusals."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch._dynamo
+from loki_compile.pca_store.basis import BasisSet, random_basis
+from loki_compile.pca_store.store import Store
+from torch._dynamo.exc import BackendCompilerFailed
+from toy_decoders import (
+    HEAD_DIM,
+    KV_HEADS,
+    Conversation,
+    DirectSparse,
+    Spelling,
+    ToyDecoder,
+    alibi,
+    basis_for,
+    cat_bhtd,
+    clear_runtime,
+    gqa_repeat_kv,
+    index_copy_method,
+    interpret,
+    left_padded,
+    llama_reference,
+    no_mask,
+    read_only,
+    roll_window,
+    slice_assignment_read,
+    tiled,
+    tokens,
+    values_before_write,
+)
+
+from loki_compile import LokiConfig, backend, reports, runtime, stats
+
+EVERYTHING = {"min_context": 0, "top_k": 1.0}
+FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
+STATIC = Spelling(index_copy_method, mask=left_padded, attend=gqa_repeat_kv)
+GROWING = Spelling(cat_bhtd, mask=no_mask, growing=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    clear_runtime()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    return interpret(monkeypatch)
+
+
+def outputs(f, conversation, xs):
+    return [conversation.step(f, x) for x in xs]
+
+
+# --- identity: the contract's first clause
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        STATIC.but(slots=300),  # more slots than min_context: the variants are compiled late
+        STATIC,  # never longer than min_context: dense by plan
+        GROWING,
+        GROWING.but(attend=gqa_repeat_kv, mask=alibi),
+    ],
+    ids=["static", "short static", "growing", "growing alibi"],
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_below_min_context_the_output_is_inductors_bit_for_bit(spelling, mode):
+    module = ToyDecoder(spelling).eval()
+    xs = tokens(spelling, 4)
+    start = Conversation.start(spelling)
+    runs = []
+    with mode():
+        for backend_name, options in (
+            ("inductor", None),
+            ("loki", {"pack_gqa": False, "min_context": 100}),
+        ):
+            torch._dynamo.reset()
+            fast = torch.compile(module, backend=backend_name, options=options)
+            conversation = start.fork()
+            runs.append((outputs(fast, conversation, xs), conversation))
+    (theirs, their_cache), (ours, our_cache) = runs
+    assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+    assert torch.equal(their_cache.keys, our_cache.keys)
+    late = spelling.growing or spelling.slots > 100
+    assert stats()["sparse_steps"] == 0 and stats()["dense_steps"] == (4 if late else 0)
+
+
+@torch.no_grad()
+def test_where_the_budget_covers_everything_the_output_is_inductors_bit_for_bit():
+    module = ToyDecoder(GROWING).eval()
+    xs, start = tokens(GROWING, 3), Conversation.start(GROWING)
+    theirs = outputs(torch.compile(module, backend="inductor"), start.fork(), xs)
+    torch._dynamo.reset()
+    options = {"pack_gqa": False, "min_context": 4, "top_k": 100}
+    fast = torch.compile(module, backend="loki", options=options)
+    ours = outputs(fast, start.fork(), xs)
+    assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+    assert stats()["dense_steps"] == 3
+
+
+@torch.no_grad()
+def test_a_graph_without_attention_is_inductors():
+    module = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU()).eval()
+    x = torch.randn(3, 5)
+    theirs = torch.compile(module, backend="inductor")(x)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(module, backend="loki")(x), theirs)
+
+
+# --- Inductor below
+
+
+INDUCTOR = [
+    STATIC,
+    GROWING,
+    Spelling(slice_assignment_read, position="int", mask=no_mask),
+    Spelling(
+        llama_reference, layout="bthd", position="int", mask=no_mask, attend=gqa_repeat_kv,
+        note="larger_batch",
+    ),
+    Spelling(roll_window, mask=no_mask),
+    STATIC.but(new_tokens=3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", INDUCTOR, ids=lambda s: s.name)
+@torch.no_grad()
+def test_a_small_budget_under_inductor_is_the_reference(spelling):
+    module = ToyDecoder(spelling).eval()
+    basis = basis_for(module)
+    fast = torch.compile(module, backend="loki", options={**FEW, "basis": basis})
+    truth = DirectSparse(basis, LokiConfig.from_options(FEW), KV_HEADS)
+    here = Conversation.start(spelling)
+    there = here.fork()
+    for x in tokens(spelling, 4):
+        out = here.step(fast, x)
+        with truth:
+            expected = there.step(module, x)
+        torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(here.keys, there.keys, rtol=0, atol=1e-5)
+    assert stats()["sparse_steps"] == 4
+
+
+@pytest.mark.parametrize("spelling", [STATIC, GROWING], ids=["static", "growing"])
+@torch.no_grad()
+def test_int8_under_inductor_is_dense_attention_with_the_whole_budget(spelling):
+    module = ToyDecoder(spelling).eval()
+    options = {**EVERYTHING, "index_dtype": "int8", "basis": basis_for(module)}
+    fast = torch.compile(module, backend="loki", options=options)
+    here = Conversation.start(spelling)
+    there = here.fork()
+    for x in tokens(spelling, 4):
+        torch.testing.assert_close(here.step(fast, x), there.step(module, x), rtol=0, atol=2e-5)
+    (record,) = runtime._indexes[here.keys].values()
+    rows, scale = record.parts
+    assert rows.dtype == torch.int8 and scale.dtype == torch.float32
+    assert stats()["rebuilds"] == 1
+
+
+@pytest.mark.parametrize("spelling", [STATIC, GROWING], ids=["static", "growing"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_keys_that_inductors_dense_variant_wrote_are_ranked(spelling, mode, monkeypatch):
+    """Inductor's kernels write into the cache in place: the index must notice."""
+    with mode():
+        module = ToyDecoder(spelling).eval()
+        basis, options = basis_for(module), {**FEW, "recent": 0, "sink": 0}
+        fast = torch.compile(module, backend="loki", options={**options, "basis": basis})
+        truth = DirectSparse(basis, LokiConfig.from_options(options), KV_HEADS)
+        here = Conversation.start(spelling)
+        there = here.fork()
+        for dense in (False, False, True, True, False, False):
+            x = tokens(spelling, 1)[0]
+            with monkeypatch.context() as patch:
+                if dense:
+                    patch.setattr(runtime.DecodeGraph, "wants_sparse", lambda self, visible: False)
+                out = here.step(fast, x)
+            if dense:
+                expected = there.step(module, x)
+            else:
+                with truth:
+                    expected = there.step(module, x)
+            torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
+    assert (stats()["dense_steps"], stats()["sparse_steps"]) == (2, 4)
+
+
+@pytest.mark.parametrize("how", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+@torch.no_grad()
+def test_modes_of_torch_compile_are_taken(how):
+    """CompileConfig passes mode="reduce-overhead"; with options there is no mode."""
+    module = ToyDecoder(STATIC.but(slots=1100)).eval()
+    fast = torch.compile(module, backend="loki", mode=how)
+    here = Conversation.start(module.spelling, filled=1050)
+    there = here.fork()
+    for x in tokens(STATIC, 2):
+        out, expected = here.step(fast, x), there.step(module, x)
+        assert out.shape == expected.shape and out.isfinite().all()
+    assert stats()["sparse_steps"] == 2 and stats()["fitted_bases"] == 1
+
+
+@torch.no_grad()
+def test_inductors_options_reach_inductor(monkeypatch):
+    seen = []
+
+    def inductor(gm, inputs, *, mode, options):
+        seen.append((mode, options))
+        return gm.forward
+
+    monkeypatch.setattr(backend, "_inductor", inductor)
+    module = ToyDecoder(STATIC).eval()
+    fast = torch.compile(
+        module, backend="loki", options={**EVERYTHING, "inductor": {"epilogue_fusion": False}}
+    )
+    Conversation.start(STATIC).step(fast, tokens(STATIC, 1)[0])
+    assert seen == [(None, {"epilogue_fusion": False})]
+
+
+# --- as a backend
+
+
+def test_it_is_found_by_name():
+    assert "loki" in torch._dynamo.list_backends(exclude_tags=())
+
+
+def test_copies_are_the_same_function():
+    """`generate` deep-copies the compile configuration, backend included."""
+    assert copy.deepcopy(backend.loki) is backend.loki
+
+
+@torch.no_grad()
+def test_it_leaves_dynamos_graph_alone(interpreted):
+    seen = []
+
+    def spy(gm, example_inputs, **kwargs):
+        before = str(gm.graph)
+        result = backend.loki(gm, example_inputs, options=EVERYTHING, **kwargs)
+        seen.append((before, gm))
+        return result
+
+    module = ToyDecoder(STATIC).eval()
+    conversation = Conversation.start(STATIC)
+    fast = torch.compile(module, backend=spy)
+    for x in tokens(STATIC, 2):
+        conversation.step(fast, x)
+    assert stats()["sparse_steps"] == 2
+    assert all(before == str(gm.graph) for before, gm in seen)
+
+
+@torch.no_grad()
+def test_forward_alone_may_be_compiled(interpreted):
+    module = ToyDecoder(STATIC).eval()
+    twin = copy.deepcopy(module)
+    module.forward = torch.compile(module.forward, backend="loki", options=EVERYTHING)
+    here = Conversation.start(STATIC)
+    there = here.fork()
+    for x in tokens(STATIC, 3):
+        torch.testing.assert_close(here.step(module, x), there.step(twin, x), rtol=0, atol=2e-5)
+    assert stats()["sparse_steps"] == 3
+
+
+@torch.no_grad()
+def test_module_compile_takes_it(interpreted):
+    module = ToyDecoder(STATIC).eval()
+    twin = copy.deepcopy(module)
+    module.compile(backend="loki", options=EVERYTHING)
+    here = Conversation.start(STATIC)
+    there = here.fork()
+    for x in tokens(STATIC, 3):
+        torch.testing.assert_close(here.step(module, x), there.step(twin, x), rtol=0, atol=2e-5)
+    assert stats()["sparse_steps"] == 3
+
+
+# --- strict
+
+
+@torch.no_grad()
+def test_strict_lists_every_site_that_stays_dense(interpreted):
+    spelling = Spelling(values_before_write, attend=tiled)
+    module = torch.nn.Module()
+    module.first, module.second = ToyDecoder(STATIC.but(attend=tiled)), ToyDecoder(spelling)
+
+    def both(x, ck, cv, pos, mask):
+        (x,) = module.first(x, ck, cv, pos, mask)
+        return module.first(x, ck, cv, pos + 1, mask)
+
+    fast = torch.compile(both, backend="loki", options={**EVERYTHING, "strict": True})
+    conversation = Conversation.start(STATIC)
+    keys = conversation.keys.clone()
+    with pytest.raises(BackendCompilerFailed) as error:
+        conversation.step(fast, tokens(STATIC, 1)[0])
+    message = str(error.value)
+    assert "2 attention site(s)" in message and message.count("`repeat`") == 2
+    assert "Set strict=False" in message
+    assert torch.equal(conversation.keys, keys)
+
+
+def test_strict_refuses_a_model_without_attention(interpreted):
+    fast = torch.compile(lambda x: x * 2, backend="loki", options={"strict": True})
+    with pytest.raises(BackendCompilerFailed, match="no attention to rewrite"):
+        fast(torch.ones(3))
+
+
+@torch.no_grad()
+def test_strict_takes_what_is_dense_by_plan(interpreted):
+    module = ToyDecoder(STATIC).eval()
+    fast = torch.compile(module, backend="loki", options={"strict": True})  # a short cache
+    Conversation.start(STATIC).step(fast, tokens(STATIC, 1)[0])
+    spelling = STATIC.but(new_tokens=12)
+    module = ToyDecoder(spelling).eval()
+    fast = torch.compile(module, backend="loki", options={"strict": True})
+    Conversation.start(spelling).step(fast, tokens(spelling, 1)[0])
+    assert [s.outcome for r in reports() for s in r.sites] == ["dense by plan"] * 2
+
+
+# --- bases
+
+
+def refused(basis, match, *, rank=0.25, spelling=STATIC):
+    module = ToyDecoder(spelling).eval()
+    if callable(basis):
+        basis = basis(module)
+    options = {**EVERYTHING, "basis": basis, "rank": rank}
+    fast = torch.compile(module, backend="loki", options=options)
+    conversation = Conversation.start(spelling)
+    keys = conversation.keys.clone()
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match=match):
+        conversation.step(fast, tokens(spelling, 1)[0])
+    assert torch.equal(conversation.keys, keys)
+    assert stats()["sparse_steps"] == stats()["dense_steps"] == 0
+
+
+def test_a_basis_of_another_model_is_refused():
+    refused(lambda m: basis_for(ToyDecoder(STATIC)), "belongs to other weights")
+
+
+def test_a_basis_of_other_heads_is_refused():
+    def other(module):
+        right = basis_for(module).bases[0]
+        wrong = random_basis(KV_HEADS + 1, HEAD_DIM, seed=1, weights=right.weights)
+        return BasisSet((wrong,))
+
+    refused(other, "needed the site's own dims: run `loki calibrate")
+
+
+def test_a_rank_above_head_dim_is_refused():
+    refused("auto", f"rank=11 exceeds head_dim={HEAD_DIM}", rank=11)
+    torch._dynamo.reset()
+    refused(basis_for, f"rank 11 for a head_dim of {HEAD_DIM}", rank=11)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    refused(str(tmp_path / "nothing.safetensors"), "nothing.safetensors")
+
+
+def test_a_file_that_is_no_basis_is_refused(tmp_path):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(b"not a basis")
+    refused(str(path), "broken.safetensors")
+
+
+def test_an_unknown_name_is_refused():
+    refused("no-such-basis", "no-such-basis")
+
+
+@torch.no_grad()
+def test_a_stored_basis_is_found_by_the_weights(interpreted, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOKI_HOME", str(tmp_path))
+    module = ToyDecoder(STATIC).eval()
+    basis = basis_for(module)
+    Store().save(basis)
+    truth = DirectSparse(basis, LokiConfig.from_options(FEW), KV_HEADS)
+    fast = torch.compile(module, backend="loki", options=FEW)
+    here = Conversation.start(STATIC)
+    there = here.fork()
+    for x in tokens(STATIC, 2):
+        out = here.step(fast, x)
+        with truth:
+            expected = there.step(module, x)
+        torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
+    assert stats()["fitted_bases"] == 0
+    assert reports()[-1].sites[0].basis.startswith("random")
+
+
+@torch.no_grad()
+def test_a_basis_is_read_from_a_path(interpreted, tmp_path):
+    module = ToyDecoder(STATIC).eval()
+    path = Store(tmp_path).save(basis_for(module))
+    for choice in (path, str(path)):
+        torch._dynamo.reset()
+        fast = torch.compile(module, backend="loki", options={**FEW, "basis": choice})
+        Conversation.start(STATIC).step(fast, tokens(STATIC, 1)[0])
+    assert stats()["fitted_bases"] == 0 and stats()["sparse_steps"] == 2
+
+
+@torch.no_grad()
+def test_a_read_only_cache_is_fitted_where_the_basis_cannot_name_it(interpreted):
+    """Cross-attention: its keys come from weights of another graph."""
+    spelling = Spelling(read_only, mask=no_mask)
+    module = ToyDecoder(spelling).eval()
+    options = {**EVERYTHING, "basis": basis_for(module)}
+    fast = torch.compile(module, backend="loki", options=options)
+    Conversation.start(spelling).step(fast, tokens(spelling, 1)[0])
+    assert stats()["sparse_steps"] == stats()["fitted_bases"] == 1
+
+
+# --- the report
+
+
+@torch.no_grad()
+def test_the_report_has_dims_basis_and_memory(interpreted, caplog):
+    caplog.set_level(logging.INFO, logger="loki_compile")
+    module = ToyDecoder(STATIC).eval()
+    options = {**EVERYTHING, "basis": basis_for(module), "rank": 4}
+    here = Conversation.start(STATIC)
+    here.step(torch.compile(module, backend="loki", options=options), tokens(STATIC, 1)[0])
+    (site,) = reports()[-1].sites
+    assert (site.query_heads, site.kv_heads, site.head_dim, site.rank) == (6, 3, HEAD_DIM, 4)
+    assert site.basis == "random, 0 tokens" and site.cache == "L['ck']"
+    slots = here.keys.shape[0] * here.keys.shape[2]
+    assert site.index_bytes_per_token * slots == stats()["index_bytes"]
+    assert "1 attention sites: 1 sparse" in caplog.text
+
+
+@torch.no_grad()
+def test_the_report_counts_bytes_of_an_int8_index(interpreted):
+    module = ToyDecoder(STATIC).eval()
+    options = {**EVERYTHING, "basis": basis_for(module), "rank": 4, "index_dtype": "int8"}
+    here = Conversation.start(STATIC)
+    here.step(torch.compile(module, backend="loki", options=options), tokens(STATIC, 1)[0])
+    (site,) = reports()[-1].sites
+    slots = here.keys.shape[0] * here.keys.shape[2]
+    assert site.index_bytes_per_token * slots == stats()["index_bytes"]
+
+
+def test_reports_of_a_long_run_are_bounded():
+    for _ in range(300):
+        backend.record_graph(backend.Plan((), (), ()), LokiConfig(), [], None)
+    assert len(reports()) == 256
