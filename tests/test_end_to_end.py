@@ -1,0 +1,389 @@
+"""Unmodified Hugging Face decoders: with the whole budget, tokens equal eager's.
+
+Tiny random models of different families, StaticCache and DynamicCache, through every door that
+leads to the backend. Most run with an interpreter in Inductor's place; those marked `slow` and
+the Llama run Inductor.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo
+import transformers
+from toy_decoders import clear_runtime, interpret
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
+
+from loki_compile import reports, stats
+
+SPARSE = {"min_context": 0, "top_k": 1.0}
+PROMPT, NEW, VOCABULARY = 12, 7, 128
+
+_LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+}
+_MHA = {k: v for k, v in _LLAMA.items() if k not in ("num_key_value_heads", "head_dim")}
+_GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": VOCABULARY}
+
+# model type -> (configuration, attention layers, those of them that can be sparse)
+FAMILIES = {
+    "llama": (_LLAMA, 2, 2),
+    "qwen3": (_LLAMA, 2, 2),
+    "gpt2": (_GPT2, 2, 2),
+    "gpt_neox": ({**_MHA, "rotary_pct": 0.5}, 2, 2),
+    "falcon": (
+        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128},
+        2,
+        2,
+    ),
+    "phi3": ({**_LLAMA, "pad_token_id": 0}, 2, 2),
+    "mixtral": ({**_LLAMA, "num_local_experts": 4}, 2, 2),
+    "opt": (
+        {
+            "hidden_size": 64,
+            "ffn_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 256,
+            "word_embed_proj_dim": 64,
+        },
+        2,
+        2,
+    ),
+    "cohere": (_LLAMA, 2, 2),
+    "olmo2": (_LLAMA, 2, 2),
+    "starcoder2": (_LLAMA, 2, 2),
+    "stablelm": (_LLAMA, 2, 2),
+    "gemma3_text": (
+        {**_LLAMA, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+        2,
+        2,
+    ),
+    "gemma2": ({**_LLAMA, "sliding_window": 64}, 2, 2),
+    "granite": (_LLAMA, 2, 2),
+    "bloom": (
+        {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY},
+        2,
+        0,
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    clear_runtime()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    return interpret(monkeypatch)
+
+
+def make(model_type: str, seed: int = 0, **changes):
+    """A random model whose logits are far enough apart for greedy tokens to be stable."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **{**FAMILIES[model_type][0], **changes})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def prompt(batch: int = 1, length: int = PROMPT) -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (batch, length))
+
+
+def generate(model, ids, kind: str, **more):
+    cache = {"cache_implementation": "static"} if kind == "static" else {}
+    return model.generate(ids, max_new_tokens=NEW, do_sample=False, **cache, **more)
+
+
+def sparse_sites() -> list[int]:
+    """Sparse sites of each graph that has any."""
+    counts = [report.count("sparse") for report in reports()]
+    return [count for count in counts if count]
+
+
+# --- every family, both caches
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_greedy_tokens_equal_eagers(model_type, kind, interpreted):
+    model = make(model_type)
+    _, layers, sparse = FAMILIES[model_type]
+    ids = prompt()
+    expected = generate(model, ids, kind)
+    model.compile(backend="loki", options=SPARSE)
+    tokens = generate(model, ids, kind)
+    assert tokens.tolist() == expected.tolist()
+    if not sparse:
+        assert stats()["sparse_steps"] == 0
+        return
+    assert sparse_sites() and set(sparse_sites()) == {sparse}
+    assert stats()["sparse_steps"] == NEW - 1
+    assert stats()["rebuilds"] == sparse
+    decode = [report for report in reports() if report.count("sparse")]
+    assert all(len(report.sites) == layers for report in decode)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "falcon"])
+def test_short_contexts_run_dense_by_default(model_type, kind, interpreted):
+    model = make(model_type)
+    ids = prompt()
+    expected = generate(model, ids, kind)
+    model.compile(backend="loki")
+    assert generate(model, ids, kind).tolist() == expected.tolist()
+    assert stats()["sparse_steps"] == stats()["rebuilds"] == 0
+    assert interpreted.calls("loki.") == 0
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2", "gemma3_text"])
+def test_left_padded_batches_equal_eagers(model_type, kind, interpreted):
+    model = make(model_type)
+    ids = prompt(batch=3)
+    mask = torch.ones_like(ids)
+    mask[1, :5], mask[2, :9] = 0, 0
+    ids[mask == 0] = 0
+    expected = generate(model, ids, kind, attention_mask=mask)
+    model.compile(backend="loki", options=SPARSE)
+    assert generate(model, ids, kind, attention_mask=mask).tolist() == expected.tolist()
+    assert stats()["sparse_steps"] == NEW - 1
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "mixtral"])
+def test_a_window_that_fills_while_decoding(model_type, interpreted):
+    """Sliding layers change their graph when the window is full."""
+    changes = {"sliding_window": 14} if model_type in ("gemma3_text", "mixtral") else {}
+    for kind in ("static", "dynamic"):
+        torch._dynamo.reset()
+        model = make(model_type, **changes)
+        ids = prompt()
+        expected = generate(model, ids, kind)
+        model.compile(backend="loki", options=SPARSE)
+        assert generate(model, ids, kind).tolist() == expected.tolist()
+
+
+# --- every door
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_compile_config_of_generate(model_type, interpreted):
+    """What transformers does by itself on CUDA; forced on CPU. Prefill is outside the graph."""
+    model = make(model_type)
+    ids = prompt(batch=2)
+    expected = generate(model, ids, "static", disable_compile=True)
+    compile_config = CompileConfig(backend="loki", options=SPARSE, mode=None)
+    compile_config._compile_all_devices = True
+    tokens = generate(model, ids, "static", compile_config=compile_config)
+    assert tokens.tolist() == expected.tolist()
+    assert stats()["sparse_steps"] == NEW - 1 and stats()["rebuilds"] == 2
+    assert all(len(report.sites) == report.count("sparse") for report in reports())
+
+
+def test_compile_config_with_its_default_mode(interpreted):
+    """mode="reduce-overhead" and no options: everything is short, so everything is dense."""
+    model = make("llama")
+    ids = prompt()
+    expected = generate(model, ids, "static", disable_compile=True)
+    compile_config = CompileConfig(backend="loki")
+    compile_config._compile_all_devices = True
+    tokens = generate(model, ids, "static", compile_config=compile_config)
+    assert tokens.tolist() == expected.tolist()
+    assert reports() and stats()["sparse_steps"] == 0
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_compiled_forward(kind, interpreted):
+    model = make("llama")
+    ids = prompt()
+    expected = generate(model, ids, kind)
+    model.forward = torch.compile(model.forward, backend="loki", options=SPARSE)
+    assert generate(model, ids, kind).tolist() == expected.tolist()
+    assert stats()["sparse_steps"] == NEW - 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_compiled_model_called_by_hand(kind, mode, interpreted):
+    """Eager prefill, then steps of one and of three tokens through torch.compile(model)."""
+    model = make("qwen3")
+    fast = torch.compile(model, backend="loki", options={**SPARSE, "strict": True})
+    ids = prompt(batch=2, length=PROMPT + NEW)
+
+    def cache():
+        if kind == "static":
+            return StaticCache(model.config, max_cache_len=PROMPT + NEW + 2)
+        return DynamicCache(config=model.config)
+
+    with mode():
+        here, there = cache(), cache()
+        for past in (here, there):
+            model(ids[:, :PROMPT], past_key_values=past)
+        for at in range(PROMPT, PROMPT + NEW):
+            logits = [
+                f(ids[:, at : at + 1], past_key_values=past).logits
+                for f, past in ((fast, here), (model, there))
+            ]
+            torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+    assert stats()["sparse_steps"] == NEW and stats()["rebuilds"] == 2
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_beams_equal_eagers(kind, interpreted):
+    model = make("llama")
+    ids = prompt()
+    expected = generate(model, ids, kind, num_beams=3)
+    model.compile(backend="loki", options=SPARSE)
+    assert generate(model, ids, kind, num_beams=3).tolist() == expected.tolist()
+    assert stats()["sparse_steps"] == NEW - 1
+
+
+def test_a_second_longer_conversation(interpreted):
+    """Another cache length: the graphs become symbolic."""
+    model = make("llama")
+    short, long = prompt(), prompt(length=2 * PROMPT)
+    expected = [generate(model, ids, "static").tolist() for ids in (short, long, short)]
+    model.compile(backend="loki", options=SPARSE)
+    assert [generate(model, ids, "static").tolist() for ids in (short, long, short)] == expected
+    assert stats()["sparse_steps"] == 3 * (NEW - 1)
+
+
+def test_assisted_decoding_equals_eagers(interpreted):
+    """The cache is cropped after every round; several tokens are verified at once."""
+    model, assistant = make("llama"), make("llama", seed=1, num_hidden_layers=1)
+    ids = prompt()
+    expected = generate(model, ids, "dynamic", assistant_model=assistant)
+    model.compile(backend="loki", options=SPARSE)
+    tokens = generate(model, ids, "dynamic", assistant_model=assistant)
+    assert tokens.tolist() == expected.tolist()
+
+
+def test_encoder_decoder_models_decode_sparse(interpreted):
+    """Self-attention grows; cross-attention reads a cache that no step writes."""
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
+    )
+    model = transformers.BartForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    ids = prompt()
+    expected = model.generate(ids, max_new_tokens=NEW, do_sample=False, num_beams=1)
+    model.compile(backend="loki", options=SPARSE)
+    tokens = model.generate(ids, max_new_tokens=NEW, do_sample=False, num_beams=1)
+    assert tokens.tolist() == expected.tolist()
+    assert stats()["sparse_steps"] > 0
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_both_attention_implementations(kind, implementation, interpreted):
+    model = make("llama", attn_implementation=implementation)
+    ids = prompt()
+    expected = generate(model, ids, kind)
+    model.compile(backend="loki", options=SPARSE)
+    assert generate(model, ids, kind).tolist() == expected.tolist()
+    assert stats()["sparse_steps"] == NEW - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_half_precision_logits_are_as_near_to_fp32_as_eagers(kind, dtype, interpreted):
+    exact = make("llama")
+    half = make("llama").to(dtype)
+    exact.load_state_dict({k: v.float() for k, v in half.state_dict().items()})
+    fast = torch.compile(half, backend="loki", options=SPARSE)
+    ids = prompt(batch=2, length=PROMPT + NEW)
+
+    def cache(model):
+        if kind == "static":
+            return StaticCache(model.config, max_cache_len=PROMPT + NEW)
+        return DynamicCache(config=model.config)
+
+    caches = [cache(exact), cache(half), cache(half)]
+    ours = theirs = 0.0
+    with torch.no_grad():
+        for model, past in zip((exact, half, half), caches, strict=True):
+            model(ids[:, :PROMPT], past_key_values=past)
+        for at in range(PROMPT, PROMPT + NEW):
+            truth, eager, out = (
+                model(ids[:, at : at + 1], past_key_values=past).logits.float()
+                for model, past in zip((exact, half, fast), caches, strict=True)
+            )
+            ours = max(ours, (out - truth).abs().max().item())
+            theirs = max(theirs, (eager - truth).abs().max().item())
+    assert stats()["sparse_steps"] == NEW
+    assert ours <= 2 * theirs
+
+
+# --- Inductor below
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_llama_under_inductor(kind):
+    model = make("llama")
+    ids = prompt(batch=2)
+    expected = generate(model, ids, kind)
+    model.compile(backend="loki", options=SPARSE)
+    assert generate(model, ids, kind).tolist() == expected.tolist()
+    assert stats()["sparse_steps"] == NEW - 1 and stats()["rebuilds"] == 2
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_llama_below_min_context_is_inductors_bit_for_bit(kind):
+    model = make("llama")
+    ids = prompt(batch=2, length=PROMPT + 3)
+    runs = []
+    for backend, options in (("inductor", None), ("loki", {"pack_gqa": False, "min_context": 50})):
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend=backend, options=options)
+        if kind == "static":
+            cache = StaticCache(model.config, max_cache_len=100)
+        else:
+            cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :PROMPT], past_key_values=cache)
+            steps = range(PROMPT, PROMPT + 3)
+            runs.append([fast(ids[:, t : t + 1], past_key_values=cache).logits for t in steps])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert stats()["dense_steps"] == 3 and stats()["sparse_steps"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("model_type", [m for m in FAMILIES if m != "llama"])
+def test_families_under_inductor(model_type, kind):
+    model = make(model_type)
+    ids = prompt(batch=2)
+    expected = generate(model, ids, kind)
+    model.compile(backend="loki", options=SPARSE)
+    assert generate(model, ids, kind).tolist() == expected.tolist()
+    assert bool(stats()["sparse_steps"]) == bool(FAMILIES[model_type][2])
