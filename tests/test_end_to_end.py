@@ -179,6 +179,17 @@ def test_a_window_that_fills_while_decoding(model_type, interpreted):
         assert generate(model, ids, kind).tolist() == expected.tolist()
 
 
+def test_a_budget_of_one_key_changes_the_tokens(interpreted):
+    """Otherwise equal tokens would say nothing about attention."""
+    model = make("llama")
+    ids = prompt()
+    expected = generate(model, ids, "dynamic")
+    options = {"min_context": 0, "top_k": 1, "sink": 0, "recent": 0}
+    model.compile(backend="loki", options=options)
+    assert generate(model, ids, "dynamic").tolist() != expected.tolist()
+    assert len(set(expected[0, PROMPT:].tolist())) > 2
+
+
 # --- every door
 
 

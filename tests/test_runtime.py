@@ -11,6 +11,7 @@ import copy
 import gc
 import logging
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -798,6 +799,30 @@ def test_caches_in_buffers_of_the_module(mode, options):
             torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
     assert torch.equal(module.seen, twin.seen)
     assert stats()["rebuilds"] == 1 and stats()["sparse_steps"] == 5
+
+
+# --- several threads
+
+
+@BOTH
+def test_threads_that_share_a_compiled_model_get_the_results_of_serial_runs(spelling):
+    with torch.no_grad():
+        pair = Pair(spelling, FEW)
+        talks = [Conversation.start(spelling) for _ in range(4)]
+        inputs = [tokens(spelling, 20) for _ in talks]
+        serial = [
+            [talk.step(pair.fast, x) for x in xs]
+            for talk, xs in zip([talk.fork() for talk in talks], inputs, strict=True)
+        ]
+
+    def decode(talk, xs):
+        with torch.no_grad():
+            return [talk.step(pair.fast, x) for x in xs]
+
+    with ThreadPoolExecutor(len(talks)) as pool:
+        parallel = list(pool.map(decode, talks, inputs))
+    for ours, theirs in zip(parallel, serial, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 # --- counts
