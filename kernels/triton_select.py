@@ -13,13 +13,16 @@ A row is one list of positions: (b, h, s) with h a KV head (a group chooses toge
 head. The result is exact whatever the sample says: fewer listed keys than the budget, and `choose`
 lists the row again without a floor (slower, for that row alone); more, and it reads more.
 
-Precision: a query is split into two digits (int8: 7 + 7 bits, matched to the index so that it goes
-to the tensor cores as it is stored, with integer accumulation; bf16 and fp16: head and tail), each
-relative to the row's largest entry, so that its rounding is about 2**-15 of it and not 2**-7.
+Precision: a query is split into two digits of the index's own dtype, so that the index goes to the
+tensor cores as it is stored: two bytes with integer accumulation, or head and tail in bf16 or fp16.
+Both are relative to the row's largest entry, and their rounding is about 2**-15 of it.
 
-Bytes: rows * T * R * index_bytes (+ 4 for an int8 scale), and 8 bytes for each listed key, about
-1.9 budgets at T = 131072 and a budget of 2048. Grids, scratch shapes and specialisation do not
-depend on how many keys are visible; programs beyond the window exit at once.
+Bytes: rows * T * (R * index_bytes, + 4 for an int8 scale), and 8 for each listed key, about two
+budgets at T = 131072 and a budget of 2048. Grids, scratch shapes and specialisation do not depend
+on how many keys are visible; programs beyond the window exit at once.
+
+`index_scale` must not be negative (`index_rows` makes none): the maximum over a group is taken
+before the scale.
 
 Legend as in `loki_compile.kernels`; p_ pointer, i_ program's coordinate, o_ offsets, strides in
 elements (`index_st` is the stride of T in the index, and so on).
@@ -393,14 +396,14 @@ def prepare_kernel(
             )  # fmt: skip
             tl.store(p_sample + o, key, mask=o < SAMPLE)
         tl.debug_barrier()
-        n_seen = _count(p_sample, SAMPLE, HIDDEN + 1, SCAN_BLOCK)
+        n_seen = _count(p_sample, SAMPLE, HIDDEN + 1, SAMPLE)
         # Four standard deviations of the count above the true threshold, and four keys.
         expected = budget.to(tl.float32) / count.to(tl.float32) * n_seen.to(tl.float32)
         want = (expected + 4.0 * tl.sqrt(expected) + 4.0).to(tl.int32)
         top = tl.full((), FORCED, tl.int32)
         if want < n_seen:
             floor, _, _ = _bisect(
-                p_sample, SAMPLE, floor, top, n_seen, top * 0, want, want // 8, SCAN_BLOCK
+                p_sample, SAMPLE, floor, top, n_seen, top * 0, want, want // 8, SAMPLE
             )
     tl.store(p_rows + ROW_START, start)
     tl.store(p_rows + ROW_END, end)
@@ -690,6 +693,8 @@ def select_stages(
     if interpreted(list_kernel) and dot == tl.bfloat16:
         dot = tl.float32  # numpy has no bfloat16
 
+    # The whole basis in one step where it is 16 KB (128 dims of rank 32), else in several.
+    block_d = max(16, min(triton.next_power_of_2(d), 4096 // block_r))
     tile = dict(
         R=r, BLOCK_R=block_r, GROUP=group, HEADS=launch.heads, PACK=launch.pack,
         ROWS_PER_KV=heads_out // hkv, ALIGN=align, MASK=mask_kind,
@@ -702,7 +707,7 @@ def select_stages(
             *broadcast_strides(q, 3), *basis.stride()[:2], *index_strides, *scale_strides,
             *mask_strides, *broadcast_strides(bounds, 3),
             heads_out, s, t, scale, hidden, top_k, keep_q16, sink, recent,
-            D=d, BLOCK_D=32, SAMPLE=launch.sample, LIST_ALL=launch.list_all, **tile,
+            D=d, BLOCK_D=block_d, SAMPLE=launch.sample, LIST_ALL=launch.list_all, **tile,
             num_warps=launch.row_warps,
         )  # fmt: skip
 
