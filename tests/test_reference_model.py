@@ -125,4 +125,4 @@ def test_it_is_trained_and_looks_things_up(model, tokenizer):
     right = np.mean(data.recall_correct(logits, queries))
     print(f"seed {seed}: {loss:.2f} nats a token, {right:.0%} recalled")
     assert loss < 5.0  # ln(2048) = 7.6; facts cost about ln(97) for each key and value
-    assert right >= 0.75  # a guess among the told values is right 1 time in 16
+    assert right >= 0.9  # a guess among the told values is right 1 time in 16

@@ -39,8 +39,8 @@ def main() -> None:
         loss.axvline(start, color="grey", lw=0.6)
         recall.axvline(start, color="grey", lw=0.6)
         top = loss.get_ylim()[1]
-        loss.text(start, top, f" {length}", va="bottom", fontsize=8, color="grey")
-    loss.set_title("sequence length in grey", fontsize=8, color="grey", loc="right", pad=16)
+        loss.text(start, top, f" {length}", va="bottom", rotation=45, fontsize=8, color="grey")
+    loss.set_title("sequence length in grey", fontsize=8, color="grey", loc="right", pad=26)
     figure.savefig(args.out, dpi=110)
 
 

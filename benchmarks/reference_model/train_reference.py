@@ -284,7 +284,7 @@ class Muon:
                 weight.mul_(1 - 0.01 * self.lr * scale).add_(update, alpha=-rate)
 
 
-def schedule(progress: float, step: int, warm_up: int = 60, decay: float = 0.45) -> float:
+def schedule(progress: float, step: int, warm_up: int, decay: float = 0.45) -> float:
     """Share of the peak learning rate: linear warm-up, constant, linear to zero at the end."""
     return min(1.0, (step + 1) / warm_up, max(0.0, (1 - progress) / decay))
 
@@ -336,10 +336,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/reference"))
     parser.add_argument("--resume", type=Path, help="a folder this script wrote")
     parser.add_argument("--from-phase", type=float, default=0.0, help="enter the curriculum here")
-    parser.add_argument("--seed", type=int, default=20260)
+    parser.add_argument("--seed", type=int, default=20260, help="another one after --resume")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.003)
+    parser.add_argument("--warm-up", type=int, default=60, help="steps to the full learning rate")
     parser.add_argument("--value-weight", type=float, default=0.5)
+    parser.add_argument("--log-steps", type=int, default=25, help="steps per line of the log")
     parser.add_argument("--save-minutes", type=float, default=5.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
@@ -393,11 +395,11 @@ def main() -> None:
             saved = time.monotonic()
         if finished:
             break
-        ids, kinds = rows.batch(phase, pairs_only=step < LOOK_UP_STEPS)
+        ids, kinds = rows.batch(phase, pairs_only=not args.resume and step < LOOK_UP_STEPS)
         weights = target_weights(kinds, args.value_weight)
         loss, each, logits = run(model, ids, kinds, weights)
         loss.backward()
-        scale = schedule(progress, step - first_step)
+        scale = schedule(progress, step - first_step, args.warm_up)
         muon.step(scale)
         for group in adam.param_groups:
             group["lr"] = args.adam_lr * scale
@@ -412,7 +414,7 @@ def main() -> None:
             if kind != 1 and len(at):
                 right = (logits[at].argmax(-1) == targets[at]).sum().item()
             sums[kind] += (len(at), each[at].sum().item(), right)
-        if step % 25 == 0:
+        if step % args.log_steps == 0:
             now = time.monotonic()
             count = np.maximum(sums[:, 0], 1)
             line = {
