@@ -110,6 +110,7 @@ _indexes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _filled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _bound: weakref.WeakKeyDictionary[Basis, dict[Any, BoundBasis]] = weakref.WeakKeyDictionary()
 _fitted: dict[tuple[Any, ...], Basis] = {}
+_fitted_here: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _stamp(tensor: Tensor) -> tuple[Any, ...]:
@@ -392,8 +393,11 @@ class DecodeGraph:
             return False
         if stamp[-1] is not None:
             return True
-        expected = visible if binding.cache.replaced else record.filled + binding.new_tokens
-        return visible == expected and self._spot_check(binding, record, past)
+        if binding.cache.writes and not binding.cache.replaced:
+            slots = past.shape[binding.cache.token_axis]
+            if visible != min(slots, record.filled + binding.new_tokens):
+                return False
+        return self._spot_check(binding, record, past)
 
     def _spot_check(self, binding: CacheBinding, record: IndexRecord, past: Tensor) -> bool:
         """Whether a sample of cached keys, evenly spread and the newest, projects onto its rows."""
@@ -483,11 +487,15 @@ def _cached(binding: CacheBinding, past: Tensor, visible: int) -> int:
 
 
 def _fit(binding: CacheBinding, past: Tensor, visible: int) -> Basis:
-    """PCA of the keys in a cache, once per set of weights; the new keys are not in it yet."""
+    """PCA of the keys in a cache, once per set of weights; the new keys are not in it yet.
+
+    Where no weights of the graph make the keys (cross-attention), once per cache tensor.
+    """
     identity = (binding.weights, binding.kv_heads, binding.head_dim)
     with _lock:
-        if binding.weights and identity in _fitted:
-            return _fitted[identity]
+        known = _fitted.get(identity) if binding.weights else _fitted_here.get(past)
+    if known is not None:
+        return known
     cache, filled = binding.cache, _cached(binding, past, visible)
     keys = past.narrow(cache.token_axis, 0, filled)
     if filled > FIT_TOKENS:
@@ -499,7 +507,8 @@ def _fit(binding: CacheBinding, past: Tensor, visible: int) -> Basis:
     moments.update(flat)
     basis = moments.pca(weights=binding.weights, layer=binding.layer)
     _count("fitted_bases")
-    if binding.weights:
-        with _lock:
-            basis = _fitted.setdefault(identity, basis)
+    with _lock:
+        if binding.weights:
+            return _fitted.setdefault(identity, basis)
+        _fitted_here[past] = basis
     return basis

@@ -36,6 +36,7 @@ from toy_decoders import (
     left_padded,
     no_mask,
     read_only,
+    roll_window,
     sdpa,
     slice_assignment,
     tokens,
@@ -735,9 +736,45 @@ def test_a_write_in_another_graph_rebuilds_at_every_step():
     assert stats()["rebuilds"] == stats()["sparse_steps"] == 4
 
 
-def test_a_cache_that_is_never_written_is_projected_once():
+@MODES
+def test_a_full_window_that_rolls_keeps_its_index(mode):
+    with mode():
+        pair = Pair(Spelling(roll_window, mask=no_mask), FEW)
+        pair.step(*pair.start(), steps=5)
+    assert stats()["rebuilds"] == 1 and stats()["sparse_steps"] == 5
+
+
+class ReadsAnotherToo(ToyDecoder):
+    """An encoder's keys beside the decoder's own: self-attention, then cross-attention."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        super().__init__(spelling)
+        self.encoder_keys = torch.randn(BATCH, KV_HEADS, 19, HEAD_DIM)
+
+    def forward(self, x, ck, cv, pos, mask):
+        x, *state = super().forward(x, ck, cv, pos, mask)
+        q = self.q(x).view(*x.shape[:2], -1, HEAD_DIM).transpose(1, 2)
+        out = sdpa(q, self.encoder_keys, self.encoder_keys * 0.5, enable_gqa=True)
+        return (x + self.out(out.transpose(1, 2).flatten(2)), *state)
+
+
+@BOTH
+@MODES
+def test_a_read_only_cache_beside_a_growing_one_is_projected_once(spelling, mode):
+    with mode():
+        module = ReadsAnotherToo(spelling).eval()
+        fast = torch.compile(module, backend="loki", options=EVERYTHING)
+        here = Conversation.start(spelling)
+        there = here.fork()
+        for x in tokens(spelling, 5):
+            torch.testing.assert_close(here.step(fast, x), there.step(module, x), rtol=0, atol=2e-5)
+    assert stats()["sparse_steps"] == 5 and stats()["rebuilds"] == 2
+
+
+@MODES
+def test_a_cache_that_is_never_written_is_projected_once(mode):
     spelling = Spelling(read_only, mask=no_mask)
-    with torch.no_grad():
+    with mode():
         pair = Pair(spelling, EVERYTHING)
         pair.step(*pair.start(), steps=5)
     assert stats()["rebuilds"] == 1 and stats()["sparse_steps"] == 5
