@@ -277,21 +277,14 @@ void accumulate(const E* v, int64_t stride, const Block& block, const float* wei
   }
 }
 
-#else  // portable
+#else
 
 template <class E, int GB>
-void dots(const E* k, int64_t stride, const Block& block, const Query<E>* q, int64_t d, const E* v,
+void dots(const E* k, int64_t stride, const Block& block, const float* q, int64_t d, const E* v,
           int64_t v_stride, int64_t v_bytes, float* logit) {
   for (int64_t n = 0; n < block.n; ++n) {
-    const E* row = k + block.position[n] * stride;
     prefetch_row(v + block.position[n] * v_stride, v_bytes);
-    for (int g = 0; g < GB; ++g) {
-      const float* weight = q + g * round_up(d, 32);
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t x = 0; x < d; ++x) sum += to_float(row[x]) * weight[x];
-      logit[n * GB + g] = sum;
-    }
+    dot_row<E, GB>(k + block.position[n] * stride, d, q, round_up(d, 32), logit + n * GB);
   }
 }
 
@@ -299,18 +292,30 @@ template <class E, int GB>
 void accumulate(const E* v, int64_t stride, const Block& block, const float* weight, int64_t dv,
                 const float* rescale, float* sum, int64_t sum_stride, const E* k, int64_t k_stride,
                 int64_t k_bytes, const Block& next) {
-  for (int g = 0; g < GB; ++g) {
-    for (int64_t d = 0; d < dv; ++d) sum[g * sum_stride + d] *= rescale[g];
+  constexpr int kParts = 8 / GB;  // vectors of dims that fit in registers with all heads
+  for (int64_t n = 0; n < min_of(block.n, next.n); ++n) {
+    prefetch_row(k + next.position[n] * k_stride, k_bytes);
   }
-  for (int64_t n = 0; n < block.n; ++n) {
-    const E* row = v + block.position[n] * stride;
-    if (n < next.n) prefetch_row(k + next.position[n] * k_stride, k_bytes);
-    for (int g = 0; g < GB; ++g) {
-      float w = weight[n * GB + g];
-      float* mine = sum + g * sum_stride;
-#pragma omp simd
-      for (int64_t d = 0; d < dv; ++d) mine[d] += w * to_float(row[d]);
+  for (int64_t done = 0; done < dv; done += 8 * kParts) {
+    Float8 part[GB * kParts];
+    unroll<GB * kParts>([&](auto i) LOKI_INLINE {
+      constexpr int g = i / kParts;
+      part[i] = load8(sum + g * sum_stride + done + i % kParts * 8) * rescale[g];
+    });
+    for (int64_t n = 0; n < block.n; ++n) {
+      const E* row = v + block.position[n] * stride + done;
+      unroll<kParts>([&](auto x) LOKI_INLINE {
+        int64_t left = dv - done - 8 * x;
+        if (left <= 0) return;
+        Float8 value = left >= 8 ? load8(row + 8 * x) : load8(row + 8 * x, left);
+        unroll<GB>([&](auto g) LOKI_INLINE {
+          part[g * kParts + x] += value * weight[n * GB + g];
+        });
+      });
     }
+    unroll<GB * kParts>([&](auto i) LOKI_INLINE {
+      std::memcpy(sum + i / kParts * sum_stride + done + i % kParts * 8, &part[i], 32);
+    });
   }
 }
 

@@ -295,21 +295,35 @@ void score_heads<int8_t>(const int8_t* rows, int64_t stride, int64_t r, const Qu
 }
 #endif
 
-#else  // portable
+#else
+
+template <class E, int GB>
+void score_block(const E* rows, int64_t stride, int64_t r, const Query& q, const Scores& to) {
+  float score[GB * kBlock];
+  for (int64_t n = 0; n < kBlock; ++n) {
+    float dot[GB];
+    dot_row<E, GB>(rows + n * stride, r, q.value, round_up(r, 16), dot);
+    for (int g = 0; g < GB; ++g) score[g * kBlock + n] = dot[g];
+  }
+  for (int g = 0; g < GB; ++g) {
+    float* mine = score + g * kBlock;
+    if (std::is_same_v<E, int8_t>) {
+      for (int64_t n = 0; n < kBlock; ++n) mine[n] *= to.row_scale[n];
+    }
+    if (to.each) std::memcpy(to.each + g * kBlock, mine, kBlock * sizeof(float));
+    if (!to.best) continue;
+    // NaN compares as false and leaves the best as it is.
+    for (int64_t n = 0; n < kBlock; ++n) to.best[n] = mine[n] > to.best[n] ? mine[n] : to.best[n];
+  }
+}
 
 template <class E>
 void score_heads(const E* rows, int64_t stride, int64_t r, const Query& q, const Scores& to) {
-  for (int64_t n = 0; n < kBlock; ++n) {
-    const E* row = rows + n * stride;
-    for (int64_t g = 0; g < q.heads; ++g) {
-      const float* weight = q.value + query_slot(q.heads, g, 0, r);
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t d = 0; d < r; ++d) sum += to_float(row[d]) * weight[d];
-      if (std::is_same_v<E, int8_t>) sum *= to.row_scale[n];
-      if (to.each) to.each[g * kBlock + n] = sum;
-      if (to.best && sum > to.best[n]) to.best[n] = sum;
-    }
+  switch (q.heads) {
+    case 1: return score_block<E, 1>(rows, stride, r, q, to);
+    case 2: return score_block<E, 2>(rows, stride, r, q, to);
+    case 4: return score_block<E, 4>(rows, stride, r, q, to);
+    default: return score_block<E, 8>(rows, stride, r, q, to);
   }
 }
 
