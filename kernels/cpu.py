@@ -22,7 +22,7 @@ _CODES = {
     torch.float32: 2,
     torch.int8: 3,
     torch.bool: 4,
-    torch.int32: 2,
+    torch.int32: 2,  # positions and bounds: only their size counts
 }
 _VIEW = 10
 _NO_TENSOR = (0, 5, 1, 1, 1, 1, 0, 0, 0, 0)
