@@ -117,7 +117,7 @@ def select_launch(
     (barriers, prefix sum, addresses) is spread over many keys; the instructions per key then stay
     under two thirds of what sm90 can issue while the tile comes from memory. Wide groups take less,
     since their accumulator is (keys, heads). The tiles in flight, 2 of them for each of 4 programs,
-    are 128 KB per multiprocessor on sm90; H200 needs 29 KB at 4.8 TB/s and 800 ns.
+    are 128 KB per multiprocessor; H200 needs 29 KB at 4.8 TB/s and 800 ns.
     """
     amd = device.arch.startswith("gfx")
     # The matrix units take at least this many columns: 8 on NVIDIA (m16n8, wgmma n8), 16 on AMD.
@@ -131,8 +131,8 @@ def select_launch(
     block_t = (8192 if amd else 16384) // (block_r * index_bytes) * 8 // max(heads, 8)
     # fp32 has no tensor-core path at full precision: small tiles, which unroll.
     block_t = 32 if index_bytes == 4 else max(32, min(512, block_t))
-    # A third stage only where shared memory holds it 4 times; sm100 stages its operands there too.
-    stages = 3 if device.arch == "sm90" and index_bytes != 4 else 2
+    # n stages keep n - 1 tiles in flight. sm100 stages the products' operands in shared memory too.
+    stages = 2 if amd or index_bytes == 4 or device.arch.startswith("sm10") else 3
     wide = top_k > 8192
     return SelectLaunch(
         block_t=block_t,
