@@ -2,8 +2,7 @@
 //
 // The work is the rows' slots, cut into blocks; each thread takes a contiguous run of blocks and
 // leaves, for each row it touched, a partial softmax (maximum, sum, weighted V). A K or V row is
-// loaded once for all query heads that share the row of positions. While a block's K rows are met,
-// its V rows are fetched; while its V rows are met, the K rows of the next block are.
+// loaded once for all query heads that share the row of positions.
 
 #include "cpu_common.h"
 
@@ -22,10 +21,13 @@ struct AttendParams {
   double scale, softcap;
 };
 
-constexpr int64_t kSlots = 64;       // slots in a block
-constexpr int64_t kMaxHeads = 8;     // heads taken together
+constexpr int64_t kSlots = 64;         // slots in a block
+constexpr int64_t kMaxHeads = 8;       // heads taken together
 constexpr int64_t kAccumulator = 256;  // floats of V accumulated in registers: dims * heads
 constexpr int64_t kBytesPerThread = 1 << 16;
+// Slots fetched ahead. K and V are each fetched while they are themselves read, a line at a time:
+// all V rows of a block while its K rows were read, or whole rows at once, took a third longer.
+constexpr int64_t kAhead = 64;
 
 // exp(x) for x <= 88, to 1 ulp or two; 0 below -87.3. After Cephes expf.
 inline float exp_of(float x) {
@@ -61,17 +63,27 @@ inline float tanh_of(float x) {
   return size < 0.625f ? small : x < 0.0f ? -large : large;
 }
 
-// Slots of a row that are read in one go: their positions and what the mask adds.
-struct Block {
-  int64_t n;
-  bool biased;
-  int32_t position[kSlots];
-  float bias[kSlots];
+// Positions to read, and what the mask adds there. Blocks are taken from its front.
+struct Queue {
+  int64_t n = 0;
+  bool biased = false;
+  int32_t position[2 * kSlots + kAhead];
+  float bias[2 * kSlots + kAhead];
+
+  // Where slot i will be read, or the last that there is.
+  int32_t at_most(int64_t i) const { return position[min_of(i, n - 1)]; }
+
+  void drop(int64_t count) {
+    n -= count;
+    std::memmove(position, position + count, n * sizeof(*position));
+    std::memmove(bias, bias + count, n * sizeof(*bias));
+  }
 };
 
-inline void prefetch_row(const void* row, int64_t bytes) {
-  const char* at = static_cast<const char*>(row);
-  for (int64_t done = 0; done < bytes; done += 64) __builtin_prefetch(at + done);
+template <class E>
+LOKI_INLINE inline void prefetch(const E* row, int64_t size) {
+  constexpr int64_t kLine = 64 / sizeof(E);
+  for (int64_t done = 0; done < size; done += kLine) __builtin_prefetch(row + done);
 }
 
 // Where dim d of V lies in an accumulator.
@@ -173,19 +185,18 @@ inline __m512 sums_of_16(const __m512* value) {
               Odd{});
 }
 
-// logit[slot * GB + head] = q . k; fetches the V rows on the way.
+// logit[i * GB + head] = q . k for the first n of the queue, n > 0.
 template <class E, int GB>
-void dots(const E* k, int64_t stride, const Block& block, const Query<E>* q, int64_t d, const E* v,
-          int64_t v_stride, int64_t v_bytes, float* logit) {
+void dots(const E* k, int64_t stride, const Queue& queue, int64_t n, const Query<E>* q, int64_t d,
+          float* logit) {
   constexpr int kRows = 16 / GB, kVectors = Chunk<E>::kVectors;
   constexpr int64_t kSize = Chunk<E>::kSize;
-  for (int64_t n = 0; n < block.n; n += kRows) {
-    const E* row[kRows];
+  for (int64_t first = 0; first < n; first += kRows) {
+    const E *row[kRows], *ahead[kRows];
     __m512 sum[kRows * GB];
     for (int i = 0; i < kRows; ++i) {
-      int64_t position = block.position[min_of(n + i, block.n - 1)];
-      row[i] = k + position * stride;
-      prefetch_row(v + position * v_stride, v_bytes);
+      row[i] = k + queue.position[min_of(first + i, n - 1)] * stride;
+      ahead[i] = k + queue.at_most(first + i + kAhead) * stride;
     }
     unroll<kRows * GB>([&](auto i) LOKI_INLINE { sum[i] = _mm512_setzero_ps(); });
     auto chunk = [&](auto whole, int64_t done) LOKI_INLINE {
@@ -199,6 +210,7 @@ void dots(const E* k, int64_t stride, const Block& block, const Query<E>* q, int
           weight[g] = _mm512_loadu_si512(q + done * GB + kSize * g);
         });
         unroll<kRows>([&](auto i) LOKI_INLINE {
+          __builtin_prefetch(ahead[i] + done);
           __m512bh value = reinterpret_cast<__m512bh>(load_row(i));
           unroll<GB>([&](auto g) LOKI_INLINE {
             sum[i * GB + g] = _mm512_dpbf16_ps(sum[i * GB + g], value,
@@ -214,6 +226,7 @@ void dots(const E* k, int64_t stride, const Block& block, const Query<E>* q, int
           weight[g] = _mm512_loadu_ps(q + done * GB + 16 * (half * GB + g));
         });
         unroll<kRows>([&](auto i) LOKI_INLINE {
+          if (half == 0) __builtin_prefetch(ahead[i] + done);
           __m512 value = unpack<half>(load_row(i), E{});
           unroll<GB>([&](auto g) LOKI_INLINE {
             sum[i * GB + g] = _mm512_fmadd_ps(value, weight[g], sum[i * GB + g]);
@@ -224,29 +237,29 @@ void dots(const E* k, int64_t stride, const Block& block, const Query<E>* q, int
     int64_t done = 0;
     for (; done + kSize <= d; done += kSize) chunk(std::true_type{}, done);
     if (done < d) chunk(std::false_type{}, done);
-    _mm512_storeu_ps(logit + n * GB, sums_of_16(sum));
+    _mm512_storeu_ps(logit + first * GB, sums_of_16(sum));
   }
 }
 
 // Dims [0, left) of sum[head] = sum[head] * rescale[head] + weight . v, kAccumulator / GB of them
-// at most. Fetches the first `fetch` K rows of the next block on the way.
+// at most, for the first n of the queue.
 template <bool Whole, class E, int GB>
-void accumulate_piece(const E* v, int64_t stride, const Block& block, const float* weight,
-                      int64_t left, const float* rescale, float* sum, int64_t sum_stride,
-                      const E* k, int64_t k_stride, int64_t k_bytes, const Block& next,
-                      int64_t fetch) {
+void accumulate_piece(const E* v, int64_t stride, const Queue& queue, int64_t n,
+                      const float* weight, int64_t left, const float* rescale, float* sum,
+                      int64_t sum_stride) {
   constexpr int kVectors = Chunk<E>::kVectors;
-  constexpr int kChunks = kAccumulator / GB / Chunk<E>::kSize, kParts = kChunks * kVectors;
+  constexpr int64_t kPiece = kAccumulator / GB;
+  constexpr int kChunks = kPiece / Chunk<E>::kSize, kParts = kChunks * kVectors;
   __m512 part[GB * kParts];
   unroll<GB * kParts>([&](auto i) LOKI_INLINE {
     __m512 before = _mm512_loadu_ps(sum + i / kParts * sum_stride + 16 * (i % kParts));
     part[i] = _mm512_mul_ps(before, _mm512_set1_ps(rescale[i / kParts]));
   });
-  for (int64_t n = 0; n < block.n; ++n) {
-    const E* row = v + block.position[n] * stride;
-    if (n < fetch) prefetch_row(k + next.position[n] * k_stride, k_bytes);
+  for (int64_t i = 0; i < n; ++i) {
+    const E* row = v + queue.position[i] * stride;
+    prefetch(v + queue.at_most(i + kAhead) * stride, min_of(left, kPiece));
     __m512 weights[GB];
-    unroll<GB>([&](auto g) LOKI_INLINE { weights[g] = _mm512_set1_ps(weight[n * GB + g]); });
+    unroll<GB>([&](auto g) LOKI_INLINE { weights[g] = _mm512_set1_ps(weight[i * GB + g]); });
     unroll<kChunks>([&](auto c) LOKI_INLINE {
       constexpr int64_t done = c * Chunk<E>::kSize;
       if (!Whole && done >= left) return;
@@ -266,50 +279,46 @@ void accumulate_piece(const E* v, int64_t stride, const Block& block, const floa
 }
 
 template <class E, int GB>
-void accumulate(const E* v, int64_t stride, const Block& block, const float* weight, int64_t dv,
-                const float* rescale, float* sum, int64_t sum_stride, const E* k, int64_t k_stride,
-                int64_t k_bytes, const Block& next) {
+void accumulate(const E* v, int64_t stride, const Queue& queue, int64_t n, const float* weight,
+                int64_t dv, const float* rescale, float* sum, int64_t sum_stride) {
   constexpr int64_t kPiece = kAccumulator / GB;
   for (int64_t done = 0; done < dv; done += kPiece) {
-    auto piece = done + kPiece <= dv ? accumulate_piece<true, E, GB> : accumulate_piece<false, E, GB>;
-    piece(v + done, stride, block, weight, dv - done, rescale, sum + done, sum_stride, k, k_stride,
-          k_bytes, next, done == 0 ? min_of(block.n, next.n) : 0);
+    auto piece =
+        done + kPiece <= dv ? accumulate_piece<true, E, GB> : accumulate_piece<false, E, GB>;
+    piece(v + done, stride, queue, n, weight, dv - done, rescale, sum + done, sum_stride);
   }
 }
 
 #else
 
 template <class E, int GB>
-void dots(const E* k, int64_t stride, const Block& block, const float* q, int64_t d, const E* v,
-          int64_t v_stride, int64_t v_bytes, float* logit) {
-  for (int64_t n = 0; n < block.n; ++n) {
-    prefetch_row(v + block.position[n] * v_stride, v_bytes);
-    dot_row<E, GB>(k + block.position[n] * stride, d, q, round_up(d, 32), logit + n * GB);
+void dots(const E* k, int64_t stride, const Queue& queue, int64_t n, const float* q, int64_t d,
+          float* logit) {
+  for (int64_t i = 0; i < n; ++i) {
+    prefetch(k + queue.at_most(i + kAhead) * stride, d);
+    dot_row<E, GB>(k + queue.position[i] * stride, d, q, round_up(d, 32), logit + i * GB);
   }
 }
 
 template <class E, int GB>
-void accumulate(const E* v, int64_t stride, const Block& block, const float* weight, int64_t dv,
-                const float* rescale, float* sum, int64_t sum_stride, const E* k, int64_t k_stride,
-                int64_t k_bytes, const Block& next) {
+void accumulate(const E* v, int64_t stride, const Queue& queue, int64_t n, const float* weight,
+                int64_t dv, const float* rescale, float* sum, int64_t sum_stride) {
   constexpr int kParts = 8 / GB;  // vectors of dims that fit in registers with all heads
-  for (int64_t n = 0; n < min_of(block.n, next.n); ++n) {
-    prefetch_row(k + next.position[n] * k_stride, k_bytes);
-  }
   for (int64_t done = 0; done < dv; done += 8 * kParts) {
     Float8 part[GB * kParts];
     unroll<GB * kParts>([&](auto i) LOKI_INLINE {
       constexpr int g = i / kParts;
       part[i] = load8(sum + g * sum_stride + done + i % kParts * 8) * rescale[g];
     });
-    for (int64_t n = 0; n < block.n; ++n) {
-      const E* row = v + block.position[n] * stride + done;
+    for (int64_t i = 0; i < n; ++i) {
+      const E* row = v + queue.position[i] * stride + done;
+      if (done == 0) prefetch(v + queue.at_most(i + kAhead) * stride, dv);
       unroll<kParts>([&](auto x) LOKI_INLINE {
         int64_t left = dv - done - 8 * x;
         if (left <= 0) return;
         Float8 value = left >= 8 ? load8(row + 8 * x) : load8(row + 8 * x, left);
         unroll<GB>([&](auto g) LOKI_INLINE {
-          part[g * kParts + x] += value * weight[n * GB + g];
+          part[g * kParts + x] += value * weight[i * GB + g];
         });
       });
     }
@@ -443,14 +452,12 @@ class Attend {
     return all;
   }
 
-  // Slots [from, to) of a row, without those that read nothing.
-  void fill(int64_t row, int64_t from, int64_t to, const MaskRow& mask, Block* block) const {
+  // Appends slots [from, to) of a row, without those that read nothing.
+  void fill(int64_t row, int64_t from, int64_t to, const MaskRow& mask, Queue* queue) const {
     const int32_t* position = spans_[row].dense ? nullptr : positions_of(row) + from;
-    block->n = 0;
-    block->biased = mask.additive();
     if (mask.dtype == kNone && position && all_valid(position, to - from)) {
-      block->n = to - from;
-      std::memcpy(block->position, position, block->n * sizeof(int32_t));
+      std::memcpy(queue->position + queue->n, position, (to - from) * sizeof(int32_t));
+      queue->n += to - from;
       return;
     }
     for (int64_t i = 0; i < to - from; ++i) {
@@ -458,8 +465,8 @@ class Attend {
       if (!valid(at)) continue;
       float bias = mask.bias(at);
       if (bias == -kInf) continue;
-      block->position[block->n] = at;
-      block->bias[block->n++] = bias;
+      queue->position[queue->n] = at;
+      queue->bias[queue->n++] = bias;
     }
   }
 
@@ -514,56 +521,57 @@ class Attend {
     float* total = total_of(partial);
     std::memset(partial, 0, partial_stride_ * sizeof(float));
     for (int64_t g = 0; g < round_up(together_, kMaxHeads); ++g) most[g] = -kInf;
-    Block blocks[2];
-    int now = 0;
-    fill(row, first, min_of(first + kSlots, last), mask, &blocks[0]);
-    for (int64_t from = first; from < last; from += kSlots, now ^= 1) {
-      const Block& block = blocks[now];
-      Block& next = blocks[now ^ 1];
-      next.n = 0;
-      if (from + kSlots < last) {
-        fill(row, from + kSlots, min_of(from + 2 * kSlots, last), mask, &next);
+    const E* k = p_.k.row<E>(batch_of(row), kv_head_of(row), 0);
+    const E* v = p_.v.row<E>(batch_of(row), kv_head_of(row), 0);
+    Queue queue;
+    queue.biased = mask.additive();
+    for (bool begun = false;; begun = true) {
+      for (; first < last && queue.n < kSlots + kAhead; first += kSlots) {
+        fill(row, first, min_of(first + kSlots, last), mask, &queue);
       }
-      if (block.n == 0) continue;
+      if (queue.n == 0) return;
+      for (int64_t i = 0; !begun && i < min_of(kAhead, queue.n); ++i) {
+        prefetch(k + queue.position[i] * p_.k.stride[2], d_);
+        prefetch(v + queue.position[i] * p_.v.stride[2], dv_);
+      }
+      int64_t n = min_of(queue.n, kSlots);
       const Query<E>* q = queries;
       for (int64_t g = 0; g < together_;) {
         int64_t heads = head_block(together_ - g);
         float* sum = partial + g * sum_stride_;
         switch (heads) {
-          case 1: take<E, 1>(row, block, next, q, sum, most + g, total + g); break;
-          case 2: take<E, 2>(row, block, next, q, sum, most + g, total + g); break;
-          case 4: take<E, 4>(row, block, next, q, sum, most + g, total + g); break;
-          default: take<E, 8>(row, block, next, q, sum, most + g, total + g);
+          case 1: take<E, 1>(k, v, queue, n, q, sum, most + g, total + g); break;
+          case 2: take<E, 2>(k, v, queue, n, q, sum, most + g, total + g); break;
+          case 4: take<E, 4>(k, v, queue, n, q, sum, most + g, total + g); break;
+          default: take<E, 8>(k, v, queue, n, q, sum, most + g, total + g);
         }
         q += heads * round_up(d_, 32);
         g += heads;
       }
+      queue.drop(n);
     }
   }
 
   template <class E, int GB>
-  void take(int64_t row, const Block& block, const Block& next, const Query<E>* q, float* sum,
+  void take(const E* k, const E* v, const Queue& queue, int64_t n, const Query<E>* q, float* sum,
             float* most, float* total) const {
-    const E* k = p_.k.row<E>(batch_of(row), kv_head_of(row), 0);
-    const E* v = p_.v.row<E>(batch_of(row), kv_head_of(row), 0);
     float logit[kSlots * GB], rescale[GB];
-    dots<E, GB>(k, p_.k.stride[2], block, q, d_, v, p_.v.stride[2], dv_ * sizeof(E), logit);
+    dots<E, GB>(k, p_.k.stride[2], queue, n, q, d_, logit);
     float scale = static_cast<float>(p_.scale);
-    for (int64_t i = 0; i < block.n * GB; ++i) logit[i] *= scale;
+    for (int64_t i = 0; i < n * GB; ++i) logit[i] *= scale;
     if (p_.softcap > 0) {
       float cap = static_cast<float>(p_.softcap);
 #pragma omp simd
-      for (int64_t i = 0; i < block.n * GB; ++i) logit[i] = cap * tanh_of(logit[i] / cap);
+      for (int64_t i = 0; i < n * GB; ++i) logit[i] = cap * tanh_of(logit[i] / cap);
     }
-    if (block.biased) {
-      for (int64_t n = 0; n < block.n; ++n) {
-        for (int g = 0; g < GB; ++g) logit[n * GB + g] += block.bias[n];
+    if (queue.biased) {
+      for (int64_t i = 0; i < n; ++i) {
+        for (int g = 0; g < GB; ++g) logit[i * GB + g] += queue.bias[i];
       }
     }
-    for (int64_t i = block.n * GB; i < round_up(block.n * GB, 16); ++i) logit[i] = -kInf;
-    soften<GB>(logit, round_up(block.n * GB, 16) / GB, most, total, rescale);
-    accumulate<E, GB>(v, p_.v.stride[2], block, logit, dv_, rescale, sum, sum_stride_, k,
-                      p_.k.stride[2], d_ * sizeof(E), next);
+    for (int64_t i = n * GB; i < round_up(n * GB, 16); ++i) logit[i] = -kInf;
+    soften<GB>(logit, round_up(n * GB, 16) / GB, most, total, rescale);
+    accumulate<E, GB>(v, p_.v.stride[2], queue, n, logit, dv_, rescale, sum, sum_stride_);
   }
 
   template <class E>
