@@ -386,7 +386,7 @@ def joint_mask(
         if mask.dtype == torch.bool
     }
     if len(keeps) == len(masks) and all(fill == float("-inf") for _, _, fill in rules):
-        return functools.reduce(torch.logical_and, keeps.values())
+        return _stored(functools.reduce(torch.logical_and, keeps.values()))
     joint = torch.zeros((1, 1, 1, 1), dtype=dtype, device=masks[0].device)
     for i, (mask, (factor, _, fill)) in enumerate(zip(masks, rules, strict=True)):
         if i in keeps:
@@ -394,7 +394,21 @@ def joint_mask(
         else:
             term = mask if factor == 1.0 else mask * factor
             joint = term if i == 0 else joint + term
-    return joint
+    return _stored(joint)
+
+
+def _stored(mask: torch.Tensor) -> torch.Tensor:
+    """The same mask, which Inductor computes into memory once.
+
+    Each of our ops asks for exact strides, and Inductor answers with a buffer of its own for every
+    use of a value that it has not stored: two whole masks per layer. It stores what as_strided
+    reads (2.13: 2.5 of 11 ms per token at 131072 tokens and 4 layers on a CPU).
+    """
+    for dim in range(3):
+        if isinstance(mask.stride(dim), int) and mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)  # expanded: the ops broadcast it again
+    mask = mask.contiguous()
+    return mask.as_strided(mask.shape, mask.stride())
 
 
 def _rows_of_group(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
