@@ -2,13 +2,15 @@
 
 The compiler's own front half does the work: Dynamo hands over each graph, `find_sites` finds the
 attention cores (prefills too), and an interpreter runs the graph as it is while it shows every
-core's keys and queries to a `KeyCovariance`. A cache is known by the weights that make its keys,
-so what is fitted here is found again in the decode graph, whatever that looks like.
+core's keys and queries to a `KeyCovariance` or to `AttentionSamples`. A cache is known by the
+weights that make its keys, so what is fitted here is found again in the decode graph, whatever that
+looks like.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +25,12 @@ from loki_compile.passes.cache_writes import nearest_matrix
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.rotary import Unrotated, before_rotation
 from loki_compile.passes.sites import AttentionSite, Heads, find_sites
+from loki_compile.pca_store.attention_fit import STEPS, AttentionSamples
 from loki_compile.pca_store.basis import CALIBRATIONS, Basis, BasisSet, library_versions
 from loki_compile.pca_store.covariance import KeyCovariance
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 
-FITTED_KINDS = ("pca", "score-optimal")
+FITTED_KINDS = ("attention", "pca", "score-optimal")
 # Dynamo runs a frame eagerly, unseen, once it has been compiled this often.
 RECOMPILE_LIMIT = 256
 
@@ -38,10 +41,12 @@ def calibrate(
     batches: Iterable[Tensor | Mapping[str, Any]],
     *,
     calibration: str = "post-rotary",
-    kind: str = "pca",
+    kind: str = "attention",
+    rank: int | float = 0.25,
     name: str = "",
     source: str = "",
     progress: Callable[[int], None] | None = None,
+    fit_progress: Callable[[int, int], None] | None = None,
 ) -> BasisSet:
     """Fits one basis per key cache of a decoder; the model is left as it was.
 
@@ -49,25 +54,31 @@ def calibrate(
         model: a decoder in eval mode. It is called with `input_ids=`, and with `use_cache=False`
             and `logits_to_keep=1` where its forward takes them.
         batches: each a tensor of token ids (B, T), or a mapping of keyword arguments. In a mapping,
-            `attention_mask` (B, T) keeps padding out of the fit. Moved to the model's device.
+            `attention_mask` (B, T) keeps padding out of the fit. Moved to the model's device. Make
+            them as long as the contexts you decode: slow rotary dims look constant in short ones.
         calibration: "post-rotary" fits the keys as they are cached; "pre-rotary" the keys before
             the rotary embedding. The basis is applied to cached keys in both cases.
-        kind: "pca" of the keys, or "score-optimal", which takes the queries into account.
+        kind: "pca" of the keys (the paper's); "score-optimal", which takes the queries into
+            account; or "attention", which is trained to find the keys that are attended, and ranks
+            best. It keeps the prompts' keys in memory until the end (see `AttentionSamples`).
+        rank: the columns of an "attention" basis, a count or a fraction of head_dim: the largest
+            `rank` it can be used at. Other kinds hold all head_dim columns.
         name: the model's name, for display and for messages.
         source: what the text is, for display.
         progress: called with the number of tokens of each batch when it is done.
+        fit_progress: called with the steps done and the steps in all while "attention" is fitted.
 
     Returns:
-        One basis for each set of key weights, in the order in which the model uses them, holding
-        all head_dim columns.
+        One basis for each set of key weights, in the order in which the model uses them.
 
     Raises:
-        ValueError: an unknown choice; no batches; no attention whose keys can be observed.
+        ValueError: an unknown choice; no batches, or too short ones; no attention whose keys can be
+            observed.
         RuntimeError: part of the model escaped compilation, so that its keys were not seen.
     """
-    check_choices(calibration, kind)
+    check_choices(calibration, kind, rank)
     model = getattr(model, "_orig_mod", model)
-    seen = _Moments(pre_rotary=calibration == "pre-rotary")
+    seen = _Seen(pre_rotary=calibration == "pre-rotary", kind=kind)
     run = torch.compile(model.forward, backend=seen.observe)
     extra = _accepted(model, {"use_cache": False, "logits_to_keep": 1})
     done, per_batch = 0, 0
@@ -87,7 +98,7 @@ def calibrate(
     if not done:
         raise ValueError("found no batches to calibrate with; needs at least one: pass more text.")
     return BasisSet(
-        seen.fit(kind),
+        seen.fit(rank, fit_progress),
         model=name,
         calibration=calibration,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -97,7 +108,7 @@ def calibrate(
     )
 
 
-def check_choices(calibration: str, kind: str) -> None:
+def check_choices(calibration: str, kind: str, rank: int | float) -> None:
     """Refuses what `calibrate` does not know, before a model is loaded.
 
     Raises:
@@ -109,6 +120,16 @@ def check_choices(calibration: str, kind: str) -> None:
     ):
         if value not in allowed:
             raise ValueError(f"{what}={value!r}: needs one of {', '.join(map(repr, allowed))}.")
+    if kind == "attention" and calibration != "post-rotary":
+        raise ValueError(
+            f"calibration={calibration!r} with kind='attention': attention is made of rotated "
+            "keys; needs calibration='post-rotary', or kind='pca' or 'score-optimal'."
+        )
+    count = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    if not count and not (isinstance(rank, float) and 0 < rank <= 1):
+        raise ValueError(
+            f"rank={rank!r}: needs a count >= 1 (int) or a fraction of head_dim in (0, 1] (float)."
+        )
 
 
 @dataclass(frozen=True)
@@ -142,17 +163,20 @@ class _Observed:
     layer: str
     kv_heads: int
     head_dim: int
+    scale: float
     keys: _Tap
     queries: tuple[_Tap, ...]
     cores: tuple[fx.Node, ...]
 
 
 @dataclass
-class _Moments:
+class _Seen:
     """What has been seen of each key cache; `observe` is the backend that adds to it."""
 
     pre_rotary: bool
-    held: dict[tuple[str, int], KeyCovariance] = field(default_factory=dict)
+    kind: str
+    held: dict[tuple[str, int], KeyCovariance | AttentionSamples] = field(default_factory=dict)
+    head_dims: dict[tuple[str, int], int] = field(default_factory=dict)
     layers: dict[tuple[str, int], str] = field(default_factory=dict)
     mask: Tensor | None = None
     in_batch: int = 0
@@ -201,6 +225,7 @@ class _Moments:
                     layer=site.path,
                     kv_heads=site.kv_heads,
                     head_dim=site.head_dim,
+                    scale=site.scale,
                     keys=self._tap(base, site.key, is_parameter),
                     queries=tuple(self._tap(s.query, None, is_parameter) for s in readers),
                     cores=tuple(s.node for s in readers),
@@ -224,10 +249,11 @@ class _Moments:
                 "prompts, without a cache"
             ] = None
             return
-        moments = self.held.get(cache.identity)
-        if moments is None:
-            moments = self.held[cache.identity] = KeyCovariance(cache.kv_heads, cache.head_dim)
+        held = self.held.get(cache.identity)
+        if held is None:
+            held = self.held[cache.identity] = self._empty(cache)
             self.layers[cache.identity] = cache.layer
+            self.head_dims[cache.identity] = cache.head_dim
         groups = [q.unflatten(1, (cache.kv_heads, -1)) for q in queries]
         together = torch.cat(groups, 2).flatten(1, 2)
         mask = self.mask
@@ -236,16 +262,45 @@ class _Moments:
                 f"found attention_mask of shape {tuple(mask.shape)} for keys of "
                 f"{keys.shape[0]} x {tokens} tokens; needs one entry per token of the batch."
             )
-        moments.update(keys, together, mask)
+        held.update(keys, together, mask)
         self.in_batch += 1
 
-    def fit(self, kind: str) -> tuple[Basis, ...]:
+    def _empty(self, cache: _Observed) -> KeyCovariance | AttentionSamples:
+        if self.kind == "attention":
+            return AttentionSamples(cache.kv_heads, cache.head_dim, scale=cache.scale)
+        return KeyCovariance(cache.kv_heads, cache.head_dim)
+
+    def fit(
+        self, rank: int | float, progress: Callable[[int, int], None] | None
+    ) -> tuple[Basis, ...]:
         """A basis of each cache, in the order of first sight."""
-        bases = []
-        for (weights, occurrence), moments in self.held.items():
-            fit = moments.pca if kind == "pca" else moments.score_optimal
-            bases.append(fit(weights=weights, layer=self.layers[(weights, occurrence)]))
+        bases: list[Basis] = []
+        total = STEPS * len(self.held)
+
+        def step(_: int) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        done = 0
+        for identity, held in self.held.items():
+            origin = {"weights": identity[0], "layer": self.layers[identity]}
+            if isinstance(held, AttentionSamples):
+                columns = _columns(rank, self.head_dims[identity])
+                bases.append(held.fit(columns, **origin, progress=step))
+            else:
+                bases.append(
+                    held.pca(**origin) if self.kind == "pca" else held.score_optimal(**origin)
+                )
         return tuple(bases)
+
+
+def _columns(rank: int | float, head_dim: int) -> int:
+    """As `Basis.rank_for`; a count above head_dim is head_dim, for layers may differ."""
+    if isinstance(rank, float):
+        return max(1, math.ceil(round(rank * head_dim, 6)))
+    return min(rank, head_dim)
 
 
 class _LookingOn(fx.Interpreter):
@@ -254,7 +309,7 @@ class _LookingOn(fx.Interpreter):
     Not sooner: keys may be rotated or filled in place after the node that names them.
     """
 
-    def __init__(self, gm: fx.GraphModule, caches: Sequence[_Observed], moments: _Moments) -> None:
+    def __init__(self, gm: fx.GraphModule, caches: Sequence[_Observed], moments: _Seen) -> None:
         super().__init__(gm)
         self.moments = moments
         self.waiting = {cache: _nodes_of(cache) for cache in caches}
@@ -295,7 +350,7 @@ def _accepted(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in names}
 
 
-def _unseen(seen: _Moments, expected: int) -> Exception:
+def _unseen(seen: _Seen, expected: int) -> Exception:
     reasons = "".join(f"\n  {reason}" for reason in seen.reasons)
     if not seen.held:
         why = reasons or "\n  the model runs no attention that is understood"

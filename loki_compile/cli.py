@@ -165,9 +165,12 @@ def demo(
 @click.argument("more_text", metavar="[FILES]...", nargs=-1)
 @click.option("--text", "first_text", multiple=True, help="Text files. [Python's own library]")
 @click.option("--tokens", type=click.IntRange(2), default=65536, show_default=True)
-@click.option("--length", type=click.IntRange(2), default=2048, show_default=True,
-              help="Tokens per prompt.")  # fmt: skip
-@click.option("--kind", default="pca", show_default=True, help='"pca" or "score-optimal".')
+@click.option("--length", type=click.IntRange(2), default=4096, show_default=True,
+              help="Tokens per prompt; as long as you decode, where memory allows.")  # fmt: skip
+@click.option("--kind", default="attention", show_default=True,
+              help='"attention", "pca" or "score-optimal".')  # fmt: skip
+@click.option("--rank", default="0.25", show_default=True,
+              help='Columns of an "attention" basis: 16, or 0.25 of head_dim.')  # fmt: skip
 @click.option("--calibration", default="post-rotary", show_default=True,
               help='"post-rotary" or "pre-rotary".')  # fmt: skip
 @click.option("--out", "folder", type=click.Path(path_type=Path), help="Folder. [the store]")
@@ -179,6 +182,7 @@ def calibrate(
     tokens: int,
     length: int,
     kind: str,
+    rank: str,
     calibration: str,
     folder: Path | None,
     device: str | None,
@@ -186,31 +190,43 @@ def calibrate(
     random_weights: bool,
 ) -> None:
     """Fit a basis for MODEL from text, and store it."""
+    import torch
+
     from loki_compile.calibration import calibrate as fit
     from loki_compile.calibration import check_choices
     from loki_compile.models import batches_of, encode, load_model, load_tokenizer, longest_context
     from loki_compile.pca_store.store import Store
+    from loki_compile.reference_data import calibration_prompts
 
-    check_choices(calibration, kind)
+    columns = NUMBER.convert(rank, None, None)
+    check_choices(calibration, kind, columns)
     store = Store(folder)
-    text, source = _text_of((*first_text, *more_text), "train")
+    files = (*first_text, *more_text)
+    text, source = _text_of(files, "train") if files else ("", "")
     tokenizer = load_tokenizer(name)
-    ids = encode(tokenizer, text[: 16 * tokens])
     model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
-    batches = batches_of(ids, min(length, longest_context(model)), tokens)
+    length = min(length, longest_context(model))
+    if files:
+        batches = batches_of(encode(tokenizer, text[: 16 * tokens]), length, tokens)
+    else:
+        prompts, source = calibration_prompts(tokenizer, length, tokens)
+        batches = [torch.tensor([prompt]) for prompt in prompts]
     total = sum(batch.numel() for batch in batches)
     if total < tokens:
         err.print(f"the text holds {total} tokens of the {tokens} asked for; all are used")
     with _progress() as bar:
-        task = bar.add_task(f"calibrating {name}", total=total)
+        task = bar.add_task(f"reading with {name}", total=total)
+        fitting = bar.add_task("fitting", total=None, visible=kind == "attention")
         basis_set = fit(
             model,
             batches,
             calibration=calibration,
             kind=kind,
+            rank=columns,
             name=name,
             source=source,
             progress=lambda done: bar.advance(task, done),
+            fit_progress=lambda done, steps: bar.update(fitting, completed=done, total=steps),
         )
     path = store.save(basis_set)
     out.print(_spectra(basis_set))
@@ -340,8 +356,11 @@ def _origin(header: BasisHeader) -> list[str]:
 
 
 def _spectra(basis_set: BasisSet) -> Table:
+    from loki_compile.pca_store.basis import ORTHONORMAL_KINDS
+
     shares = (0.9, 0.95, 0.99)
-    what = "score variance" if basis_set.kind == "score-optimal" else "key variance"
+    what = "key variance" if basis_set.kind in ORTHONORMAL_KINDS else "score variance"
+    what += "" if basis_set.kind != "attention" else " that the basis holds"
     table = Table(title=f"dims that hold this share of the {what}", title_justify="left")
     for column in ("layer", "KV heads", "head_dim", "tokens", *(f"{s:.0%}" for s in shares)):
         table.add_column(column, justify="left" if column == "layer" else "right")

@@ -27,8 +27,14 @@ from loki_compile.evaluation import (
     variants,
 )
 from loki_compile.explanation import site_table, summary
-from loki_compile.models import batches_of, encode, longest_context
-from loki_compile.reference_data import recall_prompt, recall_token_ids, stdlib_text
+from loki_compile.models import encode, longest_context
+from loki_compile.pca_store.basis import BasisSet
+from loki_compile.reference_data import (
+    calibration_prompts,
+    recall_prompt,
+    recall_token_ids,
+    stdlib_text,
+)
 
 NEW_TOKENS = 96
 TEXT_TOKENS = 256
@@ -94,11 +100,7 @@ def run_demo(
     out.print(_headline(model, name, context), highlight=False)
     with many_variants():
         with err.status("calibrating a basis on Python's standard library"):
-            text = stdlib_text("train")[: 16 * CALIBRATION_TOKENS]
-            pieces = batches_of(
-                encode(tokenizer, text), min(2048, longest_context(model)), CALIBRATION_TOKENS
-            )
-            basis = calibrate(model, pieces, name=name, source="Python's standard library")
+            basis = _calibrated(model, tokenizer, name, context, options)
         config = LokiConfig.from_options({**options, "basis": basis})
         found = decode_reports(model, "static", context + NEW_TOKENS, config.to_options())
         out.print(site_table(found, config, context))
@@ -118,6 +120,22 @@ def run_demo(
             torch._dynamo.reset()
             _draw(model, name, config, picture, err)
             out.print(f"wrote {picture}", soft_wrap=True, highlight=False)
+
+
+def _calibrated(
+    model: Any, tokenizer: Any, name: str, context: int, options: dict[str, Any]
+) -> BasisSet:
+    rank = options.get("rank", LokiConfig().rank)
+    length = min(max(context, 64), longest_context(model))
+    prompts, source = calibration_prompts(tokenizer, length, CALIBRATION_TOKENS)
+    return calibrate(
+        model,
+        [torch.tensor([prompt]) for prompt in prompts],
+        kind="pca" if isinstance(rank, str) else "attention",  # "variance:0.9" needs all columns
+        rank=0.25 if isinstance(rank, str) else rank,
+        name=name,
+        source=source,
+    )
 
 
 def make_prompts(model: Any, tokenizer: Any, context: int) -> Prompts:

@@ -177,6 +177,30 @@ def newline_tokens(tokenizer) -> np.ndarray:
     return starts
 
 
+def calibration_prompts(tokenizer, length: int, tokens: int) -> tuple[list[list[int]], str]:
+    """Prompts of `length` ids (the last may be shorter), `tokens` in all, and what they are.
+
+    Code of the training split. For the reference model's tokenizer every second prompt has recall
+    lines among its code, as in the model's own training: a basis learns to find what it was shown
+    being looked up.
+    """
+    try:
+        recall_token_ids(tokenizer)
+    except ValueError:
+        ids = encode(tokenizer, stdlib_text("train")[: 16 * tokens])[:tokens]
+        pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
+        return [piece for piece in pieces if len(piece) > 1], "Python's standard library (train)"
+    prompts = []
+    while (left := tokens - sum(map(len, prompts))) > 1:
+        size, number = min(length, left), len(prompts)
+        pairs = min(len(RECALL_KEYS), len(RECALL_VALUES), size // 40)
+        if number % 2 and pairs:
+            prompts.append(recall_prompt(tokenizer, size, pairs, number, "train")[0])
+        else:
+            prompts.append(_code(tokenizer, size, "train", random.Random(number))[:size])
+    return prompts, "Python's standard library (train) and recall lines"
+
+
 def recall_correct(logits, queries: list[tuple[int, list[int]]]) -> list[bool]:
     """For each query, whether the arg max of `logits` (tokens, vocabulary) is its answer."""
     return [int(logits[at].argmax()) == answer[0] for at, answer in queries]

@@ -1,10 +1,10 @@
-"""Bases: fit (covariance), hold (basis), file format (basis_file), lookup (store).
+"""Bases: fit (covariance, attention_fit), hold (basis), file format (basis_file), lookup (store).
 
 File format, version 1. One safetensors file per basis set. Its header holds, besides the tensors:
 
 `__metadata__["loki_compile.basis"]`, a JSON object:
     format              1
-    kind                "pca", "score-optimal" or "random"
+    kind                "pca", "score-optimal", "attention" or "random"
     model               name of the model, for display
     model_fingerprint   hash of the sites' sorted fingerprints
     calibration         "pre-rotary" or "post-rotary"
@@ -16,6 +16,6 @@ File format, version 1. One safetensors file per basis set. Its header holds, be
     the name and the little-endian bytes of each tensor.
 
 Tensors of site i, all fp32: `key.i` (Hkv, D, C), `spectrum.i` (Hkv, D), and for "score-optimal"
-also `query.i` (Hkv, D, C); other kinds use the key's projection for queries. Nothing else may be
-there.
+and "attention" also `query.i` (Hkv, D, C); other kinds use the key's projection for queries.
+Nothing else may be there.
 """

@@ -23,7 +23,7 @@ from loki_compile.pca_store.fingerprint import combine_fingerprints
 from torch import Tensor
 
 # "random" is the control: any orthonormal basis, fitted to nothing.
-KINDS = ("pca", "score-optimal", "random")
+KINDS = ("pca", "score-optimal", "attention", "random")
 # For these the query's projection is the key's, and its columns are orthonormal (Loki, Lemma 4.1).
 ORTHONORMAL_KINDS = ("pca", "random")
 # Which keys the basis was fitted on. It is applied after RoPE in both cases, as in the paper.
@@ -49,7 +49,8 @@ class Basis:
         query: (Hkv, D, C) fp32, applied as q @ query to every query head of the group.
         key: (Hkv, D, C) fp32, applied as k @ key. The same tensor as `query` for orthonormal kinds.
         spectrum: (Hkv, D) fp32, descending: what each dim explains. For "pca" and "random" the
-            variance of the keys along it; for "score-optimal" the variance of the scores q.k.
+            variance of the keys along it; for "score-optimal" and "attention" the
+            variance of the scores q.k, which for "attention" is zero from column C on.
         kind: one of KINDS.
         weights: hex fingerprint of the weights that produce these keys; "" where there are none.
         layer: display path of the attention module; may be "".

@@ -124,14 +124,7 @@ class KeyCovariance:
         Raises:
             ValueError: no keys or no queries seen yet.
         """
-        if self.queries == 0:
-            raise ValueError(
-                "found no queries in these moments; a score-optimal basis needs them: pass queries "
-                "to update(), or fit pca()"
-            )
-        moment = self._query_moment / self._query_count.clamp_min(1)
-        query_root, query_inverse = _roots(moment, self._query_count)
-        key_root, key_inverse = _roots(self._key_covariance(), self._count)
+        query_root, query_inverse, key_root, key_inverse = self.score_roots()
         left, singular, right = torch.linalg.svd(query_root @ key_root)
         weight = singular.sqrt().unsqueeze(-2)
         sign = _signs(left)
@@ -140,6 +133,51 @@ class KeyCovariance:
         spectrum = _fp32(singular.square())
         return Basis(
             query.float(), key.float(), spectrum, "score-optimal", weights, layer, self.tokens
+        )
+
+    @torch.no_grad()
+    def ordered(
+        self, query: Tensor, key: Tensor, *, kind: str, weights: str = "", layer: str = ""
+    ) -> Basis:
+        """A pair (Hkv, D, R) that gives the same scores, its columns in `score_optimal`'s order.
+
+        The columns are the singular vectors of Cq^½ A Bᵀ Ck^½, so the first r of them are the best
+        r of this pair's scores; the spectrum is zero from R on.
+
+        Raises:
+            ValueError: no keys or no queries seen yet.
+        """
+        query_root, query_inverse, key_root, key_inverse = self.score_roots()
+        rank = query.shape[-1]
+        product = query_root @ query.double() @ key.double().mT @ key_root
+        left, singular, right = torch.linalg.svd(product)
+        left, right, singular = left[..., :rank], right.mT[..., :rank], singular[..., :rank]
+        weight = singular.sqrt().unsqueeze(-2)
+        sign = _signs(left)
+        spectrum = torch.zeros(query.shape[:2], dtype=torch.float32, device="cpu")
+        spectrum[:, :rank] = _fp32(singular.square())
+        return Basis(
+            (query_inverse @ left * sign * weight).float(),
+            (key_inverse @ right * sign * weight).float(),
+            spectrum, kind, weights, layer, self.tokens,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def score_roots(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Cq^½, Cq^-½, Ck^½ and Ck^-½, each (Hkv, D, D) fp64, ridged.
+
+        Raises:
+            ValueError: no keys or no queries seen yet.
+        """
+        if self.queries == 0:
+            raise ValueError(
+                "found no queries in these moments; a score-optimal basis needs them: pass queries "
+                "to update(), or fit pca()"
+            )
+        moment = self._query_moment / self._query_count.clamp_min(1)
+        return (
+            *_roots(moment, self._query_count),
+            *_roots(self._key_covariance(), self._count),
         )
 
     def _check(self, keys: Tensor, queries: Tensor | None, mask: Tensor | None) -> None:

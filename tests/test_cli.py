@@ -76,7 +76,7 @@ def test_calibrate_stores_what_explain_then_uses(tiny, text, own_store):
     assert stored.header.source == "words.txt"
     assert [site.tokens for site in stored.header.sites] == [300, 300]
     after = succeed("explain", tiny, "--min-context", "0")
-    assert after.count("pca, 300 tokens") == 2
+    assert after.count("attention, 300 tokens") == 2
 
 
 def test_calibrate_takes_several_files_and_another_folder(tiny, text, tmp_path, own_store):
