@@ -277,11 +277,21 @@ def _download(repo: str, revision: str | None) -> Path:
         BasisNotFound: no such repository, revision or file, or no way to reach the hub.
     """
     # Imported here: only hub ids need it, and it takes a good part of a second.
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     at = f"{repo}@{revision}" if revision else repo
+    # Asked once here: a download asks again for half a minute where there is no network.
+    unreachable = False
     try:
-        return Path(hf_hub_download(repo, HUB_FILE, revision=revision))
+        get_hf_file_metadata(hf_hub_url(repo, HUB_FILE, revision=revision))
+    except errors.HfHubHTTPError:
+        pass  # an answer, which the download gives again
+    except Exception:
+        unreachable = True
+    try:
+        return Path(
+            hf_hub_download(repo, HUB_FILE, revision=revision, local_files_only=unreachable)
+        )
     except errors.LocalEntryNotFoundError:
         problem = (
             "the hub cannot be reached and the file is not in its cache; needed a connection (or "

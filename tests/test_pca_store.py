@@ -1054,16 +1054,30 @@ class TestHub:
         class Hub:
             calls = ()
             answer = None
+            reachable = True
+            from_cache: bool
 
-            def __call__(self, repo, file, *, revision=None):
+            def ask(self, url):
+                if not self.reachable:
+                    raise ConnectionError
+
+            def __call__(self, repo, file, *, revision=None, local_files_only=False):
                 self.calls = (*self.calls, (repo, file, revision))
+                self.from_cache = local_files_only
                 if isinstance(self.answer, Exception):
                     raise self.answer
                 return str(self.answer)
 
         hub = Hub()
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", hub.ask)
         return hub
+
+    @pytest.mark.parametrize("reachable", [True, False])
+    def test_without_a_network_only_the_hub_cache_is_read(self, tmp_path, hub, reachable):
+        hub.answer, hub.reachable = Store(tmp_path).save(fitted_set()), reachable
+        assert Store(tmp_path / "empty").load("org/name").kind == "score-optimal"
+        assert len(hub.calls) == 1 and hub.from_cache is not reachable
 
     def test_a_hub_id_is_downloaded_at_its_revision(self, tmp_path, hub):
         hub.answer = Store(tmp_path).save(fitted_set())
