@@ -2,16 +2,34 @@
 
 From each softmax the chain is followed back to the product of queries and keys and forward to the
 product with the values. What lies between is folded into the one form of a core: a scale, a soft
-cap, masks and sink logits. A softmax without both products (a router, a residual mixer) is no
-attention. Analysis only: nothing here edits a graph.
+cap, masks and sink logits. Each product may have batch and heads in one dimension. A softmax
+without both products (a router, a residual mixer) is no attention. Analysis only: nothing here
+edits a graph.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from loki_compile.passes.fx_tools import concrete, fake_value, module_path, op_name, shape_of
-from loki_compile.passes.sites import Core, MaskTerm, Reason, Skipped
+import torch
+from loki_compile.passes.fx_tools import (
+    concrete,
+    fake_value,
+    module_path,
+    op_name,
+    same_size,
+    shape_of,
+)
+from loki_compile.passes.sites import (
+    Core,
+    MaskTerm,
+    Reason,
+    Skipped,
+    before_fold,
+    folds,
+    unfolds,
+)
 from torch import fx
 
 _ADD = ("add", "add_", "iadd", "__add__", "__iadd__")
@@ -27,9 +45,27 @@ class _Scores:
 
     def __init__(self) -> None:
         self.factor = 1.0  # of everything that lies further back
+        self.floor = float("-inf")  # of everything that lies further back, after the factor
         self.masks: list[MaskTerm] = []
         self.softcap = 0.0
         self.sinks: fx.Node | None = None
+        self.reads: list[tuple[fx.Node, fx.Node]] = []
+        self.unfolded: list[Any] = []  # (B, Hq, S, T) wherever the scores change between 3-D and it
+
+    def add_mask(self, mask: fx.Node, reader: fx.Node, factor: float = 1.0, **more: Any) -> None:
+        """Notes what the call `reader` adds to the scores, or hides of them.
+
+        `factor` is that of `reader` alone; `more` are fields of a boolean mask's term."""
+        shape, out = shape_of(mask) or (), shape_of(reader) or ()
+        folded = len(shape) == len(out) == 3 and concrete(shape[0]) != 1
+        term = MaskTerm(mask, factor * self.factor, folded=folded, **more)
+        if self.floor > float("-inf"):
+            floor = self.floor / term.factor
+            boolean = fake_value(mask).dtype == torch.bool
+            change = {"fill": max(term.fill, floor)} if boolean else {"floor": floor}
+            term = dataclasses.replace(term, **change)
+        self.masks.append(term)
+        self.reads.append((mask, reader))
 
 
 def chain_core(softmax: fx.Node) -> Core | Skipped | None:
@@ -55,20 +91,93 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
         return skip(Reason.SOFTMAX, product)
     if trimmed != (scores.sinks is not None):
         return skip(Reason.SOFTMAX, "a slice of the weights")
-    if op_name(product) != "matmul" or op_name(node) != "matmul" or len(shape) != 4:
+    factors = _factors(product, scores)
+    if isinstance(factors, str):
+        return skip(Reason.SOFTMAX, factors)
+    query = _queries(factors[0], product, scores)
+    key = _operand(factors[1], (0, 1, 3, 2), product, scores)
+    value = _operand(node.args[1], (0, 1, 2, 3), node, scores)
+    if op_name(product) == "einsum" or op_name(node) not in ("matmul", "bmm"):
+        query = None
+    if query is None or key is None or value is None:
         return skip(Reason.LAYOUT, f"{op_name(product)} of {tuple(shape_of(product) or ())}")
-    query, key = product.args[:2]
+    heads = shape_of(query) or ()
+    if any(not same_size(apart[d], heads[d]) for apart in scores.unfolded for d in (0, 1)):
+        return skip(Reason.SOFTMAX, "reshape")
     return Core(
         node=node,
         query=query,
-        key=key,
-        value=node.args[1],  # type: ignore[arg-type]
+        key=key[0],
+        value=value[0],
         masks=tuple(reversed(scores.masks)),
         scale=scores.factor,
-        key_order=(0, 1, 3, 2),
+        key_order=key[1],
+        value_order=value[1],
         softcap=scores.softcap,
         sinks=scores.sinks,
+        reads=tuple(scores.reads),
     )
+
+
+def _factors(product: fx.Node, scores: _Scores) -> tuple[Any, Any] | str:
+    """Queries and keys of the product; what `baddbmm` adds to it and scales it by goes to `scores`.
+
+    A string names what was not understood.
+    """
+    if op_name(product) != "baddbmm":
+        return product.args[0], product.args[1] if len(product.args) > 1 else None
+    added, query, key = product.args[:3]
+    beta, alpha = product.kwargs.get("beta", 1), product.kwargs.get("alpha", 1)
+    if not isinstance(beta, (int, float)) or not isinstance(alpha, (int, float)) or alpha <= 0:
+        return "baddbmm"
+    if beta != 0 and not _is_zeros(added):
+        if scores.softcap or not isinstance(added, fx.Node) or beta < 0:
+            return "baddbmm"
+        scores.add_mask(added, product, float(beta))
+    scores.factor *= alpha
+    return query, key
+
+
+def _is_zeros(node: Any) -> bool:
+    """Whether the node makes zeros that only its one reader sees."""
+    return isinstance(node, fx.Node) and op_name(node) == "zeros" and len(node.users) == 1
+
+
+def _queries(query: Any, reader: fx.Node, scores: _Scores) -> fx.Node | None:
+    """The 4-D queries behind an operand of the product; scaling on the way goes to `scores`."""
+    while isinstance(query, fx.Node) and len(shape_of(query) or ()) == 3:
+        found = before_fold(query, (0, 1, 2))
+        if found is not None:
+            query, order, reader = found
+            if order != (0, 1, 2, 3):
+                return None
+            break
+        scales = _STEPS.get(op_name(query)) if op_name(query) in (*_MUL, *_DIV) else None
+        query = scales(query, scores) if scales else None
+    if not isinstance(query, fx.Node) or len(shape_of(query) or ()) != 4:
+        return None
+    scores.reads.append((query, reader))
+    return query
+
+
+def _operand(
+    node: Any, at: tuple[int, int, int, int], reader: fx.Node, scores: _Scores
+) -> tuple[fx.Node, tuple[int, int, int, int]] | None:
+    """The 4-D keys or values behind an operand of a product, and where their dimensions are.
+
+    at: the dimensions of batch, heads, tokens and head_dim where the operand is 4-D.
+    """
+    if not isinstance(node, fx.Node):
+        return None
+    rank = len(shape_of(node) or ())
+    if rank == 4:
+        scores.reads.append((node, reader))
+        return node, at
+    found = before_fold(node, (0, at[2] - 1, at[3] - 1)) if rank == 3 else None
+    if found is None:
+        return None
+    scores.reads.append((found[0], found[2]))
+    return found[0], found[1]
 
 
 def _straight_back(softmax: fx.Node) -> list[fx.Node]:
@@ -116,7 +225,7 @@ def _product_with_values(softmax: fx.Node) -> tuple[fx.Node, bool, str] | None:
 
 def _keeps_weights(node: fx.Node) -> bool:
     name = op_name(node)
-    if name in _CASTS or name == "reshape":
+    if name in _CASTS or folds(node) or unfolds(node):
         return True
     if name == "dropout":
         probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
@@ -153,7 +262,7 @@ def _fold_add(node: fx.Node, scores: _Scores) -> fx.Node | None:
             # Under a soft cap an added term would be capped too: not the one form.
             if scores.softcap:
                 return None
-            scores.masks.append(MaskTerm(mask, scores.factor))
+            scores.add_mask(mask, node)
             return inner
     return None
 
@@ -206,8 +315,29 @@ def _fold_fill(node: fx.Node, scores: _Scores) -> fx.Node | None:
     low = _very_low(fill)
     if value is None or str(value.dtype) != "torch.bool" or low is None:
         return None
-    scores.masks.append(MaskTerm(mask, scores.factor, inverted, low))
+    scores.add_mask(mask, node, inverted=inverted, fill=low)
     return inner
+
+
+def _fold_clamp(node: fx.Node, scores: _Scores) -> fx.Node | None:
+    """max(scores, very low): what a mask adds or fills with goes no lower."""
+    inner, bound = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
+    low = _very_low(bound)
+    more = {key for key, value in node.kwargs.items() if key != "min" and value is not None}
+    if not isinstance(inner, fx.Node) or low is None or more or len(node.args) > 2:
+        return None
+    if scores.softcap:
+        return None
+    scores.floor = max(scores.floor, low * scores.factor)
+    return inner
+
+
+def _fold_view(node: fx.Node, scores: _Scores) -> fx.Node | None:
+    """A change between (B, Hq, S, T) and (B * Hq, S, T)."""
+    if not folds(node) and not unfolds(node):
+        return None
+    scores.unfolded.append(shape_of(node.args[0] if folds(node) else node))
+    return node.args[0]  # type: ignore[return-value]
 
 
 def _very_low(fill: Any) -> float | None:
@@ -240,7 +370,7 @@ def _fold_cat(node: fx.Node, scores: _Scores) -> fx.Node | None:
     shape = shape_of(sinks)
     if scores.factor != 1.0 or scores.softcap or scores.masks or shape is None:
         return None
-    if dim not in (-1, len(shape) - 1) or concrete(shape[-1]) != 1:
+    if len(shape) != 4 or dim not in (-1, 3) or concrete(shape[-1]) != 1 or scores.unfolded:
         return None
     scores.sinks = _per_head(sinks, concrete(shape[1]))
     return inner if scores.sinks is not None else None
@@ -286,6 +416,8 @@ _STEPS = {
     **dict.fromkeys(_DIV, _fold_div),
     **dict.fromkeys(_SUB, _fold_sub),
     **dict.fromkeys(_CASTS, _fold_cast),
+    **dict.fromkeys(("reshape", "flatten", "unflatten"), _fold_view),
+    **dict.fromkeys(("max", "maximum", "clamp", "clamp_min"), _fold_clamp),
     "tanh": _fold_tanh,
     "masked_fill": _fold_fill,
     "masked_fill_": _fold_fill,

@@ -7,6 +7,7 @@ graph only ever appends arguments and strips results.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
@@ -86,6 +87,7 @@ def rewrite_sparse(
     rather than mutated, the outputs: index rows (, index scales).
     """
     graph = gm.graph
+    plan = _with_plain_masks(graph, plan)
     bounds: dict[fx.Node, fx.Node] = {}
     masks: dict[tuple[tuple[MaskTerm, ...], fx.Node], fx.Node] = {}
     complete = _masks_complete(graph, [s.site for s in plan.sparse])
@@ -113,6 +115,8 @@ def rewrite_sparse(
                 graph, sparse, parts, query_basis, masks, bounds,
                 complete.get(sparse.site.node),
             )  # fmt: skip
+            if len(shape_of(sparse.site.node) or ()) == 3:  # batch and heads in one dimension
+                out = call(graph, torch.flatten, out, 0, 1, like=sparse.site.node)
         sparse.site.node.replace_all_uses_with(out)
     result = graph.output_node()
     result.args = ((*result.args[0], *outputs),)  # type: ignore[misc]
@@ -338,6 +342,40 @@ def _sparse_attention(
         like=site.node,
     )
     return _strided_like(graph, out, site)
+
+
+def _with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
+    """The plan with masks in the terms that `joint_mask` knows: neither folded nor floored.
+
+    Layers that read the same mask share what is made of it.
+    """
+    complete = _masks_complete(graph, [s.site for s in plan.sparse])
+    plain: dict[tuple[MaskTerm, int, fx.Node], MaskTerm] = {}
+    sparse = []
+    for old in plan.sparse:
+        site, terms = old.site, []
+        for term in site.masks:
+            floor = term.floor if term.floor > float("-inf") else None
+            heads = site.query_heads if term.folded else 0
+            behind = complete[site.node]
+            if (heads or floor is not None) and (term, heads, behind) not in plain:
+                with graph.inserting_after(behind):
+                    node = call(graph, plain_mask, term.node, heads, floor, like=site.node)
+                plain[term, heads, behind] = MaskTerm(node, term.factor, term.inverted, term.fill)
+            terms.append(plain.get((term, heads, behind), term))
+        site = dataclasses.replace(site, masks=tuple(terms))
+        sparse.append(dataclasses.replace(old, site=site))
+    return dataclasses.replace(plan, sparse=tuple(sparse))
+
+
+def plain_mask(mask: torch.Tensor, heads: int, floor: float | None) -> torch.Tensor:
+    """A mask with so many heads taken out of its first dimension (0: none), and nothing lower.
+
+    mask (B * heads, S, T) with heads, else of any shape.
+    """
+    if heads:
+        mask = mask.unflatten(0, (-1, heads))
+    return mask if floor is None else mask.clamp(min=floor)
 
 
 def _masks_complete(graph: fx.Graph, sites: Sequence[AttentionSite]) -> dict[fx.Node, fx.Node]:

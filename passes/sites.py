@@ -92,20 +92,26 @@ class MaskTerm:
     is True if `inverted`), a floating one is added; `factor` multiplies `fill` or what is added.
 
     A finite fill differs from -inf in rows that see no key: there it gives the mean of all values.
+    What a floating node adds is at least `floor`, before the factor. `folded` says that its first
+    dimension is batch and query heads in one.
     """
 
     node: fx.Node
     factor: float = 1.0
     inverted: bool = False
     fill: float = float("-inf")
+    floor: float = float("-inf")
+    folded: bool = False
 
 
 @dataclass(frozen=True)
 class Core:
     """An attention core in its one form, before its operands are looked into.
 
-    `key` permuted by `key_order` is (B, heads, T, D); `scale` None means 1 / sqrt(D); `grouped`
-    lets fewer KV heads than query heads stand for blocks of them; `causal` masks by position.
+    `key` permuted by `key_order` is (B, heads, T, D), `value` by `value_order` (B, heads, T, Dv);
+    `scale` None means 1 / sqrt(D); `grouped` lets fewer KV heads than query heads stand for blocks
+    of them; `causal` masks by position. `reads` names calls that read an operand before `node`
+    does: (operand, call).
     """
 
     node: fx.Node
@@ -115,15 +121,18 @@ class Core:
     masks: tuple[MaskTerm, ...]
     scale: float | None
     key_order: tuple[int, int, int, int] = (0, 1, 2, 3)
+    value_order: tuple[int, int, int, int] = (0, 1, 2, 3)
     softcap: float = 0.0
     sinks: fx.Node | None = None
+    reads: tuple[tuple[fx.Node, fx.Node], ...] = ()
     causal: bool = False
     grouped: bool = False
 
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention core: `node` computes softmax(scale * q k^T + masks) v, (B, Hq, S, Dv).
+    """One attention core: `node` computes softmax(scale * q k^T + masks) v, (B, Hq, S, Dv) or, with
+    batch and heads in one dimension, (B * Hq, S, Dv).
 
     With `softcap` c the scores are c * tanh(scale * q k^T / c); `sinks` (Hq,) are logits that
     take part in the softmax and have no value. `sdpa` says that the core is the SDPA call itself.
@@ -161,7 +170,8 @@ def find_sites(
     sites: list[AttentionSite] = []
     skipped: list[Skipped] = []
     writes = writes_of(graph)
-    for position, node in enumerate(graph.nodes):
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
         name = op_name(node)
         core: Core | Skipped | None = None
         if name == "scaled_dot_product_attention":
@@ -170,13 +180,33 @@ def find_sites(
             core = chain_core(node)
         if core is None:
             continue
-        before = [write for write in writes if write.position < position]
-        found = core if isinstance(core, Skipped) else _site(core, max_query_tokens, before)
+        found: AttentionSite | Skipped
+        if isinstance(core, Skipped):
+            found = core
+        else:
+            before = [write for write in writes if write.position < order[core.node]]
+            late = _written_after_reading(core, before, order)
+            found = late or _site(core, max_query_tokens, before)
         if isinstance(found, AttentionSite):
             sites.append(found)
         else:
             skipped.append(found)
     return sites, skipped
+
+
+def _written_after_reading(
+    core: Core, writes: list[Write], order: dict[fx.Node, int]
+) -> Skipped | None:
+    """Refuses a core whose operands change between the call that reads them and its last one.
+
+    The ops read all of them at the core's node, where attention written out reads its values.
+    """
+    for operand_, reader in core.reads:
+        for write in writes:
+            if write.position > order[reader] and may_overlap(write.operand, operand_):
+                details = (f"a write by `{op_name(write.call)}` after its operand was read",)
+                return Skipped(core.node, Reason.SOFTMAX, details, module_path(core.node))
+    return None
 
 
 def _sdpa_core(node: fx.Node) -> Core | Skipped:
@@ -212,6 +242,7 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         return skip(Reason.LAYOUT, [None if s is None else tuple(s) for s in shapes])
     q_shape, k_shape, v_shape = (tuple(s) for s in shapes if s is not None)
     k_shape = tuple(k_shape[d] for d in core.key_order)
+    v_shape = tuple(v_shape[d] for d in core.value_order)
     query_tokens = concrete(q_shape[2])
     if max_query_tokens is not None:
         if query_tokens is None or query_tokens > max_query_tokens:
@@ -219,7 +250,7 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         if core.causal:
             return skip(Reason.PREFILL, query_tokens)
     key = _heads_at(core.key, core.key_order, core, writes)
-    value = _heads_at(core.value, (0, 1, 2, 3), core, writes)
+    value = _heads_at(core.value, core.value_order, core, writes)
     query = _narrow(core.query)
     dtypes = {fake_value(x).dtype for x in (query, key.base, value.base, core.node)}
     dtype = fake_value(query).dtype
@@ -238,7 +269,7 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
     if not same_size(k_shape[1], v_shape[1]) or key.group != value.group:
         return skip(Reason.GROUPS, "keys and values are repeated differently")
     for term in core.masks:
-        if not _broadcasts(term.node, q_shape, k_shape):
+        if not _broadcasts(term, q_shape, k_shape):
             return skip(Reason.MASK, tuple(shape_of(term.node) or ()))
     group = by_flag * key.group
     return AttentionSite(
@@ -261,10 +292,14 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
     )
 
 
-def _broadcasts(mask: Any, q_shape: tuple[Any, ...], k_shape: tuple[Any, ...]) -> bool:
-    shape = shape_of(mask)
+def _broadcasts(term: MaskTerm, q_shape: tuple[Any, ...], k_shape: tuple[Any, ...]) -> bool:
+    mask, shape = term.node, shape_of(term.node)
     if shape is None or not 1 <= len(shape) <= 4:
         return False
+    if term.folded:
+        if not same_size(shape[0], q_shape[0] * q_shape[1]):
+            return False
+        shape = torch.Size([*q_shape[:2], *shape[1:]])
     target = (q_shape[0], q_shape[1], q_shape[2], k_shape[2])
     dtype = fake_value(mask).dtype
     if not (dtype == torch.bool or dtype.is_floating_point):
@@ -319,6 +354,52 @@ def heads_of(node: fx.Node, at: tuple[int, int, int, int] = (0, 1, 2, 3)) -> Hea
             return Heads(base, (order[0], order[1], order[2], order[3]), group)
         base, order, factor = step
         group *= factor
+
+
+def folds(node: fx.Node) -> bool:
+    """Whether the call makes (B * H, x, y) of (B, H, x, y)."""
+    return _same_but_for_fold(node, shape_of(node.args[0]) if node.args else None, shape_of(node))
+
+
+def unfolds(node: fx.Node) -> bool:
+    """Whether the call makes (B, H, x, y) of (B * H, x, y)."""
+    return _same_but_for_fold(node, shape_of(node), shape_of(node.args[0]) if node.args else None)
+
+
+def _same_but_for_fold(node: fx.Node, apart: torch.Size | None, folded: torch.Size | None) -> bool:
+    if op_name(node) not in ("reshape", "flatten", "unflatten"):
+        return False
+    if apart is None or folded is None or len(apart) != 4 or len(folded) != 3:
+        return False
+    expected = (apart[0] * apart[1], apart[2], apart[3])
+    return all(same_size(a, b) for a, b in zip(expected, folded, strict=True))
+
+
+def before_fold(
+    node: fx.Node, at: tuple[int, int, int]
+) -> tuple[fx.Node, tuple[int, int, int, int], fx.Node] | None:
+    """From a 3-D operand of a batched product back to its 4-D self.
+
+    at: the dimensions of `node` that are batch and heads in one, tokens, head_dim. Returns the 4-D
+    node, its dimensions of batch, heads, tokens, head_dim, and the call that folds it.
+    """
+    order = list(at)
+    while node.args and isinstance(node.args[0], fx.Node):
+        name, source = op_name(node), node.args[0]
+        if folds(node):
+            fold, tokens, last = order
+            return (source, (0, 1, tokens + 1, last + 1), node) if fold == 0 else None
+        if name in ("transpose", "permute", "movedim"):
+            back = permutation(node)
+            if back is None:
+                return None
+            order = [back[d] for d in order]
+        elif name not in ("contiguous", "detach", "alias") and not (
+            name in ("to", "float") and _widens(node)
+        ):
+            return None
+        node = source
+    return None
 
 
 def _through(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] | None:
