@@ -172,6 +172,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Types whose causal language model takes the decoder's part of the configuration.
+DECODER_CONFIG = ("musicgen", "musicgen_melody")
+
+
 def tiny_config(model_type: str) -> Any:
     """A configuration of the type with small sizes and one layer of each kind."""
     from transformers import CONFIG_MAPPING
@@ -229,18 +233,22 @@ def _layers(default: dict[str, Any]) -> dict[str, Any]:
 def build(model_type: str, attention: str) -> Any:
     """The random model in fp32 and eval mode, with weights large enough that attention matters."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    config = tiny_config(model_type)
+    def make(**options: Any) -> Any:
+        config = tiny_config(model_type)
+        if model_type in DECODER_CONFIG:
+            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            return kind._from_config(config.decoder, dtype=torch.float32, **options)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+
     torch.manual_seed(0)
     try:
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, dtype=torch.float32
-        )
+        model = make(attn_implementation=attention)
     except ValueError as error:
         if "does not support" not in str(error) and "not supported" not in str(error):
             raise
-        model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
+        model = make()
     for module in model.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or (
             type(module).__name__ == "Conv1D"
@@ -393,12 +401,18 @@ def decode(model: Any, cache: str, backend: Any, tokens: Any) -> tuple[Any, Any]
     import torch
 
     torch.manual_seed(1)
-    prompt = torch.randint(3, 120, (1, PROMPT))
+    rows = getattr(model.config, "num_codebooks", 1) if is_decoder_part(model) else 1
+    prompt = torch.randint(3, 120, (1, PROMPT)).expand(rows, -1)
     with torch.no_grad():
         if cache == "generate":
             return _generate(model, prompt, backend)
         past = _cache(model, cache)
-        out = model(input_ids=prompt, past_key_values=past, use_cache=True)
+        try:
+            out = model(input_ids=prompt, past_key_values=past, use_cache=True)
+        except ValueError as error:
+            if "uses cache of its own" not in str(error) or cache == "static":
+                raise
+            out = model(input_ids=prompt, use_cache=True)
         step = model if backend is None else torch.compile(model, backend=backend)
         picked, logits = [], []
         for number in range(STEPS + 1):
@@ -407,8 +421,14 @@ def decode(model: Any, cache: str, backend: Any, tokens: Any) -> tuple[Any, Any]
             if number < STEPS:
                 fed = picked[-1] if tokens is None else tokens[number]
                 past = getattr(out, "past_key_values", None) or past
-                out = step(input_ids=fed.view(1, 1), past_key_values=past, use_cache=True)
+                fed = fed.view(1, 1).expand(rows, 1)
+                out = step(input_ids=fed, past_key_values=past, use_cache=True)
         return torch.stack(picked), torch.stack(logits)
+
+
+def is_decoder_part(model: Any) -> bool:
+    """Whether the model's configuration is the decoder's part of one in `DECODER_CONFIG`."""
+    return model.config.model_type.removesuffix("_decoder") in DECODER_CONFIG
 
 
 def _cache(model: Any, kind: str) -> Any:

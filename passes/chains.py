@@ -209,7 +209,7 @@ def _product_with_values(softmax: fx.Node) -> tuple[fx.Node, bool, str] | None:
     and the name of another reader of the weights ("" if there is none)."""
     node, trimmed, odd = softmax, False, ""
     for _ in range(8):
-        products = [u for u in node.users if op_name(u) in _PRODUCTS and u.args[0] is node]
+        products = [user for user in node.users if _mixes_values(user, node)]
         others = [u for u in node.users if u not in products]
         if len(products) == 1 and node is not None:
             return products[0], trimmed, odd or (op_name(others[0]) or "output" if others else "")
@@ -221,6 +221,14 @@ def _product_with_values(softmax: fx.Node) -> tuple[fx.Node, bool, str] | None:
         trimmed = trimmed or op_name(steps[0]) == "getitem"
         node = steps[0]
     return None
+
+
+def _mixes_values(product: fx.Node, weights: fx.Node) -> bool:
+    """Whether the weights are what a product takes as its first factor."""
+    name = op_name(product)
+    if name == "einsum":
+        return weights in product.all_input_nodes
+    return name in _PRODUCTS and product.args[name == "baddbmm"] is weights
 
 
 def _keeps_weights(node: fx.Node) -> bool:

@@ -77,13 +77,14 @@ class Heads:
     """Keys or values behind views: `base` permuted by `order` is (B, Hkv, T, head_dim).
 
     `order` lists, for each of those four, the dimension of `base`, or -1 where `base` has no
-    head dimension because there is one KV head. Every KV head serves `group` query heads, in
-    blocks: query head h reads KV head h // group.
+    head dimension because there is one KV head. Every KV head serves `group` query heads: query
+    head h reads KV head h // group, or h % Hkv where `tiled`.
     """
 
     base: fx.Node
     order: tuple[int, int, int, int]
     group: int
+    tiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class AttentionSite:
     With `softcap` c the scores are c * tanh(scale * q k^T / c); `sinks` (Hq,) are logits that
     take part in the softmax and have no value. `sdpa` says that the core is the SDPA call itself.
     `query_tokens` is S, or -1 where it is not a constant (only with `max_query_tokens=None`).
+    `tiled`: query head h reads KV head h % Hkv instead of h // group.
     """
 
     node: fx.Node
@@ -152,6 +154,7 @@ class AttentionSite:
     value_dim: int
     path: str
     group: int = 1
+    tiled: bool = False
     softcap: float = 0.0
     sinks: fx.Node | None = None
     sdpa: bool = True
@@ -266,8 +269,13 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
     by_flag = heads // kv_heads if kv_heads and heads % kv_heads == 0 else 0
     if by_flag < 1 or (by_flag > 1 and kv_heads > 1 and not core.grouped):
         return skip(Reason.GROUPS, f"{heads} query heads, {kv_heads} KV heads")
-    if not same_size(k_shape[1], v_shape[1]) or key.group != value.group:
+    alike = (key.group, key.tiled) == (value.group, value.tiled)
+    if not same_size(k_shape[1], v_shape[1]) or not alike:
         return skip(Reason.GROUPS, "keys and values are repeated differently")
+    if key.tiled and by_flag > 1:
+        return skip(Reason.GROUPS, "KV heads are repeated as tiles of blocks")
+    if key.tiled and max_query_tokens is None:  # whoever observes heads takes them to be in blocks
+        return skip(Reason.GROUPS, "KV heads are repeated as tiles")
     for term in core.masks:
         if not _broadcasts(term, q_shape, k_shape):
             return skip(Reason.MASK, tuple(shape_of(term.node) or ()))
@@ -286,6 +294,7 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         value_dim=value_dim,
         path=module_path(core.node),
         group=group,
+        tiled=key.tiled,
         softcap=core.softcap,
         sinks=core.sinks,
         sdpa=op_name(core.node) == "scaled_dot_product_attention",
@@ -344,14 +353,19 @@ def heads_of(node: fx.Node, at: tuple[int, int, int, int] = (0, 1, 2, 3)) -> Hea
 
     Stops at the first node that is neither; `base` is that node. The views it understands are
     transposes, permutations, a repetition of each KV head in place (`repeat_kv` by expand and
-    reshape, `repeat_interleave`, an expand of one head) and copies that keep the values. `at` says
-    which dimension of `node` is batch, head, token and head_dim.
+    reshape, `repeat_interleave`, an expand of one head), one of all KV heads behind each other
+    (`repeat`, or expand and reshape) and copies that keep the values. `at` says which dimension of
+    `node` is batch, head, token and head_dim.
     """
-    base, order, group = node, list(at), 1
+    base, order, group, tiled = node, list(at), 1, False
     while True:
-        step = _through(base, order)
-        if step is None:
-            return Heads(base, (order[0], order[1], order[2], order[3]), group)
+        step, tiles = _through(base, order), False
+        if step is None and group == 1:
+            step, tiles = _through_tiles(base, order), True
+        if step is None or (tiled and step[2] > 1):
+            return Heads(base, (order[0], order[1], order[2], order[3]), group, tiled)
+        one_head = order[1] >= 0 and concrete((shape_of(step[0]) or ())[step[1][1]]) == 1
+        tiled = tiled or (tiles and not one_head)
         base, order, factor = step
         group *= factor
 
@@ -428,8 +442,26 @@ def _through(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] 
         source = node.args[0]
         return _expanded_head(node, source, order) if isinstance(source, fx.Node) else None
     if name in ("reshape", "flatten"):
-        return _through_repeat(node, order)
+        return _through_repeat(node, order, new=order[1] + 1)
     return None
+
+
+def _through_tiles(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] | None:
+    """One view back from all KV heads, repeated behind each other: like `_through`."""
+    if op_name(node) in ("reshape", "flatten"):
+        return _through_repeat(node, order, new=order[1])
+    if op_name(node) != "repeat" or node.kwargs or order[1] < 0:
+        return None
+    source, times = node.args[0], node.args[1:]
+    if len(times) == 1 and isinstance(times[0], (list, tuple)):
+        times = tuple(times[0])
+    rank = len(shape_of(source) or ())
+    if not isinstance(source, fx.Node) or len(times) != rank:
+        return None
+    if any(n != 1 for dim, n in enumerate(times) if dim != order[1]):
+        return None
+    factor = times[order[1]]
+    return (source, order, factor) if isinstance(factor, int) and factor > 0 else None
 
 
 def _widens(node: fx.Node) -> bool:
@@ -506,8 +538,13 @@ def _expanded_head(
     return source, order, factor
 
 
-def _through_repeat(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] | None:
-    """`repeat_kv`: a new dimension behind the heads, expanded to the group, folded into them."""
+def _through_repeat(
+    node: fx.Node, order: list[int], *, new: int
+) -> tuple[fx.Node, list[int], int] | None:
+    """`repeat_kv`: a new dimension beside the heads, expanded to the group, folded into them.
+
+    new: its place; behind the heads it makes blocks, in front of them tiles.
+    """
     if order[1] < 0:
         return None
     expand = node.args[0]
@@ -522,18 +559,18 @@ def _through_repeat(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int]
     head, base, wide, out = order[1], shape_of(source), shape_of(expand), shape_of(node)
     if base is None or wide is None or out is None or len(base) != 4 or len(wide) != 5:
         return None
-    group, kv_heads = concrete(wide[head + 1]), concrete(base[head])
+    group, kv_heads = concrete(wide[new]), concrete(base[head])
     thin = shape_of(grown)
-    if group is None or kv_heads is None or thin is None or concrete(thin[head + 1]) != 1:
+    if group is None or kv_heads is None or thin is None or concrete(thin[new]) != 1:
         return None
     if concrete(out[head]) != group * kv_heads:
         return None
     for dim in range(4):
         if dim != head and not same_size(base[dim], out[dim]):
             return None
-        if not same_size(wide[dim + (dim > head)], base[dim]):
+        if not same_size(wide[dim + (dim >= new)], base[dim]):
             return None
-    if not _only_adds_dim(grown, head + 1):
+    if not _only_adds_dim(grown, new):
         return None
     return source, order, group
 

@@ -115,10 +115,30 @@ def test_other_cores_are_skipped_with_a_reason(attend, reason, more):
 
 
 @pytest.mark.parametrize("attend", [tiled, tiled_by_expand])
-def test_another_order_of_heads_is_not_seen_through(attend):
-    """Query head h reads KV head h % Hkv there: the tiles stay what attention reads."""
+def test_tiles_of_heads_are_told_from_blocks(attend):
+    """Query head h reads KV head h % Hkv there."""
     (site,), _ = sites_of(attend)
-    assert site.group == 1 and site.key.base.op != "placeholder"
+    assert site.tiled and site.group == HEADS // KV_HEADS
+    assert site.key.base.op == "placeholder" and site.kv_heads == KV_HEADS
+    (one,), _ = sites_of(attend, kv_heads=1)
+    assert not one.tiled and one.group == HEADS
+
+
+def test_tiles_of_blocks_are_not_seen_through():
+    def attend(q, keys, values, mask):
+        keys, values = (x.repeat_interleave(2, 1).repeat(1, 2, 1, 1) for x in (keys, values))
+        return F.scaled_dot_product_attention(q.repeat(1, 2, 1, 1), keys, values, mask)[:, :HEADS]
+
+    (site,), _ = sites_of(attend)
+    assert site.group == 2 and site.tiled and site.key.base.op != "placeholder"
+
+
+def test_whoever_observes_heads_is_not_shown_tiles():
+    spelling = Spelling(index_copy_method, attend=tiled)
+    inputs = Conversation.start(spelling).inputs(tokens(spelling, 1)[0])
+    graph = normal_graph(ToyDecoder(spelling).eval(), *inputs).graph
+    sites, (skip,) = find_sites(graph, max_query_tokens=None)
+    assert not sites and skip.reason is Reason.GROUPS
 
 
 @pytest.mark.parametrize(
