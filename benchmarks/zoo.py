@@ -25,6 +25,7 @@ import math
 import multiprocessing
 import os
 import platform
+import subprocess
 import tempfile
 import threading
 import time
@@ -607,10 +608,12 @@ def _run(
     )
 
     results: dict[str, dict[str, Any]] = {}
+    revision = _revision()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn()) as progress, record.open("a") as out:
         task = progress.add_task("decoding", total=len(cases))
         for result in run_cases(cases, limit=args.limit, workers=args.workers):
+            result["revision"] = revision
             out.write(json.dumps(result) + "\n")
             out.flush()
             results[result["key"]] = result
@@ -639,6 +642,8 @@ def table(results: Iterable[dict[str, Any]]) -> str:
         sections[result["engine"], result["cache"], result["attention"]].append(result)
     covered = len({result["model"] for rows in sections.values() for result in rows})
     head = {"covered": covered, "known": len(model_types()), "versions": _versions()}
+    revisions = Counter(row.get("revision", "?") for rows in sections.values() for row in rows)
+    head["revisions"] = ", ".join(f"{name} {n}" for name, n in revisions.most_common())
     parts = [_HEAD.format(date=datetime.date.today(), **head)]
     names = list(sections)
     names.sort(key=lambda n: (n[0], CACHES.index(n[1]), ATTENTIONS.index(n[2])))
@@ -653,7 +658,8 @@ _HEAD = """# Every causal language model of transformers through `backend="loki"
 Written by `python benchmarks/zoo.py` on {date}: {versions}, CPU. Tiny random models, fp32, one
 prefill of 12 tokens uncompiled, then 6 steps compiled with `top_k=1.0, min_context=0`: sparse is
 forced and must agree with the uncompiled run of the same cache kind. The record covers {covered}
-of {known} architectures, each at the commit at which it ran; what is not listed has not been run.
+of {known} architectures; what is not listed has not been run. Cases by commit ("+": with changes
+that were not committed yet): {revisions}.
 
 * **equal**: the same tokens, and logits within 1e-4 of the largest one; where a small budget
   (`top_k=6`) was run too, finite at it (the column **small** counts those).
@@ -661,8 +667,20 @@ of {known} architectures, each at the commit at which it ran; what is not listed
 * **without us**: `backend="eager"` differs or crashes as well. **does not run**: nor does the
   uncompiled model (its cache is of another kind). Difference: of logits, as a share of the largest.
 * Sites are summed over the graphs that Dynamo made (lengths become symbolic, windows fill).
-* **all rewritten**: has attention sites, and each is sparse or dense by plan.
+* **all rewritten**: has attention sites, and each is sparse or dense by plan. **all cached
+  rewritten** leaves aside sites whose keys are computed in the graph or expanded from a latent.
 """
+
+
+def _revision() -> str:
+    """The commit that is checked out, with "+" behind it where files differ from it."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "?") + "+" * bool(changed)
 
 
 def _versions() -> str:
@@ -681,19 +699,31 @@ def _all_rewritten(result: dict[str, Any]) -> bool:
     return bool(sites) and all(site["outcome"] != "dense" for site in sites)
 
 
+def _all_cached_rewritten(result: dict[str, Any]) -> bool:
+    from loki_compile.passes.sites import Reason
+
+    computed = tuple(r.value.partition("{")[0] for r in (Reason.NO_CACHE, Reason.LATENT))
+    sites = [site for site in _sites(result) if not site["reason"].startswith(computed)]
+    return bool(sites) and all(site["outcome"] != "dense" for site in sites)
+
+
 def _short(reason: str) -> str:
-    return reason.split(":")[0].split(", which")[0].split("; ")[0]
+    return reason.split(":")[0].split(", which")[0].split("; ")[0].split(" of ")[0]
 
 
 def _totals(sections: Sequence[tuple[tuple[str, str, str], list[dict[str, Any]]]]) -> str:
-    head = ["engine", "cache", "attention", *_STATUSES, "small", "has sites", "all rewritten"]
+    head = ["engine", "cache", "attention", *_STATUSES, "small", "has sites", "all rewritten",
+            "all cached rewritten"]  # fmt: skip
     rows = []
     for name, results in sections:
         counts = Counter(result["status"] for result in results)
         small = sum(result["small"] and result["status"] == "equal" for result in results)
         sites = sum(bool(_sites(result)) for result in results)
         rewritten = sum(map(_all_rewritten, results))
-        rows.append([*name, *(counts[status] for status in _STATUSES), small, sites, rewritten])
+        cached = sum(map(_all_cached_rewritten, results))
+        rows.append(
+            [*name, *(counts[status] for status in _STATUSES), small, sites, rewritten, cached]
+        )
     return "## Totals (architectures)\n\n" + _markdown(head, rows)
 
 

@@ -114,7 +114,7 @@ def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skip
     while node.op != "placeholder" and op_name(node) not in _FUNCTIONAL_WRITES:
         dims = _view_dims(node)
         if dims is None:
-            return skip(*_why_not_a_view(node))
+            return skip(*_why_not_a_view(node, all_writes))
         order = [_source_dim(dims, d) for d in order]
         if order[2] is None or order[3] is None:
             return skip(Reason.OPAQUE_VIEW, op_name(node))
@@ -509,17 +509,49 @@ def _whole_last(index: Any, rank: int) -> bool:
     return not last_is_indexed or items[-1] == slice(None)
 
 
-def _why_not_a_view(node: fx.Node) -> tuple[Any, ...]:
+def _why_not_a_view(node: fx.Node, writes: list[Write]) -> tuple[Any, ...]:
     """OPAQUE_VIEW where only rearrangements and casts lie between here and a cache."""
-    origin: Any = node
-    while isinstance(origin, fx.Node) and op_name(origin) in _REARRANGEMENTS and origin.args:
-        origin = origin.args[0]
+    origin = _before_rearrangements(node)
     reads_cache = isinstance(origin, fx.Node) and (
         origin.op == "placeholder" or op_name(origin) in _FUNCTIONAL_WRITES
     )
     if reads_cache:
         return (Reason.OPAQUE_VIEW, op_name(node))
+    latent = _latent(node, writes)
+    if latent is not None:
+        return (Reason.LATENT, (shape_of(latent) or ("?",))[-1])
     return (Reason.NO_CACHE, op_name(node) or node.op)
+
+
+def _before_rearrangements(node: Any) -> Any:
+    while isinstance(node, fx.Node) and op_name(node) in _REARRANGEMENTS and node.args:
+        node = node.args[0]
+    return node
+
+
+def _latent(keys: fx.Node, writes: list[Write]) -> fx.Node | None:
+    """The cache that a linear map of this graph expands to keys, if there is one.
+
+    Its result may reach the keys by views, concatenation, or copies into a fresh tensor.
+    """
+    queue, seen = [keys], {keys}
+    for node in queue:
+        if op_name(node) in ("linear", "matmul", "einsum"):
+            for source in map(_before_rearrangements, node.all_input_nodes):
+                grown = op_name(source) in _FUNCTIONAL_WRITES and _way_out(source) is not None
+                written = source.op == "placeholder" and any(
+                    may_overlap(write.operand, source) for write in writes
+                )
+                if grown or written:
+                    return source
+            continue
+        sources = list(node.all_input_nodes)
+        if op_name(node) in ("new_empty", "empty", "zeros", "new_zeros", "empty_like"):
+            sources = [w.call for w in writes if may_overlap(w.operand, node)]
+        new = [source for source in sources if source not in seen]
+        seen.update(new)
+        queue += new
+    return None
 
 
 def nearest_matrix(starts: list[fx.Node], is_parameter: Any) -> fx.Node | None:

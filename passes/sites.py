@@ -43,6 +43,7 @@ class Reason(enum.Enum):
     WEIGHTS_USED = "the attention weights are used by `{}` as well"
     MASK = "the mask does not broadcast to (batch, heads, query tokens, keys): {}"
     NO_CACHE = "the keys are computed in this graph ({}), not read from a cache"
+    LATENT = "the keys are expanded at each step from a cached latent of {} numbers per token"
     OPAQUE_VIEW = "the way from the cache to the keys runs through `{}`, which is not understood"
     WRITE = "the cache is written by `{}` in a form that cannot be mirrored: {}"
     CACHE_LEAVES = "the appended keys leave the graph as something else than the cache: {}"

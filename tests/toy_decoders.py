@@ -240,6 +240,28 @@ def read_only(k, v, ck, cv, pos):
     return ck, cv, ()
 
 
+def latent(k, v, ck, cv, pos):
+    """What is cached is expanded to keys and values by a linear map, as MLA does."""
+    index_copy_method(k, v, ck, cv, pos)
+    expand = torch.linspace(-1, 1, HEAD_DIM * HEAD_DIM).view(HEAD_DIM, HEAD_DIM)
+    return F.linear(ck, expand), cv @ expand, ()
+
+
+def latent_pieces(k, v, ck, cv, pos):
+    """The same over a growing cache, with keys put together in a fresh tensor."""
+    latents, values, state = cat_bhtd(k, v, ck, cv, pos)
+    expand = torch.linspace(-1, 1, HEAD_DIM * 8).view(8, HEAD_DIM)
+    keys = latents.new_empty(latents.shape)
+    keys[..., :8].copy_(F.linear(latents, expand))
+    keys[..., 8:].copy_(latents[..., :2])
+    return keys, values, state
+
+
+def encoder_states(k, v, ck, cv, pos):
+    """Keys of cross-attention, computed again at each step from states that nothing writes."""
+    return ck @ torch.linspace(-1, 1, HEAD_DIM * HEAD_DIM).view(HEAD_DIM, HEAD_DIM), cv, ()
+
+
 def fresh(k, v, ck, cv, pos):
     """No cache: attention over keys that this very call computes."""
     return k.transpose(1, 2), v.transpose(1, 2), ()
@@ -728,6 +750,9 @@ UNTOUCHED = [
     _static.but(write=values_transposed, values="bhdt", reason=Reason.NON_CONTIGUOUS_HEAD_DIM),
     _static.but(layout="strided", reason=Reason.NON_CONTIGUOUS_HEAD_DIM),
     _static.but(write=fresh, mask=no_mask, reason=Reason.NO_CACHE),
+    _static.but(write=encoder_states, reason=Reason.NO_CACHE),
+    _static.but(write=latent, reason=Reason.LATENT),
+    _cat.but(write=latent_pieces, reason=Reason.LATENT),
     # The core.
     _static.but(attend=tiles_of_flipped_heads, reason=Reason.OPAQUE_VIEW),
     _static.but(attend=values_tiled, reason=Reason.GROUPS),
