@@ -56,7 +56,8 @@ TINY: dict[str, Any] = {
         ("hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim", "emb_dim",
          "input_embedding_size", "output_embedding_size", "backbone_hidden_size", "lru_width",
          "linear_dim", "attention_hidden_size", "text_hidden_size", "pronunciation_embed_dim",
-         "shape_embed_dim", "vision_output_dim", "out_hidden_size", "projection_dim"), 64),
+         "shape_embed_dim", "vision_output_dim", "out_hidden_size", "projection_dim",
+         "hidden_size_global"), 64),
     **dict.fromkeys(
         ("intermediate_size", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_dim", "n_inner", "dff",
          "dim_ff", "ffn_hidden_size", "d_ff", "feed_forward_size", "shared_intermediate_size",
@@ -173,6 +174,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Types that want all tokens at each step, also those whose keys are cached.
+ALL_TOKENS = ("cpmant",)
 # Types whose causal language model takes the decoder's part of the configuration.
 DECODER_CONFIG = ("musicgen", "musicgen_melody")
 
@@ -423,6 +426,8 @@ def decode(model: Any, cache: str, backend: Any, tokens: Any) -> tuple[Any, Any]
                 fed = picked[-1] if tokens is None else tokens[number]
                 past = getattr(out, "past_key_values", None) or past
                 fed = fed.view(1, 1).expand(rows, 1)
+                if model.config.model_type in ALL_TOKENS:
+                    fed = prompt = torch.cat([prompt, fed], dim=1)
                 out = step(input_ids=fed, past_key_values=past, use_cache=True)
         return torch.stack(picked), torch.stack(logits)
 
@@ -433,11 +438,13 @@ def is_decoder_part(model: Any) -> bool:
 
 
 def _cache(model: Any, kind: str) -> Any:
-    from transformers import DynamicCache, StaticCache
+    from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
     config = model.config.get_text_config(decoder=True)
     if kind == "static":
         return StaticCache(config=config, max_cache_len=SLOTS)
+    if not hasattr(config, "num_hidden_layers"):  # parts of a model that share one cache
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
     return DynamicCache(config=config)
 
 

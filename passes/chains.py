@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 from loki_compile.passes.fx_tools import (
+    Write,
     concrete,
     fake_value,
+    may_overlap,
     module_path,
     op_name,
     same_size,
     shape_of,
+    writes_of,
 )
 from loki_compile.passes.sites import (
     Core,
@@ -36,6 +39,8 @@ _ADD = ("add", "add_", "iadd", "__add__", "__iadd__")
 _MUL = ("mul", "mul_", "imul", "__mul__", "__imul__")
 _DIV = ("div", "div_", "truediv", "itruediv", "true_divide", "__truediv__", "__itruediv__")
 _SUB = ("sub", "sub_", "isub", "__sub__")
+_PURE = ("eq", "ne", "__eq__", "__ne__", "lt", "le", "gt", "ge", "logical_not", "invert",
+         "bitwise_not", "reshape", "unsqueeze", "tensor", "to", "bool")  # fmt: skip
 _CASTS = ("to", "float", "type", "contiguous", "clone")
 _PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")
 
@@ -49,6 +54,7 @@ class _Scores:
         self.masks: list[MaskTerm] = []
         self.softcap = 0.0
         self.sinks: fx.Node | None = None
+        self.row_sinks = False
         self.reads: list[tuple[fx.Node, fx.Node]] = []
         self.unfolded: list[Any] = []  # (B, Hq, S, T) wherever the scores change between 3-D and it
 
@@ -67,6 +73,18 @@ class _Scores:
         self.masks.append(term)
         self.reads.append((mask, reader))
 
+    def hide(self, fill: fx.Node) -> bool:
+        """Notes that `fill` sets weights to zero; False unless a mask hides the same keys.
+
+        A row that sees no key is zero then, whatever that mask fills with.
+        """
+        writes = writes_of(fill.graph)
+        for i, term in enumerate(self.masks):
+            if term.inverted and _same_value(term.node, fill.args[1], writes):
+                self.masks[i] = dataclasses.replace(term, fill=float("-inf"))
+                return True
+        return False
+
 
 def chain_core(softmax: fx.Node) -> Core | Skipped | None:
     """The core around a softmax, `Skipped` if it is attention but not understood, else None."""
@@ -82,14 +100,16 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
     def skip(reason: Reason, *details: Any) -> Skipped:
         return Skipped(out[0], reason, details, module_path(softmax))
 
-    node, trimmed, odd = out
+    node, trimmed, odd, zeroed = out
     if odd:
         return skip(Reason.WEIGHTS_USED, odd)
     scores = _Scores()
     product = _fold(softmax.args[0], scores)
     if isinstance(product, str):
         return skip(Reason.SOFTMAX, product)
-    if trimmed != (scores.sinks is not None):
+    if not all(scores.hide(fill) for fill in zeroed):
+        return skip(Reason.SOFTMAX, op_name(zeroed[0]))
+    if trimmed != (scores.sinks is not None or scores.row_sinks):
         return skip(Reason.SOFTMAX, "a slice of the weights")
     factors = _factors(product, scores)
     if isinstance(factors, str):
@@ -115,6 +135,7 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
         value_order=value[1],
         softcap=scores.softcap,
         sinks=scores.sinks,
+        row_sinks=scores.row_sinks,
         reads=tuple(scores.reads),
     )
 
@@ -204,21 +225,24 @@ def _reaches(node: fx.Node, tokens: Any) -> bool:
     return last is None or wanted is None or last in (wanted, wanted - 1)
 
 
-def _product_with_values(softmax: fx.Node) -> tuple[fx.Node, bool, str] | None:
+def _product_with_values(softmax: fx.Node) -> tuple[fx.Node, bool, str, list[fx.Node]] | None:
     """Forward from the weights: the product with the values, whether a sink column is cut off,
-    and the name of another reader of the weights ("" if there is none)."""
-    node, trimmed, odd = softmax, False, ""
+    the name of another reader of the weights ("" if there is none), and the calls that set weights
+    to zero."""
+    node, trimmed, odd, zeroed = softmax, False, "", []
     for _ in range(8):
         products = [user for user in node.users if _mixes_values(user, node)]
         others = [u for u in node.users if u not in products]
         if len(products) == 1 and node is not None:
-            return products[0], trimmed, odd or (op_name(others[0]) or "output" if others else "")
+            odd = odd or (op_name(others[0]) or "output" if others else "")
+            return products[0], trimmed, odd, zeroed
         steps = [u for u in others if _keeps_weights(u)]
         if len(steps) != 1 or products:
             return None
         if len(others) > 1:
             odd = odd or next(op_name(u) or "output" for u in others if u is not steps[0])
         trimmed = trimmed or op_name(steps[0]) == "getitem"
+        zeroed += steps if op_name(steps[0]) == "masked_fill" else []
         node = steps[0]
     return None
 
@@ -242,7 +266,7 @@ def _keeps_weights(node: fx.Node) -> bool:
     if name == "getitem":
         index = node.args[1]
         return isinstance(index, tuple) and index == (Ellipsis, slice(None, -1, None))
-    return False
+    return name == "masked_fill" and _number(node.args[2]) == 0
 
 
 def _fold(node: Any, scores: _Scores) -> fx.Node | str:
@@ -349,10 +373,29 @@ def _fold_view(node: fx.Node, scores: _Scores) -> fx.Node | None:
 
 
 def _very_low(fill: Any) -> float | None:
-    """The number, given as it is or as a constant tensor, if it hides a key from the softmax."""
-    if isinstance(fill, fx.Node) and op_name(fill) in ("tensor", "full"):
-        fill = fill.args[0] if op_name(fill) == "tensor" else fill.args[1]
-    return float(fill) if isinstance(fill, (int, float)) and fill <= -1e37 else None
+    """The number, if it hides a key from the softmax."""
+    number = _number(fill)
+    return number if number is not None and number <= -1e37 else None
+
+
+def _number(value: Any) -> float | None:
+    """A number that is given as it is or as a constant tensor."""
+    if isinstance(value, fx.Node) and op_name(value) in ("tensor", "scalar_tensor", "full"):
+        value = value.args[1 if op_name(value) == "full" else 0]
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _same_value(a: Any, b: Any, writes: list[Write], depth: int = 4) -> bool:
+    """Whether two operands are one, or come from one by the same calls; nothing writes into it."""
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return type(a) is type(b) and bool(a == b)
+    if a is b:
+        return not any(may_overlap(write.operand, a) for write in writes)
+    if depth == 0 or op_name(a) not in _PURE or op_name(a) != op_name(b) or a.kwargs or b.kwargs:
+        return False
+    return len(a.args) == len(b.args) and all(
+        _same_value(x, y, writes, depth - 1) for x, y in zip(a.args, b.args, strict=True)
+    )
 
 
 def _fold_sub(node: fx.Node, scores: _Scores) -> fx.Node | None:
@@ -372,7 +415,9 @@ def _fold_cat(node: fx.Node, scores: _Scores) -> fx.Node | None:
     """cat([scores, sink logits], dim=-1): one more column without a value."""
     tensors = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    if not isinstance(tensors, (list, tuple)) or len(tensors) != 2 or scores.sinks is not None:
+    if not isinstance(tensors, (list, tuple)) or len(tensors) != 2:
+        return None
+    if scores.sinks is not None or scores.row_sinks:
         return None
     inner, sinks = tensors
     shape = shape_of(sinks)
@@ -381,7 +426,12 @@ def _fold_cat(node: fx.Node, scores: _Scores) -> fx.Node | None:
     if len(shape) != 4 or dim not in (-1, 3) or concrete(shape[-1]) != 1 or scores.unfolded:
         return None
     scores.sinks = _per_head(sinks, concrete(shape[1]))
-    return inner if scores.sinks is not None else None
+    if scores.sinks is None:  # another one for each row: subtracted from the scores, it becomes 0
+        if scores.floor > float("-inf"):
+            return None
+        scores.row_sinks = True
+        scores.add_mask(sinks, node, -1.0, per_row=True)
+    return inner
 
 
 def _per_head(node: fx.Node, heads: int | None) -> fx.Node | None:

@@ -290,6 +290,8 @@ def _sparse_attention(
 ) -> fx.Node:
     site, budget = sparse.site, sparse.budget
     query, sinks = site.query, site.sinks
+    if site.row_sinks:
+        sinks = call(graph, torch.Tensor.new_zeros, query, (site.query_heads,), like=site.node)
     if site.tiled:  # the ops know blocks of query heads: bring the heads into that order and back
         query = call(graph, _tiles_to_blocks, query, 1, site.kv_heads, like=site.node)
         if sinks is not None:

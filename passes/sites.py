@@ -95,7 +95,7 @@ class MaskTerm:
 
     A finite fill differs from -inf in rows that see no key: there it gives the mean of all values.
     What a floating node adds is at least `floor`, before the factor. `folded` says that its first
-    dimension is batch and query heads in one.
+    dimension is batch and query heads in one, `per_row` that it adds the same to all keys of a row.
     """
 
     node: fx.Node
@@ -104,6 +104,7 @@ class MaskTerm:
     fill: float = float("-inf")
     floor: float = float("-inf")
     folded: bool = False
+    per_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ class Core:
 
     `key` permuted by `key_order` is (B, heads, T, D), `value` by `value_order` (B, heads, T, Dv);
     `scale` None means 1 / sqrt(D); `grouped` lets fewer KV heads than query heads stand for blocks
-    of them; `causal` masks by position. `reads` names calls that read an operand before `node`
-    does: (operand, call).
+    of them; `causal` masks by position; `row_sinks` is as in `AttentionSite`. `reads` names calls
+    that read an operand before `node` does: (operand, call).
     """
 
     node: fx.Node
@@ -126,6 +127,7 @@ class Core:
     value_order: tuple[int, int, int, int] = (0, 1, 2, 3)
     softcap: float = 0.0
     sinks: fx.Node | None = None
+    row_sinks: bool = False
     reads: tuple[tuple[fx.Node, fx.Node], ...] = ()
     causal: bool = False
     grouped: bool = False
@@ -137,9 +139,11 @@ class AttentionSite:
     batch and heads in one dimension, (B * Hq, S, Dv).
 
     With `softcap` c the scores are c * tanh(scale * q k^T / c); `sinks` (Hq,) are logits that
-    take part in the softmax and have no value. `sdpa` says that the core is the SDPA call itself.
-    `query_tokens` is S, or -1 where it is not a constant (only with `max_query_tokens=None`).
-    `tiled`: query head h reads KV head h % Hkv instead of h // group.
+    take part in the softmax and have no value. With `row_sinks` each row has a sink logit of its
+    own: it is subtracted from the scores by a mask that is `per_row`, and is 0 then. `sdpa` says
+    that the core is the SDPA call itself. `query_tokens` is S, or -1 where it is not a constant
+    (only with `max_query_tokens=None`). `tiled`: query head h reads KV head h % Hkv instead of
+    h // group.
     """
 
     node: fx.Node
@@ -158,6 +162,7 @@ class AttentionSite:
     tiled: bool = False
     softcap: float = 0.0
     sinks: fx.Node | None = None
+    row_sinks: bool = False
     sdpa: bool = True
 
 
@@ -280,6 +285,8 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
     for term in core.masks:
         if not _broadcasts(term, q_shape, k_shape):
             return skip(Reason.MASK, tuple(shape_of(term.node) or ()))
+    if core.row_sinks and all(term.per_row for term in core.masks):
+        return skip(Reason.SOFTMAX, "cat")  # no mask says which keys the sink is subtracted for
     group = by_flag * key.group
     return AttentionSite(
         node=core.node,
@@ -298,6 +305,7 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         tiled=key.tiled,
         softcap=core.softcap,
         sinks=core.sinks,
+        row_sinks=core.row_sinks,
         sdpa=op_name(core.node) == "scaled_dot_product_attention",
     )
 
@@ -316,7 +324,7 @@ def _broadcasts(term: MaskTerm, q_shape: tuple[Any, ...], k_shape: tuple[Any, ..
         return False
     # The key dimension must be whole: a mask that broadcasts over keys says nothing per key.
     offset = 4 - len(shape)
-    if concrete(shape[-1]) == 1 and concrete(target[3]) != 1:
+    if concrete(shape[-1]) == 1 and concrete(target[3]) != 1 and not term.per_row:
         return False
     # Keys and mask may name the same length by different symbols: the op compares real sizes.
     return all(

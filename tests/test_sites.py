@@ -316,6 +316,28 @@ def filled_and_clamped(q, keys, values, mask):
     return chain(scores.clamp(min=-3e38), repeat_kv(values))
 
 
+def sinks_of_rows(q, keys, values, mask):
+    """The sink logits are computed from the queries."""
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3 + mask
+    sinks = q.sum(-1, keepdim=True)
+    weights = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+    return weights @ repeat_kv(values)
+
+
+def zeroed_behind(q, keys, values, mask):
+    """Rows that see nothing are zero."""
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3
+    scores = torch.masked_fill(scores, mask == torch.tensor(False), torch.scalar_tensor(-torch.inf))
+    weights = torch.softmax(scores, dim=-1)
+    weights = torch.masked_fill(weights, mask == torch.tensor(False), torch.scalar_tensor(0))
+    return weights @ repeat_kv(values)
+
+
+def low_and_zeroed_behind(q, keys, values, mask):
+    scores = (q @ repeat_kv(keys).transpose(2, 3)).masked_fill(~mask, -3e38)
+    return torch.softmax(scores, dim=-1).masked_fill(~mask, 0.0) @ repeat_kv(values)
+
+
 CHAINS = [
     (written_out, causal_inf),
     (written_out, alibi),
@@ -334,6 +356,11 @@ CHAINS = [
     (folded_masks, alibi),
     (clamped, nothing_seen_by_first_inf),
     (filled_and_clamped, nothing_seen_by_first),
+    (sinks_of_rows, causal_inf),
+    (sinks_of_rows, alibi),
+    (sinks_of_rows, nothing_seen_by_first_inf),
+    (zeroed_behind, nothing_seen_by_first),
+    (low_and_zeroed_behind, nothing_seen_by_first),
 ]
 
 
@@ -403,6 +430,28 @@ def keys_as_router(q, keys, values, mask):
     return q * weights.sum(-1, keepdim=True)
 
 
+def other_keys_zeroed_behind(q, keys, values, mask):
+    """The weights of keys that the softmax saw: the others are not scaled up."""
+    hidden = mask < 0
+    scores = (q @ repeat_kv(keys).transpose(2, 3)).masked_fill(hidden, -torch.inf)
+    weights = torch.softmax(scores, dim=-1).masked_fill(hidden.roll(1, -1), 0.0)
+    return weights @ repeat_kv(values)
+
+
+def sinks_scaled_with_the_scores(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3) + mask
+    sinks = q.sum(-1, keepdim=True)
+    weights = torch.softmax(torch.cat([scores, sinks], dim=-1) * 0.3, dim=-1)[..., :-1]
+    return weights @ repeat_kv(values)
+
+
+def sinks_kept(q, keys, values, mask):
+    """The column in front is cut off instead of the sink."""
+    scores = q @ repeat_kv(keys).transpose(2, 3) + mask
+    weights = torch.softmax(torch.cat([scores, q.sum(-1, keepdim=True)], dim=-1), dim=-1)
+    return weights[..., 1:] @ repeat_kv(values)
+
+
 def clamped_high(q, keys, values, mask):
     """A bound that scores reach."""
     scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3 + mask
@@ -444,6 +493,7 @@ def mask_edited_between_the_products(q, keys, values, mask):
 @pytest.mark.parametrize(
     "attend",
     [
+        other_keys_zeroed_behind, sinks_scaled_with_the_scores, sinks_kept,
         clamped_high, clamped_above, heads_mixed_by_views, products_of_features,
         keys_edited_between_the_products, mask_edited_between_the_products,
         max_over_heads, floored, scaled_mask, negative_scale, masked_then_capped,
