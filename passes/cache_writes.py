@@ -109,7 +109,7 @@ def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skip
     def skip(reason: Reason, *details: Any) -> Skipped:
         return Skipped(site.node, reason, details, site.path)
 
-    order = list(site.key.order)
+    order: list[Any] = list(site.key.order)
     node, views = site.key.base, []
     while node.op != "placeholder" and op_name(node) not in _FUNCTIONAL_WRITES:
         dims = _view_dims(node)
@@ -170,6 +170,7 @@ def _replaced(
     node: fx.Node, labels: list[Any], site: AttentionSite
 ) -> tuple[fx.Node, tuple[CacheWrite, ...], int, tuple[fx.Node, ...]] | _No:
     """The cache is rebuilt by one call from a placeholder and the new keys, and returned."""
+    target: list[Any] | None
     if op_name(node) == "cat":
         tensors = operand(node, "tensors")
         dim = operand(node, "dim", 0) % len(labels)
@@ -210,7 +211,7 @@ def _way_out(node: fx.Node) -> tuple[int, tuple[fx.Node, ...]] | None:
         and _view_dims(user) == list(range(len(shape_of(node) or ())))
         and user in outputs
     ]
-    ways = [(node, ())] if node in outputs else []
+    ways: list[tuple[fx.Node, tuple[fx.Node, ...]]] = [(node, ())] if node in outputs else []
     ways += [(user, (user,)) for user in slices]
     if len(ways) != 1 or outputs.count(ways[0][0]) != 1:
         return None
@@ -252,6 +253,7 @@ def _mirrorable(
     site: AttentionSite,
 ) -> CacheWrite | _No:
     name, fill = op_name(node), None
+    target: list[Any] | None
     if name == "index_copy_":
         source, target = operand(node, "source"), labels
         fill = (operand(node, "index"), 1)
@@ -289,6 +291,7 @@ def _moved_rows(
     Followed are a roll along the keys of the whole cache and writes of new keys into its result.
     """
     roll, cache = source, write.args[0]
+    assert isinstance(cache, fx.Node)
     while isinstance(roll, fx.Node) and mutates(roll):
         roll = roll.args[0]  # type: ignore[assignment]
     if not isinstance(roll, fx.Node) or op_name(roll) != "roll" or roll.args[0] is not cache:
@@ -489,7 +492,8 @@ def _counting_axis(item: Any, size: Any) -> int | None:
         return None
     if (len(ends) == 2 and ends[0] != 0) or "step" in node.kwargs or "start" in node.kwargs:
         return None
-    whole = same_size(shape_of(node)[0], size) if shape_of(node) else False
+    counted = shape_of(node)
+    whole = same_size(counted[0], size) if counted else False
     if not whole or len(axes) != 1 or not same_size(shape[axes[0]], size):
         return None
     return axes[0] - len(shape)

@@ -67,9 +67,10 @@ class _Scores:
         term = MaskTerm(mask, factor * self.factor, folded=folded, **more)
         if self.floor > float("-inf"):
             floor = self.floor / term.factor
-            boolean = fake_value(mask).dtype == torch.bool
-            change = {"fill": max(term.fill, floor)} if boolean else {"floor": floor}
-            term = dataclasses.replace(term, **change)
+            if fake_value(mask).dtype == torch.bool:
+                term = dataclasses.replace(term, fill=max(term.fill, floor))
+            else:
+                term = dataclasses.replace(term, floor=floor)
         self.masks.append(term)
         self.reads.append((mask, reader))
 
@@ -88,7 +89,7 @@ class _Scores:
 
 def chain_core(softmax: fx.Node) -> Core | Skipped | None:
     """The core around a softmax, `Skipped` if it is attention but not understood, else None."""
-    axis = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
+    axis: Any = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
     shape = shape_of(softmax)
     if shape is None or axis is None or axis % len(shape) != len(shape) - 1:
         return None
@@ -203,7 +204,8 @@ def _operand(
 
 def _straight_back(softmax: fx.Node) -> list[fx.Node]:
     """The nodes of the scores' own shape behind a softmax, up to and with its products."""
-    found, queue, seen = [], list(softmax.all_input_nodes), set()
+    found, queue = [], list(softmax.all_input_nodes)
+    seen: set[fx.Node] = set()
     while queue:
         node = queue.pop()
         if node in seen or len(seen) > 64:
@@ -229,7 +231,8 @@ def _product_with_values(softmax: fx.Node) -> tuple[fx.Node, bool, str, list[fx.
     """Forward from the weights: the product with the values, whether a sink column is cut off,
     the name of another reader of the weights ("" if there is none), and the calls that set weights
     to zero."""
-    node, trimmed, odd, zeroed = softmax, False, "", []
+    node, trimmed, odd = softmax, False, ""
+    zeroed: list[fx.Node] = []
     for _ in range(8):
         products = [user for user in node.users if _mixes_values(user, node)]
         others = [u for u in node.users if u not in products]
@@ -262,7 +265,7 @@ def _keeps_weights(node: fx.Node) -> bool:
     if name == "dropout":
         probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
         training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
-        return training is False or probability == 0.0
+        return training is False or bool(probability == 0.0)
     if name == "getitem":
         index = node.args[1]
         return isinstance(index, tuple) and index == (Ellipsis, slice(None, -1, None))
@@ -287,12 +290,13 @@ def _fold_add(node: fx.Node, scores: _Scores) -> fx.Node | None:
     left, right = node.args[:2]
     if node.kwargs or not isinstance(left, fx.Node):  # alpha=
         return None
-    if isinstance(right, (int, float)):
-        return left  # the same for every key
+    if not isinstance(right, fx.Node):
+        return left if isinstance(right, (int, float)) else None  # the same for every key
     for inner, mask in ((left, right), (right, left)):
         if _holds_product(inner) and not _holds_product(mask):
-            # Under a soft cap an added term would be capped too: not the one form.
-            if scores.softcap:
+            # Under a soft cap an added term would be capped too: not the one form. What is added as
+            # a number may not be taken for a mask that hides.
+            if scores.softcap or not fake_value(mask).dtype.is_floating_point:
                 return None
             scores.add_mask(mask, node)
             return inner
@@ -413,7 +417,7 @@ def _fold_sub(node: fx.Node, scores: _Scores) -> fx.Node | None:
 
 def _fold_cat(node: fx.Node, scores: _Scores) -> fx.Node | None:
     """cat([scores, sink logits], dim=-1): one more column without a value."""
-    tensors = node.args[0] if node.args else node.kwargs.get("tensors")
+    tensors: Any = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     if not isinstance(tensors, (list, tuple)) or len(tensors) != 2:
         return None

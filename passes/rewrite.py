@@ -224,8 +224,9 @@ def _mirror_part(
         for step in write.moved:
             if isinstance(step, CacheWrite):
                 rows = call(graph, operator.getitem, new[step], number, like=step.node)
-                target = image[step.node.args[0]]  # type: ignore[index]
-                _call_like(graph, step.node, {step.source: rows, step.node.args[0]: target})
+                into: Any = step.node.args[0]
+                target = image[into]
+                _call_like(graph, step.node, {step.source: rows, into: target})
                 image[step.node] = target
             else:
                 image[step] = _call_like(graph, step, image)
@@ -312,7 +313,7 @@ def _sparse_attention(
             with graph.inserting_after(mask):
                 bounds[mask] = call(graph, mask_bounds, mask, like=site.node)
         bound = bounds[mask]
-    slots = call(graph, torch.ops.aten.sym_size.int, key, 2, like=site.node)
+    slots: Any = call(graph, torch.ops.aten.sym_size.int, key, 2, like=site.node)
     constant = concrete(fake_value(slots))
     if constant is not None:
         graph.erase_node(slots)

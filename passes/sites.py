@@ -478,7 +478,7 @@ def _widens(node: fx.Node) -> bool:
 
     The ops compute in float32 whatever they are given: a product of widened operands is theirs.
     """
-    before, after = fake_value(node.args[0]), fake_value(node)
+    before, after = fake_value(node.args[0]), fake_value(node)  # type: ignore[arg-type]
     wider = after.dtype == torch.float32 and before.dtype in (torch.float16, torch.bfloat16)
     return before.device == after.device and (wider or before.dtype == after.dtype)
 
@@ -500,11 +500,11 @@ def permutation(node: fx.Node) -> list[int] | None:
         back[a], back[b] = b, a
         return back
     if name == "permute":
-        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dims")
-        return [d % rank for d in dims]  # type: ignore[union-attr]
+        dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dims")
+        return [d % rank for d in dims]
     if name == "movedim":
         probe = torch.empty(tuple(range(2, 2 + rank)), device="meta")
-        moved = torch.movedim(probe, *node.args[1:], **node.kwargs)
+        moved = torch.movedim(probe, *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
         return [size - 2 for size in moved.shape]
     return None
 

@@ -438,6 +438,11 @@ def other_keys_zeroed_behind(q, keys, values, mask):
     return weights @ repeat_kv(values)
 
 
+def numbers_added(q, keys, values, mask):
+    """A boolean tensor that is added counts as 0 and 1."""
+    return chain(q @ repeat_kv(keys).transpose(2, 3) + (mask < 0), repeat_kv(values))
+
+
 def sinks_scaled_with_the_scores(q, keys, values, mask):
     scores = q @ repeat_kv(keys).transpose(2, 3) + mask
     sinks = q.sum(-1, keepdim=True)
@@ -493,7 +498,7 @@ def mask_edited_between_the_products(q, keys, values, mask):
 @pytest.mark.parametrize(
     "attend",
     [
-        other_keys_zeroed_behind, sinks_scaled_with_the_scores, sinks_kept,
+        numbers_added, other_keys_zeroed_behind, sinks_scaled_with_the_scores, sinks_kept,
         clamped_high, clamped_above, heads_mixed_by_views, products_of_features,
         keys_edited_between_the_products, mask_edited_between_the_products,
         max_over_heads, floored, scaled_mask, negative_scale, masked_then_capped,

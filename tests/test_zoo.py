@@ -25,6 +25,9 @@ REWRITTEN = [
     ("gpt_neo", "static", "eager"),  # where() with a finite fill: rows that see no key
     ("diffllama", "dynamic", "sdpa"),  # two cores over one cache
     ("flint", "static", "eager"),  # products of operands widened to float32
+    ("bloom", "dynamic", "sdpa"),  # batch and heads in one dimension, a bias inside the product
+    ("xglm", "static", "sdpa"),  # folded too, scores clamped from below
+    ("jetmoe", "static", "sdpa"),  # KV heads repeated as tiles, a graph for each layer
 ]
 DENSE = [
     ("deepseek_v3", "static", "sdpa"),  # keys expanded from a cached latent
