@@ -25,6 +25,7 @@ import math
 import multiprocessing
 import os
 import platform
+import subprocess
 import tempfile
 import threading
 import time
@@ -55,7 +56,8 @@ TINY: dict[str, Any] = {
         ("hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim", "emb_dim",
          "input_embedding_size", "output_embedding_size", "backbone_hidden_size", "lru_width",
          "linear_dim", "attention_hidden_size", "text_hidden_size", "pronunciation_embed_dim",
-         "shape_embed_dim", "vision_output_dim", "out_hidden_size", "projection_dim"), 64),
+         "shape_embed_dim", "vision_output_dim", "out_hidden_size", "projection_dim",
+         "hidden_size_global"), 64),
     **dict.fromkeys(
         ("intermediate_size", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_dim", "n_inner", "dff",
          "dim_ff", "ffn_hidden_size", "d_ff", "feed_forward_size", "shared_intermediate_size",
@@ -172,6 +174,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Types that want all tokens at each step, also those whose keys are cached.
+ALL_TOKENS = ("cpmant",)
+# Types whose causal language model takes the decoder's part of the configuration.
+DECODER_CONFIG = ("musicgen", "musicgen_melody")
+
+
 def tiny_config(model_type: str) -> Any:
     """A configuration of the type with small sizes and one layer of each kind."""
     from transformers import CONFIG_MAPPING
@@ -229,18 +237,22 @@ def _layers(default: dict[str, Any]) -> dict[str, Any]:
 def build(model_type: str, attention: str) -> Any:
     """The random model in fp32 and eval mode, with weights large enough that attention matters."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    config = tiny_config(model_type)
+    def make(**options: Any) -> Any:
+        config = tiny_config(model_type)
+        if model_type in DECODER_CONFIG:
+            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            return kind._from_config(config.decoder, dtype=torch.float32, **options)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+
     torch.manual_seed(0)
     try:
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, dtype=torch.float32
-        )
+        model = make(attn_implementation=attention)
     except ValueError as error:
         if "does not support" not in str(error) and "not supported" not in str(error):
             raise
-        model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
+        model = make()
     for module in model.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or (
             type(module).__name__ == "Conv1D"
@@ -393,12 +405,18 @@ def decode(model: Any, cache: str, backend: Any, tokens: Any) -> tuple[Any, Any]
     import torch
 
     torch.manual_seed(1)
-    prompt = torch.randint(3, 120, (1, PROMPT))
+    rows = getattr(model.config, "num_codebooks", 1) if is_decoder_part(model) else 1
+    prompt = torch.randint(3, 120, (1, PROMPT)).expand(rows, -1)
     with torch.no_grad():
         if cache == "generate":
             return _generate(model, prompt, backend)
         past = _cache(model, cache)
-        out = model(input_ids=prompt, past_key_values=past, use_cache=True)
+        try:
+            out = model(input_ids=prompt, past_key_values=past, use_cache=True)
+        except ValueError as error:
+            if "uses cache of its own" not in str(error) or cache == "static":
+                raise
+            out = model(input_ids=prompt, use_cache=True)
         step = model if backend is None else torch.compile(model, backend=backend)
         picked, logits = [], []
         for number in range(STEPS + 1):
@@ -407,16 +425,26 @@ def decode(model: Any, cache: str, backend: Any, tokens: Any) -> tuple[Any, Any]
             if number < STEPS:
                 fed = picked[-1] if tokens is None else tokens[number]
                 past = getattr(out, "past_key_values", None) or past
-                out = step(input_ids=fed.view(1, 1), past_key_values=past, use_cache=True)
+                fed = fed.view(1, 1).expand(rows, 1)
+                if model.config.model_type in ALL_TOKENS:
+                    fed = prompt = torch.cat([prompt, fed], dim=1)
+                out = step(input_ids=fed, past_key_values=past, use_cache=True)
         return torch.stack(picked), torch.stack(logits)
 
 
+def is_decoder_part(model: Any) -> bool:
+    """Whether the model's configuration is the decoder's part of one in `DECODER_CONFIG`."""
+    return model.config.model_type.removesuffix("_decoder") in DECODER_CONFIG
+
+
 def _cache(model: Any, kind: str) -> Any:
-    from transformers import DynamicCache, StaticCache
+    from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
     config = model.config.get_text_config(decoder=True)
     if kind == "static":
         return StaticCache(config=config, max_cache_len=SLOTS)
+    if not hasattr(config, "num_hidden_layers"):  # parts of a model that share one cache
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
     return DynamicCache(config=config)
 
 
@@ -587,10 +615,12 @@ def _run(
     )
 
     results: dict[str, dict[str, Any]] = {}
+    revision = _revision()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn()) as progress, record.open("a") as out:
         task = progress.add_task("decoding", total=len(cases))
         for result in run_cases(cases, limit=args.limit, workers=args.workers):
+            result["revision"] = revision
             out.write(json.dumps(result) + "\n")
             out.flush()
             results[result["key"]] = result
@@ -619,6 +649,8 @@ def table(results: Iterable[dict[str, Any]]) -> str:
         sections[result["engine"], result["cache"], result["attention"]].append(result)
     covered = len({result["model"] for rows in sections.values() for result in rows})
     head = {"covered": covered, "known": len(model_types()), "versions": _versions()}
+    revisions = Counter(row.get("revision", "?") for rows in sections.values() for row in rows)
+    head["revisions"] = ", ".join(f"{name} {n}" for name, n in revisions.most_common())
     parts = [_HEAD.format(date=datetime.date.today(), **head)]
     names = list(sections)
     names.sort(key=lambda n: (n[0], CACHES.index(n[1]), ATTENTIONS.index(n[2])))
@@ -633,7 +665,8 @@ _HEAD = """# Every causal language model of transformers through `backend="loki"
 Written by `python benchmarks/zoo.py` on {date}: {versions}, CPU. Tiny random models, fp32, one
 prefill of 12 tokens uncompiled, then 6 steps compiled with `top_k=1.0, min_context=0`: sparse is
 forced and must agree with the uncompiled run of the same cache kind. The record covers {covered}
-of {known} architectures, each at the commit at which it ran; what is not listed has not been run.
+of {known} architectures; what is not listed has not been run. Cases by commit ("+": with changes
+that were not committed yet): {revisions}.
 
 * **equal**: the same tokens, and logits within 1e-4 of the largest one; where a small budget
   (`top_k=6`) was run too, finite at it (the column **small** counts those).
@@ -641,8 +674,20 @@ of {known} architectures, each at the commit at which it ran; what is not listed
 * **without us**: `backend="eager"` differs or crashes as well. **does not run**: nor does the
   uncompiled model (its cache is of another kind). Difference: of logits, as a share of the largest.
 * Sites are summed over the graphs that Dynamo made (lengths become symbolic, windows fill).
-* **all rewritten**: has attention sites, and each is sparse or dense by plan.
+* **all rewritten**: has attention sites, and each is sparse or dense by plan. **all cached
+  rewritten** leaves aside sites whose keys are computed in the graph or expanded from a latent.
 """
+
+
+def _revision() -> str:
+    """The commit that is checked out, with "+" behind it where files differ from it."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "?") + "+" * bool(changed)
 
 
 def _versions() -> str:
@@ -661,19 +706,31 @@ def _all_rewritten(result: dict[str, Any]) -> bool:
     return bool(sites) and all(site["outcome"] != "dense" for site in sites)
 
 
+def _all_cached_rewritten(result: dict[str, Any]) -> bool:
+    from loki_compile.passes.sites import Reason
+
+    computed = tuple(r.value.partition("{")[0] for r in (Reason.NO_CACHE, Reason.LATENT))
+    sites = [site for site in _sites(result) if not site["reason"].startswith(computed)]
+    return bool(sites) and all(site["outcome"] != "dense" for site in sites)
+
+
 def _short(reason: str) -> str:
-    return reason.split(":")[0].split(", which")[0].split("; ")[0]
+    return reason.split(":")[0].split(", which")[0].split("; ")[0].split(" of ")[0]
 
 
 def _totals(sections: Sequence[tuple[tuple[str, str, str], list[dict[str, Any]]]]) -> str:
-    head = ["engine", "cache", "attention", *_STATUSES, "small", "has sites", "all rewritten"]
+    head = ["engine", "cache", "attention", *_STATUSES, "small", "has sites", "all rewritten",
+            "all cached rewritten"]  # fmt: skip
     rows = []
     for name, results in sections:
         counts = Counter(result["status"] for result in results)
         small = sum(result["small"] and result["status"] == "equal" for result in results)
         sites = sum(bool(_sites(result)) for result in results)
         rewritten = sum(map(_all_rewritten, results))
-        rows.append([*name, *(counts[status] for status in _STATUSES), small, sites, rewritten])
+        cached = sum(map(_all_cached_rewritten, results))
+        rows.append(
+            [*name, *(counts[status] for status in _STATUSES), small, sites, rewritten, cached]
+        )
     return "## Totals (architectures)\n\n" + _markdown(head, rows)
 
 

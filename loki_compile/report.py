@@ -131,7 +131,7 @@ def describe(plan: Plan, config: LokiConfig, bindings: list[CacheBinding]) -> Gr
         )
     known = {site.node: site for site in plan.sites}
     for skip in plan.dense:
-        site = known.get(skip.node)
+        found = known.get(skip.node)
         entries.append(
             (
                 skip.node,
@@ -140,9 +140,9 @@ def describe(plan: Plan, config: LokiConfig, bindings: list[CacheBinding]) -> Gr
                     cache="",
                     outcome="dense by plan" if skip.by_plan else "dense",
                     reason=skip.sentence(),
-                    query_heads=site.query_heads if site else None,
-                    kv_heads=site.kv_heads if site else None,
-                    head_dim=site.head_dim if site else None,
+                    query_heads=found.query_heads if found else None,
+                    kv_heads=found.kv_heads if found else None,
+                    head_dim=found.head_dim if found else None,
                 ),
             )
         )

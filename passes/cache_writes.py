@@ -109,12 +109,12 @@ def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skip
     def skip(reason: Reason, *details: Any) -> Skipped:
         return Skipped(site.node, reason, details, site.path)
 
-    order = list(site.key.order)
+    order: list[Any] = list(site.key.order)
     node, views = site.key.base, []
     while node.op != "placeholder" and op_name(node) not in _FUNCTIONAL_WRITES:
         dims = _view_dims(node)
         if dims is None:
-            return skip(*_why_not_a_view(node))
+            return skip(*_why_not_a_view(node, all_writes))
         order = [_source_dim(dims, d) for d in order]
         if order[2] is None or order[3] is None:
             return skip(Reason.OPAQUE_VIEW, op_name(node))
@@ -170,6 +170,7 @@ def _replaced(
     node: fx.Node, labels: list[Any], site: AttentionSite
 ) -> tuple[fx.Node, tuple[CacheWrite, ...], int, tuple[fx.Node, ...]] | _No:
     """The cache is rebuilt by one call from a placeholder and the new keys, and returned."""
+    target: list[Any] | None
     if op_name(node) == "cat":
         tensors = operand(node, "tensors")
         dim = operand(node, "dim", 0) % len(labels)
@@ -210,7 +211,7 @@ def _way_out(node: fx.Node) -> tuple[int, tuple[fx.Node, ...]] | None:
         and _view_dims(user) == list(range(len(shape_of(node) or ())))
         and user in outputs
     ]
-    ways = [(node, ())] if node in outputs else []
+    ways: list[tuple[fx.Node, tuple[fx.Node, ...]]] = [(node, ())] if node in outputs else []
     ways += [(user, (user,)) for user in slices]
     if len(ways) != 1 or outputs.count(ways[0][0]) != 1:
         return None
@@ -252,6 +253,7 @@ def _mirrorable(
     site: AttentionSite,
 ) -> CacheWrite | _No:
     name, fill = op_name(node), None
+    target: list[Any] | None
     if name == "index_copy_":
         source, target = operand(node, "source"), labels
         fill = (operand(node, "index"), 1)
@@ -289,6 +291,7 @@ def _moved_rows(
     Followed are a roll along the keys of the whole cache and writes of new keys into its result.
     """
     roll, cache = source, write.args[0]
+    assert isinstance(cache, fx.Node)
     while isinstance(roll, fx.Node) and mutates(roll):
         roll = roll.args[0]  # type: ignore[assignment]
     if not isinstance(roll, fx.Node) or op_name(roll) != "roll" or roll.args[0] is not cache:
@@ -489,7 +492,8 @@ def _counting_axis(item: Any, size: Any) -> int | None:
         return None
     if (len(ends) == 2 and ends[0] != 0) or "step" in node.kwargs or "start" in node.kwargs:
         return None
-    whole = same_size(shape_of(node)[0], size) if shape_of(node) else False
+    counted = shape_of(node)
+    whole = same_size(counted[0], size) if counted else False
     if not whole or len(axes) != 1 or not same_size(shape[axes[0]], size):
         return None
     return axes[0] - len(shape)
@@ -509,17 +513,49 @@ def _whole_last(index: Any, rank: int) -> bool:
     return not last_is_indexed or items[-1] == slice(None)
 
 
-def _why_not_a_view(node: fx.Node) -> tuple[Any, ...]:
+def _why_not_a_view(node: fx.Node, writes: list[Write]) -> tuple[Any, ...]:
     """OPAQUE_VIEW where only rearrangements and casts lie between here and a cache."""
-    origin: Any = node
-    while isinstance(origin, fx.Node) and op_name(origin) in _REARRANGEMENTS and origin.args:
-        origin = origin.args[0]
+    origin = _before_rearrangements(node)
     reads_cache = isinstance(origin, fx.Node) and (
         origin.op == "placeholder" or op_name(origin) in _FUNCTIONAL_WRITES
     )
     if reads_cache:
         return (Reason.OPAQUE_VIEW, op_name(node))
+    latent = _latent(node, writes)
+    if latent is not None:
+        return (Reason.LATENT, (shape_of(latent) or ("?",))[-1])
     return (Reason.NO_CACHE, op_name(node) or node.op)
+
+
+def _before_rearrangements(node: Any) -> Any:
+    while isinstance(node, fx.Node) and op_name(node) in _REARRANGEMENTS and node.args:
+        node = node.args[0]
+    return node
+
+
+def _latent(keys: fx.Node, writes: list[Write]) -> fx.Node | None:
+    """The cache that a linear map of this graph expands to keys, if there is one.
+
+    Its result may reach the keys by views, concatenation, or copies into a fresh tensor.
+    """
+    queue, seen = [keys], {keys}
+    for node in queue:
+        if op_name(node) in ("linear", "matmul", "einsum"):
+            for source in map(_before_rearrangements, node.all_input_nodes):
+                grown = op_name(source) in _FUNCTIONAL_WRITES and _way_out(source) is not None
+                written = source.op == "placeholder" and any(
+                    may_overlap(write.operand, source) for write in writes
+                )
+                if grown or written:
+                    return source
+            continue
+        sources = list(node.all_input_nodes)
+        if op_name(node) in ("new_empty", "empty", "zeros", "new_zeros", "empty_like"):
+            sources = [w.call for w in writes if may_overlap(w.operand, node)]
+        new = [source for source in sources if source not in seen]
+        seen.update(new)
+        queue += new
+    return None
 
 
 def nearest_matrix(starts: list[fx.Node], is_parameter: Any) -> fx.Node | None:

@@ -2,22 +2,45 @@
 
 From each softmax the chain is followed back to the product of queries and keys and forward to the
 product with the values. What lies between is folded into the one form of a core: a scale, a soft
-cap, masks and sink logits. A softmax without both products (a router, a residual mixer) is no
-attention. Analysis only: nothing here edits a graph.
+cap, masks and sink logits. Each product may have batch and heads in one dimension. A softmax
+without both products (a router, a residual mixer) is no attention. Analysis only: nothing here
+edits a graph.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from loki_compile.passes.fx_tools import concrete, fake_value, module_path, op_name, shape_of
-from loki_compile.passes.sites import Core, MaskTerm, Reason, Skipped
+import torch
+from loki_compile.passes.fx_tools import (
+    Write,
+    concrete,
+    fake_value,
+    may_overlap,
+    module_path,
+    op_name,
+    same_size,
+    shape_of,
+    writes_of,
+)
+from loki_compile.passes.sites import (
+    Core,
+    MaskTerm,
+    Reason,
+    Skipped,
+    before_fold,
+    folds,
+    unfolds,
+)
 from torch import fx
 
 _ADD = ("add", "add_", "iadd", "__add__", "__iadd__")
 _MUL = ("mul", "mul_", "imul", "__mul__", "__imul__")
 _DIV = ("div", "div_", "truediv", "itruediv", "true_divide", "__truediv__", "__itruediv__")
 _SUB = ("sub", "sub_", "isub", "__sub__")
+_PURE = ("eq", "ne", "__eq__", "__ne__", "lt", "le", "gt", "ge", "logical_not", "invert",
+         "bitwise_not", "reshape", "unsqueeze", "tensor", "to", "bool")  # fmt: skip
 _CASTS = ("to", "float", "type", "contiguous", "clone")
 _PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")
 
@@ -27,14 +50,46 @@ class _Scores:
 
     def __init__(self) -> None:
         self.factor = 1.0  # of everything that lies further back
+        self.floor = float("-inf")  # of everything that lies further back, after the factor
         self.masks: list[MaskTerm] = []
         self.softcap = 0.0
         self.sinks: fx.Node | None = None
+        self.row_sinks = False
+        self.reads: list[tuple[fx.Node, fx.Node]] = []
+        self.unfolded: list[Any] = []  # (B, Hq, S, T) wherever the scores change between 3-D and it
+
+    def add_mask(self, mask: fx.Node, reader: fx.Node, factor: float = 1.0, **more: Any) -> None:
+        """Notes what the call `reader` adds to the scores, or hides of them.
+
+        `factor` is that of `reader` alone; `more` are fields of a boolean mask's term."""
+        shape, out = shape_of(mask) or (), shape_of(reader) or ()
+        folded = len(shape) == len(out) == 3 and concrete(shape[0]) != 1
+        term = MaskTerm(mask, factor * self.factor, folded=folded, **more)
+        if self.floor > float("-inf"):
+            floor = self.floor / term.factor
+            if fake_value(mask).dtype == torch.bool:
+                term = dataclasses.replace(term, fill=max(term.fill, floor))
+            else:
+                term = dataclasses.replace(term, floor=floor)
+        self.masks.append(term)
+        self.reads.append((mask, reader))
+
+    def hide(self, fill: fx.Node) -> bool:
+        """Notes that `fill` sets weights to zero; False unless a mask hides the same keys.
+
+        A row that sees no key is zero then, whatever that mask fills with.
+        """
+        writes = writes_of(fill.graph)
+        for i, term in enumerate(self.masks):
+            if term.inverted and _same_value(term.node, fill.args[1], writes):
+                self.masks[i] = dataclasses.replace(term, fill=float("-inf"))
+                return True
+        return False
 
 
 def chain_core(softmax: fx.Node) -> Core | Skipped | None:
     """The core around a softmax, `Skipped` if it is attention but not understood, else None."""
-    axis = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
+    axis: Any = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
     shape = shape_of(softmax)
     if shape is None or axis is None or axis % len(shape) != len(shape) - 1:
         return None
@@ -46,34 +101,111 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
     def skip(reason: Reason, *details: Any) -> Skipped:
         return Skipped(out[0], reason, details, module_path(softmax))
 
-    node, trimmed, odd = out
+    node, trimmed, odd, zeroed = out
     if odd:
         return skip(Reason.WEIGHTS_USED, odd)
     scores = _Scores()
     product = _fold(softmax.args[0], scores)
     if isinstance(product, str):
         return skip(Reason.SOFTMAX, product)
-    if trimmed != (scores.sinks is not None):
+    if not all(scores.hide(fill) for fill in zeroed):
+        return skip(Reason.SOFTMAX, op_name(zeroed[0]))
+    if trimmed != (scores.sinks is not None or scores.row_sinks):
         return skip(Reason.SOFTMAX, "a slice of the weights")
-    if op_name(product) != "matmul" or op_name(node) != "matmul" or len(shape) != 4:
+    factors = _factors(product, scores)
+    if isinstance(factors, str):
+        return skip(Reason.SOFTMAX, factors)
+    query = _queries(factors[0], product, scores)
+    key = _operand(factors[1], (0, 1, 3, 2), product, scores)
+    value = _operand(node.args[1], (0, 1, 2, 3), node, scores)
+    if op_name(product) == "einsum" or op_name(node) not in ("matmul", "bmm"):
+        query = None
+    if query is None or key is None or value is None:
         return skip(Reason.LAYOUT, f"{op_name(product)} of {tuple(shape_of(product) or ())}")
-    query, key = product.args[:2]
+    heads = shape_of(query) or ()
+    if any(not same_size(apart[d], heads[d]) for apart in scores.unfolded for d in (0, 1)):
+        return skip(Reason.SOFTMAX, "reshape")
     return Core(
         node=node,
         query=query,
-        key=key,
-        value=node.args[1],  # type: ignore[arg-type]
+        key=key[0],
+        value=value[0],
         masks=tuple(reversed(scores.masks)),
         scale=scores.factor,
-        key_order=(0, 1, 3, 2),
+        key_order=key[1],
+        value_order=value[1],
         softcap=scores.softcap,
         sinks=scores.sinks,
+        row_sinks=scores.row_sinks,
+        reads=tuple(scores.reads),
     )
+
+
+def _factors(product: fx.Node, scores: _Scores) -> tuple[Any, Any] | str:
+    """Queries and keys of the product; what `baddbmm` adds to it and scales it by goes to `scores`.
+
+    A string names what was not understood.
+    """
+    if op_name(product) != "baddbmm":
+        return product.args[0], product.args[1] if len(product.args) > 1 else None
+    added, query, key = product.args[:3]
+    beta, alpha = product.kwargs.get("beta", 1), product.kwargs.get("alpha", 1)
+    if not isinstance(beta, (int, float)) or not isinstance(alpha, (int, float)) or alpha <= 0:
+        return "baddbmm"
+    if beta != 0 and not _is_zeros(added):
+        if scores.softcap or not isinstance(added, fx.Node) or beta < 0:
+            return "baddbmm"
+        scores.add_mask(added, product, float(beta))
+    scores.factor *= alpha
+    return query, key
+
+
+def _is_zeros(node: Any) -> bool:
+    """Whether the node makes zeros that only its one reader sees."""
+    return isinstance(node, fx.Node) and op_name(node) == "zeros" and len(node.users) == 1
+
+
+def _queries(query: Any, reader: fx.Node, scores: _Scores) -> fx.Node | None:
+    """The 4-D queries behind an operand of the product; scaling on the way goes to `scores`."""
+    while isinstance(query, fx.Node) and len(shape_of(query) or ()) == 3:
+        found = before_fold(query, (0, 1, 2))
+        if found is not None:
+            query, order, reader = found
+            if order != (0, 1, 2, 3):
+                return None
+            break
+        scales = _STEPS.get(op_name(query)) if op_name(query) in (*_MUL, *_DIV) else None
+        query = scales(query, scores) if scales else None
+    if not isinstance(query, fx.Node) or len(shape_of(query) or ()) != 4:
+        return None
+    scores.reads.append((query, reader))
+    return query
+
+
+def _operand(
+    node: Any, at: tuple[int, int, int, int], reader: fx.Node, scores: _Scores
+) -> tuple[fx.Node, tuple[int, int, int, int]] | None:
+    """The 4-D keys or values behind an operand of a product, and where their dimensions are.
+
+    at: the dimensions of batch, heads, tokens and head_dim where the operand is 4-D.
+    """
+    if not isinstance(node, fx.Node):
+        return None
+    rank = len(shape_of(node) or ())
+    if rank == 4:
+        scores.reads.append((node, reader))
+        return node, at
+    found = before_fold(node, (0, at[2] - 1, at[3] - 1)) if rank == 3 else None
+    if found is None:
+        return None
+    scores.reads.append((found[0], found[2]))
+    return found[0], found[1]
 
 
 def _straight_back(softmax: fx.Node) -> list[fx.Node]:
     """The nodes of the scores' own shape behind a softmax, up to and with its products."""
-    found, queue, seen = [], list(softmax.all_input_nodes), set()
+    found, queue = [], list(softmax.all_input_nodes)
+    seen: set[fx.Node] = set()
     while queue:
         node = queue.pop()
         if node in seen or len(seen) > 64:
@@ -95,37 +227,49 @@ def _reaches(node: fx.Node, tokens: Any) -> bool:
     return last is None or wanted is None or last in (wanted, wanted - 1)
 
 
-def _product_with_values(softmax: fx.Node) -> tuple[fx.Node, bool, str] | None:
+def _product_with_values(softmax: fx.Node) -> tuple[fx.Node, bool, str, list[fx.Node]] | None:
     """Forward from the weights: the product with the values, whether a sink column is cut off,
-    and the name of another reader of the weights ("" if there is none)."""
+    the name of another reader of the weights ("" if there is none), and the calls that set weights
+    to zero."""
     node, trimmed, odd = softmax, False, ""
+    zeroed: list[fx.Node] = []
     for _ in range(8):
-        products = [u for u in node.users if op_name(u) in _PRODUCTS and u.args[0] is node]
+        products = [user for user in node.users if _mixes_values(user, node)]
         others = [u for u in node.users if u not in products]
         if len(products) == 1 and node is not None:
-            return products[0], trimmed, odd or (op_name(others[0]) or "output" if others else "")
+            odd = odd or (op_name(others[0]) or "output" if others else "")
+            return products[0], trimmed, odd, zeroed
         steps = [u for u in others if _keeps_weights(u)]
         if len(steps) != 1 or products:
             return None
         if len(others) > 1:
             odd = odd or next(op_name(u) or "output" for u in others if u is not steps[0])
         trimmed = trimmed or op_name(steps[0]) == "getitem"
+        zeroed += steps if op_name(steps[0]) == "masked_fill" else []
         node = steps[0]
     return None
 
 
+def _mixes_values(product: fx.Node, weights: fx.Node) -> bool:
+    """Whether the weights are what a product takes as its first factor."""
+    name = op_name(product)
+    if name == "einsum":
+        return weights in product.all_input_nodes
+    return name in _PRODUCTS and product.args[name == "baddbmm"] is weights
+
+
 def _keeps_weights(node: fx.Node) -> bool:
     name = op_name(node)
-    if name in _CASTS or name == "reshape":
+    if name in _CASTS or folds(node) or unfolds(node):
         return True
     if name == "dropout":
         probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
         training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
-        return training is False or probability == 0.0
+        return training is False or bool(probability == 0.0)
     if name == "getitem":
         index = node.args[1]
         return isinstance(index, tuple) and index == (Ellipsis, slice(None, -1, None))
-    return False
+    return name == "masked_fill" and _number(node.args[2]) == 0
 
 
 def _fold(node: Any, scores: _Scores) -> fx.Node | str:
@@ -146,14 +290,15 @@ def _fold_add(node: fx.Node, scores: _Scores) -> fx.Node | None:
     left, right = node.args[:2]
     if node.kwargs or not isinstance(left, fx.Node):  # alpha=
         return None
-    if isinstance(right, (int, float)):
-        return left  # the same for every key
+    if not isinstance(right, fx.Node):
+        return left if isinstance(right, (int, float)) else None  # the same for every key
     for inner, mask in ((left, right), (right, left)):
         if _holds_product(inner) and not _holds_product(mask):
-            # Under a soft cap an added term would be capped too: not the one form.
-            if scores.softcap:
+            # Under a soft cap an added term would be capped too: not the one form. What is added as
+            # a number may not be taken for a mask that hides.
+            if scores.softcap or not fake_value(mask).dtype.is_floating_point:
                 return None
-            scores.masks.append(MaskTerm(mask, scores.factor))
+            scores.add_mask(mask, node)
             return inner
     return None
 
@@ -206,15 +351,55 @@ def _fold_fill(node: fx.Node, scores: _Scores) -> fx.Node | None:
     low = _very_low(fill)
     if value is None or str(value.dtype) != "torch.bool" or low is None:
         return None
-    scores.masks.append(MaskTerm(mask, scores.factor, inverted, low))
+    scores.add_mask(mask, node, inverted=inverted, fill=low)
     return inner
 
 
+def _fold_clamp(node: fx.Node, scores: _Scores) -> fx.Node | None:
+    """max(scores, very low): what a mask adds or fills with goes no lower."""
+    inner, bound = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
+    low = _very_low(bound)
+    more = {key for key, value in node.kwargs.items() if key != "min" and value is not None}
+    if not isinstance(inner, fx.Node) or low is None or more or len(node.args) > 2:
+        return None
+    if scores.softcap:
+        return None
+    scores.floor = max(scores.floor, low * scores.factor)
+    return inner
+
+
+def _fold_view(node: fx.Node, scores: _Scores) -> fx.Node | None:
+    """A change between (B, Hq, S, T) and (B * Hq, S, T)."""
+    if not folds(node) and not unfolds(node):
+        return None
+    scores.unfolded.append(shape_of(node.args[0] if folds(node) else node))
+    return node.args[0]  # type: ignore[return-value]
+
+
 def _very_low(fill: Any) -> float | None:
-    """The number, given as it is or as a constant tensor, if it hides a key from the softmax."""
-    if isinstance(fill, fx.Node) and op_name(fill) in ("tensor", "full"):
-        fill = fill.args[0] if op_name(fill) == "tensor" else fill.args[1]
-    return float(fill) if isinstance(fill, (int, float)) and fill <= -1e37 else None
+    """The number, if it hides a key from the softmax."""
+    number = _number(fill)
+    return number if number is not None and number <= -1e37 else None
+
+
+def _number(value: Any) -> float | None:
+    """A number that is given as it is or as a constant tensor."""
+    if isinstance(value, fx.Node) and op_name(value) in ("tensor", "scalar_tensor", "full"):
+        value = value.args[1 if op_name(value) == "full" else 0]
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _same_value(a: Any, b: Any, writes: list[Write], depth: int = 4) -> bool:
+    """Whether two operands are one, or come from one by the same calls; nothing writes into it."""
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return type(a) is type(b) and bool(a == b)
+    if a is b:
+        return not any(may_overlap(write.operand, a) for write in writes)
+    if depth == 0 or op_name(a) not in _PURE or op_name(a) != op_name(b) or a.kwargs or b.kwargs:
+        return False
+    return len(a.args) == len(b.args) and all(
+        _same_value(x, y, writes, depth - 1) for x, y in zip(a.args, b.args, strict=True)
+    )
 
 
 def _fold_sub(node: fx.Node, scores: _Scores) -> fx.Node | None:
@@ -232,18 +417,25 @@ def _fold_sub(node: fx.Node, scores: _Scores) -> fx.Node | None:
 
 def _fold_cat(node: fx.Node, scores: _Scores) -> fx.Node | None:
     """cat([scores, sink logits], dim=-1): one more column without a value."""
-    tensors = node.args[0] if node.args else node.kwargs.get("tensors")
+    tensors: Any = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    if not isinstance(tensors, (list, tuple)) or len(tensors) != 2 or scores.sinks is not None:
+    if not isinstance(tensors, (list, tuple)) or len(tensors) != 2:
+        return None
+    if scores.sinks is not None or scores.row_sinks:
         return None
     inner, sinks = tensors
     shape = shape_of(sinks)
     if scores.factor != 1.0 or scores.softcap or scores.masks or shape is None:
         return None
-    if dim not in (-1, len(shape) - 1) or concrete(shape[-1]) != 1:
+    if len(shape) != 4 or dim not in (-1, 3) or concrete(shape[-1]) != 1 or scores.unfolded:
         return None
     scores.sinks = _per_head(sinks, concrete(shape[1]))
-    return inner if scores.sinks is not None else None
+    if scores.sinks is None:  # another one for each row: subtracted from the scores, it becomes 0
+        if scores.floor > float("-inf"):
+            return None
+        scores.row_sinks = True
+        scores.add_mask(sinks, node, -1.0, per_row=True)
+    return inner
 
 
 def _per_head(node: fx.Node, heads: int | None) -> fx.Node | None:
@@ -286,6 +478,8 @@ _STEPS = {
     **dict.fromkeys(_DIV, _fold_div),
     **dict.fromkeys(_SUB, _fold_sub),
     **dict.fromkeys(_CASTS, _fold_cast),
+    **dict.fromkeys(("reshape", "flatten", "unflatten"), _fold_view),
+    **dict.fromkeys(("max", "maximum", "clamp", "clamp_min"), _fold_clamp),
     "tanh": _fold_tanh,
     "masked_fill": _fold_fill,
     "masked_fill_": _fold_fill,

@@ -65,6 +65,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "softmax": ("input", "dim"),
     "matmul": ("input", "other"),
     "bmm": ("input", "mat2"),
+    "baddbmm": ("input", "batch1", "batch2"),
     "add": ("input", "other"),
     "sub": ("input", "other"),
     "mul": ("input", "other"),

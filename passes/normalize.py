@@ -40,7 +40,7 @@ _VARIADIC = ("permute",)
 # Operations of more than one operand that passes look for by place.
 _TENSORS = {
     **dict.fromkeys(("matmul", "bmm", "add", "sub", "mul", "div"), 2),
-    **dict.fromkeys(("masked_fill", "where"), 3),
+    **dict.fromkeys(("masked_fill", "where", "baddbmm"), 3),
 }
 
 _NUMPY_NAMES = {"axis": "dim", "axis0": "dim0", "axis1": "dim1"}

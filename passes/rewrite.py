@@ -7,6 +7,7 @@ graph only ever appends arguments and strips results.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ def pack_groups(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
     """
     graph = gm.graph
     for site in sites:
-        if site.group == 1 or site.query_tokens != 1 or not site.sdpa:
+        if site.group == 1 or site.tiled or site.query_tokens != 1 or not site.sdpa:
             continue
         with graph.inserting_before(site.node):
             query = call(graph, _rows_of_group, site.query, site.kv_heads, like=site.node)
@@ -86,6 +87,7 @@ def rewrite_sparse(
     rather than mutated, the outputs: index rows (, index scales).
     """
     graph = gm.graph
+    plan = _with_plain_masks(graph, plan)
     bounds: dict[fx.Node, fx.Node] = {}
     masks: dict[tuple[tuple[MaskTerm, ...], fx.Node], fx.Node] = {}
     complete = _masks_complete(graph, [s.site for s in plan.sparse])
@@ -113,6 +115,8 @@ def rewrite_sparse(
                 graph, sparse, parts, query_basis, masks, bounds,
                 complete.get(sparse.site.node),
             )  # fmt: skip
+            if len(shape_of(sparse.site.node) or ()) == 3:  # batch and heads in one dimension
+                out = call(graph, torch.flatten, out, 0, 1, like=sparse.site.node)
         sparse.site.node.replace_all_uses_with(out)
     result = graph.output_node()
     result.args = ((*result.args[0], *outputs),)  # type: ignore[misc]
@@ -220,8 +224,9 @@ def _mirror_part(
         for step in write.moved:
             if isinstance(step, CacheWrite):
                 rows = call(graph, operator.getitem, new[step], number, like=step.node)
-                target = image[step.node.args[0]]  # type: ignore[index]
-                _call_like(graph, step.node, {step.source: rows, step.node.args[0]: target})
+                into: Any = step.node.args[0]
+                target = image[into]
+                _call_like(graph, step.node, {step.source: rows, into: target})
                 image[step.node] = target
             else:
                 image[step] = _call_like(graph, step, image)
@@ -285,7 +290,13 @@ def _sparse_attention(
     complete: fx.Node | None,
 ) -> fx.Node:
     site, budget = sparse.site, sparse.budget
-    query = site.query
+    query, sinks = site.query, site.sinks
+    if site.row_sinks:
+        sinks = call(graph, torch.Tensor.new_zeros, query, (site.query_heads,), like=site.node)
+    if site.tiled:  # the ops know blocks of query heads: bring the heads into that order and back
+        query = call(graph, _tiles_to_blocks, query, 1, site.kv_heads, like=site.node)
+        if sinks is not None:
+            sinks = call(graph, _tiles_to_blocks, sinks, 0, site.kv_heads, like=site.node)
     if concrete(fake_value(query).stride(3)) != 1:  # the ops read rows that are one run of memory
         query = call(graph, torch.Tensor.contiguous, query, like=site.node)
     key = _canonical(graph, site.key, site)
@@ -302,7 +313,7 @@ def _sparse_attention(
             with graph.inserting_after(mask):
                 bounds[mask] = call(graph, mask_bounds, mask, like=site.node)
         bound = bounds[mask]
-    slots = call(graph, torch.ops.aten.sym_size.int, key, 2, like=site.node)
+    slots: Any = call(graph, torch.ops.aten.sym_size.int, key, 2, like=site.node)
     constant = concrete(fake_value(slots))
     if constant is not None:
         graph.erase_node(slots)
@@ -334,10 +345,59 @@ def _sparse_attention(
         mask,
         scale=site.scale,
         softcap=site.softcap,
-        sinks=site.sinks,
+        sinks=sinks,
         like=site.node,
     )
+    if site.tiled:
+        out = call(graph, _tiles_to_blocks, out, 1, site.group, like=site.node)
     return _strided_like(graph, out, site)
+
+
+def _with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
+    """The plan with masks in the terms that `joint_mask` knows: not folded, tiled nor floored.
+
+    Layers that read the same mask share what is made of it.
+    """
+    complete = _masks_complete(graph, [s.site for s in plan.sparse])
+    plain: dict[tuple[MaskTerm, int, int, fx.Node], MaskTerm] = {}
+    sparse = []
+    for old in plan.sparse:
+        site, terms = old.site, []
+        for term in site.masks:
+            floor = term.floor if term.floor > float("-inf") else None
+            heads = site.query_heads if term.folded else 0
+            tiles = site.kv_heads if site.tiled else 0
+            behind = complete[site.node]
+            key = (term, heads, tiles, behind)
+            if (heads or tiles or floor is not None) and key not in plain:
+                with graph.inserting_after(behind):
+                    node = call(graph, plain_mask, term.node, heads, tiles, floor, like=site.node)
+                plain[key] = MaskTerm(node, term.factor, term.inverted, term.fill)
+            terms.append(plain.get(key, term))
+        site = dataclasses.replace(site, masks=tuple(terms))
+        sparse.append(dataclasses.replace(old, site=site))
+    return dataclasses.replace(plan, sparse=tuple(sparse))
+
+
+def plain_mask(mask: torch.Tensor, heads: int, tiles: int, floor: float | None) -> torch.Tensor:
+    """A mask with so many heads taken out of its first dimension (0: none), and nothing lower.
+
+    mask (B * heads, S, T) with heads, else of any shape. `tiles`, if not 0, is the number of KV
+    heads whose tiles its query heads are in: they are brought into blocks.
+    """
+    if heads:
+        mask = mask.unflatten(0, (-1, heads))
+    if tiles and mask.ndim > 2 and mask.shape[-3] != 1:
+        mask = _tiles_to_blocks(mask, mask.ndim - 3, tiles)
+    return mask if floor is None else mask.clamp(min=floor)
+
+
+def _tiles_to_blocks(x: torch.Tensor, dim: int, tile: int) -> torch.Tensor:
+    """Heads 0 1 2 0 1 2 (numbers of their KV heads; tile=3) become 0 0 1 1 2 2.
+
+    With the size of a block as `tile` it is the way back.
+    """
+    return x.unflatten(dim, (-1, tile)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 def _masks_complete(graph: fx.Graph, sites: Sequence[AttentionSite]) -> dict[fx.Node, fx.Node]:

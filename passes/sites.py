@@ -43,6 +43,7 @@ class Reason(enum.Enum):
     WEIGHTS_USED = "the attention weights are used by `{}` as well"
     MASK = "the mask does not broadcast to (batch, heads, query tokens, keys): {}"
     NO_CACHE = "the keys are computed in this graph ({}), not read from a cache"
+    LATENT = "the keys are expanded at each step from a cached latent of {} numbers per token"
     OPAQUE_VIEW = "the way from the cache to the keys runs through `{}`, which is not understood"
     WRITE = "the cache is written by `{}` in a form that cannot be mirrored: {}"
     CACHE_LEAVES = "the appended keys leave the graph as something else than the cache: {}"
@@ -77,13 +78,14 @@ class Heads:
     """Keys or values behind views: `base` permuted by `order` is (B, Hkv, T, head_dim).
 
     `order` lists, for each of those four, the dimension of `base`, or -1 where `base` has no
-    head dimension because there is one KV head. Every KV head serves `group` query heads, in
-    blocks: query head h reads KV head h // group.
+    head dimension because there is one KV head. Every KV head serves `group` query heads: query
+    head h reads KV head h // group, or h % Hkv where `tiled`.
     """
 
     base: fx.Node
     order: tuple[int, int, int, int]
     group: int
+    tiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,20 +94,27 @@ class MaskTerm:
     is True if `inverted`), a floating one is added; `factor` multiplies `fill` or what is added.
 
     A finite fill differs from -inf in rows that see no key: there it gives the mean of all values.
+    What a floating node adds is at least `floor`, before the factor. `folded` says that its first
+    dimension is batch and query heads in one, `per_row` that it adds the same to all keys of a row.
     """
 
     node: fx.Node
     factor: float = 1.0
     inverted: bool = False
     fill: float = float("-inf")
+    floor: float = float("-inf")
+    folded: bool = False
+    per_row: bool = False
 
 
 @dataclass(frozen=True)
 class Core:
     """An attention core in its one form, before its operands are looked into.
 
-    `key` permuted by `key_order` is (B, heads, T, D); `scale` None means 1 / sqrt(D); `grouped`
-    lets fewer KV heads than query heads stand for blocks of them; `causal` masks by position.
+    `key` permuted by `key_order` is (B, heads, T, D), `value` by `value_order` (B, heads, T, Dv);
+    `scale` None means 1 / sqrt(D); `grouped` lets fewer KV heads than query heads stand for blocks
+    of them; `causal` masks by position; `row_sinks` is as in `AttentionSite`. `reads` names calls
+    that read an operand before `node` does: (operand, call).
     """
 
     node: fx.Node
@@ -115,19 +124,26 @@ class Core:
     masks: tuple[MaskTerm, ...]
     scale: float | None
     key_order: tuple[int, int, int, int] = (0, 1, 2, 3)
+    value_order: tuple[int, int, int, int] = (0, 1, 2, 3)
     softcap: float = 0.0
     sinks: fx.Node | None = None
+    row_sinks: bool = False
+    reads: tuple[tuple[fx.Node, fx.Node], ...] = ()
     causal: bool = False
     grouped: bool = False
 
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention core: `node` computes softmax(scale * q k^T + masks) v, (B, Hq, S, Dv).
+    """One attention core: `node` computes softmax(scale * q k^T + masks) v, (B, Hq, S, Dv) or, with
+    batch and heads in one dimension, (B * Hq, S, Dv).
 
     With `softcap` c the scores are c * tanh(scale * q k^T / c); `sinks` (Hq,) are logits that
-    take part in the softmax and have no value. `sdpa` says that the core is the SDPA call itself.
-    `query_tokens` is S, or -1 where it is not a constant (only with `max_query_tokens=None`).
+    take part in the softmax and have no value. With `row_sinks` each row has a sink logit of its
+    own: it is subtracted from the scores by a mask that is `per_row`, and is 0 then. `sdpa` says
+    that the core is the SDPA call itself. `query_tokens` is S, or -1 where it is not a constant
+    (only with `max_query_tokens=None`). `tiled`: query head h reads KV head h % Hkv instead of
+    h // group.
     """
 
     node: fx.Node
@@ -143,8 +159,10 @@ class AttentionSite:
     value_dim: int
     path: str
     group: int = 1
+    tiled: bool = False
     softcap: float = 0.0
     sinks: fx.Node | None = None
+    row_sinks: bool = False
     sdpa: bool = True
 
 
@@ -161,7 +179,8 @@ def find_sites(
     sites: list[AttentionSite] = []
     skipped: list[Skipped] = []
     writes = writes_of(graph)
-    for position, node in enumerate(graph.nodes):
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
         name = op_name(node)
         core: Core | Skipped | None = None
         if name == "scaled_dot_product_attention":
@@ -170,13 +189,33 @@ def find_sites(
             core = chain_core(node)
         if core is None:
             continue
-        before = [write for write in writes if write.position < position]
-        found = core if isinstance(core, Skipped) else _site(core, max_query_tokens, before)
+        found: AttentionSite | Skipped
+        if isinstance(core, Skipped):
+            found = core
+        else:
+            before = [write for write in writes if write.position < order[core.node]]
+            late = _written_after_reading(core, before, order)
+            found = late or _site(core, max_query_tokens, before)
         if isinstance(found, AttentionSite):
             sites.append(found)
         else:
             skipped.append(found)
     return sites, skipped
+
+
+def _written_after_reading(
+    core: Core, writes: list[Write], order: dict[fx.Node, int]
+) -> Skipped | None:
+    """Refuses a core whose operands change between the call that reads them and its last one.
+
+    The ops read all of them at the core's node, where attention written out reads its values.
+    """
+    for operand_, reader in core.reads:
+        for write in writes:
+            if write.position > order[reader] and may_overlap(write.operand, operand_):
+                details = (f"a write by `{op_name(write.call)}` after its operand was read",)
+                return Skipped(core.node, Reason.SOFTMAX, details, module_path(core.node))
+    return None
 
 
 def _sdpa_core(node: fx.Node) -> Core | Skipped:
@@ -212,6 +251,7 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         return skip(Reason.LAYOUT, [None if s is None else tuple(s) for s in shapes])
     q_shape, k_shape, v_shape = (tuple(s) for s in shapes if s is not None)
     k_shape = tuple(k_shape[d] for d in core.key_order)
+    v_shape = tuple(v_shape[d] for d in core.value_order)
     query_tokens = concrete(q_shape[2])
     if max_query_tokens is not None:
         if query_tokens is None or query_tokens > max_query_tokens:
@@ -219,7 +259,7 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         if core.causal:
             return skip(Reason.PREFILL, query_tokens)
     key = _heads_at(core.key, core.key_order, core, writes)
-    value = _heads_at(core.value, (0, 1, 2, 3), core, writes)
+    value = _heads_at(core.value, core.value_order, core, writes)
     query = _narrow(core.query)
     dtypes = {fake_value(x).dtype for x in (query, key.base, value.base, core.node)}
     dtype = fake_value(query).dtype
@@ -235,11 +275,18 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
     by_flag = heads // kv_heads if kv_heads and heads % kv_heads == 0 else 0
     if by_flag < 1 or (by_flag > 1 and kv_heads > 1 and not core.grouped):
         return skip(Reason.GROUPS, f"{heads} query heads, {kv_heads} KV heads")
-    if not same_size(k_shape[1], v_shape[1]) or key.group != value.group:
+    alike = (key.group, key.tiled) == (value.group, value.tiled)
+    if not same_size(k_shape[1], v_shape[1]) or not alike:
         return skip(Reason.GROUPS, "keys and values are repeated differently")
+    if key.tiled and by_flag > 1:
+        return skip(Reason.GROUPS, "KV heads are repeated as tiles of blocks")
+    if key.tiled and max_query_tokens is None:  # whoever observes heads takes them to be in blocks
+        return skip(Reason.GROUPS, "KV heads are repeated as tiles")
     for term in core.masks:
-        if not _broadcasts(term.node, q_shape, k_shape):
+        if not _broadcasts(term, q_shape, k_shape):
             return skip(Reason.MASK, tuple(shape_of(term.node) or ()))
+    if core.row_sinks and all(term.per_row for term in core.masks):
+        return skip(Reason.SOFTMAX, "cat")  # no mask says which keys the sink is subtracted for
     group = by_flag * key.group
     return AttentionSite(
         node=core.node,
@@ -255,23 +302,29 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         value_dim=value_dim,
         path=module_path(core.node),
         group=group,
+        tiled=key.tiled,
         softcap=core.softcap,
         sinks=core.sinks,
+        row_sinks=core.row_sinks,
         sdpa=op_name(core.node) == "scaled_dot_product_attention",
     )
 
 
-def _broadcasts(mask: Any, q_shape: tuple[Any, ...], k_shape: tuple[Any, ...]) -> bool:
-    shape = shape_of(mask)
+def _broadcasts(term: MaskTerm, q_shape: tuple[Any, ...], k_shape: tuple[Any, ...]) -> bool:
+    mask, shape = term.node, shape_of(term.node)
     if shape is None or not 1 <= len(shape) <= 4:
         return False
+    if term.folded:
+        if not same_size(shape[0], q_shape[0] * q_shape[1]):
+            return False
+        shape = torch.Size([*q_shape[:2], *shape[1:]])
     target = (q_shape[0], q_shape[1], q_shape[2], k_shape[2])
     dtype = fake_value(mask).dtype
     if not (dtype == torch.bool or dtype.is_floating_point):
         return False
     # The key dimension must be whole: a mask that broadcasts over keys says nothing per key.
     offset = 4 - len(shape)
-    if concrete(shape[-1]) == 1 and concrete(target[3]) != 1:
+    if concrete(shape[-1]) == 1 and concrete(target[3]) != 1 and not term.per_row:
         return False
     # Keys and mask may name the same length by different symbols: the op compares real sizes.
     return all(
@@ -309,16 +362,67 @@ def heads_of(node: fx.Node, at: tuple[int, int, int, int] = (0, 1, 2, 3)) -> Hea
 
     Stops at the first node that is neither; `base` is that node. The views it understands are
     transposes, permutations, a repetition of each KV head in place (`repeat_kv` by expand and
-    reshape, `repeat_interleave`, an expand of one head) and copies that keep the values. `at` says
-    which dimension of `node` is batch, head, token and head_dim.
+    reshape, `repeat_interleave`, an expand of one head), one of all KV heads behind each other
+    (`repeat`, or expand and reshape) and copies that keep the values. `at` says which dimension of
+    `node` is batch, head, token and head_dim.
     """
-    base, order, group = node, list(at), 1
+    base, order, group, tiled = node, list(at), 1, False
     while True:
-        step = _through(base, order)
-        if step is None:
-            return Heads(base, (order[0], order[1], order[2], order[3]), group)
+        step, tiles = _through(base, order), False
+        if step is None and group == 1:
+            step, tiles = _through_tiles(base, order), True
+        if step is None or (tiled and step[2] > 1):
+            return Heads(base, (order[0], order[1], order[2], order[3]), group, tiled)
+        one_head = order[1] >= 0 and concrete((shape_of(step[0]) or ())[step[1][1]]) == 1
+        tiled = tiled or (tiles and not one_head)
         base, order, factor = step
         group *= factor
+
+
+def folds(node: fx.Node) -> bool:
+    """Whether the call makes (B * H, x, y) of (B, H, x, y)."""
+    return _same_but_for_fold(node, shape_of(node.args[0]) if node.args else None, shape_of(node))
+
+
+def unfolds(node: fx.Node) -> bool:
+    """Whether the call makes (B, H, x, y) of (B * H, x, y)."""
+    return _same_but_for_fold(node, shape_of(node), shape_of(node.args[0]) if node.args else None)
+
+
+def _same_but_for_fold(node: fx.Node, apart: torch.Size | None, folded: torch.Size | None) -> bool:
+    if op_name(node) not in ("reshape", "flatten", "unflatten"):
+        return False
+    if apart is None or folded is None or len(apart) != 4 or len(folded) != 3:
+        return False
+    expected = (apart[0] * apart[1], apart[2], apart[3])
+    return all(same_size(a, b) for a, b in zip(expected, folded, strict=True))
+
+
+def before_fold(
+    node: fx.Node, at: tuple[int, int, int]
+) -> tuple[fx.Node, tuple[int, int, int, int], fx.Node] | None:
+    """From a 3-D operand of a batched product back to its 4-D self.
+
+    at: the dimensions of `node` that are batch and heads in one, tokens, head_dim. Returns the 4-D
+    node, its dimensions of batch, heads, tokens, head_dim, and the call that folds it.
+    """
+    order = list(at)
+    while node.args and isinstance(node.args[0], fx.Node):
+        name, source = op_name(node), node.args[0]
+        if folds(node):
+            fold, tokens, last = order
+            return (source, (0, 1, tokens + 1, last + 1), node) if fold == 0 else None
+        if name in ("transpose", "permute", "movedim"):
+            back = permutation(node)
+            if back is None:
+                return None
+            order = [back[d] for d in order]
+        elif name not in ("contiguous", "detach", "alias") and not (
+            name in ("to", "float") and _widens(node)
+        ):
+            return None
+        node = source
+    return None
 
 
 def _through(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] | None:
@@ -347,8 +451,26 @@ def _through(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] 
         source = node.args[0]
         return _expanded_head(node, source, order) if isinstance(source, fx.Node) else None
     if name in ("reshape", "flatten"):
-        return _through_repeat(node, order)
+        return _through_repeat(node, order, new=order[1] + 1)
     return None
+
+
+def _through_tiles(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] | None:
+    """One view back from all KV heads, repeated behind each other: like `_through`."""
+    if op_name(node) in ("reshape", "flatten"):
+        return _through_repeat(node, order, new=order[1])
+    if op_name(node) != "repeat" or node.kwargs or order[1] < 0:
+        return None
+    source, times = node.args[0], node.args[1:]
+    if len(times) == 1 and isinstance(times[0], (list, tuple)):
+        times = tuple(times[0])
+    rank = len(shape_of(source) or ())
+    if not isinstance(source, fx.Node) or len(times) != rank:
+        return None
+    if any(n != 1 for dim, n in enumerate(times) if dim != order[1]):
+        return None
+    factor = times[order[1]]
+    return (source, order, factor) if isinstance(factor, int) and factor > 0 else None
 
 
 def _widens(node: fx.Node) -> bool:
@@ -356,7 +478,7 @@ def _widens(node: fx.Node) -> bool:
 
     The ops compute in float32 whatever they are given: a product of widened operands is theirs.
     """
-    before, after = fake_value(node.args[0]), fake_value(node)
+    before, after = fake_value(node.args[0]), fake_value(node)  # type: ignore[arg-type]
     wider = after.dtype == torch.float32 and before.dtype in (torch.float16, torch.bfloat16)
     return before.device == after.device and (wider or before.dtype == after.dtype)
 
@@ -378,11 +500,11 @@ def permutation(node: fx.Node) -> list[int] | None:
         back[a], back[b] = b, a
         return back
     if name == "permute":
-        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dims")
-        return [d % rank for d in dims]  # type: ignore[union-attr]
+        dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dims")
+        return [d % rank for d in dims]
     if name == "movedim":
         probe = torch.empty(tuple(range(2, 2 + rank)), device="meta")
-        moved = torch.movedim(probe, *node.args[1:], **node.kwargs)
+        moved = torch.movedim(probe, *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
         return [size - 2 for size in moved.shape]
     return None
 
@@ -425,8 +547,13 @@ def _expanded_head(
     return source, order, factor
 
 
-def _through_repeat(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] | None:
-    """`repeat_kv`: a new dimension behind the heads, expanded to the group, folded into them."""
+def _through_repeat(
+    node: fx.Node, order: list[int], *, new: int
+) -> tuple[fx.Node, list[int], int] | None:
+    """`repeat_kv`: a new dimension beside the heads, expanded to the group, folded into them.
+
+    new: its place; behind the heads it makes blocks, in front of them tiles.
+    """
     if order[1] < 0:
         return None
     expand = node.args[0]
@@ -441,18 +568,18 @@ def _through_repeat(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int]
     head, base, wide, out = order[1], shape_of(source), shape_of(expand), shape_of(node)
     if base is None or wide is None or out is None or len(base) != 4 or len(wide) != 5:
         return None
-    group, kv_heads = concrete(wide[head + 1]), concrete(base[head])
+    group, kv_heads = concrete(wide[new]), concrete(base[head])
     thin = shape_of(grown)
-    if group is None or kv_heads is None or thin is None or concrete(thin[head + 1]) != 1:
+    if group is None or kv_heads is None or thin is None or concrete(thin[new]) != 1:
         return None
     if concrete(out[head]) != group * kv_heads:
         return None
     for dim in range(4):
         if dim != head and not same_size(base[dim], out[dim]):
             return None
-        if not same_size(wide[dim + (dim > head)], base[dim]):
+        if not same_size(wide[dim + (dim >= new)], base[dim]):
             return None
-    if not _only_adds_dim(grown, head + 1):
+    if not _only_adds_dim(grown, new):
         return None
     return source, order, group
 

@@ -23,6 +23,7 @@ from toy_decoders import (
     cat_bhtd,
     clear_runtime,
     gqa_repeat_kv,
+    heads_flipped,
     index_copy_method,
     interpret,
     left_padded,
@@ -31,9 +32,7 @@ from toy_decoders import (
     read_only,
     roll_window,
     slice_assignment_read,
-    tiled,
     tokens,
-    values_before_write,
 )
 
 from loki_compile import LokiConfig, backend, reports, runtime, stats
@@ -283,13 +282,11 @@ def test_module_compile_takes_it(interpreted):
 
 @torch.no_grad()
 def test_strict_lists_every_site_that_stays_dense(interpreted):
-    spelling = Spelling(values_before_write, attend=tiled)
-    module = torch.nn.Module()
-    module.first, module.second = ToyDecoder(STATIC.but(attend=tiled)), ToyDecoder(spelling)
+    module = ToyDecoder(STATIC.but(attend=heads_flipped))
 
     def both(x, ck, cv, pos, mask):
-        (x,) = module.first(x, ck, cv, pos, mask)
-        return module.first(x, ck, cv, pos + 1, mask)
+        (x,) = module(x, ck, cv, pos, mask)
+        return module(x, ck, cv, pos + 1, mask)
 
     fast = torch.compile(both, backend="loki", options={**EVERYTHING, "strict": True})
     conversation = Conversation.start(STATIC)
@@ -297,7 +294,7 @@ def test_strict_lists_every_site_that_stays_dense(interpreted):
     with pytest.raises(BackendCompilerFailed) as error:
         conversation.step(fast, tokens(STATIC, 1)[0])
     message = str(error.value)
-    assert "2 attention site(s)" in message and message.count("`repeat`") == 2
+    assert "2 attention site(s)" in message and message.count("`flip`") == 2
     assert "Set strict=False" in message
     assert torch.equal(conversation.keys, keys)
 

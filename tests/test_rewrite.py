@@ -15,6 +15,7 @@ from toy_decoders import (
     HEAD_DIM,
     HIDDEN,
     REWRITTEN,
+    TILED,
     UNTOUCHED,
     Conversation,
     DirectSparse,
@@ -100,8 +101,8 @@ def test_sparse_with_the_whole_budget_is_dense_attention(spelling, interpreted):
 @torch.no_grad()
 def test_a_small_budget_is_the_reference_on_a_fresh_index(spelling, interpreted):
     module = ToyDecoder(spelling).eval()
-    config = LokiConfig.from_options(FEW)
-    truth = DirectSparse(basis_for(module), config, module.kv_heads)
+    config, tiled = LokiConfig.from_options(FEW), spelling.attend in TILED
+    truth = DirectSparse(basis_for(module), config, module.kv_heads, tiled=tiled)
     assert compare(module, compiled(module, **FEW), spelling, slow=truth) < 2e-5
     assert stats()["sparse_steps"] == STEPS
 

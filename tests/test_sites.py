@@ -33,6 +33,7 @@ from toy_decoders import (
     mqa_expand,
     no_mask,
     normal_graph,
+    nothing_seen_by_first,
     plain,
     repeat_kv,
     tiled,
@@ -114,10 +115,30 @@ def test_other_cores_are_skipped_with_a_reason(attend, reason, more):
 
 
 @pytest.mark.parametrize("attend", [tiled, tiled_by_expand])
-def test_another_order_of_heads_is_not_seen_through(attend):
-    """Query head h reads KV head h % Hkv there: the tiles stay what attention reads."""
+def test_tiles_of_heads_are_told_from_blocks(attend):
+    """Query head h reads KV head h % Hkv there."""
     (site,), _ = sites_of(attend)
-    assert site.group == 1 and site.key.base.op != "placeholder"
+    assert site.tiled and site.group == HEADS // KV_HEADS
+    assert site.key.base.op == "placeholder" and site.kv_heads == KV_HEADS
+    (one,), _ = sites_of(attend, kv_heads=1)
+    assert not one.tiled and one.group == HEADS
+
+
+def test_tiles_of_blocks_are_not_seen_through():
+    def attend(q, keys, values, mask):
+        keys, values = (x.repeat_interleave(2, 1).repeat(1, 2, 1, 1) for x in (keys, values))
+        return F.scaled_dot_product_attention(q.repeat(1, 2, 1, 1), keys, values, mask)[:, :HEADS]
+
+    (site,), _ = sites_of(attend)
+    assert site.group == 2 and site.tiled and site.key.base.op != "placeholder"
+
+
+def test_whoever_observes_heads_is_not_shown_tiles():
+    spelling = Spelling(index_copy_method, attend=tiled)
+    inputs = Conversation.start(spelling).inputs(tokens(spelling, 1)[0])
+    graph = normal_graph(ToyDecoder(spelling).eval(), *inputs).graph
+    sites, (skip,) = find_sites(graph, max_query_tokens=None)
+    assert not sites and skip.reason is Reason.GROUPS
 
 
 @pytest.mark.parametrize(
@@ -173,6 +194,11 @@ def test_a_site_is_named_by_its_module():
 
 
 # --- attention written out
+
+
+def nothing_seen_by_first_inf(*sizes):
+    seen = nothing_seen_by_first(*sizes)
+    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
 
 def chain(scores, values):
@@ -235,6 +261,83 @@ def in_place(q, keys, values, mask):
     return chain(scores, repeat_kv(values))
 
 
+def folded(x):
+    """Batch and heads in one dimension, as batched products want it."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def unfolded(x):
+    return x.view(-1, HEADS, *x.shape[1:])
+
+
+def batched_products(q, keys, values, mask):
+    keys, values = folded(repeat_kv(keys)), folded(repeat_kv(values))
+    scores = torch.bmm(folded(q * 0.3), keys.transpose(1, 2))
+    scores = folded(unfolded(scores) + mask)
+    weights = F.dropout(F.softmax(scores, dim=-1), p=0.1, training=False)
+    return unfolded(torch.bmm(weights, values))
+
+
+def bias_in_the_product(q, keys, values, mask):
+    """The biases are the product's own summand, folded as it is; the last product is not folded."""
+    keys = folded(repeat_kv(keys))
+    bias = folded(mask.expand(q.shape[0], -1, -1, -1))
+    scores = bias.baddbmm(folded(q), keys.mT, beta=0.5, alpha=0.3) / 0.5
+    return chain(unfolded(scores), repeat_kv(values))
+
+
+def nothing_in_the_product(q, keys, values, mask):
+    keys, values = folded(repeat_kv(keys)), folded(repeat_kv(values))
+    nothing = torch.zeros(q.shape[0] * HEADS, q.shape[2], keys.shape[1])
+    scores = torch.baddbmm(nothing, batch1=folded(q) * 0.6, batch2=keys.transpose(1, 2), alpha=0.5)
+    scores = F.softmax(unfolded(scores).masked_fill(~mask, -torch.inf), dim=-1)
+    return unfolded(folded(scores).bmm(values))
+
+
+def folded_masks(q, keys, values, mask):
+    """Each (B * Hq, S, T), or (1, S, T), which says the same of all heads."""
+    keys, values = folded(repeat_kv(keys)), folded(repeat_kv(values))
+    scores = torch.bmm(folded(q), keys.transpose(1, 2)) * 0.3
+    scores = scores + folded(mask.expand(q.shape[0], -1, -1, -1))
+    scores = scores + torch.linspace(-2, 2, scores.shape[-1]).view(1, 1, -1)
+    return unfolded(torch.bmm(F.softmax(scores, dim=-1), values))
+
+
+def clamped(q, keys, values, mask):
+    """Rows that see nothing get the mean of all values."""
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3 + mask
+    low = torch.full([], torch.finfo(scores.dtype).min)
+    return chain(torch.max(scores, low), repeat_kv(values))
+
+
+def filled_and_clamped(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3
+    scores = scores.masked_fill(~mask, -torch.inf) * 0.5
+    return chain(scores.clamp(min=-3e38), repeat_kv(values))
+
+
+def sinks_of_rows(q, keys, values, mask):
+    """The sink logits are computed from the queries."""
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3 + mask
+    sinks = q.sum(-1, keepdim=True)
+    weights = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+    return weights @ repeat_kv(values)
+
+
+def zeroed_behind(q, keys, values, mask):
+    """Rows that see nothing are zero."""
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3
+    scores = torch.masked_fill(scores, mask == torch.tensor(False), torch.scalar_tensor(-torch.inf))
+    weights = torch.softmax(scores, dim=-1)
+    weights = torch.masked_fill(weights, mask == torch.tensor(False), torch.scalar_tensor(0))
+    return weights @ repeat_kv(values)
+
+
+def low_and_zeroed_behind(q, keys, values, mask):
+    scores = (q @ repeat_kv(keys).transpose(2, 3)).masked_fill(~mask, -3e38)
+    return torch.softmax(scores, dim=-1).masked_fill(~mask, 0.0) @ repeat_kv(values)
+
+
 CHAINS = [
     (written_out, causal_inf),
     (written_out, alibi),
@@ -247,6 +350,17 @@ CHAINS = [
     (two_masks, causal),
     (by_keyword, causal_inf),
     (in_place, causal_inf),
+    (batched_products, causal_inf),
+    (bias_in_the_product, alibi),
+    (nothing_in_the_product, causal),
+    (folded_masks, alibi),
+    (clamped, nothing_seen_by_first_inf),
+    (filled_and_clamped, nothing_seen_by_first),
+    (sinks_of_rows, causal_inf),
+    (sinks_of_rows, alibi),
+    (sinks_of_rows, nothing_seen_by_first_inf),
+    (zeroed_behind, nothing_seen_by_first),
+    (low_and_zeroed_behind, nothing_seen_by_first),
 ]
 
 
@@ -260,7 +374,8 @@ def test_attention_written_out_is_the_same_core(attend, mask, monkeypatch):
     there = here.fork()
     with torch.no_grad():
         for x in tokens(spelling, 3):
-            torch.testing.assert_close(here.step(fast, x), there.step(module, x), rtol=0, atol=3e-5)
+            out, expected = here.step(fast, x), there.step(module, x)
+            torch.testing.assert_close(out, expected, rtol=0, atol=3e-5, equal_nan=True)
     assert stats()["sparse_steps"] == 3
 
 
@@ -315,9 +430,77 @@ def keys_as_router(q, keys, values, mask):
     return q * weights.sum(-1, keepdim=True)
 
 
+def other_keys_zeroed_behind(q, keys, values, mask):
+    """The weights of keys that the softmax saw: the others are not scaled up."""
+    hidden = mask < 0
+    scores = (q @ repeat_kv(keys).transpose(2, 3)).masked_fill(hidden, -torch.inf)
+    weights = torch.softmax(scores, dim=-1).masked_fill(hidden.roll(1, -1), 0.0)
+    return weights @ repeat_kv(values)
+
+
+def numbers_added(q, keys, values, mask):
+    """A boolean tensor that is added counts as 0 and 1."""
+    return chain(q @ repeat_kv(keys).transpose(2, 3) + (mask < 0), repeat_kv(values))
+
+
+def sinks_scaled_with_the_scores(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3) + mask
+    sinks = q.sum(-1, keepdim=True)
+    weights = torch.softmax(torch.cat([scores, sinks], dim=-1) * 0.3, dim=-1)[..., :-1]
+    return weights @ repeat_kv(values)
+
+
+def sinks_kept(q, keys, values, mask):
+    """The column in front is cut off instead of the sink."""
+    scores = q @ repeat_kv(keys).transpose(2, 3) + mask
+    weights = torch.softmax(torch.cat([scores, q.sum(-1, keepdim=True)], dim=-1), dim=-1)
+    return weights[..., 1:] @ repeat_kv(values)
+
+
+def clamped_high(q, keys, values, mask):
+    """A bound that scores reach."""
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3 + mask
+    return chain(scores.clamp(min=-2.0), repeat_kv(values))
+
+
+def clamped_above(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3) + mask
+    return chain(scores.clamp(-3e38, 0.5), repeat_kv(values))
+
+
+def heads_mixed_by_views(q, keys, values, mask):
+    """The scores are unfolded into other batches and heads than they were folded from."""
+    keys, values = folded(repeat_kv(keys)), folded(repeat_kv(values))
+    scores = torch.bmm(folded(q), keys.transpose(1, 2))
+    apart = scores.view(HEADS, -1, *scores.shape[1:]) + mask
+    return unfolded(torch.bmm(torch.softmax(folded(apart), dim=-1), values))
+
+
+def products_of_features(q, keys, values, mask):
+    """Folded, but over head_dim's first dimension: keys and tokens trade places."""
+    keys = repeat_kv(keys).reshape(-1, HEAD_DIM, keys.shape[2])
+    scores = unfolded(torch.bmm(folded(q), keys)) + mask
+    return chain(scores, repeat_kv(values))
+
+
+def keys_edited_between_the_products(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3) + mask
+    keys[:, :, 3] = 0.5
+    return chain(scores, repeat_kv(values))
+
+
+def mask_edited_between_the_products(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3) + mask
+    mask[..., 3] = -torch.inf
+    return chain(scores, repeat_kv(values))
+
+
 @pytest.mark.parametrize(
     "attend",
     [
+        numbers_added, other_keys_zeroed_behind, sinks_scaled_with_the_scores, sinks_kept,
+        clamped_high, clamped_above, heads_mixed_by_views, products_of_features,
+        keys_edited_between_the_products, mask_edited_between_the_products,
         max_over_heads, floored, scaled_mask, negative_scale, masked_then_capped,
         weights_read_twice, over_heads, weights_scaled, not_very_low, keys_as_router,
     ],

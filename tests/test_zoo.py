@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loki_compile.passes.sites import Reason
 
 _FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "zoo.py"
 _SPEC = importlib.util.spec_from_file_location("zoo", _FILE)
@@ -24,6 +25,9 @@ REWRITTEN = [
     ("gpt_neo", "static", "eager"),  # where() with a finite fill: rows that see no key
     ("diffllama", "dynamic", "sdpa"),  # two cores over one cache
     ("flint", "static", "eager"),  # products of operands widened to float32
+    ("bloom", "dynamic", "sdpa"),  # batch and heads in one dimension, a bias inside the product
+    ("xglm", "static", "sdpa"),  # folded too, scores clamped from below
+    ("jetmoe", "static", "sdpa"),  # KV heads repeated as tiles, a graph for each layer
 ]
 DENSE = [
     ("deepseek_v3", "static", "sdpa"),  # keys expanded from a cached latent
@@ -98,7 +102,14 @@ def test_the_table_counts_outcomes_and_says_which_architectures_a_reason_costs()
         site = {"outcome": outcome, "reason": reason}
         return {"key": case.key, **vars(case), "status": "equal", "graphs": [[site, site]]}
 
-    text = zoo.table([row("ant", "sparse", ""), row("bee", "dense", "its wings: 4")])
-    assert "| eager | static | sdpa | 2 | 0 | 0 | 0 | 0 | 0 | 0 | 2 | 2 | 1 |" in text
+    latent = Reason.LATENT.value.format(512)
+    results = [
+        row("ant", "sparse", ""),
+        row("bee", "dense", "its wings: 4"),
+        row("cat", "dense", latent),
+    ]
+    results[0]["graphs"][0][1] = {"outcome": "dense", "reason": latent}
+    text = zoo.table(results)
+    assert "| eager | static | sdpa | 3 | 0 | 0 | 0 | 0 | 0 | 0 | 3 | 3 | 0 | 1 |" in text
     assert "| 1 | its wings | bee |" in text
-    assert "| ant | 1 | 2 | 2 | 0 | 0 |" in text
+    assert "| ant | 1 | 2 | 1 | 0 | 1 |" in text

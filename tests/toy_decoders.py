@@ -240,6 +240,28 @@ def read_only(k, v, ck, cv, pos):
     return ck, cv, ()
 
 
+def latent(k, v, ck, cv, pos):
+    """What is cached is expanded to keys and values by a linear map, as MLA does."""
+    index_copy_method(k, v, ck, cv, pos)
+    expand = torch.linspace(-1, 1, HEAD_DIM * HEAD_DIM).view(HEAD_DIM, HEAD_DIM)
+    return F.linear(ck, expand), cv @ expand, ()
+
+
+def latent_pieces(k, v, ck, cv, pos):
+    """The same over a growing cache, with keys put together in a fresh tensor."""
+    latents, values, state = cat_bhtd(k, v, ck, cv, pos)
+    expand = torch.linspace(-1, 1, HEAD_DIM * 8).view(8, HEAD_DIM)
+    keys = latents.new_empty(latents.shape)
+    keys[..., :8].copy_(F.linear(latents, expand))
+    keys[..., 8:].copy_(latents[..., :2])
+    return keys, values, state
+
+
+def encoder_states(k, v, ck, cv, pos):
+    """Keys of cross-attention, computed again at each step from states that nothing writes."""
+    return ck @ torch.linspace(-1, 1, HEAD_DIM * HEAD_DIM).view(HEAD_DIM, HEAD_DIM), cv, ()
+
+
 def fresh(k, v, ck, cv, pos):
     """No cache: attention over keys that this very call computes."""
     return k.transpose(1, 2), v.transpose(1, 2), ()
@@ -498,6 +520,13 @@ def tiled_by_expand(q, keys, values, mask):
     return sdpa(q, keys, values, attn_mask=mask)
 
 
+TILED = (tiled, tiled_by_expand)
+
+
+def tiles_of_flipped_heads(q, keys, values, mask):
+    return tiled(q, keys.flip(1), values.flip(1), mask)
+
+
 def values_tiled(q, keys, values, mask):
     """Keys repeat in blocks, values as tiles."""
     keys = keys.repeat_interleave(HEADS // keys.shape[1], dim=1)
@@ -662,6 +691,12 @@ REWRITTEN = [
     _static.but(attend=gqa_flag_by_keyword),
     _static.but(attend=scaled, kv_heads=HEADS),
     _static.but(fused=True),
+    _static.but(attend=tiled),
+    _static.but(attend=tiled, mask=alibi),
+    _static.but(attend=tiled, new_tokens=3, mask=left_padded),
+    _static.but(attend=tiled_by_expand),
+    _cat.but(attend=tiled),
+    _static.but(attend=tiled, kv_heads=1),
     # Masks.
     _static.but(mask=causal_2d),
     _static.but(mask=causal_float),
@@ -715,9 +750,11 @@ UNTOUCHED = [
     _static.but(write=values_transposed, values="bhdt", reason=Reason.NON_CONTIGUOUS_HEAD_DIM),
     _static.but(layout="strided", reason=Reason.NON_CONTIGUOUS_HEAD_DIM),
     _static.but(write=fresh, mask=no_mask, reason=Reason.NO_CACHE),
+    _static.but(write=encoder_states, reason=Reason.NO_CACHE),
+    _static.but(write=latent, reason=Reason.LATENT),
+    _cat.but(write=latent_pieces, reason=Reason.LATENT),
     # The core.
-    _static.but(attend=tiled, reason=Reason.OPAQUE_VIEW),
-    _static.but(attend=tiled_by_expand, reason=Reason.OPAQUE_VIEW),
+    _static.but(attend=tiles_of_flipped_heads, reason=Reason.OPAQUE_VIEW),
     _static.but(attend=values_tiled, reason=Reason.GROUPS),
     _static.but(attend=heads_flipped, reason=Reason.OPAQUE_VIEW),
     _static.but(attend=dims_cut, kv_heads=HEADS, reason=Reason.OPAQUE_VIEW),
@@ -922,9 +959,11 @@ class DirectSparse(TorchFunctionMode):
     `reference.attend`, all in fp64.
     """
 
-    def __init__(self, basis: BasisSet, config: LokiConfig, kv_heads: int) -> None:
+    def __init__(
+        self, basis: BasisSet, config: LokiConfig, kv_heads: int, *, tiled: bool = False
+    ) -> None:
         super().__init__()
-        self.basis, self.config, self.kv_heads = basis, config, kv_heads
+        self.basis, self.config, self.kv_heads, self.tiled = basis, config, kv_heads, tiled
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -937,6 +976,11 @@ class DirectSparse(TorchFunctionMode):
         self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
         enable_gqa=False,
     ):  # fmt: skip
+        if self.tiled:  # the definition knows blocks of query heads
+            heads = torch.arange(query.shape[1]).view(-1, self.kv_heads).T.flatten()
+            query, key, value = query[:, heads], key[:, heads], value[:, heads]
+            if attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1:
+                attn_mask = attn_mask[..., heads, :, :]
         keys, values = (x[:, :: x.shape[1] // self.kv_heads] for x in (key, value))
         query_basis, key_basis = self.basis.bases[0].truncate(self._rank())
         index, _ = index_rows(keys, key_basis, torch.float32)
@@ -953,7 +997,8 @@ class DirectSparse(TorchFunctionMode):
             sink=budget.sink, recent=budget.recent,
             per_head=self.config.share == "head" or heads_differ,
         )  # fmt: skip
-        return reference.attend(query, keys, values, positions, mask, scale=scale)
+        out = reference.attend(query, keys, values, positions, mask, scale=scale)
+        return out[:, heads.argsort()] if self.tiled else out
 
     def _rank(self) -> int:
         return self.basis.bases[0].rank_for(self.config.rank)
