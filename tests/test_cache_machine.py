@@ -30,12 +30,12 @@ from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from tally import cases, count
 from torch import Tensor, nn
-from toy_decoders import interpret
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from toy_decoders import interpret, tiny_llama
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from loki_compile import runtime, stats
 
-LAYERS, KV_HEADS, HEAD_DIM, VOCABULARY = 2, 2, 8, 64
+LAYERS, KV_HEADS, HEAD_DIM, VOCABULARY = 2, 2, 8, 64  # of `tiny_llama`
 SLOTS, TALKS, ROWS = 40, 4, 4
 _failing = False
 
@@ -64,17 +64,7 @@ class FailsOnDemand(nn.Module):
 
 
 def make_model() -> LlamaForCausalLM:
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, vocab_size=VOCABULARY,
-        max_position_embeddings=256,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)  # peaked attention: a key too many or too few shows
+    model = tiny_llama()
     model.model.layers[0].mlp = FailsOnDemand(model.model.layers[0].mlp)
     return model
 
