@@ -6,13 +6,13 @@ are the key indexes and bases. Indexes belong to cache tensors, not to graphs: r
 second graph over the same cache, and interleaved conversations all find theirs.
 
 Provenance. An index is valid for a cache tensor if that tensor is the very one that the sparse
-variant last wrote: same storage, address, shape, strides and version counter. Anything else rebuilds
-the index from the cache. (What PyTorch itself does not count escapes: a write through `.data` or
-NumPy.) Tensors made under `torch.inference_mode` have no version counter; for
-them the number of filled slots must continue where the last step ended, and a sample of rows is
-compared with its projection at every step (an edit of a few old keys between two steps can escape
-that, so edit caches under `torch.no_grad`). A stale index can only misrank: attention itself always
-reads the cache's own keys and values.
+variant last wrote: same storage, address, shape, strides and version counter. Anything else
+rebuilds the index from the cache. (What PyTorch itself does not count escapes: a write through
+`.data` or NumPy.) Tensors made under `torch.inference_mode` have no version counter; for them the
+number of filled slots must continue where the last step ended, and a sample of rows is compared
+with its projection at every step (an edit of a few old keys between two steps can escape that, so
+edit caches under `torch.no_grad`). A stale index can only misrank: attention itself always reads
+the cache's own keys and values.
 """
 
 from __future__ import annotations
@@ -429,9 +429,9 @@ class DecodeGraph:
             return False
         if stamp[-1] is not None:
             return True
-        if binding.cache.writes and not binding.cache.replaced:
-            if visible != min(most, record.filled + binding.new_tokens):
-                return False
+        follows = visible == min(most, record.filled + binding.new_tokens)
+        if binding.cache.writes and not binding.cache.replaced and not follows:
+            return False
         return self._spot_check(binding, record, past)
 
     def _spot_check(self, binding: CacheBinding, record: IndexRecord, past: Tensor) -> bool:

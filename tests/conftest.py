@@ -30,7 +30,7 @@ _PROFILE = settings(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-settings.register_profile("bounded", _PROFILE, max_examples=60, stateful_step_count=15)
+settings.register_profile("bounded", _PROFILE, max_examples=50, stateful_step_count=15)
 settings.register_profile("soak", _PROFILE, max_examples=3000, stateful_step_count=60)
 settings.load_profile("bounded")
 

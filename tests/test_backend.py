@@ -405,7 +405,9 @@ def test_a_basis_is_read_from_a_path(interpreted, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("choice", ["path", "auto"])
-def test_graphs_that_read_one_stored_basis_share_an_index(choice, interpreted, tmp_path, monkeypatch):
+def test_graphs_that_read_one_stored_basis_share_an_index(
+    choice, interpreted, tmp_path, monkeypatch
+):
     monkeypatch.setenv("LOKI_HOME", str(tmp_path))
     module = ToyDecoder(STATIC.but(mask=causal)).eval()
     path = Store().save(basis_for(module))

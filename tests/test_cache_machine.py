@@ -10,6 +10,7 @@ After every rule each index that would be used again equals the projection of it
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from collections import Counter
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ STEPS = st.sampled_from([1, 2, 3, 0])
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """`model` is eager, `fast` compiled; `exact`: compared with the twin, else with a fresh copy."""
+    """`model` is eager, `fast` compiled; compared with the twin if `exact`, else with a copy."""
 
     def __init__(self, model, fast, *, exact: bool) -> None:
         super().__init__()
@@ -431,6 +432,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def indexes_mirror_their_caches(self):
+        count("state machine: steps")
         for talk in self.talks:
             for layer in talk.here.layers if self.filled(talk.here) else []:
                 if layer.keys.is_inference():
@@ -469,8 +471,8 @@ def test_any_order_of_what_people_do_to_caches(options, interpreted):
     before = Counter(stats())
     torch._dynamo.reset()
     fast = torch.compile(model, backend="loki", options=options)
-    run_state_machine_as_test(lambda: CacheMachine(model, fast, exact=exact), settings=cases(0.15))
-    del fast
+    machine = functools.partial(CacheMachine, model, fast, exact=exact)
+    run_state_machine_as_test(machine, settings=cases(0.05))
     gc.collect()
     ran = Counter(stats()) - before
     assert ran["sparse_steps"] > ran["rebuilds"] / LAYERS, ran

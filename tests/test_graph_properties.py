@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
