@@ -32,7 +32,14 @@ from loki_compile.pca_store.fingerprint import weights_fingerprint
 from tally import cases, count
 from torch import Tensor, nn
 from toy_decoders import interpret, tiny_llama
-from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from loki_compile import runtime, stats
 
@@ -70,7 +77,19 @@ def make_model() -> LlamaForCausalLM:
     return model
 
 
-def axes(model: LlamaForCausalLM) -> BasisSet:
+def make_windowed_model() -> Gemma3ForCausalLM:
+    """A window of 12 keys, then a layer that sees all."""
+    torch.manual_seed(6)
+    config = Gemma3TextConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, vocab_size=VOCABULARY,
+        max_position_embeddings=256, sliding_window=12,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config).eval()
+
+
+def axes(model: PreTrainedModel) -> BasisSet:
     """Bases whose columns are axes: projections are exact, whoever computes them."""
     bases = []
     for number, layer in enumerate(model.model.layers):
@@ -148,6 +167,8 @@ class CacheMachine(RuleBasedStateMachine):
     def __init__(self, model, fast, *, exact: bool) -> None:
         super().__init__()
         self.model, self.fast, self.exact = model, fast, exact
+        # What left a window is gone: such a cache cannot go back.
+        self.can_go_back = isinstance(model, LlamaForCausalLM)
         self.talks: list[Talk] = []
         self.generator = torch.Generator()
 
@@ -248,7 +269,7 @@ class CacheMachine(RuleBasedStateMachine):
     def another_chunk_of_prompt(self, pick, inference, compiled):
         self.advance(self.talk(pick), 10, inference, compiled)
 
-    @precondition(lambda self: self.talks)
+    @precondition(lambda self: self.talks and self.can_go_back)
     @rule(pick=PICK, inference=INFERENCE, steps=STEPS)
     def fail_in_the_middle_of_a_step(self, pick, inference, steps):
         global _failing
@@ -275,7 +296,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     # -- what is done to a cache between steps
 
-    @precondition(lambda self: self.talks)
+    @precondition(lambda self: self.talks and self.can_go_back)
     @rule(pick=PICK, tokens=st.integers(1, 5), inference=INFERENCE, steps=STEPS)
     def reject_tokens(self, pick, tokens, inference, steps):
         """`crop`; a static cache is rewound, and its slots are overwritten later."""
@@ -375,12 +396,12 @@ class CacheMachine(RuleBasedStateMachine):
         talk = self.talk(pick)
         if talk.inference and how in ("one key", "a view"):
             return  # see README: what the rows of a sample do not show
-        row %= talk.length
         with torch.inference_mode() if talk.inference or inference else torch.no_grad():
             for cache in talk.caches:
                 if not self.filled(cache):
                     continue
                 held = cache.layers[layer]
+                row %= min(talk.length, held.keys.shape[2])
                 if how == "one key":
                     held.keys[:, :, row] *= -3
                 elif how == "a view":
@@ -395,7 +416,7 @@ class CacheMachine(RuleBasedStateMachine):
                     held.values.mul_(0.5)
         self.then(talk, steps, inference)
 
-    @precondition(lambda self: self.talks)
+    @precondition(lambda self: self.talks and self.can_go_back)
     @rule(pick=PICK, inference=INFERENCE, steps=STEPS)
     def change_the_kind_of_cache(self, pick, inference, steps):
         """Static to growing or back, with what is in it."""
@@ -461,8 +482,11 @@ def interpreted():
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_any_order_of_what_people_do_to_caches(options, interpreted):
-    model = make_model()
+@pytest.mark.parametrize(
+    "make", [make_model, pytest.param(make_windowed_model, marks=pytest.mark.slow)]
+)
+def test_any_order_of_what_people_do_to_caches(make, options, interpreted):
+    model = make()
     exact = options["top_k"] == 1.0
     if not exact:
         options = {**options, "basis": axes(model)}
@@ -478,3 +502,28 @@ def test_any_order_of_what_people_do_to_caches(options, interpreted):
     assert ran["sparse_steps"] > ran["rebuilds"] / LAYERS, ran
     assert "min_context" not in options or not options["min_context"] or ran["dense_steps"]
     assert stats()["index_bytes"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_conversation_moves_to_another_dtype_and_back(dtype, interpreted):
+    model = make_model()
+    torch._dynamo.reset()
+    before = Counter(stats())
+    fast = torch.compile(model, backend="loki", options=EVERYTHING)
+    here = DynamicCache(config=model.config)
+    ids = torch.randint(VOCABULARY, (1, 20))
+    with torch.no_grad():
+        model(ids, past_key_values=here)
+        for number, moved in enumerate((torch.float32, dtype, torch.float32)):
+            model.to(moved)
+            map_tensors(here, lambda x, moved=moved: x.to(moved))
+            for at in range(3 * number, 3 * number + 3):
+                there = copy.deepcopy(here)
+                step = ids[:, at : at + 1]
+                out = fast(step, past_key_values=here).logits
+                expected = model(step, past_key_values=there).logits
+                atol = 2e-4 if moved != torch.bfloat16 else 0.1 * float(expected.std())
+                assert out.dtype == moved
+                torch.testing.assert_close(out, expected, rtol=0, atol=atol)
+    ran = Counter(stats()) - before
+    assert ran["sparse_steps"] == (6 if dtype == torch.float64 else 9)
