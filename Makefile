@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed-test
 DEV_STAMP := $(VENV)/.installed-dev
 TYPED := build/typed
 
-.PHONY: demo test check format clean
+.PHONY: demo test soak check format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -17,6 +17,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest $(TEST_FLAGS)
+
+# Hours: the slow tests, and thousands of generated cases for each clause; one table at the end.
+SOAK := tests/test_properties.py tests/test_graph_properties.py tests/test_cache_machine.py \
+  tests/test_faults.py tests/test_pca_store.py
+soak: $(STAMP)
+	$(BIN)/pytest --hypothesis-profile=soak --timeout=0 -m "slow or not slow" $(SOAK) $(TEST_FLAGS)
 
 # mypy does not follow the editable install's mapping of folders, so it gets a normal one.
 check: $(DEV_STAMP)

@@ -112,9 +112,9 @@ def _attend_row(
             logits = logits + mask[seen]
     if sink is not None:
         logits = torch.cat((logits, sink.float()))
-    if not logits.numel() or logits.max() == -torch.inf:
-        return torch.zeros(v.shape[1])
-    return logits.softmax(-1)[: len(v)] @ v.float()
+    blind = not logits.numel() or logits.max() == -torch.inf
+    weights = torch.zeros_like(logits) if blind else logits.softmax(-1)
+    return weights[: len(v)] @ v.float()  # 0 * inf is NaN, as in PyTorch's attention
 
 
 def _scores(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def _new_tokens(cache: KeyCache, query_tokens: int) -> int:
 def _choose_bases(bindings: list[CacheBinding], config: LokiConfig) -> None:
     """Fills in `binding.basis` from the user's choice or the store; None is fitted at run time."""
     if config.basis == "auto":
-        chosen = Store().find(b.weights for b in bindings if b.weights)
+        chosen = _once(Store().find(b.weights for b in bindings if b.weights))
     else:
         chosen = load_basis(config.basis)
     uses: dict[str, int] = {}
@@ -198,9 +199,25 @@ def _pick(
     )
 
 
-@functools.lru_cache(maxsize=8)
-def _load_cached(name: str | Path) -> BasisSet:
-    return Store().load(name)
+_read: deque[BasisSet] = deque(maxlen=8)
+
+
+def _once(chosen: BasisSet | None) -> BasisSet | None:
+    """The equal set that was read before, if there is one.
+
+    Indexes belong to bases: graphs that read one file find each other's. The file itself is read
+    for each graph, since it may have been calibrated again.
+    """
+    if chosen is None:
+        return None
+    for known in _read:
+        if known.fingerprint == chosen.fingerprint and all(
+            torch.equal(a.key, b.key) and torch.equal(a.query, b.query)
+            for a, b in zip(known.bases, chosen.bases, strict=True)
+        ):
+            return known
+    _read.append(chosen)
+    return chosen
 
 
 def load_basis(choice: str | Path | BasisSet) -> BasisSet:
@@ -209,7 +226,11 @@ def load_basis(choice: str | Path | BasisSet) -> BasisSet:
     Raises:
       ValueError: nothing there, or a file that is not an intact basis.
     """
-    return choice if isinstance(choice, BasisSet) else _load_cached(choice)
+    if isinstance(choice, BasisSet):
+        return choice
+    chosen = _once(Store().load(choice))
+    assert chosen is not None
+    return chosen
 
 
 def _fakes(gm: fx.GraphModule) -> list[Any]:

@@ -6,12 +6,13 @@ are the key indexes and bases. Indexes belong to cache tensors, not to graphs: r
 second graph over the same cache, and interleaved conversations all find theirs.
 
 Provenance. An index is valid for a cache tensor if that tensor is the very one that the sparse
-variant last wrote: same storage address, shape, strides and version counter. Anything else rebuilds
-the index from the cache. Tensors made under `torch.inference_mode` have no version counter; for
-them the number of filled slots must continue where the last step ended, and a sample of rows is
-compared with its projection at every step (an edit of a few old keys between two steps can escape
-that, so edit caches under `torch.no_grad`). A stale index can only misrank: attention itself always
-reads the cache's own keys and values.
+variant last wrote: same storage, address, shape, strides and version counter. Anything else
+rebuilds the index from the cache. (What PyTorch itself does not count escapes: a write through
+`.data` or NumPy.) Tensors made under `torch.inference_mode` have no version counter; for them the
+number of filled slots must continue where the last step ended, and a sample of rows is compared
+with its projection at every step (an edit of a few old keys between two steps can escape that, so
+edit caches under `torch.no_grad`). A stale index can only misrank: attention itself always reads
+the cache's own keys and values.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.utils import counters
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from loki_compile.config import LokiConfig
 from loki_compile.passes.cache_writes import KeyCache
-from loki_compile.passes.fx_tools import copy_of, extract, fake_value
+from loki_compile.passes.fx_tools import copy_of, extract, fake_value, writes_of
 from loki_compile.passes.plan import Plan
 from loki_compile.passes.rewrite import (
     IndexLayout,
@@ -84,8 +86,9 @@ def index_bytes() -> int:
 
 
 def _count(name: str, amount: int = 1) -> None:
-    _stats[name] += amount
-    counters["loki"][name] += amount
+    with _lock:
+        _stats[name] += amount
+        counters["loki"][name] += amount
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +118,10 @@ _fitted_here: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def _stamp(tensor: Tensor) -> tuple[Any, ...]:
     version = None if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), version
+    # `x.data = y` counts as no write, and a new storage may lie where one before it lay: while a
+    # weak reference to that is held, the two are not taken for one.
+    storage = StorageWeakRef(tensor.untyped_storage())
+    return storage, tensor.data_ptr(), tensor.shape, tensor.stride(), version
 
 
 def bind(basis: Basis, rank: int, device: torch.device) -> BoundBasis:
@@ -202,6 +208,7 @@ class DecodeGraph:
         self.bindings = bindings
         self.compile_graph = compile_graph
         self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+        self.pure = not writes_of(gm.graph)
         self.fill_graph = _fill_graph(gm, bindings)
         self.dense: Variant | None = None
         self.sparse: Variant | None = None
@@ -288,15 +295,21 @@ class DecodeGraph:
             except Exception as error:
                 if self.config.strict:
                     raise
-                self.sparse_failure = f"{type(error).__name__}: {error}"
-                log.warning(
-                    "the sparse variant could not be built and decoding stays dense: %s. "
-                    "Set strict=True to raise instead.",
-                    self.sparse_failure,
-                    exc_info=log.isEnabledFor(logging.DEBUG),
-                )
+                self.give_up("the sparse variant could not be built", error)
                 return False
         return True
+
+    def give_up(self, what: str, error: Exception) -> None:
+        """Dense from now on, which is said once."""
+        if self.sparse_failure is not None:
+            return
+        self.sparse_failure = f"{type(error).__name__}: {error}"
+        log.warning(
+            "%s and decoding stays dense: %s. Set strict=True to raise instead.",
+            what,
+            self.sparse_failure,
+            exc_info=log.isEnabledFor(logging.DEBUG),
+        )
 
     def _bind(self, binding: CacheBinding, past: Tensor, visible: int) -> None:
         if binding.basis is None:
@@ -325,11 +338,19 @@ class DecodeGraph:
 
     def run_sparse(self, variant: Variant, args: Sequence[Any], visible: int) -> Any:
         records, rebuilt = [], 0
-        with torch.inference_mode(False), torch.no_grad():
-            for binding in self.bindings:
-                record, fresh = self._index(binding, args[binding.argument], visible)
-                records.append(record)
-                rebuilt += fresh
+        most = max(_slots_after(binding, args) for binding in self.bindings)
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                for binding in self.bindings:
+                    past = args[binding.argument]
+                    record, fresh = self._index(binding, past, visible, most)
+                    records.append(record)
+                    rebuilt += fresh
+        except Exception as error:  # out of memory, most likely; nothing is written yet
+            if self.config.strict:
+                raise
+            self.give_up("a key index could not be built", error)
+            return self.run_dense(args, visible)
         self._watch_rebuilds(rebuilt)
         extra: list[Tensor] = []
         for binding, record in zip(self.bindings, records, strict=True):
@@ -337,7 +358,15 @@ class DecodeGraph:
             extra += [*record.parts, binding.bound.key, binding.bound.query]
             if not binding.cache.replaced:
                 record.stamp = None  # until the step has ended well
-        outputs = list(variant.run(*args, *extra))
+        try:
+            outputs = list(variant.run(*args, *extra))
+        except Exception as error:
+            # Dense may take the step over only where the first attempt cannot have written.
+            if self.config.strict or not self.pure:
+                raise
+            outputs = self.run_dense(args, visible)
+            self.give_up("the sparse variant failed", error)
+            return outputs
         self._adopt(args, outputs, records, visible)
         _count("sparse_steps")
         del outputs[self.outputs :]
@@ -373,12 +402,19 @@ class DecodeGraph:
                     tensor = args[binding.argument]
                     _filled[tensor] = (_stamp(tensor), visible)
 
-    def _index(self, binding: CacheBinding, past: Tensor, visible: int) -> tuple[IndexRecord, bool]:
-        """The cache's index, and whether it had to be built from the cache."""
+    def _index(
+        self, binding: CacheBinding, past: Tensor, visible: int, most: int
+    ) -> tuple[IndexRecord, bool]:
+        """The cache's index, and whether it had to be built from the cache.
+
+        `most` is what `visible` can be at these sizes: windows are full before other caches are.
+        """
         with _lock:
             record = _indexes.get(past, {}).get(binding.identity)
-        if record is not None and self._belongs(binding, record, past, visible):
+        if record is not None and self._belongs(binding, record, past, visible, most):
             return record, False
+        if record is not None:
+            record.stamp = None  # its memory is written over, and that may fail half way
         record = IndexRecord(self._project(binding, past, record), _stamp(past), visible)
         with _lock:
             _indexes.setdefault(past, {})[binding.identity] = record
@@ -386,17 +422,16 @@ class DecodeGraph:
         return record, True
 
     def _belongs(
-        self, binding: CacheBinding, record: IndexRecord, past: Tensor, visible: int
+        self, binding: CacheBinding, record: IndexRecord, past: Tensor, visible: int, most: int
     ) -> bool:
         stamp = _stamp(past)
         if record.stamp != stamp:
             return False
         if stamp[-1] is not None:
             return True
-        if binding.cache.writes and not binding.cache.replaced:
-            slots = past.shape[binding.cache.token_axis]
-            if visible != min(slots, record.filled + binding.new_tokens):
-                return False
+        follows = visible == min(most, record.filled + binding.new_tokens)
+        if binding.cache.writes and not binding.cache.replaced and not follows:
+            return False
         return self._spot_check(binding, record, past)
 
     def _spot_check(self, binding: CacheBinding, record: IndexRecord, past: Tensor) -> bool:
@@ -479,6 +514,12 @@ def _fill_graph(gm: fx.GraphModule, bindings: Sequence[CacheBinding]) -> FillGra
         if graph is not None:
             return FillGraph(graph, binding, [plus for _, plus in fills])
     return None
+
+
+def _slots_after(binding: CacheBinding, args: Sequence[Any]) -> int:
+    """Slots that a cache has after this step."""
+    slots = args[binding.argument].shape[binding.cache.token_axis]
+    return slots + binding.new_tokens if binding.cache.replaced else slots
 
 
 def _cached(binding: CacheBinding, past: Tensor, visible: int) -> int:

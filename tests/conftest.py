@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tally
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,11 +24,38 @@ if _found is not None and Path(_found.origin or "").is_relative_to(ROOT):
 SEED = int(os.environ.get("LOKI_TEST_SEED", "20240601"))
 
 
-def pytest_report_header() -> str:
-    return (
+# The default is bounded for every change; `make soak` takes "soak" and prints what it tried.
+_PROFILE = settings(
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("bounded", _PROFILE, max_examples=50, stateful_step_count=15)
+settings.register_profile("soak", _PROFILE, max_examples=3000, stateful_step_count=60)
+settings.load_profile("bounded")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Draws hypothesis' seed here, so that the header can show it."""
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [
         f"seed {SEED} (set LOKI_TEST_SEED for another), torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads"
-    )
+        f"{torch.get_num_threads()} threads",
+        f"generated cases: --hypothesis-seed={config.option.hypothesis_seed} repeats them",
+    ]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if tally.counts:
+        terminalreporter.section("generated cases")
+        width = max(map(len, tally.counts))
+        for clause, number in sorted(tally.counts.items()):
+            terminalreporter.write_line(f"{clause:<{width}}  {number:>9}")
 
 
 @pytest.fixture(autouse=True)

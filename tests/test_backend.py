@@ -12,7 +12,9 @@ from loki_compile.pca_store.basis import BasisSet, random_basis
 from loki_compile.pca_store.store import Store
 from torch._dynamo.exc import BackendCompilerFailed
 from toy_decoders import (
+    BATCH,
     HEAD_DIM,
+    HIDDEN,
     KV_HEADS,
     Conversation,
     DirectSparse,
@@ -21,6 +23,7 @@ from toy_decoders import (
     alibi,
     basis_for,
     cat_bhtd,
+    causal,
     clear_runtime,
     gqa_repeat_kv,
     heads_flipped,
@@ -395,6 +398,42 @@ def test_a_basis_is_read_from_a_path(interpreted, tmp_path):
         fast = torch.compile(module, backend="loki", options={**FEW, "basis": choice})
         Conversation.start(STATIC).step(fast, tokens(STATIC, 1)[0])
     assert stats()["fitted_bases"] == 0 and stats()["sparse_steps"] == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("choice", ["path", "auto"])
+def test_graphs_that_read_one_stored_basis_share_an_index(
+    choice, interpreted, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LOKI_HOME", str(tmp_path))
+    module = ToyDecoder(STATIC.but(mask=causal)).eval()
+    path = Store().save(basis_for(module))
+    options = {**FEW, "basis": path if choice == "path" else choice}
+    fast = torch.compile(module, backend="loki", options=options)
+    here = Conversation.start(module.spelling)
+    for new in (1, 3, 1):
+        x = torch.randn(BATCH, new, HIDDEN)
+        torch._dynamo.mark_static(x, 1)  # a graph of its own
+        here.step(fast, x)
+    assert stats()["sparse_steps"] == 3 and stats()["rebuilds"] == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("choice", ["path", "auto"])
+def test_a_basis_that_is_calibrated_again_is_read_again(choice, interpreted, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOKI_HOME", str(tmp_path))
+    module = ToyDecoder(STATIC).eval()
+    start = Conversation.start(STATIC)
+    (x,) = tokens(STATIC, 1)
+    for seed in (1, 2):
+        basis = basis_for(module, seed)
+        path = Store().save(basis)
+        options = {**FEW, "basis": path if choice == "path" else choice}
+        torch._dynamo.reset()
+        out = start.fork().step(torch.compile(module, backend="loki", options=options), x)
+        with DirectSparse(basis, LokiConfig.from_options(FEW), module.kv_heads):
+            expected = start.fork().step(module, x)
+        torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
 
 
 @torch.no_grad()

@@ -430,6 +430,17 @@ def test_keys_that_are_not_finite_spoil_no_other_row(implementation, dtype, valu
     assert implementation.attend(q, k, v, positions, visible, scale=0.1).isfinite().all()
 
 
+def test_an_infinite_value_without_weight_is_what_sdpa_makes_of_it(implementation):
+    q = torch.ones(1, 1, 1, 1)
+    positions = torch.arange(2, dtype=torch.int32).view(1, 1, 1, 2)
+    for keys in ([-torch.inf, -torch.inf], [-torch.inf, 0.0]):
+        for values in ([-torch.inf, 1.0], [2.0, 1.0]):
+            k, v = (torch.tensor(x).view(1, 1, 2, 1) for x in (keys, values))
+            expected = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+            found = implementation.attend(q, k, v, positions, None, scale=1.0)
+            assert torch.equal(found.isnan(), expected.isnan()), (keys, values)
+
+
 @pytest.mark.parametrize("mask_kind", ["none", "additive"])
 def test_what_is_left_out_bounds_the_error(implementation, mask_kind):
     shape = (2, 4, 2, 2, 700, 64, 32, 16, 90)

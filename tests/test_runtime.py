@@ -143,6 +143,27 @@ def test_an_edit_through_a_view_rebuilds_once():
     assert stats()["rebuilds"] == 2
 
 
+def test_new_data_where_the_old_lay_rebuilds_once():
+    """`x.data = y` counts as no write, and the allocator hands the old address out again."""
+    with torch.no_grad():
+        pair = Pair(STATIC, FEW)
+        here, there = pair.start()
+        address = here.keys.data_ptr()
+        for _ in range(20):
+            before = stats()["rebuilds"]
+            pair.step(here, there)
+            for conversation in (here, there):
+                conversation.keys.data = conversation.keys.data.flip(-1)
+                conversation.keys.data = conversation.keys.data * -2.0
+            if here.keys.data_ptr() == address:
+                break
+            address = here.keys.data_ptr()
+        else:
+            pytest.skip("the allocator never gave the same memory twice")
+        pair.step(here, there)
+    assert stats()["rebuilds"] == before + 2
+
+
 @MODES
 def test_a_reset_and_a_new_prompt_in_the_same_cache(mode):
     """What StaticCache.reset does: zeros in place, then another prefill."""

@@ -880,6 +880,23 @@ def basis_for(module: ToyDecoder, seed: int = 7) -> BasisSet:
     return BasisSet((basis,))
 
 
+def tiny_llama(seed: int = 5):
+    """Two layers with random weights, (B,S) ids -> logits over 64 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=64, max_position_embeddings=256,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)  # peaked attention: a key too many or too few shows
+    return model
+
+
 # --- watching
 
 

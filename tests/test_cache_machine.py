@@ -1,0 +1,529 @@
+"""Everything people do to a cache, in any order, to one compiled model: nothing stale is ever read.
+
+A state machine drives conversations through a tiny Llama compiled with `loki` (an interpreter in
+Inductor's place). With the whole budget and the sparse variant forced, each step equals the step of
+an uncompiled twin on a cache of its own. With a small budget it equals the step from a copy of the
+cache, whose index is built anew; the basis picks axes, so that both indexes are equal to the bit.
+After every rule each index that would be used again equals the projection of its cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from loki_compile.passes.rewrite import project_new_keys
+from loki_compile.pca_store.basis import Basis, BasisSet
+from loki_compile.pca_store.fingerprint import weights_fingerprint
+from tally import cases, count
+from torch import Tensor, nn
+from toy_decoders import interpret, tiny_llama
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    StaticCache,
+)
+
+from loki_compile import runtime, stats
+
+LAYERS, KV_HEADS, HEAD_DIM, VOCABULARY = 2, 2, 8, 64  # of `tiny_llama`
+SLOTS, TALKS, ROWS = 40, 4, 4
+_failing = False
+
+
+@torch.library.custom_op("machine::fail", mutates_args=())
+def fail(x: Tensor) -> None:
+    if _failing:
+        raise RuntimeError("the power is out")
+
+
+@fail.register_fake
+def _(x):
+    return None
+
+
+class FailsOnDemand(nn.Module):
+    """Raises between the cache writes of the first layer and of the second."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        torch.ops.machine.fail(x)
+        return self.inner(x)
+
+
+def make_model() -> LlamaForCausalLM:
+    model = tiny_llama()
+    model.model.layers[0].mlp = FailsOnDemand(model.model.layers[0].mlp)
+    return model
+
+
+def make_windowed_model() -> Gemma3ForCausalLM:
+    """A window of 12 keys, then a layer that sees all."""
+    torch.manual_seed(6)
+    config = Gemma3TextConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, vocab_size=VOCABULARY,
+        max_position_embeddings=256, sliding_window=12,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config).eval()
+
+
+def axes(model: PreTrainedModel) -> BasisSet:
+    """Bases whose columns are axes: projections are exact, whoever computes them."""
+    bases = []
+    for number, layer in enumerate(model.model.layers):
+        turned = torch.eye(HEAD_DIM).roll(number + 1, 0)
+        key = torch.stack([turned, turned.flip(1)])
+        weights = weights_fingerprint(layer.self_attn.k_proj.weight)
+        spectrum = torch.ones(KV_HEADS, HEAD_DIM)
+        bases.append(Basis(key, key, spectrum, kind="random", weights=weights, layer=str(number)))
+    return BasisSet(tuple(bases))
+
+
+EVERYTHING = {"min_context": 0, "top_k": 1.0}
+FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 1, "rank": 3}
+OPTIONS = {
+    "everything": EVERYTHING,
+    "few": FEW,
+    "crossing min_context": {**FEW, "min_context": 14},
+}
+
+
+def map_tensors(cache, change) -> None:
+    """Replaces each key and value tensor of a transformers cache."""
+    for layer in cache.layers:
+        layer.keys, layer.values = change(layer.keys), change(layer.values)
+
+
+@dataclass
+class Talk:
+    """A conversation: its cache, the twin's, how many tokens they hold, what rows see."""
+
+    here: DynamicCache | StaticCache
+    there: DynamicCache | StaticCache
+    static: bool
+    batch: int
+    mask: Tensor | None
+    length: int = 0
+
+    @property
+    def caches(self) -> list:
+        return [self.here, self.there]
+
+    @property
+    def layers(self) -> list:
+        return [layer for cache in self.caches for layer in cache.layers]
+
+    @property
+    def inference(self) -> bool:
+        """Whether some tensor was made under inference mode, and has no version counter."""
+        return any(
+            tensor.is_inference()
+            for layer in self.layers
+            for tensor in (layer.keys, layer.values, getattr(layer, "cumulative_length", None))
+            if isinstance(tensor, Tensor)
+        )
+
+    def rewind(self, length: int) -> None:
+        for layer in self.layers:
+            if self.static:
+                layer.cumulative_length.fill_(length)
+            elif layer.is_initialized:
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        self.length = length
+        if self.mask is not None:
+            self.mask = self.mask[:, :length]
+
+
+PICK = st.integers(0, TALKS - 1)
+INFERENCE = st.booleans()
+STEPS = st.sampled_from([1, 2, 3, 0])
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """`model` is eager, `fast` compiled; compared with the twin if `exact`, else with a copy."""
+
+    def __init__(self, model, fast, *, exact: bool) -> None:
+        super().__init__()
+        self.model, self.fast, self.exact = model, fast, exact
+        # What left a window is gone: such a cache cannot go back.
+        self.can_go_back = isinstance(model, LlamaForCausalLM)
+        self.talks: list[Talk] = []
+        self.generator = torch.Generator()
+
+    # -- what is shared by the rules
+
+    def talk(self, pick: int) -> Talk:
+        return self.talks[pick % len(self.talks)]
+
+    def mode(self, talk: Talk, inference: bool):
+        # A cache made under inference mode must not be written in place outside of it.
+        locked = talk.static and talk.inference
+        return torch.inference_mode() if inference or locked else torch.no_grad()
+
+    def advance(self, talk: Talk, new: int, inference: bool, compiled: bool) -> None:
+        """`new` tokens on; the outputs must agree."""
+        if talk.length + new > SLOTS:
+            return
+        ids = torch.randint(VOCABULARY, (talk.batch, new), generator=self.generator)
+        if new < 9:
+            torch._dynamo.mark_static(ids, 1)  # else decoding several tokens is left dense
+        if talk.mask is not None:
+            talk.mask = torch.cat((talk.mask, torch.ones(talk.batch, new, dtype=torch.long)), 1)
+        with self.mode(talk, inference):
+            if self.exact:
+                expected = self.model(ids, past_key_values=talk.there, attention_mask=talk.mask)
+            elif compiled:
+                anew = copy.deepcopy(talk.here)
+                expected = self.fast(ids, past_key_values=anew, attention_mask=talk.mask)
+            run = self.fast if compiled else self.model
+            out = run(ids, past_key_values=talk.here, attention_mask=talk.mask)
+        talk.length += new
+        if self.exact:
+            torch.testing.assert_close(out.logits, expected.logits, rtol=0, atol=2e-4)
+            far = expected.logits.topk(2).values.diff().abs().squeeze(-1) > 1e-3
+            assert torch.equal(out.logits.argmax(-1)[far], expected.logits.argmax(-1)[far])
+        elif compiled:
+            torch.testing.assert_close(out.logits, expected.logits, rtol=0, atol=1e-5)
+        count("state machine: model calls compared", self.exact or compiled)
+
+    @initialize(seed=st.integers(0, 2**16), static=st.booleans(), inference=INFERENCE)
+    def begin(self, seed, static, inference):
+        """A run may lack any rule, and none of them does anything without a conversation."""
+        self.generator.manual_seed(seed)
+        self.start(static, 1, False, 10, inference, False, 2)
+
+    def then(self, talk: Talk, steps: int, inference: bool) -> None:
+        """What was done to a cache shows in the steps behind it."""
+        for _ in range(steps):
+            self.advance(talk, 1, inference, True)
+
+    # -- steps
+
+    @precondition(lambda self: len(self.talks) < TALKS)
+    @rule(
+        static=st.booleans(),
+        batch=st.sampled_from([1, 1, 2, 3]),
+        padded=st.sampled_from([False, False, True]),
+        length=st.sampled_from([3, 10]),
+        inference=INFERENCE,
+        compiled=st.booleans(),
+        steps=STEPS,
+    )
+    def start(self, static, batch, padded, length, inference, compiled, steps):
+        def cache():
+            if static:
+                return StaticCache(self.model.config, max_cache_len=SLOTS)
+            return DynamicCache(config=self.model.config)
+
+        talk = Talk(cache(), cache(), static, batch, None)
+        if padded:
+            rows = torch.arange(batch)[:, None]
+            talk.mask = (torch.arange(length) >= rows % length).long()[:, :0]
+        with torch.inference_mode() if inference else torch.no_grad():
+            self.advance(talk, length, inference, compiled)
+        if padded:
+            talk.mask = (torch.arange(length) >= rows % length).long()
+        self.talks.append(talk)
+        self.then(talk, steps, inference)
+
+    @precondition(lambda self: self.talks)
+    @rule(pick=PICK, inference=INFERENCE, steps=st.integers(2, 5))
+    def decode(self, pick, inference, steps):
+        for _ in range(steps):
+            self.advance(self.talk(pick), 1, inference, True)
+
+    @precondition(lambda self: self.talks)
+    @rule(pick=PICK, inference=INFERENCE, new=st.sampled_from([2, 3]))
+    def verify_several_tokens(self, pick, inference, new):
+        self.advance(self.talk(pick), new, inference, True)
+
+    @precondition(lambda self: self.talks)
+    @rule(pick=PICK, inference=INFERENCE, new=st.sampled_from([1, 3]))
+    def step_without_the_compiler(self, pick, inference, new):
+        self.advance(self.talk(pick), new, inference, False)
+
+    @precondition(lambda self: self.talks)
+    @rule(pick=PICK, inference=INFERENCE, compiled=st.booleans())
+    def another_chunk_of_prompt(self, pick, inference, compiled):
+        self.advance(self.talk(pick), 10, inference, compiled)
+
+    @precondition(lambda self: self.talks and self.can_go_back)
+    @rule(pick=PICK, inference=INFERENCE, steps=STEPS)
+    def fail_in_the_middle_of_a_step(self, pick, inference, steps):
+        global _failing
+        talk = self.talk(pick)
+        before = talk.length
+        if before + 1 > SLOTS:
+            return
+        _failing = True
+        try:
+            for run, cache in ((self.fast, talk.here), (self.model, talk.there)):
+                if run is self.model and not self.exact:
+                    continue
+                ids = torch.ones(talk.batch, 1, dtype=torch.long)
+                mask = talk.mask
+                if mask is not None:
+                    mask = torch.cat((mask, torch.ones_like(ids)), 1)
+                with pytest.raises(RuntimeError, match="power"), self.mode(talk, inference):
+                    run(ids, past_key_values=cache, attention_mask=mask)
+        finally:
+            _failing = False
+        with self.mode(talk, inference):
+            talk.rewind(before)
+        self.then(talk, steps, inference)
+
+    # -- what is done to a cache between steps
+
+    @precondition(lambda self: self.talks and self.can_go_back)
+    @rule(pick=PICK, tokens=st.integers(1, 5), inference=INFERENCE, steps=STEPS)
+    def reject_tokens(self, pick, tokens, inference, steps):
+        """`crop`; a static cache is rewound, and its slots are overwritten later."""
+        talk = self.talk(pick)
+        if talk.length <= tokens or (talk.static and talk.inference and not self.exact):
+            return  # see README: without a version counter a rewritten row may go unnoticed
+        with self.mode(talk, inference):
+            if talk.static:
+                talk.rewind(talk.length - tokens)
+            else:
+                for cache in talk.caches:
+                    if cache.layers and cache.layers[0].is_initialized:
+                        cache.crop(-tokens)
+                talk.length -= tokens
+                talk.mask = None if talk.mask is None else talk.mask[:, : talk.length]
+        self.then(talk, steps, inference)
+
+    @precondition(lambda self: self.talks)
+    @rule(
+        pick=PICK,
+        order=st.lists(st.integers(0, 2), min_size=1, max_size=ROWS),
+        beam=st.booleans(),
+        inference=INFERENCE,
+        steps=STEPS,
+    )
+    def choose_rows(self, pick, order, beam, inference, steps):
+        """`reorder_cache` of beams, `batch_select_indices`."""
+        talk = self.talk(pick)
+        order = torch.tensor([i % talk.batch for i in order])
+        if beam or talk.static:
+            order = order.repeat(talk.batch)[: talk.batch]
+        with self.mode(talk, inference):
+            for cache in talk.caches:
+                if not self.filled(cache):
+                    continue
+                if beam or talk.static:
+                    cache.reorder_cache(order)
+                else:
+                    cache.batch_select_indices(order)
+        talk.batch = len(order)
+        talk.mask = None if talk.mask is None else talk.mask[order]
+        self.then(talk, steps, inference)
+
+    @precondition(lambda self: any(not t.static and t.batch * 2 <= ROWS for t in self.talks))
+    @rule(pick=PICK, inference=INFERENCE, steps=STEPS)
+    def repeat_rows(self, pick, inference, steps):
+        talk = self.talk(pick)
+        if talk.static or talk.batch * 2 > ROWS:
+            return
+        for cache in talk.caches:
+            if self.filled(cache):
+                cache.batch_repeat_interleave(2)
+        talk.batch *= 2
+        talk.mask = None if talk.mask is None else talk.mask.repeat_interleave(2, 0)
+        self.then(talk, steps, inference)
+
+    @precondition(lambda self: self.talks)
+    @rule(pick=PICK, inference=INFERENCE, compiled=st.booleans(), steps=STEPS)
+    def reset_and_prompt_again(self, pick, inference, compiled, steps):
+        talk = self.talk(pick)
+        with self.mode(talk, inference):
+            for cache in talk.caches:
+                cache.reset()
+        talk.length, talk.mask = 0, None
+        self.advance(talk, 10, inference, compiled)
+        self.then(talk, steps, inference)
+
+    @precondition(lambda self: 0 < len(self.talks) < TALKS)
+    @rule(pick=PICK, deep=st.booleans(), inference=INFERENCE, steps=STEPS)
+    def fork(self, pick, deep, inference, steps):
+        """A deep copy, or a growing cache that begins with the same tensors."""
+        talk = self.talk(pick)
+
+        def forked(cache):
+            if deep or talk.static:
+                return copy.deepcopy(cache)
+            twin = copy.copy(cache)
+            twin.layers = [copy.copy(layer) for layer in cache.layers]
+            return twin
+
+        mask = None if talk.mask is None else talk.mask.clone()
+        here, there = map(forked, talk.caches)
+        self.talks.append(Talk(here, there, talk.static, talk.batch, mask, talk.length))
+        self.then(self.talks[-1], steps, inference)
+        self.then(talk, steps, inference)
+
+    @precondition(lambda self: self.talks)
+    @rule(
+        pick=PICK,
+        layer=st.integers(0, LAYERS - 1),
+        row=st.integers(0, SLOTS),
+        how=st.sampled_from(["one key", "a view", "all", "new tensor", "new data", "values"]),
+        inference=INFERENCE,
+        steps=STEPS,
+    )
+    def edit_old_keys(self, pick, layer, row, how, inference, steps):
+        talk = self.talk(pick)
+        if talk.inference and how in ("one key", "a view"):
+            return  # see README: what the rows of a sample do not show
+        with torch.inference_mode() if talk.inference or inference else torch.no_grad():
+            for cache in talk.caches:
+                if not self.filled(cache):
+                    continue
+                held = cache.layers[layer]
+                row %= min(talk.length, held.keys.shape[2])
+                if how == "one key":
+                    held.keys[:, :, row] *= -3
+                elif how == "a view":
+                    held.keys.select(2, row).copy_(held.keys.select(2, 0).flip(-1))
+                elif how == "all":
+                    held.keys.mul_(-1)
+                elif how == "new tensor":
+                    held.keys = held.keys.flip(-1).contiguous()
+                elif how == "new data" and not talk.inference and not inference:
+                    held.keys.data = held.keys.data.flip(-1)
+                elif how == "values":
+                    held.values.mul_(0.5)
+        self.then(talk, steps, inference)
+
+    @precondition(lambda self: self.talks and self.can_go_back)
+    @rule(pick=PICK, inference=INFERENCE, steps=STEPS)
+    def change_the_kind_of_cache(self, pick, inference, steps):
+        """Static to growing or back, with what is in it."""
+        talk = self.talk(pick)
+        with torch.inference_mode() if inference or talk.inference else torch.no_grad():
+            new = []
+            for cache in talk.caches:
+                if talk.static:
+                    other = DynamicCache(config=self.model.config)
+                else:
+                    other = StaticCache(self.model.config, max_cache_len=SLOTS)
+                for number, layer in enumerate(cache.layers):
+                    if not self.filled(cache):
+                        continue
+                    other.update(
+                        layer.keys[:, :, : talk.length].clone(),
+                        layer.values[:, :, : talk.length].clone(),
+                        number,
+                    )
+                new.append(other)
+        talk.here, talk.there = new
+        talk.static = not talk.static
+        self.then(talk, steps, inference)
+
+    @precondition(lambda self: len(self.talks) > 1)
+    @rule(pick=PICK)
+    def end(self, pick):
+        del self.talks[pick % len(self.talks)]
+
+    def filled(self, cache) -> bool:
+        return bool(cache.layers) and isinstance(cache.layers[0].keys, Tensor)
+
+    # -- what always holds
+
+    @invariant()
+    def indexes_mirror_their_caches(self):
+        count("state machine: steps")
+        for talk in self.talks:
+            for layer in talk.here.layers if self.filled(talk.here) else []:
+                if layer.keys.is_inference():
+                    continue
+                for (bound, layout), record in runtime._indexes.get(layer.keys, {}).items():
+                    if record.stamp != runtime._stamp(layer.keys):
+                        continue
+                    rows, _ = project_new_keys(layer.keys, bound.key, 1, layout.dtype)
+                    torch.testing.assert_close(record.parts[0], rows, rtol=0, atol=1e-4)
+                    count("state machine: indexes equal a projection")
+
+    def teardown(self):
+        count("state machine: runs")
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        # One code object sees every kind of cache, batch and mode: eager would take over.
+        torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=2048),
+    ):
+        interpret(patch)
+        yield patch
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "make", [make_model, pytest.param(make_windowed_model, marks=pytest.mark.slow)]
+)
+def test_any_order_of_what_people_do_to_caches(make, options, interpreted):
+    model = make()
+    exact = options["top_k"] == 1.0
+    if not exact:
+        options = {**options, "basis": axes(model)}
+        # Dense for a while after many rebuilds is a decision that the copy does not share.
+        interpreted.setattr(runtime, "MAX_REBUILDS_IN_A_ROW", 10**9)
+    before = Counter(stats())
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="loki", options=options)
+    machine = functools.partial(CacheMachine, model, fast, exact=exact)
+    run_state_machine_as_test(machine, settings=cases(0.05))
+    gc.collect()
+    ran = Counter(stats()) - before
+    assert ran["sparse_steps"] > ran["rebuilds"] / LAYERS, ran
+    assert "min_context" not in options or not options["min_context"] or ran["dense_steps"]
+    assert stats()["index_bytes"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_conversation_moves_to_another_dtype_and_back(dtype, interpreted):
+    model = make_model()
+    torch._dynamo.reset()
+    before = Counter(stats())
+    fast = torch.compile(model, backend="loki", options=EVERYTHING)
+    here = DynamicCache(config=model.config)
+    ids = torch.randint(VOCABULARY, (1, 20))
+    with torch.no_grad():
+        model(ids, past_key_values=here)
+        for number, moved in enumerate((torch.float32, dtype, torch.float32)):
+            model.to(moved)
+            map_tensors(here, lambda x, moved=moved: x.to(moved))
+            for at in range(3 * number, 3 * number + 3):
+                there = copy.deepcopy(here)
+                step = ids[:, at : at + 1]
+                out = fast(step, past_key_values=here).logits
+                expected = model(step, past_key_values=there).logits
+                atol = 2e-4 if moved != torch.bfloat16 else 0.1 * float(expected.std())
+                assert out.dtype == moved
+                torch.testing.assert_close(out, expected, rtol=0, atol=atol)
+    ran = Counter(stats()) - before
+    assert ran["sparse_steps"] == (6 if dtype == torch.float64 else 9)

@@ -1,0 +1,425 @@
+"""When something breaks, many threads decode, or many conversations come and go.
+
+A fault ends in dense attention with one warning and right outputs, or is raised before the model's
+cache is written; where a graph has written already, the error is the caller's, and no index that it
+left half-way is used again.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from loki_compile.pca_store.store import Store
+from tally import count
+from torch.multiprocessing import reductions
+from toy_decoders import (
+    Conversation,
+    Spelling,
+    ToyDecoder,
+    basis_for,
+    cat_bhtd,
+    index_copy_method,
+    interpret,
+    left_padded,
+    no_mask,
+    tiny_llama,
+    tokens,
+)
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, StaticCache
+
+from loki_compile import backend, runtime, stats
+
+EVERYTHING = {"min_context": 0, "top_k": 1.0}
+FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
+STATIC = Spelling(index_copy_method, mask=left_padded)
+GROWING = Spelling(cat_bhtd, mask=no_mask, growing=True)
+BOTH = pytest.mark.parametrize("spelling", [STATIC, GROWING], ids=["static", "growing"])
+MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    return interpret(monkeypatch)
+
+
+def compiled(module, **options):
+    return torch.compile(module, backend="loki", options=options)
+
+
+def compare(fast, module, here, there, steps) -> None:
+    for x in tokens(here.spelling, steps):
+        torch.testing.assert_close(here.step(fast, x), there.step(module, x), rtol=0, atol=2e-5)
+
+
+def warnings_in(caplog) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+# --- faults
+
+
+class OutOfMemory:
+    """`_project` that runs out of memory at the calls named, after it has begun."""
+
+    def __init__(self, at: set[int]) -> None:
+        self.at, self.calls, self.real = at, 0, runtime.DecodeGraph._project
+
+    def __call__(self, graph, binding, past, old):
+        self.calls += 1
+        if self.calls in self.at:
+            if old is not None:
+                old.parts[0].fill_(torch.nan)
+            raise torch.OutOfMemoryError("no memory for 3 GiB")
+        return self.real(graph, binding, past, old)
+
+
+@BOTH
+@MODES
+@pytest.mark.parametrize("call", [1, 2])
+def test_no_memory_for_an_index_is_dense_with_one_warning(
+    spelling, mode, call, monkeypatch, caplog
+):
+    fault = OutOfMemory({call})
+    monkeypatch.setattr(runtime.DecodeGraph, "_project", lambda *args: fault(*args))
+    with mode():
+        module = ToyDecoder(spelling).eval()
+        fast = compiled(module, basis=basis_for(module), **EVERYTHING)
+        here = Conversation.start(spelling)
+        there = here.fork()
+        compare(fast, module, here, there, 3)
+        here.step(module, x := tokens(spelling, 1)[0])  # an eager step: the index is built anew
+        there.step(module, x)
+        compare(fast, module, here, there, 3)
+    found = warnings_in(caplog)
+    assert len(found) == 1 and "index" in found[0] and "no memory for 3 GiB" in found[0]
+    assert stats()["dense_steps"] > 0
+
+
+def test_an_index_left_half_way_is_not_used_again(monkeypatch, caplog):
+    """Its memory is written over by the rebuild that failed; another graph finds its record."""
+    fault = OutOfMemory({2})
+    monkeypatch.setattr(runtime.DecodeGraph, "_project", lambda *args: fault(*args))
+    with torch.inference_mode():
+        module = ToyDecoder(STATIC).eval()
+        here = Conversation.start(STATIC)
+        options = {**EVERYTHING, "basis": basis_for(module)}
+        here.step(compiled(module, **options), tokens(STATIC, 1)[0])
+        here.filled -= 1  # not where the index ended: rebuilt, which fails
+        torch._dynamo.reset()
+        here.step(compiled(module, **options), tokens(STATIC, 1)[0])
+        assert all(record.stamp is None for record in runtime._indexes[here.keys].values())
+        torch._dynamo.reset()
+        fast = compiled(module, **options)
+        compare(fast, module, here, here.fork(), 2)
+    (record,) = runtime._indexes[here.keys].values()
+    assert not record.parts[0].isnan().any()
+
+
+def test_under_strict_no_memory_is_raised_before_the_cache_is_written(monkeypatch):
+    fault = OutOfMemory({1})
+    monkeypatch.setattr(runtime.DecodeGraph, "_project", lambda *args: fault(*args))
+    with torch.no_grad():
+        module = ToyDecoder(STATIC).eval()
+        fast = compiled(module, basis=basis_for(module), strict=True, **EVERYTHING)
+        here = Conversation.start(STATIC)
+        keys = here.keys.clone()
+        with pytest.raises(torch.OutOfMemoryError, match="3 GiB"):
+            here.step(fast, tokens(STATIC, 1)[0])
+    assert torch.equal(here.keys, keys)
+
+
+class Breaks:
+    """A compiled sparse variant whose kernel raises at its n-th call."""
+
+    def __init__(self, monkeypatch, at: int) -> None:
+        self.at, self.calls = at, 0
+        real = backend._inductor
+
+        def build(gm, inputs, **kwargs):
+            run = real(gm, inputs, **kwargs)
+            if not any("loki.select" in str(node.target) for node in gm.graph.nodes):
+                return run
+
+            def broken(*args):
+                self.calls += 1
+                outputs = run(*args)
+                if self.calls == self.at:  # after the writes: the worst moment
+                    raise RuntimeError("an illegal instruction was encountered")
+                return outputs
+
+            return broken
+
+        monkeypatch.setattr(backend, "_inductor", build)
+
+
+@MODES
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_kernel_that_raises_in_a_graph_without_writes_is_dense_with_one_warning(
+    mode, at, monkeypatch, caplog
+):
+    Breaks(monkeypatch, at)
+    with mode():
+        module = ToyDecoder(GROWING).eval()
+        fast = compiled(module, basis=basis_for(module), **EVERYTHING)
+        here = Conversation.start(GROWING)
+        compare(fast, module, here, here.fork(), 6)
+    found = warnings_in(caplog)
+    assert len(found) == 1 and "illegal instruction" in found[0]
+    assert stats()["dense_steps"] > 0
+
+
+@MODES
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_kernel_that_raises_after_a_write_is_raised_and_leaves_no_index(mode, at, monkeypatch):
+    Breaks(monkeypatch, at)
+    with mode():
+        module = ToyDecoder(STATIC).eval()
+        fast = compiled(module, basis=basis_for(module), **EVERYTHING)
+        here = Conversation.start(STATIC)
+        there = here.fork()
+        compare(fast, module, here, there, at - 1)
+        (x,) = tokens(STATIC, 1)
+        with pytest.raises(RuntimeError, match="illegal instruction"):
+            here.step(fast, x)
+        assert all(record.stamp is None for record in runtime._indexes[here.keys].values())
+        compare(fast, module, here, there, 3)
+    assert stats()["rebuilds"] == 2
+
+
+def test_a_users_error_is_not_taken_for_a_kernels(monkeypatch, caplog):
+    """Dense raises it too: it is raised, and sparse steps go on afterwards."""
+    failing = [False]
+
+    class Module(ToyDecoder):
+        def forward(self, x, ck, cv, pos, mask):
+            result = super().forward(x, ck, cv, pos, mask)
+            torch.ops.faults.fail(x)
+            return result
+
+    @torch.library.custom_op("faults::fail", mutates_args=())
+    def fail(x: torch.Tensor) -> None:
+        if failing[0]:
+            raise RuntimeError("no such file")
+
+    fail.register_fake(lambda x: None)
+    with torch.no_grad():
+        module = Module(GROWING).eval()
+        fast = compiled(module, basis=basis_for(module), **EVERYTHING)
+        here = Conversation.start(GROWING)
+        there = here.fork()
+        compare(fast, module, here, there, 2)
+        failing[0] = True
+        with pytest.raises(RuntimeError, match="no such file"):
+            here.step(fast, tokens(GROWING, 1)[0])
+        failing[0] = False
+        compare(fast, module, here, there, 2)
+    assert not warnings_in(caplog) and stats()["sparse_steps"] == 4
+
+
+@BOTH
+@pytest.mark.parametrize("variant", ["sparse", "dense"])
+def test_a_compilation_that_fails_leaves_the_cache_as_it_was(
+    spelling, variant, monkeypatch, caplog
+):
+    real = backend._inductor
+
+    def build(gm, inputs, **kwargs):
+        sparse = any("loki.select" in str(node.target) for node in gm.graph.nodes)
+        if sparse == (variant == "sparse"):
+            raise RuntimeError("the compiler is gone")
+        return real(gm, inputs, **kwargs)
+
+    monkeypatch.setattr(backend, "_inductor", build)
+    with torch.no_grad():
+        module = ToyDecoder(spelling).eval()
+        options = EVERYTHING if variant == "sparse" else {"min_context": 1000}
+        fast = compiled(module.eval(), **options)
+        here = Conversation.start(spelling.but(slots=1200) if variant == "dense" else spelling)
+        there = here.fork()
+        if variant == "sparse":
+            compare(fast, module, here, there, 3)
+            assert all("the compiler is gone" in text for text in warnings_in(caplog))
+            assert stats()["sparse_steps"] == 0 and stats()["dense_steps"] == 3
+            return
+        with pytest.raises(RuntimeError, match="the compiler is gone"):
+            here.step(fast, tokens(spelling, 1)[0])
+        assert torch.equal(here.keys, there.keys) and torch.equal(here.values, there.values)
+
+
+@BOTH
+def test_a_basis_file_that_vanishes_while_decoding_is_not_missed(spelling, tmp_path):
+    with torch.no_grad():
+        module = ToyDecoder(spelling).eval()
+        path = Path(Store(tmp_path).save(basis_for(module)))
+        fast = compiled(module, basis=path, **EVERYTHING)
+        here = Conversation.start(spelling)
+        there = here.fork()
+        compare(fast, module, here, there, 2)
+        path.unlink()
+        compare(fast, module, here, there, 2)
+    assert stats()["sparse_steps"] == 4
+
+
+def test_a_basis_file_that_is_gone_when_a_graph_is_compiled_is_raised_before_the_step(tmp_path):
+    with torch.no_grad():
+        module = ToyDecoder(STATIC).eval()
+        path = Path(Store(tmp_path).save(basis_for(module)))
+        path.unlink()
+        here = Conversation.start(STATIC)
+        keys = here.keys.clone()
+        with pytest.raises(Exception, match="no basis file at"):
+            here.step(compiled(module, basis=path, **EVERYTHING), tokens(STATIC, 1)[0])
+    assert torch.equal(here.keys, keys)
+
+
+# --- windows beside longer caches
+
+
+@MODES
+def test_full_windows_beside_longer_caches_keep_their_indexes(mode):
+    """A window holds fewer keys than the step says are visible."""
+    torch.manual_seed(3)
+    config = Gemma3TextConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=64, max_position_embeddings=256,
+        sliding_window=6, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    fast = compiled(model, **EVERYTHING)
+    ids = torch.randint(64, (1, 30))
+    with mode():
+        here, there = (StaticCache(config, max_cache_len=40) for _ in range(2))
+        for past in (here, there):
+            model(ids[:, :10], past_key_values=past)
+        for at in range(10, 20):
+            out = fast(ids[:, at : at + 1], past_key_values=here).logits
+            expected = model(ids[:, at : at + 1], past_key_values=there).logits
+            torch.testing.assert_close(out, expected, rtol=0, atol=2e-4)
+    assert stats()["sparse_steps"] == 10 and stats()["rebuilds"] == 2
+
+
+# --- threads
+
+
+def greedy(model, past, ids: torch.Tensor, steps: int) -> list[int]:
+    out = []
+    with torch.no_grad():
+        for _ in range(steps):
+            ids = model(ids, past_key_values=past).logits[:, -1:].argmax(-1)
+            out.append(int(ids))
+    return out
+
+
+@pytest.mark.parametrize("options", [EVERYTHING, FEW], ids=["everything", "few"])
+def test_threads_decode_their_own_conversations_as_serial_runs_do(options):
+    model = tiny_llama()
+    fast = compiled(model, **options)
+    threads, steps = 6, 12
+
+    def start(number: int):
+        if number % 2:
+            past = StaticCache(model.config, max_cache_len=40)
+        else:
+            past = DynamicCache(config=model.config)
+        generator = torch.Generator().manual_seed(number)
+        prompt = torch.randint(64, (1, 10 + number), generator=generator)
+        with torch.no_grad():
+            ids = model(prompt, past_key_values=past).logits[:, -1:].argmax(-1)
+        return past, ids
+
+    # Warm: the first conversation fits the basis, and graphs are compiled.
+    serial = [greedy(fast, *start(number), steps) for number in range(threads)]
+    before = stats()
+    rounds = 4
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(rounds):
+            talks = [start(number) for number in range(threads)]
+            found = list(pool.map(lambda talk: greedy(fast, *talk, steps), talks))
+            assert found == serial
+    count("threads: conversations compared", rounds * threads)
+    after = stats()
+    assert after["sparse_steps"] - before["sparse_steps"] == rounds * threads * steps
+    if options is EVERYTHING:
+        assert serial == [greedy(model, *start(number), steps) for number in range(threads)]
+    assert len({tuple(tokens) for tokens in serial}) > 1
+
+
+def test_threads_may_meet_at_the_first_compilation():
+    model = tiny_llama()
+    prompt = torch.arange(10)[None]
+    threads = 4
+
+    def decode(number: int) -> list[int]:
+        past = DynamicCache(config=model.config)
+        with torch.no_grad():
+            ids = model((prompt + number) % 64, past_key_values=past).logits[:, -1:].argmax(-1)
+        return greedy(fast, past, ids, 5)
+
+    fast = model
+    expected = [decode(number) for number in range(threads)]
+    fast = compiled(model, **EVERYTHING)
+    with ThreadPoolExecutor(threads) as pool:
+        assert list(pool.map(decode, range(threads))) == expected
+    assert stats()["sparse_steps"] == threads * 5
+
+
+# --- memory
+
+
+def converse(fast, spelling: Spelling, steps: int = 2) -> None:
+    here = Conversation.start(spelling)
+    for x in tokens(spelling, steps):
+        here.step(fast, x)
+
+
+def bytes_of_the_runtime() -> int:
+    """What the runtime's own lines have allocated in Python, and the lines that it leans on."""
+    files = (runtime.__file__, torch.utils.weak.__file__, reductions.__file__)
+    traces = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, f) for f in files])
+    return sum(trace.size for trace in traces.traces)
+
+
+@BOTH
+@pytest.mark.parametrize("conversations", [80, pytest.param(1000, marks=pytest.mark.slow)])
+def test_memory_is_flat_over_many_conversations(spelling, conversations):
+    with torch.no_grad():
+        module = ToyDecoder(spelling).eval()
+        fast = compiled(module, basis=basis_for(module), **FEW)
+        for _ in range(5):
+            converse(fast, spelling)
+        sizes = []
+        tracemalloc.start()
+        try:
+            for _ in range(4):
+                for _ in range(conversations // 4):
+                    converse(fast, spelling)
+                gc.collect()
+                assert stats()["index_bytes"] == 0
+                assert not runtime._indexes and not runtime._filled
+                sizes.append(bytes_of_the_runtime())
+        finally:
+            tracemalloc.stop()
+    count("memory: conversations", conversations)
+    # One record left behind by each conversation would be some hundred bytes each.
+    assert sizes[-1] - sizes[0] < 20 * conversations, sizes
+
+
+def test_the_report_states_the_bytes_of_the_indexes_alive():
+    with torch.no_grad():
+        model = tiny_llama()
+        fast = compiled(model, **EVERYTHING, rank=3)
+        pasts = [DynamicCache(config=model.config) for _ in range(3)]
+        for past in pasts:
+            greedy(fast, past, torch.arange(9)[None], 4)
+        gc.collect()
+        held = sum(layer.keys.shape[2] for past in pasts for layer in past.layers)
+        assert stats()["index_bytes"] == held * 2 * 3 * 4  # KV heads, rank, fp32
+        del past, pasts
+        gc.collect()
+    assert stats()["index_bytes"] == 0

@@ -1,0 +1,727 @@
+"""The numerical contract of the ops on generated inputs: every clause, every backend run here.
+
+`kernels/reference.py` in fp64 is the truth. The compiled CPU kernels and the PyTorch ops that stand
+in for them take each case; Triton's interpreter, which is slow, takes small ones in a process of
+its own. Legend: B batch, Hq query heads, Hkv KV heads, S new tokens, T cached tokens, D dims of q
+and k, Dv dims of v, R index dims, K slots.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from loki_compile.kernels import cpu, cpu_torch, reference
+from loki_compile.kernels.checks import hidden_below
+from loki_compile.kernels.ops import KEEP_ALL_Q16, index_rows, mask_bounds
+from tally import cases, count
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def implementations() -> list:
+    if not INTERPRETED:
+        assert cpu._kernels() is not None, "the CPU kernels must be compiled to be tested"
+        return [cpu, cpu_torch]
+    from loki_compile.kernels import triton_attend, triton_select
+
+    class Triton:
+        select = staticmethod(triton_select.select)
+        attend = staticmethod(triton_attend.attend)
+
+    return [Triton]
+
+
+# The interpreter takes a second where the CPU takes a millisecond.
+SHARE = 0.05 if INTERPRETED else 1.0
+SIZES = [1, 2, 7, 16, 17, 33] if INTERPRETED else [1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 130]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty gives NaN, or the largest integer: what an op forgets to write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# ---- cases -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that the tensors of one case are made from; `seed` fills them."""
+
+    b: int
+    hkv: int
+    group: int
+    s: int
+    t: int
+    d: int
+    dv: int
+    r: int
+    k: int
+    keep_q16: int
+    sink: int
+    recent: int
+    per_head: bool
+    dtype: torch.dtype
+    index_dtype: torch.dtype
+    layout: str
+    mask: str
+    filler: float
+    basis: str
+    values: str
+    scale: float
+    softcap: float
+    sinks: bool
+    seed: int
+
+    @property
+    def hq(self) -> int:
+        return self.hkv * self.group
+
+    def generator(self, salt: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 64 + salt)
+
+    # -- tensors
+
+    def floats(self, salt: int, *shape: int) -> Tensor:
+        """Values of the case's kind, fp32, not yet rounded to its dtype."""
+        generator = self.generator(salt)
+        x = torch.randn(shape, generator=generator)
+        if self.values == "integers":
+            return torch.randint(-3, 4, shape, generator=generator).float()
+        if self.values == "large":  # whose products stay finite in fp32
+            return x * (30.0 if self.dtype == torch.float16 else 1e12)
+        if self.values == "tiny":
+            return x * (1e-3 if self.dtype == torch.float16 else 1e-15)
+        if self.values == "denormal":
+            return x * torch.finfo(self.dtype).tiny * 0.3
+        if self.values == "zero":
+            return x * (torch.rand(shape, generator=generator) < 0.1)
+        if self.values == "spread":  # rows of very different size
+            rows = torch.rand((*shape[:-1], 1), generator=generator)
+            return x * (10 ** (6 * rows - 3))
+        return x
+
+    def laid_out(self, x: Tensor, fill: float) -> Tensor:
+        """(B,H,T,D) in another place of memory: as (B,T,H,D), or inside a larger buffer."""
+        if self.layout == "bthd":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        if self.layout == "inside":
+            b, h, t, d = x.shape
+            wide = torch.full((b, h + 1, t + 3, d + 5), fill, dtype=x.dtype)
+            view = wide[:, 1:, 2 : t + 2, 3 : d + 3]
+            view.copy_(x)
+            return view
+        return x.contiguous()
+
+    def cached(self, salt: int, width: int) -> Tensor:
+        x = self.floats(salt, self.b, self.hkv, self.t, width).to(self.dtype)
+        return self.laid_out(x, torch.nan)
+
+    def q(self) -> Tensor:
+        x = self.floats(1, self.b, self.s, self.hq, self.d).to(self.dtype)
+        return x.transpose(1, 2) if self.layout == "bthd" else x.transpose(1, 2).contiguous()
+
+    def keys(self) -> Tensor:
+        return self.cached(2, self.d)
+
+    def contents(self) -> Tensor:
+        return self.cached(3, self.dv)
+
+    def projection(self) -> Tensor:
+        """(Hkv, D, R) fp32."""
+        generator = self.generator(4)
+        shape = (self.hkv, self.d, self.d)
+        full = torch.randn(shape, generator=generator)
+        if self.basis == "orthogonal":
+            full = torch.linalg.qr(full.double()).Q.float()
+        elif self.basis == "axes":
+            full = torch.eye(self.d).expand(shape)
+        elif self.basis == "deficient":
+            full[..., self.d // 2 :] = full[..., :1]
+            full[..., -1] = 0
+        return full[..., : self.r].contiguous()
+
+    def visible_and_mask(self) -> tuple[Tensor, Tensor | None]:
+        """What each row sees, bool (B,Hm,S,T), and the mask that says so."""
+        generator = self.generator(5)
+        position = torch.arange(self.t)
+        newest = self.t - self.s + torch.arange(self.s).view(-1, 1)
+        rows = torch.arange(self.b).view(-1, 1, 1, 1)
+        shape = (self.b, 1, self.s, self.t)
+        if self.mask == "none":
+            return torch.ones(1, 1, 1, self.t, dtype=torch.bool), None
+        if self.mask == "causal":
+            visible = (position <= newest).view(1, 1, self.s, self.t)
+        elif self.mask == "left padded":
+            visible = (position >= (rows + 1) * self.t // 3).expand(shape)
+        elif self.mask == "right padded":
+            visible = (position < self.t - (rows + 1) * self.t // 4).expand(shape)
+        elif self.mask == "sliding":
+            window = max(1, self.t // 2)
+            visible = ((position <= newest) & (position > newest - window))[None, None]
+        elif self.mask == "heads":
+            visible = torch.rand(self.b, self.hq, self.s, self.t, generator=generator) > 0.4
+        else:
+            share = {"random": 0.5, "rare": 0.93}[self.mask]
+            visible = torch.rand(shape, generator=generator) > share
+            visible[0, 0, 0] = False  # a row that sees nothing
+        if self.filler == 0:
+            return visible, visible
+        bias = torch.randn(visible.shape, generator=generator)
+        dtype = self.dtype
+        filler = torch.finfo(dtype).min if self.filler == 1 else -torch.inf
+        return visible, bias.to(dtype).masked_fill(~visible, filler)
+
+    def options(self) -> dict:
+        return {
+            "scale": self.scale,
+            "top_k": self.k,
+            "keep_q16": self.keep_q16,
+            "sink": self.sink,
+            "recent": self.recent,
+            "per_head": self.per_head or self.mask == "heads",
+        }
+
+    def attend_options(self) -> dict:
+        logits = None
+        if self.sinks:
+            logits = torch.randn(self.hq, generator=self.generator(6)) * 3
+        return {"scale": self.scale, "softcap": self.softcap, "sinks": logits}
+
+    def index(self) -> tuple[Tensor, Tensor | None]:
+        rows, scale = index_rows(self.keys(), self.projection(), self.index_dtype)
+        rows = self.laid_out(rows, 77)
+        return rows, None if scale is None else self.laid_out(scale, 77.0)
+
+    def select_inputs(self) -> list:
+        rows, scale = self.index()
+        _, mask = self.visible_and_mask()
+        bounds = None if mask is None else mask_bounds(mask)
+        return [self.q(), self.projection(), rows, scale, mask, bounds]
+
+
+MASKS = ["none", "causal", "left padded", "right padded", "sliding", "random", "rare", "heads"]
+FINITE = ["normal", "integers", "large", "tiny", "denormal", "zero", "spread"]
+
+
+@st.composite
+def make_case(draw, values: tuple[str, ...] = tuple(FINITE), masks: tuple[str, ...] = tuple(MASKS)):
+    d = draw(st.sampled_from([1, 2, 5, 8, 16, 24, 64] if not INTERPRETED else [8, 16, 24]))
+    t = draw(st.sampled_from(SIZES))
+    dtype = draw(st.sampled_from(FLOATS))
+    kind = draw(st.sampled_from(values))
+    scales = [0.125, 1.0, 0.3] if kind not in ("large", "spread") else [1e-4, 1e-2]
+    k = draw(st.integers(1, t + 3))
+    return Case(
+        b=draw(st.integers(1, 2)),
+        hkv=draw(st.integers(1, 3)),
+        group=draw(st.integers(1, 3)),
+        s=draw(st.integers(1, 3)),
+        t=t,
+        d=d,
+        dv=draw(st.sampled_from([1, 3, 8, 17, 32])),
+        r=draw(st.integers(1, d)),
+        k=k,
+        keep_q16=draw(st.sampled_from([KEEP_ALL_Q16, KEEP_ALL_Q16, 1, 8192, 20000, 60000])),
+        sink=draw(st.sampled_from([0, 0, 1, 4])),
+        recent=draw(st.sampled_from([0, 0, 1, 5])),
+        per_head=draw(st.booleans()),
+        dtype=dtype,
+        index_dtype=draw(st.sampled_from([dtype, torch.float32, torch.int8])),
+        layout=draw(st.sampled_from(["contiguous", "bthd", "inside"])),
+        mask=draw(st.sampled_from(masks)),
+        filler=draw(st.sampled_from([0, 1, 2])),
+        basis=draw(st.sampled_from(["orthogonal", "random", "axes", "deficient"])),
+        values=kind,
+        scale=draw(st.sampled_from(scales)),
+        softcap=draw(st.sampled_from([0.0, 0.0, 2.0, 30.0])),
+        sinks=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+# ---- selection, budget, mask ---------------------------------------------------------------------
+
+
+def rounding(case: Case, inputs: list) -> float:
+    """A bound on the error of any score. An int8 index meets q in 16 bits, the rest is fp32."""
+    q, basis, index, index_scale = inputs[:4]
+    packed = q.double().nan_to_num(0, 0, 0).unflatten(1, (index.shape[1], -1)).abs()
+    low = torch.einsum("bhgsd,hdr->bhgsr", packed, basis.double().abs()) * case.scale
+    rows = index.double().nan_to_num(0, 0, 0).abs()
+    if index_scale is None:
+        largest = torch.einsum("bhgsr,bhtr->bhgst", low, rows).max()
+        relative = 2.0**-20
+    else:
+        rows = rows * index_scale.abs()
+        largest = low.amax(-1).max() * rows.sum(-1).max()
+        relative = 2.0**-16
+    # Below the least normal number every step may round to zero.
+    underflow = 2.0**-126 * (1 + case.r * float(rows.max()))
+    biased = inputs[4] is not None and inputs[4].dtype != torch.bool
+    return float(largest) * relative + underflow + (2.0**-20 * 8 if biased else 0.0)
+
+
+def check_choice(case: Case, positions: Tensor, inputs: list) -> None:
+    """Clauses 3 and 5: the reference's choice up to scores within rounding of the threshold."""
+    options = case.options()
+    expected = reference.select(*inputs, **options)
+    assert positions.dtype == torch.int32 and positions.shape == expected.shape
+    assert positions.is_contiguous()
+    kept = positions >= 0
+    assert torch.equal(kept, expected >= 0), "not the budget, or -1 before a position"
+    assert (positions[~kept] == -1).all()
+    assert (positions[..., 1:] > positions[..., :-1])[kept[..., 1:]].all(), "not ascending"
+    score = reference.scores(*inputs[:5], scale=case.scale, per_head=options["per_head"])
+    slack = rounding(case, inputs)
+    for row in (positions != expected).any(-1).nonzero().tolist():
+        row = tuple(row)
+        found, wanted = set(positions[row].tolist()), set(expected[row].tolist())
+        gained, lost = score[row][sorted(found - wanted)], score[row][sorted(wanted - found)]
+        assert (gained >= lost.max() - slack).all(), f"row {row}: {found ^ wanted}, {slack:.3g}"
+    visible, _ = case.visible_and_mask()
+    heads = positions.shape[1]
+    seen = visible.expand(case.b, case.hq, case.s, case.t)[:, :: case.hq // heads]
+    hit = torch.gather(seen, 3, positions.clamp(min=0).long())
+    assert hit[kept].all(), "a hidden key was chosen"
+
+
+@given(make_case())
+@cases(2 * SHARE)
+def test_select_chooses_as_defined_and_nothing_hidden(case):
+    inputs = case.select_inputs()
+    for implementation in implementations():
+        check_choice(case, implementation.select(*inputs, **case.options()), inputs)
+    count("selection, budget and mask")
+
+
+@given(make_case(values=("integers",)))
+@cases(SHARE)
+def test_equal_scores_go_to_the_lower_position(case):
+    """Small integers in every place: scores are exact, and most are equal to others."""
+    inputs = case.select_inputs()
+    inputs[1] = torch.eye(case.d)[:, : case.r].expand(case.hkv, -1, -1).contiguous()
+    index = torch.randint(-2, 3, inputs[2].shape, generator=case.generator(9))
+    inputs[2] = case.laid_out(index.to(case.index_dtype), 77)
+    if inputs[3] is not None:
+        # Integers that a query rounded to 16 bits still holds exactly.
+        inputs[0] = inputs[0].clamp(-1, 1)
+        inputs[3] = torch.ones(inputs[3].shape)
+    if inputs[4] is not None and inputs[4].dtype != torch.bool:
+        inputs[4] = inputs[4].masked_fill(inputs[4] > hidden_below(case.dtype), 0)
+    options = {**case.options(), "scale": 0.5}
+    expected = reference.select(*inputs, **options)
+    for implementation in implementations():
+        assert torch.equal(implementation.select(*inputs, **options), expected)
+    count("selection: ties")
+
+
+@given(make_case(values=("normal", "integers", "spread")), st.data())
+@cases(SHARE)
+def test_what_is_not_finite_ranks_as_defined(case, data):
+    """NaN ranks with -inf, for that key or that query head alone; infinities rank as they are."""
+    inputs = case.select_inputs()
+    q, index = inputs[0], inputs[2]
+    value = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf]))
+    if index.dtype == torch.int8 or data.draw(st.booleans()):
+        q[:, data.draw(st.integers(0, case.hq - 1)), :, 0] = value
+        assume(index.dtype != torch.int8 or value != value)
+    else:
+        keys = st.lists(st.integers(0, case.t - 1), min_size=1, max_size=3, unique=True)
+        dims = data.draw(st.sampled_from([1, case.r]))
+        index[:, :, data.draw(keys), :dims] = value
+    for implementation in implementations():
+        check_choice(case, implementation.select(*inputs, **case.options()), inputs)
+    count("selection: NaN and infinity")
+
+
+@given(make_case(), st.randoms(use_true_random=False))
+@cases(SHARE)
+def test_keys_that_were_not_chosen_may_change_places(case, random):
+    """Permuting the visible keys that were not chosen changes neither the choice nor the output."""
+    case = replace(case, values="normal", per_head=False, hkv=1, s=1)
+    case = replace(case, dtype=torch.float32, index_dtype=torch.float32)  # no two scores are equal
+    if case.mask == "heads":
+        case = replace(case, mask="random")
+    inputs, k, v = case.select_inputs(), case.keys(), case.contents()
+    visible, mask = case.visible_and_mask()
+    if mask is not None and mask.dtype != torch.bool:
+        mask = inputs[4] = mask.masked_fill(visible, 0)  # a bias belongs to a place
+    for implementation in implementations():
+        positions = implementation.select(*inputs, **case.options())
+        out = implementation.attend(inputs[0], k, v, positions, mask, **case.attend_options())
+        index, moved_k, moved_v = inputs[2].clone(), k.clone(), v.clone()
+        for b in range(case.b):
+            seen = visible.expand(case.b, 1, 1, case.t)[b, 0, 0].nonzero().flatten().tolist()
+            chosen = positions[b, 0, 0].tolist()
+            rest = [i for i in seen if i not in chosen] if chosen[0] >= 0 else []
+            shuffled = random.sample(rest, len(rest))
+            for new, old in ((index, inputs[2]), (moved_k, k), (moved_v, v)):
+                new[b, :, rest] = old[b, :, shuffled]
+        again = implementation.select(*inputs[:2], index, *inputs[3:], **case.options())
+        assert torch.equal(again, positions)
+        after = implementation.attend(
+            inputs[0], moved_k, moved_v, again, mask, **case.attend_options()
+        )
+        assert torch.equal(after, out)
+    count("selection: unselected keys permuted")
+
+
+# ---- attend --------------------------------------------------------------------------------------
+
+
+def some_positions(case: Case) -> Tensor:
+    """Ascending lists of any length, -1 behind, of each KV head or each query head."""
+    generator = case.generator(7)
+    heads = case.hq if case.per_head else case.hkv
+    noise = torch.rand(case.b, heads, case.s, case.t, generator=generator)
+    kept = min(case.k, case.t)
+    positions = noise.topk(kept).indices.sort().values.int()
+    used = torch.randint(0, kept + 1, (case.b, heads, case.s, 1), generator=generator)
+    padded = torch.full((case.b, heads, case.s, case.k), -1, dtype=torch.int32)
+    padded[..., :kept] = positions.masked_fill(torch.arange(kept) >= used, -1)
+    return padded
+
+
+def pytorch_attention(case: Case, q, k, v, positions, mask, sinks) -> Tensor:
+    """PyTorch's own attention over the chosen keys, in the dtype of q, one row at a time."""
+    out = torch.empty(case.b, case.hq, case.s, case.dv, dtype=q.dtype)
+    for i, h, j in itertools.product(range(case.b), range(case.hq), range(case.s)):
+        kv = h // case.group
+        row = positions[i, h if positions.shape[1] == case.hq else kv, j]
+        at = row[row >= 0].long() if (row >= 0).any() else torch.arange(case.t)
+        added = None
+        if mask is not None:
+            added = mask.expand(case.b, case.hq, case.s, case.t)[i, h, j, at]
+            if added.dtype == torch.bool:
+                added = torch.zeros(at.shape, dtype=q.dtype).masked_fill(~added, -torch.inf)
+        query, keys, values = q[i, h, j][None], k[i, kv, at], v[i, kv, at]
+        if case.softcap or sinks is not None:
+            logits = query @ keys.T * case.scale
+            if case.softcap:
+                logits = torch.tanh(logits / case.softcap) * case.softcap
+            logits = logits if added is None else logits + added
+            if sinks is not None:
+                logits = torch.cat((logits, sinks[h].to(logits.dtype).view(1, 1)), -1)
+            weights = logits.softmax(-1, dtype=torch.float32).nan_to_num(0).to(q.dtype)
+            out[i, h, j] = (weights[:, : len(at)] @ values)[0]
+        else:
+            bias = None if added is None else added[None, None]
+            out[i, h, j] = F.scaled_dot_product_attention(
+                query[None], keys[None], values[None], bias, scale=case.scale
+            )[0, 0]
+    return out
+
+
+def check_attention(case: Case, implementation, inputs: list, mask: Tensor | None) -> None:
+    """Clause 2: within twice the error of PyTorch's own attention in the same dtype.
+
+    The floor is what one rounding of the output, and of the logits in fp32, may cost.
+    """
+    q, k, v, positions = inputs
+    options = case.attend_options()
+    truth = reference.attend(q.double(), k.double(), v.double(), positions, mask, **options)
+    found = implementation.attend(*inputs, mask, **options)
+    assert found.dtype == q.dtype and found.shape == truth.shape and found.is_contiguous()
+    assert found.isfinite().all()
+    theirs = pytorch_attention(case, q, k, v, positions, mask, options["sinks"])
+    error = (found.double() - truth).abs().max()
+    their_error = (theirs.double() - truth).abs().nan_to_num().max()
+    logits = torch.einsum("bhgsd,bhtd->bhgst", *absolute(case, q, k)).max() * case.scale
+    floor = torch.finfo(q.dtype).eps * truth.abs().max() + torch.finfo(q.dtype).tiny
+    floor += 8 * 2.0**-24 * (logits + 1) * v.double().abs().max()
+    assert error <= 2 * their_error + floor, f"error {error:.2e}, PyTorch's {their_error:.2e}"
+
+
+def absolute(case: Case, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return q.double().abs().unflatten(1, (case.hkv, case.group)), k.double().abs()
+
+
+@given(make_case())
+@cases(2 * SHARE)
+def test_attend_is_as_exact_as_pytorch_over_the_positions(case):
+    _, mask = case.visible_and_mask()
+    inputs = [case.q(), case.keys(), case.contents(), some_positions(case)]
+    for implementation in implementations():
+        check_attention(case, implementation, inputs, mask)
+    count("definition of attend")
+
+
+@given(make_case(values=("normal", "integers")), st.data())
+@cases(SHARE)
+def test_what_is_not_finite_reaches_the_rows_that_read_it_alone(case, data):
+    """And there it gives what the definition gives: the same NaN, the same infinities."""
+    case = replace(case, scale=0.05, softcap=0.0)
+    q, k, v = case.q(), case.keys(), case.contents()
+    positions = some_positions(case)
+    visible, mask = case.visible_and_mask()
+    at = data.draw(st.integers(0, case.t - 1))
+    kv = data.draw(st.integers(0, case.hkv - 1))
+    value = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf]))
+    target = data.draw(st.sampled_from(["k", "v", "both"]))
+    if target != "v":
+        k[0, kv, at, 0] = value
+    if target != "k":
+        v[0, kv, at, 0] = value
+    options = case.attend_options()
+    truth = reference.attend(q.double(), k.double(), v.double(), positions, mask, **options)
+    for implementation in implementations():
+        found = implementation.attend(q, k, v, positions, mask, **options).double()
+        assert torch.equal(found.isnan(), truth.isnan())
+        torch.testing.assert_close(
+            found, truth.to(q.dtype).double(), rtol=2e-2, atol=2e-2, equal_nan=True
+        )
+    if mask is not None:
+        spoilt = (truth.isnan() | truth.isinf()).any(-1)
+        listed = (positions == at).any(-1) | (positions < 0).all(-1)
+        listed = listed.repeat_interleave(case.hq // positions.shape[1], 1)
+        sees = visible[..., at].expand(case.b, case.hq, case.s)
+        hidden = ~sees if case.filler != 1 else torch.zeros_like(sees)
+        assert not (spoilt & (hidden | ~listed)).any()
+    count("mask: hidden NaN and infinity")
+
+
+# ---- both together -------------------------------------------------------------------------------
+
+
+@given(make_case())
+@cases(SHARE)
+def test_the_whole_budget_is_dense_attention(case):
+    """Clause 1: whatever the basis, the order and the mask."""
+    case = replace(case, k=case.t + case.k, keep_q16=KEEP_ALL_Q16, softcap=0.0, sinks=False)
+    inputs, k, v = case.select_inputs(), case.keys(), case.contents()
+    visible, mask = case.visible_and_mask()
+    options = case.options()
+    bias = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    truth = F.scaled_dot_product_attention(
+        inputs[0].double(), k.double(), v.double(), bias, scale=case.scale, enable_gqa=True
+    )
+    for implementation in implementations():
+        positions = implementation.select(*inputs, **options)
+        heads = positions.shape[1]
+        expected = visible.expand(case.b, case.hq, case.s, case.t)[:, :: case.hq // heads]
+        chosen = torch.zeros(case.b, heads, case.s, case.t + 1, dtype=torch.bool)
+        chosen.scatter_(3, torch.where(positions < 0, case.t, positions).long(), True)
+        assert torch.equal(chosen[..., : case.t], expected)
+        check_attention(case, implementation, [inputs[0], k, v, positions], mask)
+        found = implementation.attend(
+            inputs[0], k, v, positions, mask, **case.attend_options()
+        ).double()
+        logits = torch.einsum("bhgsd,bhtd->bhgst", *absolute(case, inputs[0], k)).max()
+        slack = 4 * torch.finfo(case.dtype).eps + 2.0**-20 * (1 + case.scale * logits)
+        off = (found - truth).abs().max()
+        assert off <= slack * v.double().abs().max() + torch.finfo(case.dtype).tiny
+    count("identity")
+
+
+@given(make_case())
+@cases(2 * SHARE)
+def test_what_is_left_out_bounds_the_difference_from_dense(case):
+    """Clause 4: at most (1 - m)(max v - min v). A sink logit is a chosen key with the value 0."""
+    inputs, k, v = case.select_inputs(), case.keys(), case.contents()
+    visible, mask = case.visible_and_mask()
+    q, options = inputs[0], case.attend_options()
+    wide = [x.double() for x in (q, k, v)]
+    everything = torch.full((case.b, case.hkv, case.s, 1), -1, dtype=torch.int32)
+    dense = reference.attend(*wide, everything, mask, **options)
+    logits = case.scale * torch.einsum(
+        "bhgsd,bhtd->bhgst", wide[0].unflatten(1, (case.hkv, case.group)), wide[1]
+    ).flatten(1, 2)
+    if case.softcap:
+        logits = case.softcap * torch.tanh(logits / case.softcap)
+    if mask is not None:
+        logits = logits + (0 if mask.dtype == torch.bool else mask.double())
+        if mask.dtype == torch.bool:
+            logits = logits.masked_fill(~mask, -torch.inf)
+    values = wide[2].repeat_interleave(case.group, 1)
+    if case.sinks:
+        column = options["sinks"].double().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat((logits, column), -1)
+        values = torch.cat((values, torch.zeros_like(values[:, :, :1])), 2)
+    weights = logits.softmax(-1)
+    spread = (values.amax(2) - values.amin(2)).amax(-1)[:, :, None]
+    sees = visible.expand(case.b, case.hq, case.s, case.t).any(-1)
+    for implementation in implementations():
+        positions = implementation.select(*inputs, **case.options())
+        found = implementation.attend(q, k, v, positions, mask, **options).double()
+        chosen = torch.zeros(*positions.shape[:3], case.t + 1, dtype=torch.bool)
+        chosen.scatter_(3, torch.where(positions < 0, case.t, positions).long(), True)
+        chosen = chosen[..., : case.t].repeat_interleave(case.hq // positions.shape[1], 1)
+        mass = (weights[..., : case.t] * chosen).sum(-1)
+        mass += weights[..., case.t :].sum(-1)
+        largest = torch.einsum("bhgsd,bhtd->bhgst", *absolute(case, q, k)).max() * case.scale
+        rounding = torch.finfo(case.dtype).eps * 2 + 2.0**-20 * (1 + largest)
+        slack = rounding * values.abs().max() + torch.finfo(case.dtype).tiny
+        off = (found - dense).abs().amax(-1)
+        bound = (1 - mass).clamp(min=0) * spread + slack
+        assert ((off <= bound) | ~sees).all(), f"{(off - bound).max():.2e}"
+    count("bound")
+
+
+@given(make_case(values=("normal", "spread")))
+@cases(SHARE)
+def test_what_is_hidden_changes_nothing(case):
+    """Hidden keys, values and index rows may hold anything."""
+    assume(case.mask not in ("none", "heads"))
+    inputs, k, v = case.select_inputs(), case.keys(), case.contents()
+    visible, mask = case.visible_and_mask()
+    rows = visible.any(2).expand(case.b, 1, case.t)[:, 0]  # seen by any token of the batch row
+    broken = list(inputs)
+    broken[2] = inputs[2].clone()
+    hidden = ~rows[:, None, :].expand(case.b, case.hkv, case.t)
+    broken[2][hidden] = 127 if inputs[2].dtype == torch.int8 else torch.nan
+    if inputs[3] is not None:
+        broken[3] = inputs[3].clone()
+        broken[3][hidden] = 1e30
+    broken_k, broken_v = k.clone(), v.clone()
+    broken_k[hidden], broken_v[hidden] = torch.nan, torch.inf
+    sees = visible.expand(case.b, case.hq, case.s, case.t).any(-1)
+    for implementation in implementations():
+        positions = implementation.select(*inputs, **case.options())
+        again = implementation.select(*broken, **case.options())
+        assert torch.equal(positions, again)
+        options = case.attend_options()
+        out = implementation.attend(inputs[0], k, v, positions, mask, **options)
+        after = implementation.attend(inputs[0], broken_k, broken_v, positions, mask, **options)
+        assert torch.equal(out[sees], after[sees])
+    count("mask: hidden keys hold anything")
+
+
+@given(make_case(values=("normal", "integers")))
+@cases(SHARE)
+def test_a_row_that_sees_nothing_is_what_sdpa_makes_of_it(case):
+    case = replace(case, mask="rare", dtype=torch.float32, softcap=0.0, sinks=False)
+    inputs, k, v = case.select_inputs(), case.keys(), case.contents()
+    visible, mask = case.visible_and_mask()
+    if case.filler == 1:  # SDPA adds the score to finfo.min, and what is left of it decides
+        mask = inputs[4] = mask.masked_fill(~visible, torch.finfo(torch.float32).min)
+    expected = F.scaled_dot_product_attention(
+        inputs[0], k, v, mask, scale=case.scale, enable_gqa=True
+    )
+    blind = ~visible.expand(case.b, case.hq, case.s, case.t).any(-1)
+    assert blind.any()
+    for implementation in implementations():
+        positions = implementation.select(*inputs, **case.options())
+        heads = positions.shape[1]
+        assert (positions[blind[:, :: case.hq // heads]] == -1).all()
+        found = implementation.attend(inputs[0], k, v, positions, mask, scale=case.scale)
+        torch.testing.assert_close(found[blind], expected[blind], rtol=1e-4, atol=1e-4)
+    count("mask: rows that see nothing")
+
+
+# ---- rank ----------------------------------------------------------------------------------------
+
+
+@given(make_case(values=("normal", "integers", "spread")))
+@cases(SHARE)
+def test_an_orthogonal_basis_errs_less_with_every_dim(case):
+    """|score - approximate score| <= |q behind R| |k behind R|, which falls with R; exact at D.
+
+    So recall can only be lost to keys within that bound of the threshold, fewer with every dim.
+    """
+    case = replace(case, basis="orthogonal", index_dtype=torch.float32, mask="none")
+    case = replace(case, dtype=torch.float32, sink=0, recent=0, keep_q16=KEEP_ALL_Q16)
+    full = replace(case, r=case.d)
+    q, basis = full.q(), full.projection()
+    keys = full.keys()
+    exact = case.scale * torch.einsum(
+        "bhgsd,bhtd->bhgst", q.double().unflatten(1, (case.hkv, case.group)), keys.double()
+    )
+    exact = exact.flatten(1, 2) if case.per_head else exact.amax(2)
+    best = exact.topk(min(case.k, case.t)).values[..., -1:]
+    q_all = torch.einsum(
+        "bhgsd,hdr->bhgsr", q.double().unflatten(1, (case.hkv, case.group)), basis.double()
+    )
+    k_all = torch.einsum("bhtd,hdr->bhtr", keys.double(), basis.double())
+    rounding = 2.0**-19 * case.scale * float(q_all.norm(dim=-1).max() * k_all.norm(dim=-1).max())
+    before = None
+    for r in sorted({1, case.r, case.d}):
+        q_rest = q_all[..., r:].norm(dim=-1).amax(2)[..., None]
+        if case.per_head:
+            q_rest = q_all[..., r:].norm(dim=-1).flatten(1, 2)[..., None]
+        heads = exact.shape[1] // case.hkv
+        k_rest = k_all[..., r:].norm(dim=-1)[:, :, None].repeat_interleave(heads, 1)
+        bound = case.scale * q_rest * k_rest + rounding
+        assert before is None or (bound <= before + rounding).all()
+        before = bound
+        index, _ = index_rows(keys, basis[..., :r].contiguous(), torch.float32)
+        for implementation in implementations():
+            positions = implementation.select(
+                q, basis[..., :r].contiguous(), index, None, None, None, **case.options()
+            )
+            kept = positions >= 0
+            found = torch.gather(exact, 3, positions.clamp(min=0).long())
+            worst = 2 * bound.amax(-1, keepdim=True)
+            assert ((found >= best - worst) | ~kept).all()
+    count("recall: error falls with rank")
+
+
+@given(st.integers(0, 2**20), st.sampled_from(["orthogonal", "random"]))
+@cases(0.3 * SHARE)
+def test_recall_grows_with_the_rank(seed, kind):
+    """On keys with a falling spectrum, dims in its order, averaged over many queries."""
+    generator = torch.Generator().manual_seed(seed)
+    d, t, k, queries = 32, 200, 20, 24
+    size = 0.85 ** torch.arange(d)
+    turn = torch.linalg.qr(torch.randn(d, d, generator=generator).double()).Q.float()
+    keys = (torch.randn(1, 4, t, d, generator=generator) * size) @ turn.T
+    q = torch.randn(1, 4, queries, d, generator=generator) @ turn.T
+    basis = turn if kind == "orthogonal" else turn * torch.linspace(1.3, 0.9, d)
+    basis = basis.expand(4, d, d).contiguous()
+    exact = (q.double() @ keys.double().transpose(2, 3)).topk(k).indices
+    options = {"scale": 1.0, "top_k": k, "keep_q16": KEEP_ALL_Q16, "sink": 0, "recent": 0}
+    for implementation in implementations():
+        recalls = []
+        for r in (2, 4, 8, 16, 32):
+            cut = basis[..., :r].contiguous()
+            index, _ = index_rows(keys, cut, torch.float32)
+            found = implementation.select(
+                q, cut, index, None, None, None, **options, per_head=False
+            )
+            hits = (exact.unsqueeze(-1) == found.unsqueeze(-2)).any(-1)
+            recalls.append(hits.double().mean().item())
+        assert all(b > a for a, b in itertools.pairwise(recalls)), recalls
+        assert kind != "orthogonal" or recalls[-1] > 0.9999
+    count("recall: grows with rank")
+
+
+# ---- the interpreter -----------------------------------------------------------------------------
+
+
+INTERPRETER_RUNS = "as_defined or lower_position or as_exact or nothing_is or budget_is_dense"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs here already")
+def test_this_file_passes_in_the_interpreter(request):
+    pytest.importorskip("triton", reason="the Triton kernels need Triton")
+    seed = request.config.option.hypothesis_seed
+    profile = request.config.getoption("--hypothesis-profile") or "bounded"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__,
+            f"--hypothesis-seed={seed}", f"--hypothesis-profile={profile}", "--timeout=0",
+            "-k", INTERPRETER_RUNS,
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    for line in done.stdout.splitlines():
+        clause, _, number = line.strip().rpartition("  ")
+        if number.strip().isdigit():
+            count(f"interpreter, {clause.strip()}", int(number))
