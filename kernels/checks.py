@@ -71,9 +71,9 @@ def check_select(
     _same_device(op, "basis", basis, q)
     _same_device(op, "index", index, q)
     if (mask is None) != (bounds is None):
-        found = ("None" if mask is None else "a mask", "None" if bounds is None else "bounds")
-        raise _wrong(op, "(mask, bounds)", found, "both or neither: bounds = mask_bounds(mask)")
-    if mask is not None:
+        given = ("None" if mask is None else "a mask", "None" if bounds is None else "bounds")
+        raise _wrong(op, "(mask, bounds)", given, "both or neither: bounds = mask_bounds(mask)")
+    if mask is not None and bounds is not None:
         _check_mask(op, mask, q, t)
         if not per_head and mask.shape[1] != 1 and mask.stride(1) != 0:
             raise _wrong(

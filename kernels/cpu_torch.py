@@ -82,8 +82,8 @@ def attend(
             kv = h // (hq // hkv)
             chosen_by = h if positions.shape[1] == hq else kv
             for j in range(s):
-                at = positions[i, chosen_by, j][valid[i, chosen_by, j]]
-                at = at if len(at) else slice(None)
+                chosen = positions[i, chosen_by, j][valid[i, chosen_by, j]]
+                at = chosen if len(chosen) else slice(None)
                 added = None if mask is None else mask[i, h, j, at]
                 sink = None if sinks is None else sinks[h : h + 1]
                 out[i, h, j] = _attend_row(

@@ -10,6 +10,7 @@ looks like.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -277,13 +278,12 @@ class _Seen:
         bases: list[Basis] = []
         total = STEPS * len(self.held)
 
-        def step(_: int) -> None:
-            nonlocal done
-            done += 1
-            if progress is not None:
-                progress(done, total)
+        steps_done = itertools.count(1)
 
-        done = 0
+        def step(_: int) -> None:
+            if progress is not None:
+                progress(next(steps_done), total)
+
         for identity, held in self.held.items():
             origin = {"weights": identity[0], "layer": self.layers[identity]}
             if isinstance(held, AttentionSamples):

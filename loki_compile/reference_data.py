@@ -190,9 +190,11 @@ def calibration_prompts(tokenizer, length: int, tokens: int) -> tuple[list[list[
         ids = encode(tokenizer, stdlib_text("train")[: 16 * tokens])[:tokens]
         pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
         return [piece for piece in pieces if len(piece) > 1], "Python's standard library (train)"
-    prompts = []
-    while (left := tokens - sum(map(len, prompts))) > 1:
+    prompts: list[list[int]] = []
+    left = tokens
+    while left > 1:
         size, number = min(length, left), len(prompts)
+        left -= size
         pairs = min(len(RECALL_KEYS), len(RECALL_VALUES), size // 40)
         if number % 2 and pairs:
             prompts.append(recall_prompt(tokenizer, size, pairs, number, "train")[0])
