@@ -2,6 +2,8 @@
 # compiler and make. Options for pip go through PIP_FLAGS, another Python through PYTHON.
 PYTHON ?= python3
 PIP_FLAGS ?=
+# One worker per core, each with one thread: OpenMP threads that outnumber the cores wait for each other.
+WORKERS = OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=8
 TEST_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ demo: $(STAMP)
 	$(BIN)/loki demo
 
 test: $(STAMP)
-	$(BIN)/pytest $(TEST_FLAGS)
+	$(WORKERS) $(TEST_FLAGS)
 
 # Hours: the slow tests, and thousands of generated cases for each clause; one table at the end.
 SOAK := tests/test_properties.py tests/test_graph_properties.py tests/test_cache_machine.py \
