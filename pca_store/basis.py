@@ -174,7 +174,8 @@ class Basis:
         if rank > self.columns:
             raise ValueError(
                 f"{self._where}found rank {rank}, but the basis holds {self.columns} of "
-                f"{self.head_dim} dims; set rank to at most {self.columns}, or calibrate again"
+                f"{self.head_dim} dims; set rank to at most {self.columns}, or calibrate again "
+                f"(loki calibrate --rank {rank})"
             )
 
 
