@@ -210,9 +210,14 @@ class CacheMachine(RuleBasedStateMachine):
 
     @initialize(seed=st.integers(0, 2**16), static=st.booleans(), inference=INFERENCE)
     def begin(self, seed, static, inference):
-        """A run may lack any rule, and none of them does anything without a conversation."""
+        """A run may lack any rule, and none of them does anything without a conversation.
+
+        This one has both variants in it, wherever `min_context` is crossed.
+        """
         self.generator.manual_seed(seed)
-        self.start(static, 1, False, 10, inference, False, 2)
+        self.start(static, 1, False, 10, inference, False, 1)
+        self.advance(self.talks[0], 3, inference, False)
+        self.then(self.talks[0], 2, inference)
 
     def then(self, talk: Talk, steps: int, inference: bool) -> None:
         """What was done to a cache shows in the steps behind it."""
@@ -499,8 +504,7 @@ def test_any_order_of_what_people_do_to_caches(make, options, interpreted):
     run_state_machine_as_test(machine, settings=cases(0.05))
     gc.collect()
     ran = Counter(stats()) - before
-    assert ran["sparse_steps"] > ran["rebuilds"] / LAYERS, ran
-    assert "min_context" not in options or not options["min_context"] or ran["dense_steps"]
+    assert ran["sparse_steps"] and bool(options["min_context"]) <= bool(ran["dense_steps"]), ran
     assert stats()["index_bytes"] == 0
 
 
