@@ -747,7 +747,7 @@ def _reasons(results: Sequence[dict[str, Any]]) -> str:
 
 def _section(name: tuple[str, str, str], results: Sequence[dict[str, Any]]) -> str:
     head = ["architecture", "graphs", "sites", "sparse", "by plan", "dense", "why dense",
-            "outcome", "tokens", "difference"]  # fmt: skip
+            "outcome", "tokens", "difference", "commit"]  # fmt: skip
     rows = []
     for result in results:
         sites = _sites(result)
@@ -759,6 +759,7 @@ def _section(name: tuple[str, str, str], results: Sequence[dict[str, Any]]) -> s
             result["model"], len(result.get("graphs", [])), len(sites), outcomes["sparse"],
             outcomes["dense by plan"], outcomes["dense"], "; ".join(why) or result.get("error", ""),
             result["status"], tokens, "" if far is None else f"{far:.0e}",
+            result.get("revision", "?"),
         ])  # fmt: skip
     return "## Engine {}, cache {}, attention {}\n\n".format(*name) + _markdown(head, rows)
 

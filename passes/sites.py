@@ -259,7 +259,8 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         if core.causal:
             return skip(Reason.PREFILL, query_tokens)
     key = _heads_at(core.key, core.key_order, core, writes)
-    value = _heads_at(core.value, core.value_order, core, writes)
+    # Values that are repeated more often than keys stay so: a copy of them is what is attended to.
+    value = _heads_at(core.value, core.value_order, core, writes, most=key.group)
     query = _narrow(core.query)
     dtypes = {fake_value(x).dtype for x in (query, key.base, value.base, core.node)}
     dtype = fake_value(query).dtype
@@ -334,14 +335,18 @@ def _broadcasts(term: MaskTerm, q_shape: tuple[Any, ...], k_shape: tuple[Any, ..
 
 
 def _heads_at(
-    node: fx.Node, at: tuple[int, int, int, int], core: Core, writes: list[Write]
+    node: fx.Node,
+    at: tuple[int, int, int, int],
+    core: Core,
+    writes: list[Write],
+    most: int | None = None,
 ) -> Heads:
     """`heads_of`, unless what lies behind may be written into before the core reads it.
 
     A repetition or `contiguous` copies: it holds the cache as it was at that point. In attention
     written out the keys are read by the first product, which lies before the core's node.
     """
-    heads = heads_of(node, at)
+    heads = heads_of(node, at, most)
     written = [write for write in writes if may_overlap(write.operand, heads.base)]
     if not written:
         return heads
@@ -357,21 +362,24 @@ def _heads_at(
     return heads
 
 
-def heads_of(node: fx.Node, at: tuple[int, int, int, int] = (0, 1, 2, 3)) -> Heads:
+def heads_of(
+    node: fx.Node, at: tuple[int, int, int, int] = (0, 1, 2, 3), most: int | None = None
+) -> Heads:
     """Walks from a core's K or V operand back through permutations and head repetition.
 
     Stops at the first node that is neither; `base` is that node. The views it understands are
     transposes, permutations, a repetition of each KV head in place (`repeat_kv` by expand and
     reshape, `repeat_interleave`, an expand of one head), one of all KV heads behind each other
     (`repeat`, or expand and reshape) and copies that keep the values. `at` says which dimension of
-    `node` is batch, head, token and head_dim.
+    `node` is batch, head, token and head_dim; `most` is the largest repetition to look behind.
     """
     base, order, group, tiled = node, list(at), 1, False
     while True:
         step, tiles = _through(base, order), False
         if step is None and group == 1:
             step, tiles = _through_tiles(base, order), True
-        if step is None or (tiled and step[2] > 1):
+        beyond = step is not None and most is not None and group * step[2] > most
+        if step is None or beyond or (tiled and step[2] > 1):
             return Heads(base, (order[0], order[1], order[2], order[3]), group, tiled)
         one_head = order[1] >= 0 and concrete((shape_of(step[0]) or ())[step[1][1]]) == 1
         tiled = tiled or (tiles and not one_head)

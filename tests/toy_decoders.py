@@ -527,6 +527,11 @@ def tiles_of_flipped_heads(q, keys, values, mask):
     return tiled(q, keys.flip(1), values.flip(1), mask)
 
 
+def values_of_one_head(q, keys, values, mask):
+    """The flag repeats keys; the values of one head were repeated before."""
+    return gqa_flag(q, keys, values[:, :1].repeat(1, KV_HEADS, 1, 1), mask)
+
+
 def values_tiled(q, keys, values, mask):
     """Keys repeat in blocks, values as tiles."""
     keys = keys.repeat_interleave(HEADS // keys.shape[1], dim=1)
@@ -697,6 +702,7 @@ REWRITTEN = [
     _static.but(attend=tiled_by_expand),
     _cat.but(attend=tiled),
     _static.but(attend=tiled, kv_heads=1),
+    _static.but(attend=values_of_one_head),
     # Masks.
     _static.but(mask=causal_2d),
     _static.but(mask=causal_float),
