@@ -72,7 +72,7 @@ FAMILIES = {
     "bloom": (
         {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY},
         2,
-        0,
+        2,
     ),
 }
 

@@ -682,7 +682,8 @@ def test_recall_grows_with_the_rank(seed, kind):
     q = torch.randn(1, 4, queries, d, generator=generator) @ turn.T
     basis = turn if kind == "orthogonal" else turn * torch.linspace(1.3, 0.9, d)
     basis = basis.expand(4, d, d).contiguous()
-    exact = (q.double() @ keys.double().transpose(2, 3)).topk(k).indices
+    truth = q.double() @ keys.double().transpose(2, 3)
+    worst, exact = truth.topk(k).values[..., -1:], truth.topk(k).indices
     options = {"scale": 1.0, "top_k": k, "keep_q16": KEEP_ALL_Q16, "sink": 0, "recent": 0}
     for implementation in implementations():
         recalls = []
@@ -695,7 +696,9 @@ def test_recall_grows_with_the_rank(seed, kind):
             hits = (exact.unsqueeze(-1) == found.unsqueeze(-2)).any(-1)
             recalls.append(hits.double().mean().item())
         assert all(b > a for a, b in itertools.pairwise(recalls)), recalls
-        assert kind != "orthogonal" or recalls[-1] > 0.9999
+        # At full rank all of them, but for ties within the rounding of fp32 scores.
+        scores = truth.gather(-1, found.long())
+        assert kind != "orthogonal" or (scores >= worst - 1e-4).all()
     count("recall: grows with rank")
 
 
