@@ -516,6 +516,9 @@ def test_training_is_left_alone(training, interpreted):
     assert "gradients" in reports()[-1].sites[0].reason
 
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
 @names(
     [
         REWRITTEN[0],
@@ -535,6 +538,10 @@ def test_symbolic_sizes_from_the_start_follow_the_reference(spelling, interprete
         there = here.fork()
         for x in tokens(spelling, 3, batch=batch):
             out = here.step(fast, x)
+            if not stats()["sparse_steps"] and TORCH < (2, 13):
+                torch.testing.assert_close(out, there.step(module, x), rtol=0, atol=2e-5)
+                assert "are not 4-D" in reports()[-1].sites[0].reason
+                pytest.skip("torch 2.11 leaves the number of KV heads a symbol: dense, and says so")
             with truth:
                 expected = there.step(module, x)
             torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
