@@ -65,7 +65,11 @@ def loki(
     bindings = _bind_caches(normal, plan, example_inputs, config)
     decode = None
     if plan.sparse:
-        late = functools.partial(_compile_late, compile_graph=compile_graph)
+        late = functools.partial(
+            _compile_late,
+            compile_graph=compile_graph,
+            known=len(fake_mode_of(normal.graph).shape_env.guards),
+        )
         decode = DecodeGraph(normal, plan, config, bindings, late)
     record_graph(plan, config, bindings, decode)
     if decode is not None:
@@ -248,6 +252,7 @@ def _compile_late(
     gm: fx.GraphModule,
     *,
     compile_graph: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    known: int,
 ) -> Variant:
     """Compiles a variant after Dynamo has returned, under the fake mode it traced with.
 
@@ -258,10 +263,9 @@ def _compile_late(
     values = _fakes(gm)
     fake_mode = fake_mode_of(gm.graph)
     shape_env = fake_mode.shape_env
-    before = len(shape_env.guards)
     with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
         run = compile_graph(gm, values)
-    added = shape_env.guards[before:]
+    added = shape_env.guards[known:]
     if not added:
         return Variant(run)
     log.debug("late guards: %s", [guard.expr for guard in added])

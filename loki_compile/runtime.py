@@ -389,7 +389,9 @@ class DecodeGraph:
                     continue
                 assert binding.layout is not None
                 tensor = outputs[binding.cache.output]
-                parts = list(outputs[place : place + binding.layout.parts])
+                # A full window's index is what is left of a longer one: rows apart in memory, where
+                # the compiled graph takes them to be next to each other.
+                parts = [p.contiguous() for p in outputs[place : place + binding.layout.parts]]
                 place += binding.layout.parts
                 held = _indexes.setdefault(tensor, {})
                 held[binding.identity] = IndexRecord(parts, _stamp(tensor), visible)
