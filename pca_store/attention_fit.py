@@ -17,8 +17,7 @@ from torch import Tensor
 # Keys that the runtime reads whatever their score (the defaults of LokiConfig): nothing to learn.
 SINK = 4
 RECENT = 32
-# Queries kept of each prompt and head, drawn evenly; what a step reads; how many steps. Measured on
-# the reference model: 1000 steps are no better than 500.
+# Queries kept of each prompt and head, drawn evenly; what a step reads; how many steps.
 QUERIES_PER_PROMPT = 512
 QUERIES_PER_STEP = 24
 STEPS = 500
