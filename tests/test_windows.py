@@ -39,8 +39,21 @@ def one_layer_windowed():
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    """The rewritten graphs run node by node: what is tested here is the rewriting."""
-    monkeypatch.setattr(backend, "_inductor", lambda gm, inputs, **_: gm.forward)
+    """The rewritten graphs run node by node: what is tested here is the rewriting.
+
+    Inputs must lie in memory as they were traced, as Inductor demands.
+    """
+
+    def interpret(gm, inputs, **_):
+        def run(*args):
+            for fake, real in zip(inputs, args, strict=True):
+                if isinstance(fake, torch.Tensor) and fake.is_contiguous():
+                    assert real.is_contiguous(), "Inductor refuses these strides"
+            return gm.forward(*args)
+
+        return run
+
+    monkeypatch.setattr(backend, "_inductor", interpret)
     torch._dynamo.reset()
     loki_compile.reset_stats()
     torch.manual_seed(0)
