@@ -157,8 +157,8 @@ def _check_mask(op: str, mask: Tensor, q: Tensor, t: int) -> None:
     if bm not in (1, b) or hm not in (1, hq) or sm not in (1, s) or tm != t:
         allowed = f"(B, Hq, S, T) = {(b, hq, s, t)}, any of the first three may be 1"
         raise _wrong(op, "shape of mask", (bm, hm, sm, tm), allowed)
-    if mask.dtype != torch.bool and mask.dtype not in FLOAT_DTYPES:
-        raise _wrong(op, "mask dtype", mask.dtype, "bool, bfloat16, float16 or float32")
+    if mask.dtype not in (torch.bool, torch.uint8, *FLOAT_DTYPES):
+        raise _wrong(op, "mask dtype", mask.dtype, "bool, uint8, bfloat16, float16, float32")
     _same_device(op, "mask", mask, q)
 
 

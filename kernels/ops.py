@@ -7,6 +7,10 @@ the legend of the letters; `checks` has what is refused.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from loki_compile.kernels import cpu
 from loki_compile.kernels.checks import KEEP_ALL_Q16, check_attend, check_select, hidden_below
@@ -29,11 +33,15 @@ _INT8_MAX = 127
 def mask_bounds(mask: Tensor) -> Tensor:
     """Where the visible keys of each mask row lie.
 
-    mask (Bm, Hm, Sm, T), bool (True = visible) or floating (visible above `hidden_below(dtype)`).
+    mask (Bm, Hm, Sm, T), bool or uint8 (True or 1 = visible), or floating (visible above
+    `hidden_below(dtype)`).
     Returns int32 (Bm, Hm, Sm, 3): first visible position, last visible position + 1, number of
     visible keys; (0, 0, 0) for a row that sees nothing.
     """
-    visible = mask if mask.dtype == torch.bool else mask > hidden_below(mask.dtype)
+    if mask.is_floating_point():
+        visible = mask > hidden_below(mask.dtype)
+    else:
+        visible = mask if mask.dtype == torch.bool else mask.to(torch.int32) != 0
     t = mask.shape[-1]
     position = torch.arange(t, device=mask.device, dtype=torch.int32)
     end = torch.where(visible, position + 1, 0).amax(-1)
@@ -89,6 +97,19 @@ def _attend_fake(q, k, v, positions, mask, **_):
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
 
+def _with_bool_mask(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel of either op, for masks of bytes as well: 0 or 1, one byte as in bool."""
+
+    @functools.wraps(kernel)
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        mask = args[4]  # in both schemas
+        if mask is not None and mask.dtype == torch.uint8:
+            args = (*args[:4], mask.view(torch.bool), *args[5:])
+        return kernel(*args, **kwargs)
+
+    return run
+
+
 def _select_cuda(*args, **kwargs):
     # Here and not above: a machine without Triton can still run the CPU path.
     from loki_compile.kernels import triton_select
@@ -102,10 +123,10 @@ def _attend_cuda(*args, **kwargs):
     return triton_attend.attend(*args, **kwargs)
 
 
-_LIBRARY.impl("select", cpu.select, "CPU")
-_LIBRARY.impl("attend", cpu.attend, "CPU")
-_LIBRARY.impl("select", _select_cuda, "CUDA")
-_LIBRARY.impl("attend", _attend_cuda, "CUDA")
+_LIBRARY.impl("select", _with_bool_mask(cpu.select), "CPU")
+_LIBRARY.impl("attend", _with_bool_mask(cpu.attend), "CPU")
+_LIBRARY.impl("select", _with_bool_mask(_select_cuda), "CUDA")
+_LIBRARY.impl("attend", _with_bool_mask(_attend_cuda), "CUDA")
 
 select = torch.ops.loki.select.default
 attend = torch.ops.loki.attend.default

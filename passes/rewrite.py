@@ -435,7 +435,7 @@ def joint_mask(
 ) -> torch.Tensor:
     """One 4-D mask that does what several do one after the other.
 
-    `rules` has factor, inverted and fill of each, as in `MaskTerm`. Bool (True = visible) where all
+    `rules` has factor, inverted and fill of each, as in `MaskTerm`. uint8 (1 = visible) where all
     are bool and fill with -inf, else floating, `dtype` where no mask has one. A score is added to
     the fill instead of replaced by it, which rounds to the same: fills are huge.
     """
@@ -446,7 +446,10 @@ def joint_mask(
         if mask.dtype == torch.bool
     }
     if len(keeps) == len(masks) and all(fill == float("-inf") for _, _, fill in rules):
-        return _stored(functools.reduce(torch.logical_and, keeps.values()))
+        visible = functools.reduce(torch.logical_and, keeps.values())
+        # Inductor's C++ stores a comparison of int64 as bool ten times slower than by way of int32
+        # (torch 2.13), and this one is as long as the cache.
+        return _stored(visible.to(torch.int32).to(torch.uint8))
     joint = torch.zeros((1, 1, 1, 1), dtype=dtype, device=masks[0].device)
     for i, (mask, (factor, _, fill)) in enumerate(zip(masks, rules, strict=True)):
         if i in keeps:

@@ -73,11 +73,13 @@ def opcheck(op, args):
 # ---- masks and index rows -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.float32, torch.bfloat16, torch.float16]
+)
 def test_mask_bounds_are_first_last_and_count(dtype):
     rows = ["0001111", "1010010", "0000000", "1111111", "0000001"]
     visible = torch.tensor([[c == "1" for c in row] for row in rows])
-    mask = visible if dtype == torch.bool else additive(visible, dtype)
+    mask = additive(visible, dtype) if dtype.is_floating_point else visible.to(dtype)
     expected = torch.tensor([[3, 7, 4], [0, 6, 3], [0, 0, 0], [0, 7, 7], [6, 7, 1]])
     found = mask_bounds(mask.view(1, 1, 5, 7))
     assert found.dtype == torch.int32
@@ -99,6 +101,21 @@ def test_a_key_is_hidden_by_half_of_the_lowest_value_and_below(dtype):
 
 def test_mask_bounds_keeps_broadcast_sizes():
     assert mask_bounds(torch.ones(2, 1, 3, 5, dtype=torch.bool)).shape == (2, 1, 3, 3)
+
+
+def test_a_mask_of_bytes_is_a_mask_of_bools():
+    k, v = torch.randn(B, HKV, T, D), torch.randn(B, HKV, T, DV)
+    q, basis, index = (select_args()[name] for name in ("q", "basis", "index"))
+
+    def both(mask):
+        bounds = None if mask is None else mask_bounds(mask)
+        positions = select(q, basis, index, None, mask, bounds, **SELECT)
+        return positions, attend(q, k, v, positions, mask, scale=0.3)
+
+    visible = torch.rand(B, 1, 1, T) > 0.5
+    for as_bool, as_bytes in zip(both(visible), both(visible.to(torch.uint8)), strict=True):
+        assert torch.equal(as_bool, as_bytes)
+    assert not torch.equal(both(visible)[0], both(None)[0])
 
 
 def test_index_rows_are_the_projection_in_fp32():
