@@ -24,6 +24,9 @@ ALIASES = {
     "view": "reshape",
     "__getitem__": "getitem",
     "__setitem__": "setitem",
+    "and_": "__and__",  # Python's functions, which end like PyTorch's in-place methods
+    "or_": "__or__",
+    "not_": "__not__",
 }
 
 _IN_PLACE_OPERATORS = frozenset(
@@ -164,7 +167,8 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
     elif isinstance(target, torch._ops.OpOverloadPacket):
         unknown = any(getattr(target, name)._schema.is_mutable for name in target.overloads())
     else:
-        unknown = isinstance(target, torch._ops.HigherOrderOperator) or _is_foreign(target)
+        higher = isinstance(target, torch._ops.HigherOrderOperator)
+        unknown = (higher and op_name(node) != "flex_attention") or _is_foreign(target)
     if unknown:
         return list(node.all_input_nodes)
     written: list[fx.Node] = []
@@ -283,16 +287,17 @@ def remap(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
 def finish(gm: fx.GraphModule) -> fx.GraphModule:
     """Drops dead views and arithmetic, checks the graph and regenerates its code.
 
-    Keeps every call that may write into an operand and every node without a fake tensor: fx does
-    not know that `index_copy_`, `x += 1` or `out=` have an effect.
+    Keeps every call that may write into an operand and every node without fake tensors: fx does not
+    know that `index_copy_`, `x += 1` or `out=` have an effect.
     """
+    results = (torch.Tensor, torch.SymInt, torch.SymFloat, int)
 
     def is_impure(node: fx.Node) -> bool:
-        return bool(
-            node.op in ("placeholder", "output")
-            or written_operands(node)
-            or not isinstance(fake_value(node), (torch.Tensor, torch.SymInt, torch.SymFloat, int))
-        )
+        if node.op in ("placeholder", "output") or written_operands(node):
+            return True
+        value = fake_value(node)
+        values = value if isinstance(value, tuple) and value else (value,)
+        return not all(isinstance(part, results) for part in values)
 
     gm.graph.eliminate_dead_code(is_impure)
     gm.graph.lint()

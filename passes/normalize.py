@@ -2,13 +2,22 @@
 
 Dynamo keeps what the model wrote: `x.transpose(1, 2)` and `torch.transpose(x, 1, 2)`, `x @ y` and
 `torch.matmul(x, y)`, `torch.concat` and `torch.cat`. Here each becomes a call of the method or
-function that PyTorch documents as the main one. Meaning and results stay bit for bit.
+function that PyTorch documents as the main one, and an `einsum` of two factors that is a matrix
+product becomes `matmul`. Meaning stays, and results bit for bit but for the order of einsum's sums.
 """
 
 from __future__ import annotations
 
 import torch
-from loki_compile.passes.fx_tools import ALIASES, SIGNATURES, copy_of, op_name
+from loki_compile.passes.fx_tools import (
+    ALIASES,
+    SIGNATURES,
+    call,
+    copy_of,
+    op_name,
+    same_size,
+    shape_of,
+)
 from torch import fx
 
 # Method or function name -> the function to call. Only names whose operands agree in order and
@@ -58,10 +67,66 @@ def _name_operands(node: fx.Node) -> None:
     node.kwargs = kwargs
 
 
+def _matmul_of_einsum(node: fx.Node) -> fx.Node:
+    """Makes permutations and a `matmul` of an einsum such as "bqhd,bkhd->bhqk"; returns the result.
+
+    That is one letter for rows, one for columns and one for what is summed; all others are in both
+    factors and in the result. Another einsum stays and is returned.
+    """
+    equation, *factors = node.args
+    if len(factors) == 1 and isinstance(factors[0], (list, tuple)):
+        factors = list(factors[0])
+    if node.kwargs or len(factors) != 2 or not isinstance(equation, str):
+        return node
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    if not arrow or not (out + "".join(letters)).isalpha() or len(letters) != 2:
+        return node
+    if any(len(set(term)) != len(term) for term in (out, *letters)):
+        return node
+    only = [[c for c in out if c in letters[i] and c not in letters[1 - i]] for i in (0, 1)]
+    if len(only[0]) != 1 or len(only[1]) != 1:
+        return node
+    if out.index(only[0][0]) > out.index(only[1][0]):  # rows first, as in the result
+        factors, letters, only = factors[::-1], letters[::-1], only[::-1]
+    (row,), (column,) = only
+    batch = [c for c in out if c not in (row, column)]
+    summed = [c for c in letters[0] if c not in out]
+    wanted = [*batch, row, *summed], [*batch, *summed, column]
+    if len(summed) != 1 or any(
+        sorted(t) != sorted(w) for t, w in zip(letters, wanted, strict=True)
+    ):
+        return node
+    shapes = [shape_of(factor) for factor in factors]
+    if any(shape is None or len(shape) != len(t) for shape, t in zip(shapes, letters, strict=True)):
+        return node
+    sizes = [
+        dict(zip(t, shape or (), strict=True)) for t, shape in zip(letters, shapes, strict=True)
+    ]
+    if not all(same_size(sizes[0][c], sizes[1][c]) for c in (*batch, *summed)):
+        return node
+
+    def ordered(source: fx.Node, have: list[str] | str, want: list[str] | str) -> fx.Node:
+        order = tuple(have.index(c) for c in want)
+        straight = order == tuple(range(len(order)))
+        return source if straight else call(node.graph, torch.permute, source, order, like=node)
+
+    with node.graph.inserting_before(node):
+        pair = [ordered(*parts) for parts in zip(factors, letters, wanted, strict=True)]
+        product = call(node.graph, torch.matmul, *pair, like=node)
+        result = ordered(product, [*batch, row, column], out)
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+    return result
+
+
 def normalize(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """Returns a copy of `gm` in one spelling, and the map from its nodes to the copy's."""
     copy, mapping = copy_of(gm)
-    for node in copy.graph.nodes:
+    for old, node in mapping.items():
+        if op_name(node) == "einsum":
+            mapping[old] = _matmul_of_einsum(node)
+            continue
         _name_operands(node)
         if node.target is getattr and node.args[1] == "mT":
             node.target, node.args = torch.transpose, (node.args[0], -2, -1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from loki_compile.passes.cache_writes import KeyCache, trace_cache
 from loki_compile.passes.fx_tools import concrete, fake_value, remap, shape_of, writes_of
-from loki_compile.passes.sites import AttentionSite, Reason, Skipped
+from loki_compile.passes.sites import AttentionSite, MaskTerm, Reason, Skipped
 from torch import fx
 
 Q16 = 1 << 16
@@ -104,7 +104,7 @@ def make_plan(
             continue
         if cache not in caches:
             caches.append(cache)
-        heads_differ = any(_mask_heads(term.node) != 1 for term in site.masks)
+        heads_differ = any(_mask_heads(term) != 1 for term in site.masks)
         each = per_head or heads_differ
         sparse.append(SparseSite(site, caches.index(cache), cache.views, budget, each))
     return Plan(tuple(sparse), tuple(dense), tuple(sites), tuple(caches))
@@ -120,8 +120,10 @@ def _most_keys(site: AttentionSite, cache: KeyCache) -> int | None:
     return concrete(shape[site.key.order[2]]) if shape is not None else None
 
 
-def _mask_heads(mask: fx.Node) -> int | None:
-    shape = fake_value(mask).shape
+def _mask_heads(term: MaskTerm) -> int | None:
+    if term.rule is not None:
+        return None if term.rule.per_head else 1
+    shape = fake_value(term.node).shape
     return concrete(shape[-3]) if len(shape) >= 3 else 1
 
 

@@ -28,7 +28,7 @@ from loki_compile.passes.fx_tools import (
     writes_of,
 )
 from loki_compile.passes.plan import Plan, SparseSite
-from loki_compile.passes.sites import AttentionSite, Heads, MaskTerm
+from loki_compile.passes.sites import AttentionSite, Heads, MaskRule, MaskTerm
 from torch import fx
 
 
@@ -354,7 +354,8 @@ def _sparse_attention(
 
 
 def _with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
-    """The plan with masks in the terms that `joint_mask` knows: not folded, tiled nor floored.
+    """The plan with masks in the terms that `joint_mask` knows: no rules, not folded, tiled nor
+    floored.
 
     Layers that read the same mask share what is made of it.
     """
@@ -369,6 +370,9 @@ def _with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
             tiles = site.kv_heads if site.tiled else 0
             behind = complete[site.node]
             key = (term, heads, tiles, behind)
+            if term.rule is not None:
+                terms.append(MaskTerm(_ask(graph, site, term.rule, behind)))
+                continue
             if (heads or tiles or floor is not None) and key not in plain:
                 with graph.inserting_after(behind):
                     node = call(graph, plain_mask, term.node, heads, tiles, floor, like=site.node)
@@ -377,6 +381,43 @@ def _with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
         site = dataclasses.replace(site, masks=tuple(terms))
         sparse.append(dataclasses.replace(old, site=site))
     return dataclasses.replace(plan, sparse=tuple(sparse))
+
+
+def _ask(graph: fx.Graph, site: AttentionSite, rule: MaskRule, behind: fx.Node) -> fx.Node:
+    """The mask that a rule describes, as a node behind `behind`."""
+    assert graph.owning_module is not None
+    with graph.inserting_after(behind):
+        named = graph.get_attr(rule.name)
+    named.meta["example_value"] = graph.owning_module.get_submodule(rule.name)
+    with graph.inserting_after(named):
+        return call(
+            graph,
+            visible_by,
+            named,
+            site.query,
+            site.key.base,
+            site.key.order[2],
+            *rule.operands,
+            like=site.node,
+        )
+
+
+def visible_by(
+    rule: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, token_axis: int, *operands: Any
+) -> torch.Tensor:
+    """What `rule(batch, head, query, key, *operands)` says of every key: bool (B, Hq, S, T), each
+    but the last may be 1.
+
+    query (B, Hq, S, D); key has its T keys along `token_axis`. Numbers are int64, as in PyTorch's
+    `create_mask`.
+    """
+    sizes = (*query.shape[:3], key.shape[token_axis])
+    numbers = [
+        torch.arange(size, device=query.device).view([-1 if d == dim else 1 for d in range(4)])
+        for dim, size in enumerate(sizes)
+    ]
+    visible = rule(*numbers, *operands)
+    return visible.broadcast_to(torch.broadcast_shapes(visible.shape, (1, 1, 1, sizes[3])))
 
 
 def plain_mask(mask: torch.Tensor, heads: int, tiles: int, floor: float | None) -> torch.Tensor:

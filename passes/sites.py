@@ -40,6 +40,7 @@ class Reason(enum.Enum):
     DTYPE = "queries, keys, values and result do not share float32, bfloat16 or float16: {}"
     SCALE = "the scale is a computed value ({})"
     SOFTMAX = "the scores reach the softmax through `{}`, which is not understood"
+    FLEX = "flex_attention's {} is not understood: it computes `{}`"
     WEIGHTS_USED = "the attention weights are used by `{}` as well"
     MASK = "the mask does not broadcast to (batch, heads, query tokens, keys): {}"
     NO_CACHE = "the keys are computed in this graph ({}), not read from a cache"
@@ -89,6 +90,20 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class MaskRule:
+    """A mask as a graph that says of one key whether it is visible, given the numbers of batch,
+    query head, query and key, and `operands`.
+
+    `name` is the submodule that holds the graph; it may be asked about all keys at once, with
+    numbers that broadcast. `per_head`: what it says depends on the query head.
+    """
+
+    name: str
+    operands: tuple[Any, ...]
+    per_head: bool
+
+
+@dataclass(frozen=True)
 class MaskTerm:
     """What a mask does to the scores: a bool `node` sets them to `fill` where it is False (where it
     is True if `inverted`), a floating one is added; `factor` multiplies `fill` or what is added.
@@ -96,6 +111,7 @@ class MaskTerm:
     A finite fill differs from -inf in rows that see no key: there it gives the mean of all values.
     What a floating node adds is at least `floor`, before the factor. `folded` says that its first
     dimension is batch and query heads in one, `per_row` that it adds the same to all keys of a row.
+    With a `rule` the mask is not in the graph yet: `node` is the call that applies the rule.
     """
 
     node: fx.Node
@@ -105,6 +121,7 @@ class MaskTerm:
     floor: float = float("-inf")
     folded: bool = False
     per_row: bool = False
+    rule: MaskRule | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +192,7 @@ def find_sites(
     cores with `is_causal=True` as well: calibration observes prefills.
     """
     from loki_compile.passes.chains import chain_core
+    from loki_compile.passes.flex import flex_core
 
     sites: list[AttentionSite] = []
     skipped: list[Skipped] = []
@@ -187,6 +205,8 @@ def find_sites(
             core = _sdpa_core(node)
         elif name == "softmax":
             core = chain_core(node)
+        elif name == "flex_attention":
+            core = flex_core(node)
         if core is None:
             continue
         found: AttentionSite | Skipped
@@ -312,6 +332,8 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
 
 
 def _broadcasts(term: MaskTerm, q_shape: tuple[Any, ...], k_shape: tuple[Any, ...]) -> bool:
+    if term.rule is not None:
+        return True
     mask, shape = term.node, shape_of(term.node)
     if shape is None or not 1 <= len(shape) <= 4:
         return False

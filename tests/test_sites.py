@@ -338,7 +338,21 @@ def low_and_zeroed_behind(q, keys, values, mask):
     return torch.softmax(scores, dim=-1).masked_fill(~mask, 0.0) @ repeat_kv(values)
 
 
+def einsum_products(q, keys, values, mask):
+    scores = torch.einsum("bhqd,bhkd->bhqk", q * 0.3, repeat_kv(keys)) + mask
+    return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(scores, dim=-1), repeat_kv(values))
+
+
+def einsum_tokens_first(q, keys, values, mask):
+    """Tokens before heads, keys as the first factor, the factors in a list."""
+    q, keys, values = (x.transpose(1, 2) for x in (q, repeat_kv(keys), repeat_kv(values)))
+    weights = torch.softmax(torch.einsum("b k h d, b q h d -> b h q k", keys, q) + mask, dim=-1)
+    return torch.einsum("bhqk,bkhd->bqhd", [weights, values]).transpose(1, 2)
+
+
 CHAINS = [
+    (einsum_products, causal_inf),
+    (einsum_tokens_first, causal_inf),
     (written_out, causal_inf),
     (written_out, alibi),
     (scaled_query, causal_inf),
@@ -457,6 +471,12 @@ def sinks_kept(q, keys, values, mask):
     return weights[..., 1:] @ repeat_kv(values)
 
 
+def einsum_of_three(q, keys, values, mask):
+    """Three factors: no product of two matrices."""
+    scores = torch.einsum("bhqd,bhkd,h->bhqk", q, repeat_kv(keys), torch.arange(1.0, HEADS + 1))
+    return chain(scores + mask, repeat_kv(values))
+
+
 def clamped_high(q, keys, values, mask):
     """A bound that scores reach."""
     scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3 + mask
@@ -499,7 +519,8 @@ def mask_edited_between_the_products(q, keys, values, mask):
     "attend",
     [
         numbers_added, other_keys_zeroed_behind, sinks_scaled_with_the_scores, sinks_kept,
-        clamped_high, clamped_above, heads_mixed_by_views, products_of_features,
+        clamped_high, clamped_above, einsum_of_three, heads_mixed_by_views,
+        products_of_features,
         keys_edited_between_the_products, mask_edited_between_the_products,
         max_over_heads, floored, scaled_mask, negative_scale, masked_then_capped,
         weights_read_twice, over_heads, weights_scaled, not_very_low, keys_as_router,
