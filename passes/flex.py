@@ -33,8 +33,8 @@ def flex_core(node: fx.Node) -> Core | Skipped | None:
     """The core that a call of `flex_attention` is; None where nobody reads its result."""
     if not node.users:
         return None
-    query, key, value, score_mod, block_mask, scale = node.args[:6]
-    score_operands, mask_operands = node.args[7:9]
+    operands: tuple[Any, ...] = node.args
+    query, key, value, score_mod, block_mask, scale, _, score_operands, mask_operands = operands[:9]
     results = [user for user in node.users if op_name(user) == "getitem" and user.args[1] == 0]
 
     def skip(reason: Reason, *details: Any) -> Skipped:
@@ -78,7 +78,9 @@ def _graph_of(named: fx.Node) -> fx.Graph:
     """The graph that a `get_attr` node names."""
     module = named.graph.owning_module
     assert module is not None
-    return module.get_submodule(str(named.target)).graph
+    body = module.get_submodule(str(named.target))
+    assert isinstance(body, fx.GraphModule)
+    return body.graph
 
 
 def _result(graph: fx.Graph) -> Any:
@@ -92,7 +94,8 @@ def _factor_and_cap(graph: fx.Graph) -> tuple[float, float] | None:
     while node is not score:
         if not isinstance(node, fx.Node):
             return None
-        name, operands = op_name(node), node.args
+        name = op_name(node)
+        operands: tuple[Any, ...] = node.args
         if name == "tanh" and not cap:
             cap, node = factor, operands[0]
             continue
@@ -147,10 +150,10 @@ def _is_one_number(node: fx.Node) -> bool:
 
 def _looks_up(node: fx.Node, varying: set[fx.Node]) -> bool:
     """Whether the call reads one entry of a tensor that is the same for every key."""
-    table, places = node.args[:2]
+    table, place = node.args[:2]
     if not isinstance(table, fx.Node) or table in varying:
         return False
-    places = tuple(places) if isinstance(places, (list, tuple)) else (places,)
+    places: tuple[Any, ...] = tuple(place) if isinstance(place, (list, tuple)) else (place,)
     value = fake_value(table)
     if not isinstance(value, torch.Tensor) or value.ndim != len(places):
         return False

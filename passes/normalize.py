@@ -8,6 +8,9 @@ product becomes `matmul`. Meaning stays, and results bit for bit but for the ord
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from loki_compile.passes.fx_tools import (
     ALIASES,
@@ -22,7 +25,7 @@ from torch import fx
 
 # Method or function name -> the function to call. Only names whose operands agree in order and
 # keyword with the target's are here.
-_FUNCTIONS = {
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     "transpose": torch.transpose,
     "swapaxes": torch.transpose,
     "swapdims": torch.transpose,
@@ -73,7 +76,8 @@ def _matmul_of_einsum(node: fx.Node) -> fx.Node:
     That is one letter for rows, one for columns and one for what is summed; all others are in both
     factors and in the result. Another einsum stays and is returned.
     """
-    equation, *factors = node.args
+    operands: tuple[Any, ...] = node.args
+    equation, *factors = operands
     if len(factors) == 1 and isinstance(factors[0], (list, tuple)):
         factors = list(factors[0])
     if node.kwargs or len(factors) != 2 or not isinstance(equation, str):
