@@ -2,13 +2,13 @@
 
 Importing is not needed to use the backend (it is an entry point); this module has what surrounds
 it: fit a basis (`calibrate`), what would become of each attention site (`explain`), what became
-of it (`reports`), what ran (`stats`).
+of it (`reports`), what Dynamo did not compile (`given_up`), what ran (`stats`).
 """
 
 from loki_compile.calibration import calibrate
 from loki_compile.config import LokiConfig
 from loki_compile.explanation import explain
-from loki_compile.report import GraphReport, SiteReport, reports
+from loki_compile.report import GraphReport, SiteReport, given_up, reports
 from loki_compile.runtime import reset_stats, stats
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "SiteReport",
     "calibrate",
     "explain",
+    "given_up",
     "reports",
     "reset_stats",
     "stats",

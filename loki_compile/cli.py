@@ -397,12 +397,15 @@ def explain(
     from loki_compile.evaluation import decode_reports
     from loki_compile.explanation import site_table, summary
     from loki_compile.models import load_model
+    from loki_compile.report import given_up
 
     config = LokiConfig.from_options(_loki_options(basis=basis, **loki))
     model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
     found = decode_reports(model, cache, context, config.to_options())
     out.print(site_table(found, config, context))
     out.print(summary(found, config, context))
+    for sentence in given_up():
+        out.print(sentence)
 
 
 # ---------------------------------------------------------------------------------------- eval

@@ -86,7 +86,8 @@ def _row(site: SiteReport, config: LokiConfig, context: int) -> list[str]:
         if site.index_bytes_per_token is not None:
             index = _bytes(site.index_bytes_per_token * context)
     path = site.path or site.cache or "(fragment)"
-    return [path, outcome, heads, dims, keys, index, site.basis if sparse else site.reason]
+    why = site.basis if sparse else f"{site.reason} ({site.see})"
+    return [path, outcome, heads, dims, keys, index, why]
 
 
 def _runs_sparse(config: LokiConfig, context: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -26,7 +27,8 @@ _KEPT_GRAPHS = 256
 class SiteReport:
     """One attention site of one graph.
 
-    outcome: "sparse", "dense by plan" or "dense". reason: why it is dense, "" where sparse.
+    outcome: "sparse", "dense by plan" or "dense". reason: why it is dense, "" where sparse; see:
+    the section of this project's documents that says what would have to change.
     Heads and dims are counts; index_bytes_per_token is what the key index costs per cached token
     in the cache's own dtype (None where dense); basis tells where the projection comes from.
     """
@@ -41,6 +43,7 @@ class SiteReport:
     rank: int | None = None
     basis: str = ""
     index_bytes_per_token: float | None = None
+    see: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,23 @@ def clear_reports() -> None:
     """Forgets all reports."""
     with _lock:
         _reports.clear()
+
+
+def given_up() -> list[str]:
+    """What Dynamo runs eagerly, unseen, because it compiled it too often; and what to set.
+
+    One sentence per limit that was reached in this process; `torch._dynamo.utils.counters.clear()`
+    forgets them. Dynamo says it in words only (checked on torch 2.11 and 2.13).
+    """
+    sentences = []
+    for text, frames in counters["unimplemented"].items():
+        limit = re.search(r"exceeding the (\w+) cache size limit \(currently set to (\d+)\)", text)
+        if limit is not None:
+            sentences.append(
+                f"Dynamo gave up {frames} frame(s) after {limit[2]} compilations: they run eagerly "
+                f"and dense. Set torch._dynamo.config.{limit[1]} above {limit[2]} beforehand."
+            )
+    return sentences
 
 
 def record_graph(
@@ -140,6 +160,7 @@ def describe(plan: Plan, config: LokiConfig, bindings: list[CacheBinding]) -> Gr
                     cache="",
                     outcome="dense by plan" if skip.by_plan else "dense",
                     reason=skip.sentence(),
+                    see=f"docs/coverage.md#{skip.reason.name.lower()}",
                     query_heads=found.query_heads if found else None,
                     kv_heads=found.kv_heads if found else None,
                     head_dim=found.head_dim if found else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch._dynamo
 from loki_compile.pca_store.basis import BasisSet, random_basis
 from loki_compile.pca_store.store import Store
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
 from toy_decoders import (
     BATCH,
     HEAD_DIM,
@@ -38,7 +40,7 @@ from toy_decoders import (
     tokens,
 )
 
-from loki_compile import LokiConfig, backend, reports, runtime, stats
+from loki_compile import LokiConfig, backend, given_up, reports, runtime, stats
 
 EVERYTHING = {"min_context": 0, "top_k": 1.0}
 FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
@@ -480,3 +482,32 @@ def test_reports_of_a_long_run_are_bounded():
     for _ in range(300):
         backend.record_graph(backend.Plan((), (), ()), LokiConfig(), [], None)
     assert len(reports()) == 256
+
+
+def test_what_dynamo_gave_up_is_said_with_what_to_set():
+    def scaled(layer, x):
+        return x * layer.number
+
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        run = torch.compile(scaled, backend="loki")
+        for number in range(2, 7):
+            assert given_up() == [] or number > 4
+            layer = torch.nn.Module()
+            layer.number = number
+            assert run(layer, torch.ones(1)) == number
+    (sentence,) = given_up()
+    assert "Set torch._dynamo.config.recompile_limit above 2" in sentence
+    counters.clear()
+
+
+def test_a_dense_site_names_the_section_that_says_what_would_have_to_change(interpreted):
+    spelling = STATIC.but(attend=heads_flipped)
+    module = ToyDecoder(spelling).eval()
+    with torch.no_grad():
+        (x,) = tokens(spelling, 1)
+        Conversation.start(spelling).step(torch.compile(module, backend="loki", options=FEW), x)
+    (site,) = reports()[-1].sites
+    page, _, section = site.see.partition("#")
+    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
+    assert site.outcome == "dense" and f"### {section.upper()}\n" in text
