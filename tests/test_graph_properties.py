@@ -302,7 +302,7 @@ OPTIONS = [
     {"min_context": 0, "top_k": 1.0, "share": "head"},
     {"min_context": 0, "top_k": 1.0, "index_dtype": "int8", "rank": 3},
     {"min_context": 0, "top_k": 64, "sink": 0, "recent": 1},
-    # No cache has as many slots. (Those of a functional write all count as filled.)
+    # No cache has as many slots.
     {"min_context": 64},
     {"min_context": 64, "pack_gqa": False},
 ]

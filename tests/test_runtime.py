@@ -32,6 +32,8 @@ from toy_decoders import (
     causal,
     gqa_repeat_kv,
     index_copy_method,
+    index_copy_returned,
+    index_put_returned,
     interpret,
     left_padded,
     no_mask,
@@ -552,12 +554,18 @@ def test_sparse_comes_back_after_the_dense_steps(monkeypatch):
 
 @pytest.mark.parametrize(
     "spelling",
-    [STATIC, Spelling(slice_assignment, position="int")],
-    ids=["index_copy_", "slice"],
+    [
+        STATIC,
+        Spelling(slice_assignment, position="int"),
+        Spelling(index_copy_returned),
+        Spelling(index_put_returned, layout="bthd"),
+    ],
+    ids=["index_copy_", "slice", "index_copy", "index_put"],
 )
-def test_the_filled_length_is_read_from_the_write(spelling):
+@MODES
+def test_the_filled_length_is_read_from_the_write(spelling, mode):
     """A cache of many slots that holds few keys is short."""
-    with torch.no_grad():
+    with mode():
         pair = Pair(spelling, {**FEW, "min_context": FILLED + 3})
         here, _ = pair.start()
         for _ in range(4):
