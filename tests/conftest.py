@@ -11,6 +11,7 @@ import pytest
 import tally
 import torch
 from hypothesis import HealthCheck, settings
+from toy_decoders import clear_runtime, interpret
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,3 +76,16 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory):
     patch.setenv("LOKI_HOME", str(tmp_path_factory.mktemp("loki_home")))
     yield
     patch.undo()
+
+
+@pytest.fixture
+def fresh() -> None:
+    """Nothing is compiled, counted or fitted yet."""
+    torch._dynamo.reset()
+    clear_runtime()
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch):
+    """An interpreter in Inductor's place; the graphs that Inductor would have compiled."""
+    return interpret(monkeypatch)

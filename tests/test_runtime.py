@@ -34,7 +34,6 @@ from toy_decoders import (
     index_copy_method,
     index_copy_returned,
     index_put_returned,
-    interpret,
     left_padded,
     no_mask,
     read_only,
@@ -51,11 +50,7 @@ FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
 STATIC = Spelling(index_copy_method, mask=left_padded)
 GROWING = Spelling(cat_bhtd, mask=no_mask, growing=True)
 BOTH = pytest.mark.parametrize("spelling", [STATIC, GROWING], ids=["static", "growing"])
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    return interpret(monkeypatch)
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 class Pair:
