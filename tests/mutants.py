@@ -21,6 +21,7 @@ import importlib.util
 import json
 import os
 import random
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 300  # for one mutant
+SECONDS = 240  # of CPU time, for one mutant
 
 # The fastest tests that know the file; the first one that fails ends the run.
 ORACLES = {
@@ -121,7 +122,7 @@ def survives(file: str, source: str) -> str:
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
-        signal.alarm(SECONDS)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
         quiet = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(quiet, stream)
@@ -134,7 +135,7 @@ def survives(file: str, source: str) -> str:
         os._exit(1 if status else 0)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        return "timeout" if os.WTERMSIG(status) == signal.SIGALRM else "killed"
+        return "timeout" if os.WTERMSIG(status) == signal.SIGXCPU else "killed"
     return "killed" if os.WEXITSTATUS(status) else "survived"
 
 
