@@ -522,10 +522,11 @@ class FillGraph:
 def _fill_graph(gm: fx.GraphModule, bindings: Sequence[CacheBinding]) -> FillGraph | None:
     """For the first cache with slots whose writes say where they go: layers advance together."""
     for binding in bindings:
-        fills = [w.fill for w in binding.cache.writes if w.fill is not None]
+        writes = [write for write in binding.cache.writes if write.fill is not None]
+        fills = [write.fill for write in writes if write.fill is not None]
         if binding.cache.grows or not fills:
             continue
-        graph = extract(gm, [what for what, _ in fills])
+        graph = extract(gm, [what for what, _ in fills], [write.node for write in writes])
         if graph is not None:
             return FillGraph(graph, binding, [plus for _, plus in fills])
     return None

@@ -428,7 +428,7 @@ def _view_dims(node: fx.Node) -> list[int | None] | None:
     if mutates(node) and shape_of(node) is not None:
         return list(range(rank))
     if name in ("transpose", "permute", "movedim"):
-        return list(permutation(node) or []) or None
+        return list(permutation(node))
     if name == "narrow":
         full = operand(node, "dim") % rank != rank - 1
         return list(range(rank)) if full else None
@@ -499,9 +499,7 @@ def _counting_axis(item: Any, size: Any) -> int | None:
 
     `cache[torch.arange(B)[:, None], :, pos]` pairs rows as a slice would.
     """
-    shape = shape_of(item)
-    if shape is None:
-        return None
+    shape = fake_value(item).shape
     node, axes = item, [d for d, n in enumerate(shape) if concrete(n) != 1]
     while op_name(node) in ("unsqueeze", "getitem", "reshape", "to"):
         node = node.args[0]

@@ -52,10 +52,13 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if tally.counts:
+    counts = tally.counts.copy()
+    if terminalreporter.config.getoption("--hypothesis-profile") == "soak":
+        counts += tally.recorded(ROOT / "benchmarks/results")
+    if counts:
         terminalreporter.section("generated cases")
-        width = max(map(len, tally.counts))
-        for clause, number in sorted(tally.counts.items()):
+        width = max(map(len, counts))
+        for clause, number in sorted(counts.items()):
             terminalreporter.write_line(f"{clause:<{width}}  {number:>9}")
 
 

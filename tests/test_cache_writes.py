@@ -166,7 +166,7 @@ def test_the_write_tells_how_far_the_cache_is_filled(write, more, fill):
         assert write.fill is None
         return
     what, plus = write.fill
-    reader = extract(gm, [what])
+    reader = extract(gm, [what], [write.node])
     values = {"l_pos_": inputs[3]}
     args = [values.get(n.name) for n in gm.graph.find_nodes(op="placeholder")]
     (end,) = reader(*args)

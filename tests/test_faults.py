@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from loki_compile.pca_store.store import Store
@@ -488,6 +490,43 @@ def test_memory_is_flat_over_many_conversations(spelling, conversations):
     count("memory: conversations", conversations)
     # One record left behind by each conversation would be some hundred bytes each.
     assert sizes[-1] - sizes[0] < 20 * conversations, sizes
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_a_thousand_conversations_leave_memory_as_it_was():
+    """One compiled model, caches of both kinds that come and go, none the same as another."""
+    model = tiny_llama()
+    fast = compiled(model, **FEW)
+    per_talk = 2 * 2 * 400 * 4 * 4  # layers, KV heads, keys, rank, fp32: the least index of any
+    numbers, sizes = [], []
+    for number in range(1100):
+        if number % 2:
+            past = StaticCache(model.config, max_cache_len=410)
+        else:
+            past = DynamicCache(config=model.config)
+        with torch.no_grad():
+            ids = torch.randint(64, (1 + number % 3, 400 + number % 5))
+            model(ids, past_key_values=past)
+            for at in range(2):
+                fast(ids[:, at : at + 1], past_key_values=past)
+        assert stats()["index_bytes"] >= per_talk
+        del past
+        if number >= 100 and number % 20 == 0:  # what is allocated once is there by then
+            gc.collect()
+            assert stats()["index_bytes"] == 0
+            numbers.append(number)
+            sizes.append(resident_bytes())
+    assert stats()["sparse_steps"] > 2000
+    count("memory: conversations", 1100)
+    slope = float(np.polyfit(numbers, sizes, 1)[0])
+    assert slope < per_talk / 10, f"{slope:.0f} bytes per conversation"
 
 
 def test_the_report_states_the_bytes_of_the_indexes_alive():

@@ -529,6 +529,21 @@ def test_odd_ways_to_read_and_return_are_right_and_dense(write, position, expect
     check(_static.but(write=write, position=position), expected)
 
 
+def test_a_cache_that_begins_as_an_empty_vector_is_right():
+    """`torch.cat` takes an empty vector whatever the other's dimensions are."""
+    with torch.no_grad():
+        module = ToyDecoder(_growing).eval()
+        fast = torch.compile(module, backend="loki", options={"min_context": 0, "top_k": 1.0})
+        here = Conversation.start(_growing, filled=0)
+        here.keys, here.values = torch.empty(0), torch.empty(0)
+        there = here.fork()
+        for number, x in enumerate(tokens(_growing, 3)):
+            out, truth = here.step(fast, x), there.step(module, x)
+            torch.testing.assert_close(out, truth, rtol=1e-5, atol=2e-5)
+            (site,) = reports()[-1].sites
+            assert site.outcome == ("sparse" if number else "dense"), site
+
+
 def test_slots_filled_says_what_an_odd_write_says():
     """`min_context` is met by what is filled, whatever the write looks like."""
     from loki_compile import stats
