@@ -58,6 +58,8 @@ SPOT_ROWS = 16
 # many rebuilds in a row dense is tried for the steps that follow, since a rebuild reads all keys.
 MAX_REBUILDS_IN_A_ROW = 8
 DENSE_STEPS_AFTER = 64
+# What the first sparse step of a graph may save of caches that it does not only append to.
+SAVED_BYTES = 1 << 30
 
 _stats: Counter[str] = Counter()
 
@@ -341,8 +343,8 @@ class DecodeGraph:
     def run_sparse(self, variant: Variant, args: Sequence[Any], visible: int) -> Any:
         records, rebuilt = [], 0
         most = max(_slots_after(binding, args) for binding in self.bindings)
-        # Most of what can break breaks in the first run of a variant: for that one all is saved.
-        places = self.undo.small if self.sparse_ran else self.undo.small + self.undo.large
+        whole = self._saves_all(args)
+        places = self.undo.small + self.undo.large if whole else self.undo.small
         try:
             with torch.inference_mode(False), torch.no_grad():
                 saved = [(args[place], args[place].clone()) for place in places]
@@ -366,7 +368,7 @@ class DecodeGraph:
         try:
             outputs = list(variant.run(*args, *extra))
         except Exception as error:
-            if self.undo.large and self.sparse_ran:
+            if not whole:
                 raise  # what the first attempt has written cannot be taken back
             with torch.inference_mode():  # the one mode in which every tensor may be written
                 for tensor, before in saved:
@@ -381,6 +383,15 @@ class DecodeGraph:
         _count("sparse_steps")
         del outputs[self.outputs :]
         return outputs
+
+    def _saves_all(self, args: Sequence[Any]) -> bool:
+        """Whether all that a second run of this step would notice is saved before the first.
+
+        Most of what can break breaks in the first run of a variant. Behind it no step pays for
+        copies of windows.
+        """
+        large = sum(args[place].nbytes for place in self.undo.large)
+        return not large or (not self.sparse_ran and large <= SAVED_BYTES)
 
     def _adopt(
         self,

@@ -50,7 +50,8 @@ def what_to_save(graph: fx.Graph) -> Undo:
     """The inputs that must be put back before the graph is run again."""
     writes = writes_of(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
-    small, large = [], []
+    small: list[int] = []
+    large: list[int] = []
     for place, past in enumerate(graph.find_nodes(op="placeholder")):
         into = [write for write in writes if may_overlap(write.operand, past)]
         if not into or _stored_before_read(past, into, order):

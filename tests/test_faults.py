@@ -236,14 +236,17 @@ def test_a_kernel_that_raises_at_once_is_dense_where_a_window_has_moved(mode, mo
 
 
 @MODES
-def test_a_kernel_that_raises_later_is_raised_where_a_window_has_moved(mode, monkeypatch):
-    """Saving the window at every step would cost what the step costs. No index is left of it."""
-    Breaks(monkeypatch, 3)
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_kernel_that_raises_is_raised_where_a_window_has_moved_unsaved(mode, at, monkeypatch):
+    """Saving it at every step would cost what the step costs. No index is left of it."""
+    Breaks(monkeypatch, at)
+    if at == 1:
+        monkeypatch.setattr(runtime, "SAVED_BYTES", 10)
     with mode():
         module = ToyDecoder(WINDOW).eval()
         fast = compiled(module, basis=basis_for(module), **EVERYTHING)
         here = Conversation.start(WINDOW)
-        compare(fast, module, here, here.fork(), 2)
+        compare(fast, module, here, here.fork(), at - 1)
         with pytest.raises(RuntimeError, match="illegal instruction"):
             here.step(fast, tokens(WINDOW, 1)[0])
         assert all(record.stamp is None for record in runtime._indexes[here.keys].values())
