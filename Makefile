@@ -9,9 +9,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-test
 DEV_STAMP := $(VENV)/.installed-dev
+MUTANTS_STAMP := $(VENV)/.installed-mutants
 TYPED := build/typed
 
-.PHONY: demo test soak check format clean
+.PHONY: demo test soak coverage mutants check format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -22,9 +23,22 @@ test: $(STAMP)
 
 # Hours: the slow tests, and thousands of generated cases for each clause; one table at the end.
 SOAK := tests/test_properties.py tests/test_graph_properties.py tests/test_cache_machine.py \
-  tests/test_faults.py tests/test_pca_store.py
+  tests/test_odd_spellings.py tests/test_undo.py tests/test_faults.py tests/test_pca_store.py
 soak: $(STAMP)
 	$(BIN)/pytest --hypothesis-profile=soak --timeout=0 -m "slow or not slow" $(SOAK) $(TEST_FLAGS)
+
+# Lines and branches of passes/, pca_store/ and the runtime; one process, an hour on two cores.
+COVERING := sites cache_writes odd_spellings undo rewrite normalize runtime windows backend faults \
+  graph_properties cache_machine config calibration attention_fit pca_store end_to_end
+coverage: $(STAMP)
+	$(BIN)/coverage run -m pytest $(COVERING:%=tests/test_%.py) $(TEST_FLAGS)
+	$(BIN)/coverage report --fail-under=95
+
+# Small changes to a file that some test should notice: make mutants FILE=passes/plan.py SAMPLE=30
+FILE ?= passes/plan.py
+SAMPLE ?= 20
+mutants: $(MUTANTS_STAMP)
+	$(BIN)/python tests/mutants.py $(FILE) --sample $(SAMPLE)
 
 # mypy does not follow the editable install's mapping of folders, so it gets a normal one.
 check: $(DEV_STAMP)
@@ -51,5 +65,9 @@ $(DEV_STAMP): $(STAMP)
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
 	touch $@
 
+$(MUTANTS_STAMP): $(STAMP)
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e ".[mutants]"
+	touch $@
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

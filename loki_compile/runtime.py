@@ -34,7 +34,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from loki_compile.config import LokiConfig
 from loki_compile.passes.cache_writes import KeyCache
-from loki_compile.passes.fx_tools import copy_of, extract, fake_value, writes_of
+from loki_compile.passes.fx_tools import copy_of, extract, fake_value
 from loki_compile.passes.plan import Plan
 from loki_compile.passes.rewrite import (
     IndexLayout,
@@ -42,6 +42,7 @@ from loki_compile.passes.rewrite import (
     project_new_keys,
     rewrite_sparse,
 )
+from loki_compile.passes.undo import what_to_save
 from loki_compile.pca_store.basis import Basis
 from loki_compile.pca_store.covariance import KeyCovariance
 
@@ -57,6 +58,8 @@ SPOT_ROWS = 16
 # many rebuilds in a row dense is tried for the steps that follow, since a rebuild reads all keys.
 MAX_REBUILDS_IN_A_ROW = 8
 DENSE_STEPS_AFTER = 64
+# What the first sparse step of a graph may save of caches that it does not only append to.
+SAVED_BYTES = 1 << 30
 
 _stats: Counter[str] = Counter()
 
@@ -208,11 +211,12 @@ class DecodeGraph:
         self.bindings = bindings
         self.compile_graph = compile_graph
         self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
-        self.pure = not writes_of(gm.graph)
+        self.undo = what_to_save(gm.graph)
         self.fill_graph = _fill_graph(gm, bindings)
         self.dense: Variant | None = None
         self.sparse: Variant | None = None
         self.sparse_failure: str | None = None
+        self.sparse_ran = False
         self.rebuilds_in_a_row = 0
         self.dense_steps_left = 0
         self.building = threading.Lock()
@@ -248,7 +252,7 @@ class DecodeGraph:
     def _filled_after(self, binding: CacheBinding, args: Sequence[Any]) -> int:
         cache, past = binding.cache, args[binding.argument]
         slots = past.shape[cache.token_axis]
-        if cache.replaced:
+        if cache.grows:
             return slots + binding.new_tokens
         # Counting costs nothing; reading the position costs a sync where it lies on a device.
         stamp, filled = _filled.get(past, (None, 0))
@@ -327,7 +331,7 @@ class DecodeGraph:
         run = self.dense.run if self.dense.holds(args) else self.gm
         outputs = run(*args)
         _count("dense_steps")
-        self._remember_filled(args, visible)
+        self._remember_filled(args, outputs, visible)
         return outputs
 
     def _dense_graph(self) -> fx.GraphModule:
@@ -339,8 +343,11 @@ class DecodeGraph:
     def run_sparse(self, variant: Variant, args: Sequence[Any], visible: int) -> Any:
         records, rebuilt = [], 0
         most = max(_slots_after(binding, args) for binding in self.bindings)
+        whole = self._saves_all(args)
+        places = self.undo.small + self.undo.large if whole else self.undo.small
         try:
             with torch.inference_mode(False), torch.no_grad():
+                saved = [(args[place], args[place].clone()) for place in places]
                 for binding in self.bindings:
                     past = args[binding.argument]
                     record, fresh = self._index(binding, past, visible, most)
@@ -361,16 +368,30 @@ class DecodeGraph:
         try:
             outputs = list(variant.run(*args, *extra))
         except Exception as error:
-            # Dense may take the step over only where the first attempt cannot have written.
-            if self.config.strict or not self.pure:
+            if not whole:
+                raise  # what the first attempt has written cannot be taken back
+            with torch.inference_mode():  # the one mode in which every tensor may be written
+                for tensor, before in saved:
+                    tensor.copy_(before)
+            if self.config.strict:
                 raise
             outputs = self.run_dense(args, visible)
             self.give_up("the sparse variant failed", error)
             return outputs
+        self.sparse_ran = True
         self._adopt(args, outputs, records, visible)
         _count("sparse_steps")
         del outputs[self.outputs :]
         return outputs
+
+    def _saves_all(self, args: Sequence[Any]) -> bool:
+        """Whether all that a second run of this step would notice is saved before the first.
+
+        Most of what can break breaks in the first run of a variant. Behind it no step pays for
+        copies of windows.
+        """
+        large = sum(args[place].nbytes for place in self.undo.large)
+        return not large or (not self.sparse_ran and large <= SAVED_BYTES)
 
     def _adopt(
         self,
@@ -395,13 +416,16 @@ class DecodeGraph:
                 place += binding.layout.parts
                 held = _indexes.setdefault(tensor, {})
                 held[binding.identity] = IndexRecord(parts, _stamp(tensor), visible)
-        self._remember_filled(args, visible)
+        self._remember_filled(args, outputs, visible)
 
-    def _remember_filled(self, args: Sequence[Any], visible: int) -> None:
+    def _remember_filled(self, args: Sequence[Any], outputs: Sequence[Any], visible: int) -> None:
         with _lock:
             for binding in self.bindings:
-                if not binding.cache.replaced:
-                    tensor = args[binding.argument]
+                cache = binding.cache
+                if not cache.grows:
+                    tensor = (
+                        args[binding.argument] if cache.output is None else outputs[cache.output]
+                    )
                     _filled[tensor] = (_stamp(tensor), visible)
 
     def _index(
@@ -493,7 +517,7 @@ class DecodeGraph:
 
 @dataclass
 class FillGraph:
-    """Computes, outside the compiled graph, how far one mutated cache will be filled."""
+    """Computes, outside the compiled graph, how far one cache will be filled in its slots."""
 
     gm: fx.GraphModule
     binding: CacheBinding
@@ -507,12 +531,13 @@ class FillGraph:
 
 
 def _fill_graph(gm: fx.GraphModule, bindings: Sequence[CacheBinding]) -> FillGraph | None:
-    """For the first mutated cache whose writes say where they go: layers advance together."""
+    """For the first cache with slots whose writes say where they go: layers advance together."""
     for binding in bindings:
-        fills = [w.fill for w in binding.cache.writes if w.fill is not None]
-        if binding.cache.replaced or not fills:
+        writes = [write for write in binding.cache.writes if write.fill is not None]
+        fills = [write.fill for write in writes if write.fill is not None]
+        if binding.cache.grows or not fills:
             continue
-        graph = extract(gm, [what for what, _ in fills])
+        graph = extract(gm, [what for what, _ in fills], [write.node for write in writes])
         if graph is not None:
             return FillGraph(graph, binding, [plus for _, plus in fills])
     return None
@@ -521,7 +546,7 @@ def _fill_graph(gm: fx.GraphModule, bindings: Sequence[CacheBinding]) -> FillGra
 def _slots_after(binding: CacheBinding, args: Sequence[Any]) -> int:
     """Slots that a cache has after this step."""
     slots = args[binding.argument].shape[binding.cache.token_axis]
-    return slots + binding.new_tokens if binding.cache.replaced else slots
+    return slots + binding.new_tokens if binding.cache.grows else slots
 
 
 def _cached(binding: CacheBinding, past: Tensor, visible: int) -> int:

@@ -94,6 +94,11 @@ class KeyCache:
         return self.output is not None
 
     @property
+    def grows(self) -> bool:
+        """Whether each step makes it longer, instead of storing into slots that it has."""
+        return self.replaced and op_name(self.root) == "cat"
+
+    @property
     def new_keys(self) -> list[fx.Node]:
         """The tensors of new keys that the graph writes into the cache."""
         inner = [step for write in self.writes for step in (*write.moved, write)]
@@ -171,6 +176,7 @@ def _replaced(
 ) -> tuple[fx.Node, tuple[CacheWrite, ...], int, tuple[fx.Node, ...]] | _No:
     """The cache is rebuilt by one call from a placeholder and the new keys, and returned."""
     target: list[Any] | None
+    fill = None
     if op_name(node) == "cat":
         tensors = operand(node, "tensors")
         dim = operand(node, "dim", 0) % len(labels)
@@ -182,6 +188,12 @@ def _replaced(
         past = node.args[0]
         source = operand(node, "source" if op_name(node) == "index_copy" else "values")
         target = labels if op_name(node) == "index_copy" else _after_index(node, labels)
+        if op_name(node) == "index_copy":
+            fill = (operand(node, "index"), 1)
+        else:
+            if operand(node, "accumulate", False):
+                return _No((Reason.WRITE, op_name(node), "it accumulates"))
+            fill = _fill_of_index(_full_slices(operand(node, "indices")), labels)
     if not isinstance(past, fx.Node) or past.op != "placeholder":
         return _No((Reason.NO_CACHE, op_name(node)))
     if len(shape_of(past) or ()) != len(labels):
@@ -195,7 +207,7 @@ def _replaced(
     if left is None:
         users = ", ".join(sorted({op_name(user) or user.op for user in node.users}))
         return _No((Reason.CACHE_LEAVES, f"its users are {users}"))
-    return past, (CacheWrite(node, source, head_axis),), *left
+    return past, (CacheWrite(node, source, head_axis, fill=fill),), *left
 
 
 def _way_out(node: fx.Node) -> tuple[int, tuple[fx.Node, ...]] | None:
@@ -267,7 +279,8 @@ def _mirrorable(
             return _No((Reason.WRITE, name, "it accumulates"))
         source = operand(node, "source" if name == "setitem" else "values")
         target = _after_index(node, labels)
-        fill = _fill_of_index(operand(node, "index" if name == "setitem" else "indices"), labels)
+        index = operand(node, "index" if name == "setitem" else "indices")
+        fill = _fill_of_index(index if name == "setitem" else _full_slices(index), labels)
     else:
         return _No((Reason.WRITE, name, "not a copy of new keys"))
     head_axis = _head_axis(source, target, site)
@@ -379,12 +392,17 @@ def _head_axis(source: Any, target: list[Any] | None, site: AttentionSite) -> in
 def _after_index(node: fx.Node, labels: list[Any]) -> list[Any] | None:
     """Labels of `tensor[index]` for a setitem or index_put of the tensor with `labels`."""
     index = operand(node, "index" if op_name(node) == "setitem" else "indices")
-    if op_name(node) != "setitem":  # index_put spells a full slice as None
-        index = tuple(slice(None) if i is None else i for i in index)
+    if op_name(node) != "setitem":
+        index = _full_slices(index)
     dims = _indexed_dims(index, shape_of(node.args[0]) or ())  # type: ignore[arg-type]
     if dims is None:
         return None
     return [None if d is None else labels[d] for d in dims]
+
+
+def _full_slices(indices: Sequence[Any]) -> tuple[Any, ...]:
+    """The indices of an index_put, which spells a full slice as None, as those of a setitem."""
+    return tuple(slice(None) if i is None else i for i in indices)
 
 
 def _rows_lie_together(heads: Heads) -> bool:
@@ -410,7 +428,7 @@ def _view_dims(node: fx.Node) -> list[int | None] | None:
     if mutates(node) and shape_of(node) is not None:
         return list(range(rank))
     if name in ("transpose", "permute", "movedim"):
-        return list(permutation(node) or []) or None
+        return list(permutation(node))
     if name == "narrow":
         full = operand(node, "dim") % rank != rank - 1
         return list(range(rank)) if full else None
@@ -481,9 +499,7 @@ def _counting_axis(item: Any, size: Any) -> int | None:
 
     `cache[torch.arange(B)[:, None], :, pos]` pairs rows as a slice would.
     """
-    shape = shape_of(item)
-    if shape is None:
-        return None
+    shape = fake_value(item).shape
     node, axes = item, [d for d, n in enumerate(shape) if concrete(n) != 1]
     while op_name(node) in ("unsqueeze", "getitem", "reshape", "to"):
         node = node.args[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -276,8 +276,6 @@ def remap(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
         return mapping[value]
     if isinstance(value, (list, tuple)):
         return type(value)(remap(item, mapping) for item in value)
-    if isinstance(value, slice):
-        return slice(*(remap(x, mapping) for x in (value.start, value.stop, value.step)))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: remap(getattr(value, f.name), mapping) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
@@ -344,14 +342,24 @@ def ancestors(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
                 queue.append(source)
 
 
-def extract(gm: fx.GraphModule, outputs: list[Any]) -> fx.GraphModule | None:
+def extract(
+    gm: fx.GraphModule, outputs: list[Any], read_by: Sequence[fx.Node]
+) -> fx.GraphModule | None:
     """A graph with the placeholders of `gm` that computes only `outputs`, before any write.
 
-    None where computing them runs through a call that writes into its operand.
+    None where it would give other values than the calls `read_by`, which take the outputs: a call
+    on the way writes into an operand, or a write lies between an input and a call that reads it.
     """
-    needed = set(ancestors(node for node in outputs if isinstance(node, fx.Node)))
+    wanted = [node for node in outputs if isinstance(node, fx.Node)]
+    needed = set(ancestors(wanted))
     if any(node.op not in ("placeholder", "get_attr") and mutates(node) for node in needed):
         return None
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    reads = [(source, order[node]) for node in needed for source in node.all_input_nodes]
+    reads += [(node, order[reader]) for node in wanted for reader in read_by]
+    for write in writes_of(gm.graph):
+        if any(write.position < at and may_overlap(write.operand, node) for node, at in reads):
+            return None
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:

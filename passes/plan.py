@@ -112,7 +112,7 @@ def make_plan(
 
 def _most_keys(site: AttentionSite, cache: KeyCache) -> int | None:
     """Keys that the site can ever see, where that is a constant: a static cache, a window."""
-    if cache.replaced:
+    if cache.grows:
         kept = shape_of(cache.leaves[-1]) if cache.leaves else None
         window = concrete(kept[cache.token_axis]) if kept is not None else None
         return None if window is None else window + site.query_tokens

@@ -444,8 +444,6 @@ def before_fold(
             return (source, (0, 1, tokens + 1, last + 1), node) if fold == 0 else None
         if name in ("transpose", "permute", "movedim"):
             back = permutation(node)
-            if back is None:
-                return None
             order = [back[d] for d in order]
         elif name not in ("contiguous", "detach", "alias") and not (
             name in ("to", "float") and _widens(node)
@@ -467,7 +465,7 @@ def _through(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] 
         if name in ("to", "float"):
             return (source, order, 1) if _widens(node) else None
         back = permutation(node)
-        return (source, [back[d] if d >= 0 else d for d in order], 1) if back else None
+        return source, [back[d] if d >= 0 else d for d in order], 1
     if name == "repeat_interleave":
         source, repeats = node.args[0], operand(node, "repeats")
         dim = operand(node, "dim")
@@ -520,7 +518,7 @@ def _narrow(query: fx.Node) -> fx.Node:
     return query
 
 
-def permutation(node: fx.Node) -> list[int] | None:
+def permutation(node: fx.Node) -> list[int]:
     """For a transpose, permute or movedim: which dimension of the input each output one is."""
     rank = len(shape_of(node) or ())
     name = op_name(node)
@@ -532,11 +530,9 @@ def permutation(node: fx.Node) -> list[int] | None:
     if name == "permute":
         dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dims")
         return [d % rank for d in dims]
-    if name == "movedim":
-        probe = torch.empty(tuple(range(2, 2 + rank)), device="meta")
-        moved = torch.movedim(probe, *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
-        return [size - 2 for size in moved.shape]
-    return None
+    probe = torch.empty(tuple(range(2, 2 + rank)), device="meta")
+    moved = torch.movedim(probe, *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
+    return [size - 2 for size in moved.shape]
 
 
 def _through_new_head(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] | None:

@@ -11,6 +11,7 @@ import pytest
 import tally
 import torch
 from hypothesis import HealthCheck, settings
+from toy_decoders import clear_runtime, interpret
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,10 +52,13 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if tally.counts:
+    counts = tally.counts.copy()
+    if terminalreporter.config.getoption("--hypothesis-profile") == "soak":
+        counts += tally.recorded(ROOT / "benchmarks/results")
+    if counts:
         terminalreporter.section("generated cases")
-        width = max(map(len, tally.counts))
-        for clause, number in sorted(tally.counts.items()):
+        width = max(map(len, counts))
+        for clause, number in sorted(counts.items()):
             terminalreporter.write_line(f"{clause:<{width}}  {number:>9}")
 
 
@@ -75,3 +79,16 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory):
     patch.setenv("LOKI_HOME", str(tmp_path_factory.mktemp("loki_home")))
     yield
     patch.undo()
+
+
+@pytest.fixture
+def fresh() -> None:
+    """Nothing is compiled, counted or fitted yet."""
+    torch._dynamo.reset()
+    clear_runtime()
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch):
+    """An interpreter in Inductor's place; the graphs that Inductor would have compiled."""
+    return interpret(monkeypatch)

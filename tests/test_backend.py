@@ -26,11 +26,9 @@ from toy_decoders import (
     basis_for,
     cat_bhtd,
     causal,
-    clear_runtime,
     gqa_repeat_kv,
     heads_flipped,
     index_copy_method,
-    interpret,
     left_padded,
     llama_reference,
     no_mask,
@@ -46,17 +44,7 @@ EVERYTHING = {"min_context": 0, "top_k": 1.0}
 FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
 STATIC = Spelling(index_copy_method, mask=left_padded, attend=gqa_repeat_kv)
 GROWING = Spelling(cat_bhtd, mask=no_mask, growing=True)
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    clear_runtime()
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    return interpret(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def outputs(f, conversation, xs):

@@ -41,11 +41,11 @@ from transformers import (
     StaticCache,
 )
 
-from loki_compile import runtime, stats
+from loki_compile import backend, runtime, stats
 
 LAYERS, KV_HEADS, HEAD_DIM, VOCABULARY = 2, 2, 8, 64  # of `tiny_llama`
 SLOTS, TALKS, ROWS = 40, 4, 4
-_failing = False
+_failing = _breaking = False
 
 
 @torch.library.custom_op("machine::fail", mutates_args=())
@@ -299,7 +299,31 @@ class CacheMachine(RuleBasedStateMachine):
             talk.rewind(before)
         self.then(talk, steps, inference)
 
+    @precondition(lambda self: self.talks and self.can_go_back)
+    @rule(pick=PICK, inference=INFERENCE, new=st.sampled_from([1, 3]), steps=STEPS)
+    def break_a_kernel_behind_the_writes(self, pick, inference, new, steps):
+        """The step is dense, its tokens are right, and the steps behind it are sparse again."""
+        global _breaking
+        _breaking = True
+        try:
+            self.advance(self.talk(pick), new, inference, True)
+        finally:
+            _breaking = False
+        self.then(self.talk(pick), steps, inference)
+
     # -- what is done to a cache between steps
+
+    @precondition(lambda self: self.talks and self.can_go_back and self.exact)
+    @rule(dtype=st.sampled_from([torch.float64, torch.float32]), inference=INFERENCE, steps=STEPS)
+    def move_to_another_dtype(self, dtype, inference, steps):
+        """The model with all caches, to where attention is left dense, or back."""
+        self.model.to(dtype)
+        for talk in self.talks:
+            with self.mode(talk, inference):
+                for cache in filter(self.filled, talk.caches):
+                    map_tensors(cache, lambda x: x.to(dtype))
+        for talk in self.talks:
+            self.then(talk, min(steps, 1), inference)
 
     @precondition(lambda self: self.talks and self.can_go_back)
     @rule(pick=PICK, tokens=st.integers(1, 5), inference=INFERENCE, steps=STEPS)
@@ -471,7 +495,27 @@ class CacheMachine(RuleBasedStateMachine):
                     count("state machine: indexes equal a projection")
 
     def teardown(self):
+        self.model.to(torch.float32)
         count("state machine: runs")
+
+
+def breakable(compile_graph):
+    """Sparse variants that raise behind their last write while `_breaking`."""
+
+    def build(gm, inputs, **kwargs):
+        run = compile_graph(gm, inputs, **kwargs)
+        if not any("loki.select" in str(node.target) for node in gm.graph.nodes):
+            return run
+
+        def breaks(*args):
+            outputs = run(*args)
+            if _breaking:
+                raise RuntimeError("an illegal instruction was encountered")
+            return outputs
+
+        return breaks
+
+    return build
 
 
 @pytest.fixture(scope="module")
@@ -482,6 +526,11 @@ def interpreted():
         torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=2048),
     ):
         interpret(patch)
+        patch.setattr(backend, "_inductor", breakable(backend._inductor))
+        # What broke once would stay dense, and the machine would drive no sparse step any more.
+        patch.setattr(
+            runtime.DecodeGraph, "give_up", lambda *_: count("state machine: kernels that broke")
+        )
         yield patch
     torch._dynamo.reset()
 

@@ -22,8 +22,10 @@ from toy_decoders import (
     cat_window_read,
     gqa_repeat_kv,
     index_copy_method,
+    index_copy_returned,
     index_put_bthd,
     index_put_method,
+    index_put_returned,
     llama_reference,
     mqa_broadcast,
     narrow_copy,
@@ -43,6 +45,20 @@ from toy_decoders import (
     write_twice,
     write_two_halves,
 )
+
+
+def index_put_whole(k, v, ck, cv, pos):
+    """None stands for a whole dimension."""
+    torch.ops.aten.index_put_(ck, (None, None, pos), k.transpose(1, 2))
+    torch.ops.aten.index_put_(cv, (None, None, pos), v.transpose(1, 2))
+    return ck, cv, ()
+
+
+def index_put_added(k, v, ck, cv, pos):
+    """Functional, and added to what was there: an index with scales cannot follow."""
+    at = (torch.arange(k.shape[0]).view(-1, 1), pos)
+    keys, values = ck.index_put(at, k, accumulate=True), cv.index_put(at, v)
+    return keys.transpose(1, 2), values.transpose(1, 2), (keys, values)
 
 
 def traced(spelling, *, module=None, **start):
@@ -76,6 +92,11 @@ def test_the_cache_and_its_writes_are_found(spelling):
 def test_other_caches_are_skipped_for_the_reason(spelling):
     skip = traced(spelling)
     assert isinstance(skip, Skipped) and skip.reason is spelling.reason
+
+
+def test_keys_that_are_added_to_a_returned_cache_are_skipped():
+    skip = traced(Spelling(index_put_added, layout="bthd"))
+    assert isinstance(skip, Skipped) and skip.details == ("index_put", "it accumulates")
 
 
 _static = Spelling(index_copy_method)
@@ -123,6 +144,9 @@ def test_views_between_the_cache_and_the_keys_are_listed(write, views):
         (narrow_copy, {"position": "int"}, FILLED + 1),
         (select_copy, {"position": "int"}, FILLED + 1),
         (llama_reference, {"position": "int", "layout": "bthd", "mask": no_mask}, FILLED + 1),
+        (index_copy_returned, {}, FILLED + 1),
+        (index_put_returned, {"layout": "bthd"}, FILLED + 1),
+        (index_put_whole, {}, FILLED + 1),
         (ring, {"mask": no_mask, "slots": FILLED - 2}, 3),
         (roll_window, {"mask": no_mask}, None),
         (one_head_3d, {"kv_heads": 1, "layout": "btd", "attend": mqa_broadcast}, FILLED + 1),
@@ -142,7 +166,7 @@ def test_the_write_tells_how_far_the_cache_is_filled(write, more, fill):
         assert write.fill is None
         return
     what, plus = write.fill
-    reader = extract(gm, [what])
+    reader = extract(gm, [what], [write.node])
     values = {"l_pos_": inputs[3]}
     args = [values.get(n.name) for n in gm.graph.find_nodes(op="placeholder")]
     (end,) = reader(*args)

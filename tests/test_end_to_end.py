@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch._dynamo
 import transformers
-from toy_decoders import clear_runtime, interpret
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 
 from loki_compile import reports, stats
@@ -79,17 +78,7 @@ FAMILIES = {
 
 # Close relatives of the others: in the slow run only.
 _LESS_OFTEN = ("cohere", "starcoder2", "stablelm", "gemma2", "granite")
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    clear_runtime()
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    return interpret(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def make(model_type: str, seed: int = 0, **changes):

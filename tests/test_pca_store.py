@@ -40,6 +40,7 @@ from loki_compile.pca_store.store import (
     default_root,
     file_name,
 )
+from tally import cases, count
 
 SITE_A, SITE_B, SITE_C = (digit * 32 for digit in "abc")
 
@@ -48,8 +49,22 @@ few = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-many = settings(few, max_examples=300)
+many = settings(few, max_examples=cases(6).max_examples)
 seeds = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bad_files_are_counted():
+    """For the table of `make soak`: each file that is refused makes one error."""
+    real = basis_file._file_error
+
+    def counted(source, problem):
+        count("store: bad files refused", not isinstance(problem, BasisFileError))
+        return real(source, problem)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(basis_file, "_file_error", counted)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from loki_compile.kernels import cpu, cpu_torch, reference
 from loki_compile.kernels.checks import hidden_below
 from loki_compile.kernels.ops import KEEP_ALL_Q16, index_rows, mask_bounds
+from loki_compile.pca_store.covariance import KeyCovariance
 from tally import cases, count
 from torch import Tensor
 
@@ -141,10 +142,17 @@ class Case:
     def contents(self) -> Tensor:
         return self.cached(3, self.dv)
 
-    def projection(self) -> Tensor:
-        """(Hkv, D, R) fp32."""
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """Of queries and of keys, each (Hkv, D, R) fp32."""
         generator = self.generator(4)
         shape = (self.hkv, self.d, self.d)
+        if self.basis == "score-optimal":  # from queries and keys with spectra of their own
+            falling = 0.7 ** torch.arange(self.d)
+            k = torch.randn(1, self.hkv, 64, self.d, generator=generator) * falling
+            q = torch.randn(1, self.hq, 64, self.d, generator=generator) * falling.flip(0)
+            moments = KeyCovariance(self.hkv, self.d)
+            moments.update(k, q)
+            return moments.score_optimal().truncate(self.r)
         full = torch.randn(shape, generator=generator)
         if self.basis == "orthogonal":
             full = torch.linalg.qr(full.double()).Q.float()
@@ -153,7 +161,8 @@ class Case:
         elif self.basis == "deficient":
             full[..., self.d // 2 :] = full[..., :1]
             full[..., -1] = 0
-        return full[..., : self.r].contiguous()
+        cut = full[..., : self.r].contiguous()
+        return cut, cut
 
     def visible_and_mask(self) -> tuple[Tensor, Tensor | None]:
         """What each row sees, bool (B,Hm,S,T), and the mask that says so."""
@@ -203,7 +212,7 @@ class Case:
         return {"scale": self.scale, "softcap": self.softcap, "sinks": logits}
 
     def index(self) -> tuple[Tensor, Tensor | None]:
-        rows, scale = index_rows(self.keys(), self.projection(), self.index_dtype)
+        rows, scale = index_rows(self.keys(), self.projections()[1], self.index_dtype)
         rows = self.laid_out(rows, 77)
         return rows, None if scale is None else self.laid_out(scale, 77.0)
 
@@ -211,7 +220,7 @@ class Case:
         rows, scale = self.index()
         _, mask = self.visible_and_mask()
         bounds = None if mask is None else mask_bounds(mask)
-        return [self.q(), self.projection(), rows, scale, mask, bounds]
+        return [self.q(), self.projections()[0], rows, scale, mask, bounds]
 
 
 MASKS = ["none", "causal", "left padded", "right padded", "sliding", "random", "rare", "heads"]
@@ -245,7 +254,7 @@ def make_case(draw, values: tuple[str, ...] = tuple(FINITE), masks: tuple[str, .
         layout=draw(st.sampled_from(["contiguous", "bthd", "inside"])),
         mask=draw(st.sampled_from(masks)),
         filler=draw(st.sampled_from([0, 1, 2])),
-        basis=draw(st.sampled_from(["orthogonal", "random", "axes", "deficient"])),
+        basis=draw(st.sampled_from(["orthogonal", "random", "axes", "deficient", "score-optimal"])),
         values=kind,
         scale=draw(st.sampled_from(scales)),
         softcap=draw(st.sampled_from([0.0, 0.0, 2.0, 30.0])),
@@ -495,6 +504,23 @@ def test_what_is_not_finite_reaches_the_rows_that_read_it_alone(case, data):
     count("mask: hidden NaN and infinity")
 
 
+@given(make_case(), st.sampled_from([-9, "T", 2**31 - 1]))
+@cases(SHARE)
+def test_what_is_no_position_is_passed_over(case, filler):
+    """Behind the positions of a row anything may stand that is no key."""
+    inputs = [case.q(), case.keys(), case.contents()]
+    _, mask = case.visible_and_mask()
+    positions = some_positions(case)
+    filled = positions.masked_fill(positions < 0, case.t if filler == "T" else filler)
+    for implementation in [*implementations(), reference]:
+        out, same = (
+            implementation.attend(*inputs, at, mask, **case.attend_options())
+            for at in (positions, filled)
+        )
+        assert torch.equal(out, same)
+    count("definition of attend: no positions")
+
+
 # ---- both together -------------------------------------------------------------------------------
 
 
@@ -636,7 +662,7 @@ def test_an_orthogonal_basis_errs_less_with_every_dim(case):
     case = replace(case, basis="orthogonal", index_dtype=torch.float32, mask="none")
     case = replace(case, dtype=torch.float32, sink=0, recent=0, keep_q16=KEEP_ALL_Q16)
     full = replace(case, r=case.d)
-    q, basis = full.q(), full.projection()
+    q, (basis, _) = full.q(), full.projections()
     keys = full.keys()
     exact = case.scale * torch.einsum(
         "bhgsd,bhtd->bhgst", q.double().unflatten(1, (case.hkv, case.group)), keys.double()
@@ -705,7 +731,9 @@ def test_recall_grows_with_the_rank(seed, kind):
 # ---- the interpreter -----------------------------------------------------------------------------
 
 
-INTERPRETER_RUNS = "as_defined or lower_position or as_exact or nothing_is or budget_is_dense"
+INTERPRETER_RUNS = (
+    "as_defined or lower_position or as_exact or nothing_is or budget_is_dense or no_position"
+)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="runs here already")

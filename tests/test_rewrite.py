@@ -30,7 +30,6 @@ from toy_decoders import (
     gqa_flag,
     gqa_repeat_kv,
     index_copy_method,
-    interpret,
     left_padded,
     no_mask,
     normal_graph,
@@ -48,11 +47,7 @@ from loki_compile.backend import plan_graph
 STEPS = 4
 EVERYTHING = {"min_context": 0, "top_k": 1.0}
 FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    return interpret(monkeypatch)
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def names(spellings):

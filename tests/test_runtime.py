@@ -32,7 +32,8 @@ from toy_decoders import (
     causal,
     gqa_repeat_kv,
     index_copy_method,
-    interpret,
+    index_copy_returned,
+    index_put_returned,
     left_padded,
     no_mask,
     read_only,
@@ -49,11 +50,7 @@ FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
 STATIC = Spelling(index_copy_method, mask=left_padded)
 GROWING = Spelling(cat_bhtd, mask=no_mask, growing=True)
 BOTH = pytest.mark.parametrize("spelling", [STATIC, GROWING], ids=["static", "growing"])
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    return interpret(monkeypatch)
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 class Pair:
@@ -552,12 +549,18 @@ def test_sparse_comes_back_after_the_dense_steps(monkeypatch):
 
 @pytest.mark.parametrize(
     "spelling",
-    [STATIC, Spelling(slice_assignment, position="int")],
-    ids=["index_copy_", "slice"],
+    [
+        STATIC,
+        Spelling(slice_assignment, position="int"),
+        Spelling(index_copy_returned),
+        Spelling(index_put_returned, layout="bthd"),
+    ],
+    ids=["index_copy_", "slice", "index_copy", "index_put"],
 )
-def test_the_filled_length_is_read_from_the_write(spelling):
+@MODES
+def test_the_filled_length_is_read_from_the_write(spelling, mode):
     """A cache of many slots that holds few keys is short."""
-    with torch.no_grad():
+    with mode():
         pair = Pair(spelling, {**FEW, "min_context": FILLED + 3})
         here, _ = pair.start()
         for _ in range(4):

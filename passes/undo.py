@@ -1,0 +1,88 @@
+"""What must be saved so that a graph which failed half-way can be run again with the same result.
+
+A step that writes its cache in place may raise behind some of its writes. Running it again gives
+what one whole run gives, if what it reads is what it was. New keys that are stored into slots of a
+cache (`index_copy_`, slice assignment, ...) need no saving where nothing reads that cache earlier
+in the graph: the second run stores the same keys into the same slots before it reads any. Whatever
+else the graph writes (a counter of filled slots, a window that moves its rows) must be put back.
+
+Analysis only: nothing here edits a graph.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from loki_compile.passes.fx_tools import (
+    Write,
+    concrete,
+    fake_value,
+    may_overlap,
+    mutates,
+    op_name,
+    operand,
+    writes_of,
+)
+from torch import fx
+from torch.fx.node import map_arg
+
+# Tensors of at most so many numbers are saved before every run: counters, not caches.
+FEW_NUMBERS = 64
+
+_STORES = ("index_copy_", "copy_", "setitem", "index_put_")
+_ASK_SHAPES = ("size", "shape", "sym_size", "dim", "numel", "stride", "is_contiguous", "getattr")
+
+
+@dataclass(frozen=True)
+class Undo:
+    """Positions, among a graph's placeholders, of what it writes and a second run would notice.
+
+    `small` are tensors of a few numbers; saving the `large` takes time and memory.
+    """
+
+    small: tuple[int, ...]
+    large: tuple[int, ...]
+
+
+def what_to_save(graph: fx.Graph) -> Undo:
+    """The inputs that must be put back before the graph is run again."""
+    writes = writes_of(graph)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    small: list[int] = []
+    large: list[int] = []
+    for place, past in enumerate(graph.find_nodes(op="placeholder")):
+        into = [write for write in writes if may_overlap(write.operand, past)]
+        if not into or _stored_before_read(past, into, order):
+            continue
+        sizes = [concrete(size) for size in fake_value(past).shape]
+        few = None not in sizes and math.prod(sizes) <= FEW_NUMBERS  # type: ignore[arg-type]
+        (small if few else large).append(place)
+    return Undo(tuple(small), tuple(large))
+
+
+def _stored_before_read(past: fx.Node, writes: list[Write], order: dict[fx.Node, int]) -> bool:
+    """Whether all that is written into `past` is stored there before anything reads it."""
+    for write in writes:
+        name = op_name(write.call)
+        if name not in _STORES or (name == "index_put_" and operand(write.call, "accumulate")):
+            return False
+    last = writes[-1].position
+    return not any(_reads(node, past) for node, position in order.items() if position <= last)
+
+
+def _reads(node: fx.Node, past: fx.Node) -> bool:
+    """Whether a call may read the memory of `past`: views and questions of shape do not."""
+    if node.op in ("placeholder", "get_attr", "output") or op_name(node) in _ASK_SHAPES:
+        return False
+    read: list[fx.Node] = []
+    target = node.args[:1] if mutates(node) else ()
+    map_arg((node.args[len(target) :], node.kwargs), read.append)
+    if not mutates(node) and isinstance(fake_value(node), torch.Tensor):
+        read = [source for source in read if not _is_view_of(node, source)]
+    return any(may_overlap(source, past) for source in read)
+
+
+def _is_view_of(node: fx.Node, source: fx.Node) -> bool:
+    return node.args[:1] == (source,) and may_overlap(node, source)

@@ -1,0 +1,87 @@
+"""What the passes ask of a graph: memory, copies, what runs before a write."""
+
+import pytest
+import torch
+from loki_compile.passes.cache_writes import trace_cache
+from loki_compile.passes.fx_tools import copy_of, extract, fake_mode_of, may_overlap, writes_of
+from loki_compile.passes.sites import find_sites
+from torch import fx
+from toy_decoders import Conversation, Spelling, ToyDecoder, index_copy_method, normal_graph, tokens
+
+
+def holding(*values):
+    """Placeholders of these values."""
+    graph = fx.Graph()
+    nodes = [graph.placeholder(f"x{i}") for i in range(len(values))]
+    for node, value in zip(nodes, values, strict=True):
+        node.meta["example_value"] = value
+    return nodes
+
+
+def test_parts_of_one_memory_overlap_where_they_meet():
+    memory = torch.zeros(4, 6)
+    whole, top, bottom, column, number = holding(memory, memory[:2], memory[2:], memory[:, 1], 7)
+    other = holding(torch.zeros(4, 6))[0]
+    assert may_overlap(whole, top) and may_overlap(top, column) and may_overlap(bottom, column)
+    assert not may_overlap(top, bottom) and not may_overlap(whole, other)
+    assert not may_overlap(whole, number) and not may_overlap(number, number)
+
+
+def test_tensors_without_a_storage_overlap_themselves_alone():
+    first, second = holding(*(torch.eye(3).to_sparse() for _ in range(2)))
+    assert may_overlap(first, first) and not may_overlap(first, second)
+
+
+def test_a_graph_that_dynamo_did_not_trace_is_copied_and_has_no_fake_mode():
+    gm = fx.symbolic_trace(lambda x: x + 1)
+    copy, mapping = copy_of(gm)
+    assert copy(torch.ones(2)).tolist() == [2, 2] and len(mapping) == 3
+    assert mapping[next(iter(gm.graph.nodes))] is next(iter(copy.graph.nodes))
+    with pytest.raises(ValueError, match="needed one traced by Dynamo"):
+        fake_mode_of(copy.graph)
+
+
+def advanced_then_computed(k, v, ck, cv, pos):
+    pos.add_(1)
+    return index_copy_method(k, v, ck, cv, pos - 1)
+
+
+def advanced_then_read(k, v, ck, cv, pos):
+    pos.add_(1)
+    return index_copy_method(k, v, ck, cv, pos)
+
+
+def advanced_and_read(k, v, ck, cv, pos):
+    return index_copy_method(k, v, ck, cv, pos.add_(1))
+
+
+def read_then_advanced(k, v, ck, cv, pos):
+    result = index_copy_method(k, v, ck, cv, pos)
+    pos.add_(1)
+    return result
+
+
+def computed_then_advanced(k, v, ck, cv, pos):
+    at = pos + 0
+    pos.add_(1)
+    return index_copy_method(k, v, ck, cv, at)
+
+
+@pytest.mark.parametrize(
+    "write, known",
+    [
+        (advanced_then_computed, False),
+        (advanced_then_read, False),
+        (advanced_and_read, False),
+        (read_then_advanced, True),
+        (computed_then_advanced, True),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_what_a_write_reads_is_computed_beforehand_unless_it_changes_until_then(write, known):
+    spelling = Spelling(write)
+    inputs = Conversation.start(spelling).inputs(tokens(spelling, 1)[0])
+    gm = normal_graph(ToyDecoder(spelling).eval(), *inputs)
+    (site,), _ = find_sites(gm.graph)
+    (write,) = trace_cache(site, writes_of(gm.graph)).writes
+    assert (extract(gm, [write.fill[0]], [write.node]) is not None) == known
