@@ -89,7 +89,7 @@ SUITES = {
         select=(
             "-k",
             "kv_cache or hybrid_cache or caching or continuous or prepend or beam_search or parity"
-            " or prompts_given or looped or free or belief_state or xm_latent or ttt_equivalency",
+            " or prompts_given or looped or free or xm_latent or ttt_equivalency",
         ),
         path=(".",),
         packages=("x-transformers",),
