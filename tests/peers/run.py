@@ -55,7 +55,7 @@ class Suite:
     packages: tuple[str, ...] = ()
 
 
-# One architecture for each way to decode; any other `tests/models/NAME` may be named as a part.
+# One architecture for each way to decode; another is `--parts tests/models/NAME`.
 ARCHITECTURES = (
     "llama", "gpt2", "gemma3", "bart", "falcon", "gpt_oss", "bloom", "deepseek_v3", "mistral",
     "opt", "t5", "jamba", "qwen3_moe", "mpt", "gpt_bigcode", "diffllama", "gptj", "gemma2",
@@ -144,8 +144,7 @@ def run(args: argparse.Namespace) -> None:
     suite = SUITES[args.suite]
     record = RUNS / f"{args.suite}.jsonl"
     RUNS.mkdir(parents=True, exist_ok=True)
-    parts = {name: suite.parts.get(name, f"tests/models/{name}") for name in args.parts}
-    parts = parts or suite.parts
+    parts = {name: suite.parts.get(name, name) for name in args.parts} or suite.parts
     todo = [(mode, name) for name in parts for mode in MODES if mode in args.modes]
     facts = _facts(suite, args)
     for number, (mode, name) in enumerate(todo, 1):
@@ -218,6 +217,7 @@ def _command(
         str(args.python), "-m", "pytest", "-p", "through_loki", "-p", "no:cacheprovider", "-q",
         "--through", mode, "--engine", args.engine, "--decoders", suite.decoders,
         "--record", str(record), "--timeout", str(args.limit), "--timeout-method", "thread",
+        "--rootdir", ".",
         *suite.select, *rest,
     ]  # fmt: skip
 
@@ -412,7 +412,7 @@ def main() -> None:
     parser.add_argument("suite", nargs="?", choices=SUITES)
     parser.add_argument("checkout", nargs="?", type=Path, help="their repository's work tree")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="of their tests")
-    parser.add_argument("--parts", nargs="+", default=[], help="parts of the suite; all by default")
+    parser.add_argument("--parts", nargs="+", default=[], help="of the suite, or paths of tests")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--all", action="store_true", help="every test in every mode")
     parser.add_argument("--engine", choices=("eager", "inductor"), default="eager")
