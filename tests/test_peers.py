@@ -37,6 +37,7 @@ class GPT(nn.Module):
 """
 _TESTS = """
 import os
+import pytest
 import torch
 from litgpt.model import GPT
 
@@ -65,6 +66,10 @@ def test_that_nobody_is_sparse():
 def test_that_takes_the_process_down():
     os._exit(3)
 
+@pytest.mark.xfail
+def test_that_is_known_to_fail():
+    assert False
+
 def test_behind_it():
     pass
 """
@@ -72,7 +77,7 @@ def test_behind_it():
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """The arguments of a run over a project of six tests."""
+    """The arguments of a run over a project of seven tests."""
     checkout = tmp_path / "checkout"
     (checkout / "litgpt").mkdir(parents=True)
     (checkout / "litgpt" / "__init__.py").touch()
@@ -98,6 +103,7 @@ def test_a_failure_is_laid_at_the_door_of_who_causes_it(project, capsys, tmp_pat
         "sparse: failed without us": 2,  # no network, and the one that takes the process down
         "sparse: failed through Dynamo alone": 1,
         "sparse: failed": 1,
+        "sparse: xfailed": 1,
     }
     assert counts["tests with sparse steps"] == 3 and counts["sparse steps"] == 3 * 6
     died = [line for line in lines if line["outcome"] == "died"]

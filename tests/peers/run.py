@@ -185,6 +185,7 @@ def _run_part(
                 return 0, []
             flags = ["--those-in", str(wanted)]
         path = os.pathsep.join([str(HERE), *(str(args.checkout / entry) for entry in suite.path)])
+        interrupted = True
         try:
             for _ in range(20):
                 before = len(fresh.read_text().splitlines())
@@ -199,9 +200,12 @@ def _run_part(
                 written = len(fresh.read_text().splitlines()) - before
                 if done.returncode in (0, 1, 5) or not written:
                     break
+            interrupted = False
         finally:
             lines = map(json.loads, fresh.read_text().splitlines()[len(known) :])
             kept = list({line["test"]: line for line in lines}.values())
+            if interrupted and kept and kept[-1]["outcome"] == "died":
+                kept.pop()  # by our hand
             with record.open("a") as out:
                 for line in kept:
                     out.write(json.dumps({**key, **facts, **line}) + "\n")

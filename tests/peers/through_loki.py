@@ -206,10 +206,10 @@ class Recorder:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.passed:
             return
-        text = str(report.longrepr[2] if report.skipped else report.longreprtext)
+        text = report.longreprtext
         if report.skipped:
-            self.outcome = {"outcome": "xfailed" if hasattr(report, "wasxfail") else "skipped"}
-            self.outcome["error"] = text[:300]
+            outcome = "xfailed" if hasattr(report, "wasxfail") else "skipped"
+            self.outcome = {"outcome": outcome, "error": text[-300:]}
         elif self.outcome["outcome"] != "failed":
             crash = getattr(report.longrepr, "reprcrash", None)
             message = crash.message if crash else text.strip().splitlines()[-1]
