@@ -1,9 +1,10 @@
 """One spelling per operation, so that the passes behind match one structure.
 
 Dynamo keeps what the model wrote: `x.transpose(1, 2)` and `torch.transpose(x, 1, 2)`, `x @ y` and
-`torch.matmul(x, y)`, `torch.concat` and `torch.cat`. Here each becomes a call of the method or
-function that PyTorch documents as the main one, and an `einsum` of two factors that is a matrix
-product becomes `matmul`. Meaning stays, and results bit for bit but for the order of einsum's sums.
+`torch.matmul(x, y)`, `torch.concat` and `torch.cat`, `x[:, 0:]` and `x`. Here each becomes a call
+of the method or function that PyTorch documents as the main one, a slice that leaves nothing out
+becomes the tensor, and an `einsum` of two factors that is a matrix product a `matmul`. Meaning
+stays, and results bit for bit but for the order of einsum's sums.
 """
 
 from __future__ import annotations
@@ -124,6 +125,37 @@ def _matmul_of_einsum(node: fx.Node) -> fx.Node:
     return result
 
 
+def _takes_all(node: fx.Node) -> bool:
+    """Whether the node is a tensor indexed by slices that leave nothing out: `x[:, 0:]`."""
+    if op_name(node) != "getitem" or shape_of(node.args[0]) is None:
+        return False
+    index = node.args[1]
+    return all(
+        item is Ellipsis
+        or (
+            isinstance(item, slice)
+            and item.start in (None, 0)
+            and item.stop is None
+            and item.step in (None, 1)
+        )
+        for item in (index if isinstance(index, tuple) else (index,))
+    )
+
+
+def _see_through(graph: fx.Graph, mapping: dict[fx.Node, fx.Node]) -> None:
+    """Puts tensors in the place of their whole slices, save where such a view is returned."""
+    stands_for: dict[fx.Node, fx.Node] = {}
+    for node in filter(_takes_all, list(graph.nodes)):
+        whole = node.args[0]
+        assert isinstance(whole, fx.Node)
+        node.replace_all_uses_with(whole, delete_user_cb=lambda user: user.op != "output")
+        if not node.users:
+            stands_for[node] = whole
+            graph.erase_node(node)
+    for old, new in mapping.items():
+        mapping[old] = stands_for.get(new, new)
+
+
 def normalize(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """Returns a copy of `gm` in one spelling, and the map from its nodes to the copy's."""
     copy, mapping = copy_of(gm)
@@ -142,6 +174,7 @@ def normalize(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node
         if name in _VARIADIC and len(node.args) > 2:
             node.args = (node.args[0], node.args[1:])
         node.op, node.target = "call_function", _FUNCTIONS[name]
+    _see_through(copy.graph, mapping)
     copy.graph.lint()
     copy.recompile()
     return copy, mapping

@@ -89,6 +89,34 @@ def test_the_graph_of_the_caller_is_not_changed():
     assert before == [(n.op, str(n.target), str(n.args)) for n in gm.graph.nodes]
 
 
+def test_a_slice_that_leaves_nothing_out_is_the_tensor():
+    def function(x):
+        return x[:, :, 0:][...][::1] * 2, x[:, 1:] * 2, x[:, :2] * 2, x[::2] * 2, x[None] * 2
+
+    gm = capture(function, X)
+    normal, mapping = normalize(gm)
+    assert [op_name(node) for node in normal.graph.nodes].count("getitem") == 4
+    assert all(map(torch.equal, normal(X), function(X)))
+    assert set(mapping.values()) <= set(normal.graph.nodes)
+    product = next(node for node in normal.graph.nodes if op_name(node) == "mul")
+    assert product.args[0].op == "placeholder"
+
+
+def test_a_whole_slice_that_is_returned_stays_a_view():
+    normal, _ = normalize(capture(lambda x: (x[:], x * 2), X))
+    view, _ = normal(X)
+    assert view is not X and view.data_ptr() == X.data_ptr()
+
+
+def test_a_write_through_a_whole_slice_is_a_write():
+    normal, _ = normalize(capture(lambda x: x[:, 0:].add_(1), X.clone()))
+    (write,) = writes_of(normal.graph)
+    assert write.operand.op == "placeholder"
+    x = X.clone()
+    normal(x)
+    assert torch.equal(x, X + 1)
+
+
 @torch.library.custom_op("toy::transpose", mutates_args=())
 def negate(x: torch.Tensor) -> torch.Tensor:
     return -x

@@ -47,6 +47,20 @@ def cat_bthd(k, v, ck, cv, pos):
     return keys.transpose(1, 2), values.transpose(1, 2), (keys, values)
 
 
+def cat_behind_whole_slice(k, v, ck, cv, pos):
+    """A library that cuts the past to its window, where there is no window."""
+    keys = torch.cat([ck[:, :, 0:, :], k.transpose(1, 2)], dim=2)
+    values = torch.cat([cv[:, :, 0:, :], v.transpose(1, 2)], dim=2)
+    return keys, values, (keys, values)
+
+
+def cat_behind_slice(k, v, ck, cv, pos):
+    """The same where there is one: rows leave before the new ones come in."""
+    keys = torch.cat([ck[:, :, 1:, :], k.transpose(1, 2)], dim=2)
+    values = torch.cat([cv[:, :, 1:, :], v.transpose(1, 2)], dim=2)
+    return keys, values, (keys, values)
+
+
 def cat_window_read(k, v, ck, cv, pos):
     """The whole cache is kept, attention reads its newest 11 keys."""
     keys = torch.cat([ck, k.transpose(1, 2)], dim=2)
@@ -653,6 +667,7 @@ REWRITTEN = [
     # Ways to write the cache.
     _cat,
     _cat.but(write=cat_bthd, layout="bthd"),
+    _cat.but(write=cat_behind_whole_slice),
     _cat.but(write=cat_window_read),
     _cat.but(write=cat_cropped),
     _static,
@@ -725,6 +740,7 @@ UNTOUCHED = [
     # The cache.
     _cat.but(write=cat_not_returned, reason=Reason.CACHE_LEAVES),
     _cat.but(write=cat_prepended, reason=Reason.NO_CACHE),
+    _cat.but(write=cat_behind_slice, reason=Reason.NO_CACHE),
     _cat.but(write=cat_three, reason=Reason.WRITE),
     _cat.but(write=cat_then_edited, reason=Reason.WRITE),
     _cat.but(write=past_edited_then_cat, reason=Reason.WRITE),
