@@ -22,6 +22,7 @@ test: $(STAMP)
 	$(WORKERS) $(TEST_FLAGS)
 
 # Hours: the slow tests, and thousands of generated cases for each clause; one table at the end.
+# LOKI_SOAK_CASES=100 tries that many for a clause instead of 3000.
 SOAK := tests/test_properties.py tests/test_graph_properties.py tests/test_cache_machine.py \
   tests/test_odd_spellings.py tests/test_undo.py tests/test_faults.py tests/test_pca_store.py
 soak: $(STAMP)

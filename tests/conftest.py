@@ -32,7 +32,12 @@ _PROFILE = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.register_profile("bounded", _PROFILE, max_examples=50, stateful_step_count=15)
-settings.register_profile("soak", _PROFILE, max_examples=3000, stateful_step_count=60)
+settings.register_profile(
+    "soak",
+    _PROFILE,
+    max_examples=int(os.environ.get("LOKI_SOAK_CASES", "3000")),
+    stateful_step_count=60,
+)
 settings.load_profile("bounded")
 
 
