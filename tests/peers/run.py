@@ -232,16 +232,17 @@ def _facts(suite: Suite, args: argparse.Namespace) -> dict[str, str]:
     """Versions as the tests' own environment has them, the checkout's name, and our commit."""
     code = (
         "import importlib, sys\n"
-        "for name in sys.argv[1:]:\n"
+        "from importlib.metadata import version\n"
+        "for name in sys.argv[2:]:\n"
         "    module = importlib.import_module(name.replace('-', '_'))\n"
-        "    from importlib.metadata import version, PackageNotFoundError\n"
-        "    try: found = getattr(module, '__version__', None) or version(name)\n"
-        "    except PackageNotFoundError: found = '(of the checkout)'\n"
-        "    print(name, found)\n"
+        "    found = getattr(module, '__version__', None)\n"
+        "    if not found and module.__file__.startswith(sys.argv[1]): found = 'of the checkout'\n"
+        "    print(name, found or version(name))\n"
     )
     path = os.pathsep.join(str(args.checkout / entry) for entry in suite.path or (".",))
     done = subprocess.run(
-        [str(args.python), "-c", code, "torch", *suite.packages],
+        [str(args.python), "-c", code, str(args.checkout), "torch", *suite.packages],
+        cwd=args.checkout,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -346,15 +347,15 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
                 f"{versions}; checkout {checkout}; engine {engine}; our commit {commit}:"
                 f" {number} results.\n"
             )
-        rows: list[list[Any]] = []
         parts = list(dict.fromkeys(line["part"] for line in of_suite))
-        for part in parts:
-            rows.append(
-                [part, *count([line for line in of_suite if line["part"] == part]).values()]
-            )
-        rows.append(["**all**", *(sum(row[i + 1] for row in rows) for i in range(len(_COLUMNS)))])
-        out.append(_markdown(["part", *_COLUMNS], rows))
-        if not rows[-1][1 + _COLUMNS.index("tests with sparse steps")]:
+        counts = {p: count([line for line in of_suite if line["part"] == p]) for p in parts}
+        counts["**all**"] = count(of_suite)
+        ran = {f"{mode}: {outcome}" for mode in OURS for outcome in ("passed", "failed")}
+        ran = {name for name in ran if any(name.startswith(line["mode"]) for line in of_suite)}
+        shown = [c for c in _COLUMNS if c in ran or any(row[c] for row in counts.values())]
+        rows = [[part, *(row[name] for name in shown)] for part, row in counts.items()]
+        out.append(_markdown(["part", *shown], rows))
+        if not counts["**all**"]["tests with sparse steps"]:
             out.append("Nothing became sparse in this suite.\n")
         out.append(_differences(suite, of_suite))
         out.append(_dense(of_suite))
