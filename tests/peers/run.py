@@ -224,7 +224,7 @@ def _command(
         "--through", mode, "--engine", args.engine, "--decoders", suite.decoders,
         "--record", str(record), "--timeout", str(args.limit), "--timeout-method", "thread",
         "--rootdir", ".",
-        *suite.select, *rest,
+        *suite.select, *(["-k", args.only] if args.only else []), *rest,
     ]  # fmt: skip
 
 
@@ -420,6 +420,7 @@ def main() -> None:
     parser.add_argument("checkout", nargs="?", type=Path, help="their repository's work tree")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="of their tests")
     parser.add_argument("--parts", nargs="+", default=[], help="of the suite, or paths of tests")
+    parser.add_argument("--only", help="in the place of the suite's `-k`")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--all", action="store_true", help="every test in every mode")
     parser.add_argument("--engine", choices=("eager", "inductor"), default="eager")
