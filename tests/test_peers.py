@@ -90,7 +90,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespa
     return argparse.Namespace(
         suite="project", checkout=checkout, python=Path(sys.executable), parts=[],
         modes=["sparse", "nothing", "dynamo"], all=False, engine="eager", limit=120.0,
-        revision="first",
+        revision="first", only=None,
     )  # fmt: skip
 
 

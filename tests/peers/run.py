@@ -178,11 +178,13 @@ def _run_part(
         fresh = Path(folder, "lines.jsonl")
         fresh.write_text("".join(json.dumps(line) + "\n" for line in known))
         wanted = Path(folder, "wanted")
-        wanted.write_text("\n".join(_failing(known)))
         flags = []
         if mode not in OURS and not args.all:
-            if not wanted.read_text():
+            finished = {line["test"] for line in known if line["mode"] == mode}
+            names = [test for test in _failing(known) if test not in finished]
+            if not names:
                 return 0, []
+            wanted.write_text("\n".join(names))
             flags = ["--those-in", str(wanted)]
         path = os.pathsep.join([str(HERE), *(str(args.checkout / entry) for entry in suite.path)])
         interrupted = True
@@ -222,7 +224,7 @@ def _command(
         "--through", mode, "--engine", args.engine, "--decoders", suite.decoders,
         "--record", str(record), "--timeout", str(args.limit), "--timeout-method", "thread",
         "--rootdir", ".",
-        *suite.select, *rest,
+        *suite.select, *(["-k", args.only] if args.only else []), *rest,
     ]  # fmt: skip
 
 
@@ -230,16 +232,17 @@ def _facts(suite: Suite, args: argparse.Namespace) -> dict[str, str]:
     """Versions as the tests' own environment has them, the checkout's name, and our commit."""
     code = (
         "import importlib, sys\n"
-        "for name in sys.argv[1:]:\n"
+        "from importlib.metadata import version\n"
+        "for name in sys.argv[2:]:\n"
         "    module = importlib.import_module(name.replace('-', '_'))\n"
-        "    from importlib.metadata import version, PackageNotFoundError\n"
-        "    try: found = getattr(module, '__version__', None) or version(name)\n"
-        "    except PackageNotFoundError: found = '(of the checkout)'\n"
-        "    print(name, found)\n"
+        "    found = getattr(module, '__version__', None)\n"
+        "    if not found and module.__file__.startswith(sys.argv[1]): found = 'of the checkout'\n"
+        "    print(name, found or version(name))\n"
     )
     path = os.pathsep.join(str(args.checkout / entry) for entry in suite.path or (".",))
     done = subprocess.run(
-        [str(args.python), "-c", code, "torch", *suite.packages],
+        [str(args.python), "-c", code, str(args.checkout), "torch", *suite.packages],
+        cwd=args.checkout,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -344,15 +347,15 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
                 f"{versions}; checkout {checkout}; engine {engine}; our commit {commit}:"
                 f" {number} results.\n"
             )
-        rows: list[list[Any]] = []
         parts = list(dict.fromkeys(line["part"] for line in of_suite))
-        for part in parts:
-            rows.append(
-                [part, *count([line for line in of_suite if line["part"] == part]).values()]
-            )
-        rows.append(["**all**", *(sum(row[i + 1] for row in rows) for i in range(len(_COLUMNS)))])
-        out.append(_markdown(["part", *_COLUMNS], rows))
-        if not rows[-1][1 + _COLUMNS.index("tests with sparse steps")]:
+        counts = {p: count([line for line in of_suite if line["part"] == p]) for p in parts}
+        counts["**all**"] = count(of_suite)
+        ran = {f"{mode}: {outcome}" for mode in OURS for outcome in ("passed", "failed")}
+        ran = {name for name in ran if any(name.startswith(line["mode"]) for line in of_suite)}
+        shown = [c for c in _COLUMNS if c in ran or any(row[c] for row in counts.values())]
+        rows = [[part, *(row[name] for name in shown)] for part, row in counts.items()]
+        out.append(_markdown(["part", *shown], rows))
+        if not counts["**all**"]["tests with sparse steps"]:
             out.append("Nothing became sparse in this suite.\n")
         out.append(_differences(suite, of_suite))
         out.append(_dense(of_suite))
@@ -417,6 +420,7 @@ def main() -> None:
     parser.add_argument("checkout", nargs="?", type=Path, help="their repository's work tree")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="of their tests")
     parser.add_argument("--parts", nargs="+", default=[], help="of the suite, or paths of tests")
+    parser.add_argument("--only", help="in the place of the suite's `-k`")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--all", action="store_true", help="every test in every mode")
     parser.add_argument("--engine", choices=("eager", "inductor"), default="eager")
