@@ -267,7 +267,7 @@ def _compile_late(
         run = compile_graph(copy_of(gm)[0], values)  # Inductor may edit what it is given
     added = shape_env.guards[known:]
     if not added:
-        return Variant(run)
+        return run
     log.debug("late guards: %s", [guard.expr for guard in added])
     symbols = [v for v in values if isinstance(v, torch.SymInt)]
     places = [i for i, v in enumerate(values) if isinstance(v, torch.SymInt)]
@@ -279,4 +279,4 @@ def _compile_late(
             return run(*args)
         return gm(*args)
 
-    return Variant(run_or_interpret)
+    return run_or_interpret
