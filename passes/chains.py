@@ -317,10 +317,8 @@ def _fold_mul(node: fx.Node, scores: _Scores) -> fx.Node | None:
                 return None
             scores.factor *= number
             return inner
-    for inner, scale in ((left, right), (right, left)):
-        if _is_one_number(scale, node, inner):
-            return _scaled(operator.mul, inner, scale, node, scores)
-    return None
+    scaled = _fold_one_number(operator.mul, left, right, node, scores)
+    return scaled or _fold_one_number(operator.mul, right, left, node, scores)
 
 
 def _fold_div(node: fx.Node, scores: _Scores) -> fx.Node | None:
@@ -330,27 +328,22 @@ def _fold_div(node: fx.Node, scores: _Scores) -> fx.Node | None:
     if isinstance(inner, fx.Node) and isinstance(number, (int, float)) and number > 0:
         scores.factor /= number
         return inner
-    if _is_one_number(number, node, inner):
-        return _scaled(operator.truediv, inner, number, node, scores)
-    return None
+    return _fold_one_number(operator.truediv, inner, number, node, scores)
 
 
-def _is_one_number(scale: Any, node: fx.Node, inner: Any) -> bool:
-    """Whether `scale` is a tensor of one number that changes neither shape nor dtype of `inner`."""
-    if not isinstance(scale, fx.Node) or not isinstance(inner, fx.Node):
-        return False
+def _fold_one_number(
+    function: Callable[..., Any], inner: Any, scale: Any, node: fx.Node, scores: _Scores
+) -> fx.Node | None:
+    """A factor that only the running model knows, a tensor of one number: the queries carry it."""
+    if not isinstance(inner, fx.Node) or not isinstance(scale, fx.Node):
+        return None
     value, before, after = fake_value(scale), fake_value(inner), fake_value(node)
-    if not all(isinstance(x, torch.Tensor) for x in (value, before, after)):
-        return False
-    fits = value.dtype == before.dtype == after.dtype and value.device == before.device
-    ones = all(concrete(size) == 1 for size in value.shape)
-    return fits and ones and value.ndim <= 1 and before.ndim > 1
-
-
-def _scaled(
-    function: Callable[..., Any], inner: fx.Node, scale: fx.Node, node: fx.Node, scores: _Scores
-) -> fx.Node:
-    """Notes a factor that only the running model knows: the queries are scaled by it."""
+    if not isinstance(value, torch.Tensor) or not isinstance(before, torch.Tensor):
+        return None
+    if not value.dtype == before.dtype == after.dtype or value.device != before.device:
+        return None
+    if value.ndim > 1 or before.ndim < 3 or any(concrete(size) != 1 for size in value.shape):
+        return None
     scores.query_scales.append((function, scale))
     scores.reads.append((scale, node))
     return inner
