@@ -121,7 +121,7 @@ def test_the_table_counts_outcomes_and_says_which_architectures_a_reason_costs()
         line("cat", [("dense", latent)] * 2),
     ]
     text = zoo.table(results)
-    assert "| eager | static | sdpa | 3 | 0 | 0 | 0 | 0 | 0 | 0 | 3 | 3 | 0 | 1 | 0 |" in text
+    assert "| eager | static | sdpa | 3 | 0 | 0 | 0 | 0 | 0 | 0 | 3 | 3 | 0 | 1 | 3 | 0 |" in text
     assert "| 1 | its wings | bee |" in text
     assert "| ant | 2 |  | 2 | 1 | 0 | 1 |" in text
 
@@ -129,9 +129,20 @@ def test_the_table_counts_outcomes_and_says_which_architectures_a_reason_costs()
 def test_the_table_shows_graphs_that_plain_dynamo_does_not_need():
     graphs = {"graphs": 3, "breaks": 0, "recompiles": 2}
     text = zoo.table([line("ant", [("sparse", "")], dynamo=graphs), line("bee", [("sparse", "")])])
-    assert "| 2 | 2 | 2 | 2 | 1 |" in text
+    assert "| 2 | 2 | 2 | 2 | 2 | 1 |" in text
     assert "| ant | 3 | 1 graphs, 1 recompiles |" in text
     assert "| bee | 2 |  |" in text
+
+
+def test_lines_without_a_run_behind_them_are_counted_and_run_again():
+    old = line("ant", [("sparse", "")]) | {"from_table": True}
+    new = line("bee", [("sparse", "")])
+    assert " 1 of them were taken over" in zoo.table([old, new])
+    cases = [zoo.Case(model, "static", "sdpa") for model in ("ant", "bee", "cat")]
+    known = {row["key"]: row for row in (old, new)}
+    assert [zoo._finished(case, known) for case in cases] == [False, True, False]
+    less = {new["key"]: new | {"small": False}}
+    assert not zoo._finished(cases[1], less), "the small budget was left out"
 
 
 def test_records_of_other_versions_are_compared_by_outcome_and_not_by_numbers_of_sites():
