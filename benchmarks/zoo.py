@@ -3,28 +3,29 @@
     python benchmarks/zoo.py                                  # everything, resumable
     python benchmarks/zoo.py --caches dynamic --attention sdpa --engine inductor llama gemma3_text
     python benchmarks/zoo.py --report-only                    # write the table from what is there
+    python benchmarks/zoo.py --sample --record other.jsonl    # under other versions of libraries
+    python benchmarks/zoo.py --against other.jsonl            # what came out otherwise there
 
 Each architecture is built with a tiny random configuration: hidden size 64, 4 query heads, 2 KV
 heads where it has them, head_dim 16, one layer of each layer kind, sliding window 16, vocabulary
 128, fp32. It prefills 12 tokens uncompiled and decodes 6 more, one at a time: once uncompiled, once
 compiled with `top_k=1.0, min_context=0` (every rewritten site takes the sparse ops but reads all
 keys, so that results must agree), once with a small budget (results must be finite). Both runs feed
-the tokens of the uncompiled one. A difference is compared with plain `backend="eager"`.
+the tokens of the uncompiled one. Plain `backend="eager"` runs as well: what a difference and the
+numbers of graphs, graph breaks and recompiles are compared with.
 
-Finished cases are lines of `runs/zoo/*.jsonl`; a second call continues. The table goes to
-`benchmarks/results/zoo.md`.
+Finished cases are lines of `benchmarks/results/zoo.jsonl`, from which `zoo.md` beside it is
+written; a second call continues. What a line leaves out (each site, traces) is in `runs/zoo/`.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import logging
 import math
 import multiprocessing
 import os
-import platform
 import subprocess
 import tempfile
 import threading
@@ -39,7 +40,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "zoo"
-TABLE = ROOT / "benchmarks" / "results" / "zoo.md"
+RECORD = ROOT / "benchmarks" / "results" / "zoo.jsonl"
+TABLE = RECORD.with_suffix(".md")
+VERSIONS = RECORD.with_name("zoo_versions.md")
 
 CACHES = ("static", "dynamic", "generate")
 ATTENTIONS = ("sdpa", "eager")
@@ -173,6 +176,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
+
+# One type for each way to write attention or a cache; all of them are in transformers 4.57.
+SAMPLE = ("bamba", "bart", "bloom", "cohere2", "deepseek_v3", "diffllama", "falcon", "gemma2",
+          "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "jetmoe", "llama",
+          "mistral", "mixtral", "mpt", "olmo2", "opt", "phi3", "qwen3_moe", "xglm")  # fmt: skip
 
 # Types that want all tokens at each step, also those whose keys are cached.
 ALL_TOKENS = ("cpmant",)
@@ -326,11 +334,11 @@ def _compiled(model: Any, case: Case, tokens: Any, truth: Any, heard: _Warnings)
     from loki_compile.report import clear_reports, reports
     from loki_compile.runtime import reset_stats, stats
 
+    found: dict[str, Any] = {"plain": _plain(model, case, tokens, truth, "eager")}
     engine(case.engine)
     clear_reports()
     reset_stats()
-    torch._dynamo.reset()
-    found: dict[str, Any] = {}
+    _forget_graphs()
     try:
         own, logits = decode(model, case.cache, _backend(SAME_READ), tokens)
         found["difference"] = difference(logits, truth)
@@ -342,10 +350,11 @@ def _compiled(model: Any, case: Case, tokens: Any, truth: Any, heard: _Warnings)
     found["graphs"] = [[vars(site) for site in graph.sites] for graph in reports()]
     found["warnings"] = sorted(set(heard.lines))
     found["steps"] = stats()
-    found["breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
+    found["dynamo"] = _dynamo_counts()
+    if case.engine == "inductor" and _more(found):
+        found["plain"] = _plain(model, case, tokens, truth, "inductor")
     if wrong:
-        status = wrong + _without_us(model, case, tokens, truth, found)
-        return {**found, "status": status}
+        return {**found, "status": wrong + " without us" * found["plain"]["wrong"]}
     if any("could not be built" in line for line in heard.lines):
         return {**found, "status": "crashes", "error": heard.lines[-1]}
     if case.small and found["steps"]["sparse_steps"]:
@@ -362,19 +371,39 @@ def _compiled(model: Any, case: Case, tokens: Any, truth: Any, heard: _Warnings)
     return {**found, "status": "equal"}
 
 
-def _without_us(model: Any, case: Case, tokens: Any, truth: Any, found: dict[str, Any]) -> str:
-    """ " without us" where plain Dynamo is as far from the uncompiled run."""
+def _plain(model: Any, case: Case, tokens: Any, truth: Any, backend: str) -> dict[str, Any]:
+    """What Dynamo makes of the case without us: its counts, and whether it decodes otherwise.
+
+    "inductor" has the counts of "eager", which is quicker, or more: it may add guards of its own.
+    """
+    _forget_graphs()
+    try:
+        own, logits = decode(model, case.cache, backend, tokens)
+    except Exception as error:
+        return {"wrong": True, "error": _line(error), **_dynamo_counts()}
+    far = difference(logits, truth)
+    wrong = far > TOLERANCE or not own.equal(tokens)
+    return {"wrong": bool(wrong), "difference": far, **_dynamo_counts()}
+
+
+def _forget_graphs() -> None:
     import torch
+    from torch._dynamo.utils import clear_compilation_metrics, counters
 
     torch._dynamo.reset()
-    try:
-        own, logits = decode(model, case.cache, lambda gm, inputs, **_: gm.forward, tokens)
-        found["plain_difference"] = difference(logits, truth)
-        far = found["plain_difference"] > TOLERANCE or not own.equal(tokens)
-    except Exception as error:
-        found["plain_error"] = _line(error)
-        far = True
-    return " without us" if far else ""
+    counters.clear()
+    clear_compilation_metrics()
+
+
+def _dynamo_counts() -> dict[str, int]:
+    """Graphs, graph breaks and recompiled frames since `_forget_graphs`."""
+    from torch._dynamo.utils import counters, get_compilation_metrics
+
+    return {
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": sum(counters["graph_break"].values()),
+        "recompiles": sum(bool(frame.recompile_reason) for frame in get_compilation_metrics()),
+    }
 
 
 def difference(logits: Any, truth: Any) -> float:
@@ -564,6 +593,24 @@ def _watch(
             process.join()
 
 
+def compact(result: dict[str, Any]) -> dict[str, Any]:
+    """A result as the record keeps it: sites counted by outcome and reason, no traces."""
+    sites = Counter(
+        (site["outcome"], site["reason"]) for graph in result.get("graphs", []) for site in graph
+    )
+    names = ("key", "small", "status", "error", "tokens", "difference", "dynamo", "plain",
+             "seconds", "revision", "versions")  # fmt: skip
+    line = {name: result[name] for name in names if name in result}
+    if sites:
+        line["sites"] = [[*site, number] for site, number in sorted(sites.items())]
+    if "steps" in result:
+        line["steps"] = {kind: result["steps"][f"{kind}_steps"] for kind in ("sparse", "dense")}
+    for numbers in (line, line.get("plain", {})):
+        if "difference" in numbers:
+            numbers["difference"] = float(f"{numbers['difference']:.1e}")
+    return line
+
+
 def read_record(path: Path) -> dict[str, dict[str, Any]]:
     """Results by key; the last line of a key wins."""
     if not path.exists():
@@ -583,29 +630,48 @@ def main() -> None:
     parser.add_argument("--no-small", action="store_true", help="leave out the small budget")
     parser.add_argument("--again", action="store_true", help="run finished cases again")
     parser.add_argument("--report-only", action="store_true", help="write the table, run nothing")
+    parser.add_argument("--sample", action="store_true", help="the types in SAMPLE")
+    parser.add_argument("--record", type=Path, default=RECORD, help="where finished cases are kept")
+    parser.add_argument(
+        "--against", type=Path, nargs="+", help="write what other records have otherwise, and stop"
+    )
     args = parser.parse_args()
-    unknown = sorted(set(args.models) - set(model_types()))
+    if args.against:
+        records = {path: read_record(path) for path in (args.record, *args.against)}
+        _write(VERSIONS, versions_table([list(rows.values()) for rows in records.values()]))
+        return
+    models = args.models or (SAMPLE if args.sample else model_types())
+    unknown = sorted(set(models) - set(model_types()))
     if unknown:
         parser.error(f"found {', '.join(unknown)}; needed model types of AutoModelForCausalLM")
-    RUNS.mkdir(parents=True, exist_ok=True)
-    record = RUNS / f"{args.engine}.jsonl"
-    known = read_record(record)
+    known = read_record(args.record)
     cases = [
         Case(model, cache, attention, args.engine, not args.no_small)
         for attention in args.attention
         for cache in args.caches
-        for model in args.models or model_types()
+        for model in models
     ]
-    cases = [case for case in cases if args.again or case.key not in known]
+    cases = [case for case in cases if args.again or not _finished(case, known)]
     if cases and not args.report_only:
-        known |= _run(cases, record, args)
-    TABLE.write_text(table(known.values()))
-    print(f"wrote {TABLE.relative_to(ROOT)}")
+        _run(cases, args)
+        known = read_record(args.record)
+    lines = [json.dumps(known[key]) + "\n" for key in sorted(known)]
+    args.record.write_text("".join(lines))
+    if args.record == RECORD:
+        _write(TABLE, table(known.values()))
 
 
-def _run(
-    cases: Sequence[Case], record: Path, args: argparse.Namespace
-) -> dict[str, dict[str, Any]]:
+def _finished(case: Case, known: dict[str, dict[str, Any]]) -> bool:
+    line = known.get(case.key)
+    return line is not None and not line.get("from_table") and line["small"] >= case.small
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
+def _run(cases: Sequence[Case], args: argparse.Namespace) -> None:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -614,20 +680,24 @@ def _run(
         TimeRemainingColumn,
     )
 
-    results: dict[str, dict[str, Any]] = {}
-    revision = _revision()
+    facts = {"revision": _revision(), "versions": _versions()}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn()) as progress, record.open("a") as out:
+    RUNS.mkdir(parents=True, exist_ok=True)
+    full = RUNS / f"{args.engine}.jsonl"
+    with (
+        Progress(*columns, TimeRemainingColumn()) as progress,
+        full.open("a") as details,
+        args.record.open("a") as kept,
+    ):
         task = progress.add_task("decoding", total=len(cases))
         for result in run_cases(cases, limit=args.limit, workers=args.workers):
-            result["revision"] = revision
-            out.write(json.dumps(result) + "\n")
-            out.flush()
-            results[result["key"]] = result
+            result.update(facts)
+            for out, line in ((details, result), (kept, compact(result))):
+                out.write(json.dumps(line) + "\n")
+                out.flush()
             if result["status"] in ("differs", "crashes"):
                 progress.print(f"{result['key']}: {result['status']} {result.get('error', '')}")
             progress.update(task, advance=1, description=result["model"])
-    return results
 
 
 def model_types() -> list[str]:
@@ -643,30 +713,40 @@ _STATUSES = ("equal", "differs", "crashes", "differs without us", "crashes witho
 
 
 def table(results: Iterable[dict[str, Any]]) -> str:
-    """The record as Markdown: totals, reasons, and one row per case."""
+    """Lines of a record (see `compact`) as Markdown: totals, reasons, and one row per case."""
     sections: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for result in sorted(results, key=lambda r: r["key"]):
-        sections[result["engine"], result["cache"], result["attention"]].append(result)
-    covered = len({result["model"] for rows in sections.values() for result in rows})
-    head = {"covered": covered, "known": len(model_types()), "versions": _versions()}
-    revisions = Counter(row.get("revision", "?") for rows in sections.values() for row in rows)
-    head["revisions"] = ", ".join(f"{name} {n}" for name, n in revisions.most_common())
-    parts = [_HEAD.format(date=datetime.date.today(), **head)]
+        _, cache, attention, engine = result["key"].split("/")
+        sections[engine, cache, attention].append(result)
+    every = [row for rows in sections.values() for row in rows]
+    head = {
+        "covered": len({_model(row) for row in every}),
+        "known": len(model_types()),
+        "taken_over": sum("from_table" in row for row in every),
+    }
+    versions, revisions = (
+        ", ".join(f"{name} ({n})" for name, n in Counter(row[what] for row in every).most_common())
+        for what in ("versions", "revision")
+    )
+    parts = [_HEAD.format(versions=versions, revisions=revisions, **head)]
     names = list(sections)
     names.sort(key=lambda n: (n[0], CACHES.index(n[1]), ATTENTIONS.index(n[2])))
     parts.append(_totals([(name, sections[name]) for name in names]))
-    parts.append(_reasons([row for rows in sections.values() for row in rows]))
+    parts.append(_reasons(every))
     parts += [_section(name, sections[name]) for name in names]
     return "\n".join(parts)
 
 
 _HEAD = """# Every causal language model of transformers through `backend="loki"`
 
-Written by `python benchmarks/zoo.py` on {date}: {versions}, CPU. Tiny random models, fp32, one
-prefill of 12 tokens uncompiled, then 6 steps compiled with `top_k=1.0, min_context=0`: sparse is
-forced and must agree with the uncompiled run of the same cache kind. The record covers {covered}
-of {known} architectures; what is not listed has not been run. Cases by commit ("+": with changes
-that were not committed yet): {revisions}.
+Written by `python benchmarks/zoo.py` from `zoo.jsonl`, CPU. Tiny random models, fp32, one prefill
+of 12 tokens uncompiled, then 6 steps compiled with `top_k=1.0, min_context=0`: sparse is forced and
+must agree with the uncompiled run of the same cache kind. The record covers {covered} of {known}
+architectures; what is not listed has not been run.
+
+Cases by versions: {versions}. By commit ("+": with changes that were not committed yet):
+{revisions}. {taken_over} of them were taken over from a table whose record is lost: counts of
+graphs and small budgets are missing there, and the next run replaces them.
 
 * **equal**: the same tokens, and logits within 1e-4 of the largest one; where a small budget
   (`top_k=6`) was run too, finite at it (the column **small** counts those).
@@ -676,6 +756,10 @@ that were not committed yet): {revisions}.
 * Sites are summed over the graphs that Dynamo made (lengths become symbolic, windows fill).
 * **all rewritten**: has attention sites, and each is sparse or dense by plan. **all cached
   rewritten** leaves aside sites whose keys are computed in the graph or expanded from a latent.
+* **more than plain**: of the architectures whose **graphs** were **compared**, those with more
+  graphs, graph breaks or recompiles than `backend="eager"` has in the same process (with engine
+  inductor also than `backend="inductor"`, whose own guards can cost graphs); in the sections, by
+  how many.
 """
 
 
@@ -693,25 +777,35 @@ def _revision() -> str:
 def _versions() -> str:
     from importlib.metadata import version
 
-    python = f"Python {platform.python_version()}"
-    return ", ".join([python, *(f"{name} {version(name)}" for name in ("torch", "transformers"))])
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
 
 
-def _sites(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [site for graph in result.get("graphs", []) for site in graph]
+def _model(result: dict[str, Any]) -> str:
+    return result["key"].partition("/")[0]
+
+
+def _sites(result: dict[str, Any]) -> Counter[tuple[str, str]]:
+    """How many sites of the case have this outcome for this reason."""
+    return Counter({(outcome, why): number for outcome, why, number in result.get("sites", [])})
+
+
+def _more(result: dict[str, Any]) -> dict[str, int]:
+    """Graphs, breaks and recompiles beyond plain Dynamo's."""
+    ours, plain = result.get("dynamo", {}), result.get("plain", {})
+    return {name: n - plain[name] for name, n in ours.items() if n > plain[name]}
 
 
 def _all_rewritten(result: dict[str, Any]) -> bool:
     sites = _sites(result)
-    return bool(sites) and all(site["outcome"] != "dense" for site in sites)
+    return bool(sites) and all(outcome != "dense" for outcome, _ in sites)
 
 
 def _all_cached_rewritten(result: dict[str, Any]) -> bool:
     from loki_compile.passes.sites import Reason
 
     computed = tuple(r.value.partition("{")[0] for r in (Reason.NO_CACHE, Reason.LATENT))
-    sites = [site for site in _sites(result) if not site["reason"].startswith(computed)]
-    return bool(sites) and all(site["outcome"] != "dense" for site in sites)
+    outcomes = [outcome for outcome, why in _sites(result) if not why.startswith(computed)]
+    return bool(outcomes) and "dense" not in outcomes
 
 
 def _short(reason: str) -> str:
@@ -720,48 +814,86 @@ def _short(reason: str) -> str:
 
 def _totals(sections: Sequence[tuple[tuple[str, str, str], list[dict[str, Any]]]]) -> str:
     head = ["engine", "cache", "attention", *_STATUSES, "small", "has sites", "all rewritten",
-            "all cached rewritten"]  # fmt: skip
+            "all cached rewritten", "graphs compared", "more than plain"]  # fmt: skip
     rows = []
     for name, results in sections:
         counts = Counter(result["status"] for result in results)
         small = sum(result["small"] and result["status"] == "equal" for result in results)
-        sites = sum(bool(_sites(result)) for result in results)
-        rewritten = sum(map(_all_rewritten, results))
-        cached = sum(map(_all_cached_rewritten, results))
-        rows.append(
-            [*name, *(counts[status] for status in _STATUSES), small, sites, rewritten, cached]
-        )
+        tests = (_sites, _all_rewritten, _all_cached_rewritten, lambda r: "plain" in r, _more)
+        rows.append([
+            *name, *(counts[status] for status in _STATUSES), small,
+            *(sum(bool(test(result)) for result in results) for test in tests),
+        ])  # fmt: skip
     return "## Totals (architectures)\n\n" + _markdown(head, rows)
 
 
 def _reasons(results: Sequence[dict[str, Any]]) -> str:
     models: dict[str, set[str]] = defaultdict(set)
     for result in results:
-        for site in _sites(result):
-            if site["outcome"] == "dense":
-                models[_short(site["reason"])].add(result["model"])
+        for outcome, why in _sites(result):
+            if outcome == "dense":
+                models[_short(why)].add(_model(result))
     ordered = sorted(models.items(), key=lambda item: (-len(item[1]), item[0]))
     rows = [[len(names), reason, ", ".join(sorted(names))] for reason, names in ordered]
     return "## Why sites are dense\n\n" + _markdown(["architectures", "reason", "which"], rows)
 
 
 def _section(name: tuple[str, str, str], results: Sequence[dict[str, Any]]) -> str:
-    head = ["architecture", "graphs", "sites", "sparse", "by plan", "dense", "why dense",
-            "outcome", "tokens", "difference", "commit"]  # fmt: skip
+    head = ["architecture", "graphs", "more than plain", "sites", "sparse", "by plan", "dense",
+            "why dense", "outcome", "tokens", "difference", "commit"]  # fmt: skip
     rows = []
     for result in results:
         sites = _sites(result)
-        outcomes = Counter(site["outcome"] for site in sites)
-        why = sorted({_short(site["reason"]) for site in sites if site["outcome"] == "dense"})
+        outcomes: Counter[str] = Counter()
+        for (outcome, _), number in sites.items():
+            outcomes[outcome] += number
+        why = sorted({_short(why) for outcome, why in sites if outcome == "dense"})
         tokens = {True: "equal", False: "differ"}.get(result.get("tokens"), "")
         far = result.get("difference")
         rows.append([
-            result["model"], len(result.get("graphs", [])), len(sites), outcomes["sparse"],
+            _model(result), result.get("dynamo", {}).get("graphs", ""),
+            ", ".join(f"{number} {what}" for what, number in _more(result).items()),
+            sum(outcomes.values()), outcomes["sparse"],
             outcomes["dense by plan"], outcomes["dense"], "; ".join(why) or result.get("error", ""),
-            result["status"], tokens, "" if far is None else f"{far:.0e}",
-            result.get("revision", "?"),
+            result["status"], tokens, "" if far is None else f"{far:.0e}", result["revision"],
         ])  # fmt: skip
     return "## Engine {}, cache {}, attention {}\n\n".format(*name) + _markdown(head, rows)
+
+
+def versions_table(records: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """What the cases of the second and later records have otherwise than the first, as Markdown.
+
+    An outcome is the status, the outcomes of sites, and the reasons of dense ones.
+    """
+    first, *others = ({row["key"]: row for row in rows} for rows in records)
+    totals, differing = [], []
+    for other in others:
+        here, there = (
+            " and ".join(sorted({rows[key]["versions"] for key in other if key in rows}))
+            for rows in (first, other)
+        )
+        shared = sorted(key for key in other if key in first)
+        odd = [key for key in shared if _outcome(first[key]) != _outcome(other[key])]
+        wrong = sum(row["status"] in ("differs", "crashes") for row in other.values())
+        more = sum(bool(_more(row)) for row in other.values())
+        totals.append([there, here, len(shared), len(shared) - len(odd), wrong, more])
+        differing += [[there, key, _outcome(other[key]), _outcome(first[key])] for key in odd]
+    head = ["versions", "against", "cases", "same outcome", "wrong", "more graphs than plain"]
+    return (
+        "# The zoo under other versions\n\n"
+        "Written by `python benchmarks/zoo.py --against`; an outcome is what a case of `zoo.md`\n"
+        "came to, with the outcomes of its sites.\n\n"
+        + _markdown(head, totals)
+        + "\n## Cases with another outcome\n\n"
+        + _markdown(["versions", "case", "outcome", "against"], differing)
+    )
+
+
+def _outcome(result: dict[str, Any]) -> str:
+    sites = {
+        outcome + f" ({_short(why)})" * (outcome == "dense") for outcome, why in _sites(result)
+    }
+    return "; ".join([result["status"], *sorted(sites)])
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

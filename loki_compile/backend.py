@@ -258,24 +258,25 @@ def _compile_late(
 
     Private API, checked on torch 2.11 and 2.13: `torch._guards.tracing` and the guards of a
     `ShapeEnv`. Dynamo's guards exist already, so a guard that Inductor adds now must be checked by
-    us before the variant runs.
+    us; where it does not hold, the same graph runs node by node.
     """
     values = _fakes(gm)
     fake_mode = fake_mode_of(gm.graph)
     shape_env = fake_mode.shape_env
     with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
-        run = compile_graph(gm, values)
+        run = compile_graph(copy_of(gm)[0], values)  # Inductor may edit what it is given
     added = shape_env.guards[known:]
     if not added:
-        return Variant(run)
+        return run
     log.debug("late guards: %s", [guard.expr for guard in added])
     symbols = [v for v in values if isinstance(v, torch.SymInt)]
     places = [i for i, v in enumerate(values) if isinstance(v, torch.SymInt)]
     code = shape_env.produce_guards_expression(symbols, guards=added)
 
-    def holds(args: Sequence[Any]) -> bool:
-        return code is None or shape_env.evaluate_guards_expression(
-            code, [args[place] for place in places]
-        )
+    def run_or_interpret(*args: Any) -> Any:
+        sizes = [args[place] for place in places]
+        if code is None or shape_env.evaluate_guards_expression(code, sizes):
+            return run(*args)
+        return gm(*args)
 
-    return Variant(run, holds)
+    return run_or_interpret

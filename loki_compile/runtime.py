@@ -23,7 +23,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -182,16 +182,8 @@ class CacheBinding:
         return f"{self.basis.kind}, {self.basis.tokens} tokens"
 
 
-@dataclass
-class Variant:
-    """One compiled form of the graph, made at first use.
-
-    Inductor may specialise on sizes that Dynamo left open. Dynamo's guards were fixed before a
-    late compilation, so what it adds is kept here as a precondition.
-    """
-
-    run: Callable[..., Any]
-    holds: Callable[[Sequence[Any]], bool] = field(default=lambda args: True)
+# One compiled form of the graph, made at first use.
+Variant = Callable[..., Any]
 
 
 class DecodeGraph:
@@ -225,8 +217,7 @@ class DecodeGraph:
         visible = self.visible_keys(args)
         if self.wants_sparse(visible) and self.prepare_sparse(args, visible):
             assert self.sparse is not None
-            if self.sparse.holds(args):
-                return self.run_sparse(self.sparse, args, visible)
+            return self.run_sparse(self.sparse, args, visible)
         return self.run_dense(args, visible)
 
     def wants_sparse(self, visible: int) -> bool:
@@ -328,8 +319,7 @@ class DecodeGraph:
             with self.building:
                 if self.dense is None:
                     self.dense = self.compile_graph(self._dense_graph())
-        run = self.dense.run if self.dense.holds(args) else self.gm
-        outputs = run(*args)
+        outputs = self.dense(*args)
         _count("dense_steps")
         self._remember_filled(args, outputs, visible)
         return outputs
@@ -366,7 +356,7 @@ class DecodeGraph:
             if not binding.cache.replaced:
                 record.stamp = None  # until the step has ended well
         try:
-            outputs = list(variant.run(*args, *extra))
+            outputs = list(variant(*args, *extra))
         except Exception as error:
             if not whole:
                 raise  # what the first attempt has written cannot be taken back

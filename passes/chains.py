@@ -10,6 +10,8 @@ edits a graph.
 from __future__ import annotations
 
 import dataclasses
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,6 +55,7 @@ class _Scores:
         self.floor = float("-inf")  # of everything that lies further back, after the factor
         self.masks: list[MaskTerm] = []
         self.softcap = 0.0
+        self.query_scales: list[tuple[Callable[..., Any], fx.Node]] = []
         self.sinks: fx.Node | None = None
         self.row_sinks = False
         self.reads: list[tuple[fx.Node, fx.Node]] = []
@@ -132,6 +135,7 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
         value=value[0],
         masks=tuple(reversed(scores.masks)),
         scale=scores.factor,
+        query_scales=tuple(scores.query_scales),
         key_order=key[1],
         value_order=value[1],
         softcap=scores.softcap,
@@ -153,7 +157,7 @@ def _factors(product: fx.Node, scores: _Scores) -> tuple[Any, Any] | str:
     if not isinstance(beta, (int, float)) or not isinstance(alpha, (int, float)) or alpha <= 0:
         return "baddbmm"
     if beta != 0 and not _is_zeros(added):
-        if scores.softcap or not isinstance(added, fx.Node) or beta < 0:
+        if scores.softcap or scores.query_scales or not isinstance(added, fx.Node) or beta < 0:
             return "baddbmm"
         scores.add_mask(added, product, float(beta))
     scores.factor *= alpha
@@ -279,7 +283,9 @@ def _fold(node: Any, scores: _Scores) -> fx.Node | str:
         if name in _PRODUCTS:
             return node
         step = _STEPS.get(name)
-        previous = step(node, scores) if step else None
+        # The queries can carry what multiplies the product alone, nothing that is added to it.
+        plain = not scores.query_scales or name in (*_MUL, *_DIV, *_CASTS) or step is _fold_view
+        previous = step(node, scores) if step and plain else None
         if previous is None:
             return name or node.op
         node = previous
@@ -311,7 +317,8 @@ def _fold_mul(node: fx.Node, scores: _Scores) -> fx.Node | None:
                 return None
             scores.factor *= number
             return inner
-    return None
+    scaled = _fold_one_number(operator.mul, left, right, node, scores)
+    return scaled or _fold_one_number(operator.mul, right, left, node, scores)
 
 
 def _fold_div(node: fx.Node, scores: _Scores) -> fx.Node | None:
@@ -321,7 +328,25 @@ def _fold_div(node: fx.Node, scores: _Scores) -> fx.Node | None:
     if isinstance(inner, fx.Node) and isinstance(number, (int, float)) and number > 0:
         scores.factor /= number
         return inner
-    return None
+    return _fold_one_number(operator.truediv, inner, number, node, scores)
+
+
+def _fold_one_number(
+    function: Callable[..., Any], inner: Any, scale: Any, node: fx.Node, scores: _Scores
+) -> fx.Node | None:
+    """A factor that only the running model knows, a tensor of one number: the queries carry it."""
+    if not isinstance(inner, fx.Node) or not isinstance(scale, fx.Node):
+        return None
+    value, before, after = fake_value(scale), fake_value(inner), fake_value(node)
+    if not isinstance(value, torch.Tensor) or not isinstance(before, torch.Tensor):
+        return None
+    if not value.dtype == before.dtype == after.dtype or value.device != before.device:
+        return None
+    if value.ndim > 1 or before.ndim < 3 or any(concrete(size) != 1 for size in value.shape):
+        return None
+    scores.query_scales.append((function, scale))
+    scores.reads.append((scale, node))
+    return inner
 
 
 def _fold_tanh(node: fx.Node, scores: _Scores) -> fx.Node | None:
@@ -466,7 +491,7 @@ def _holds_product(node: Any) -> bool:
         if name not in _STEPS or not node.args or not isinstance(node.args[0], fx.Node):
             return False
         inner = [a for a in node.args[:2] if isinstance(a, fx.Node)]
-        if len(inner) == 2 and name in (*_ADD, "where"):
+        if len(inner) == 2 and name in (*_ADD, *_MUL, "where"):
             return any(_holds_product(a) for a in inner)
         node = node.args[0]
     return False

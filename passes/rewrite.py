@@ -291,6 +291,8 @@ def _sparse_attention(
 ) -> fx.Node:
     site, budget = sparse.site, sparse.budget
     query, sinks = site.query, site.sinks
+    for scaled, by in site.query_scales:
+        query = call(graph, scaled, query, by, like=site.node)
     if site.row_sinks:
         sinks = call(graph, torch.Tensor.new_zeros, query, (site.query_heads,), like=site.node)
     if site.tiled:  # the ops know blocks of query heads: bring the heads into that order and back

@@ -7,6 +7,7 @@ D head_dim of queries and keys, Dv head_dim of values. Analysis only: nothing he
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +132,8 @@ class Core:
     `key` permuted by `key_order` is (B, heads, T, D), `value` by `value_order` (B, heads, T, Dv);
     `scale` None means 1 / sqrt(D); `grouped` lets fewer KV heads than query heads stand for blocks
     of them; `causal` masks by position; `row_sinks` is as in `AttentionSite`. `reads` names calls
-    that read an operand before `node` does: (operand, call).
+    that read an operand before `node` does: (operand, call). `query_scales` is as in
+    `AttentionSite`.
     """
 
     node: fx.Node
@@ -148,6 +150,7 @@ class Core:
     reads: tuple[tuple[fx.Node, fx.Node], ...] = ()
     causal: bool = False
     grouped: bool = False
+    query_scales: tuple[tuple[Callable[..., Any], fx.Node], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,8 @@ class AttentionSite:
     own: it is subtracted from the scores by a mask that is `per_row`, and is 0 then. `sdpa` says
     that the core is the SDPA call itself. `query_tokens` is S, or -1 where it is not a constant
     (only with `max_query_tokens=None`). `tiled`: query head h reads KV head h % Hkv instead of
-    h // group.
+    h // group. `query_scales`: tensors of one number that the scores are multiplied with
+    (`operator.mul`) or divided by (`operator.truediv`) beside `scale`.
     """
 
     node: fx.Node
@@ -181,6 +185,7 @@ class AttentionSite:
     sinks: fx.Node | None = None
     row_sinks: bool = False
     sdpa: bool = True
+    query_scales: tuple[tuple[Callable[..., Any], fx.Node], ...] = ()
 
 
 def find_sites(
@@ -282,7 +287,8 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
     # Values that are repeated more often than keys stay so: a copy of them is what is attended to.
     value = _heads_at(core.value, core.value_order, core, writes, most=key.group)
     query = _narrow(core.query)
-    dtypes = {fake_value(x).dtype for x in (query, key.base, value.base, core.node)}
+    scales = [by for _, by in core.query_scales]
+    dtypes = {fake_value(x).dtype for x in (query, key.base, value.base, core.node, *scales)}
     dtype = fake_value(query).dtype
     if len(dtypes) > 1 or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return skip(Reason.DTYPE, ", ".join(sorted(map(str, dtypes))))
@@ -328,6 +334,7 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         sinks=core.sinks,
         row_sinks=core.row_sinks,
         sdpa=op_name(core.node) == "scaled_dot_product_attention",
+        query_scales=core.query_scales,
     )
 
 

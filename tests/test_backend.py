@@ -215,6 +215,51 @@ def test_inductors_options_reach_inductor(monkeypatch):
     assert seen == [(None, {"epilogue_fusion": False})]
 
 
+@torch.no_grad()
+def test_a_variant_runs_only_at_sizes_that_either_compilation_fixed(monkeypatch):
+    """Inductor may fix a size while it compiles a variant late, after Dynamo has made its guards.
+
+    The variant compiled second finds that size fixed, and adds no guard of its own.
+    """
+    compiled, ran = [], []
+
+    def inductor_that_fixes_sizes(gm, inputs, **_):
+        places = [i for i, value in enumerate(inputs) if isinstance(value, torch.SymInt)]
+        sizes = [int(inputs[place]) for place in places]
+        if places:
+            compiled.append(len(inputs))
+
+        def run(*args):
+            if places:
+                assert [args[place] for place in places] == sizes, "compiled for other sizes"
+                ran.append(len(inputs))
+            return gm.forward(*args)
+
+        return run
+
+    monkeypatch.setattr(backend, "_inductor", inductor_that_fixes_sizes)
+    module = ToyDecoder(GROWING).eval()
+    fast = torch.compile(module, backend="loki", options=EVERYTHING)
+    here = Conversation.start(GROWING)
+
+    def step_as_uncompiled():
+        x, there = tokens(GROWING, 1)[0], here.fork()
+        torch.testing.assert_close(here.step(fast, x), there.step(module, x), rtol=0, atol=2e-5)
+
+    step_as_uncompiled()  # sizes are numbers in Dynamo's first graph
+    again = here.fork()
+    for _ in range(3):
+        step_as_uncompiled()
+    assert stats()["sparse_steps"] == 4, "at other sizes the rewritten graph is interpreted"
+    monkeypatch.setattr(runtime.DecodeGraph, "wants_sparse", lambda self, visible: False)
+    step_as_uncompiled()
+    here = again
+    step_as_uncompiled()
+    sparse, dense = compiled
+    assert sparse > dense, "indexes and bases are inputs of the sparse variant, compiled first"
+    assert ran == [sparse, dense], "each at the size that was fixed, and nowhere else"
+
+
 # --- as a backend
 
 

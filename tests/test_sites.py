@@ -210,6 +210,19 @@ def written_out(q, keys, values, mask):
     return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ repeat_kv(values)
 
 
+def divided_by_a_tensor(q, keys, values, mask):
+    """A scale that is a tensor, as modules keep it in a buffer."""
+    scale = torch.sqrt(torch.tensor(float(HEAD_DIM)))
+    return chain(q @ repeat_kv(keys).transpose(2, 3) / scale + mask, repeat_kv(values))
+
+
+def learnt_temperature(q, keys, values, mask):
+    """Negative here, of shape (1,), under a soft cap, together with a number."""
+    temperature = -torch.ones(1) * q.shape[-1] / 8
+    scores = temperature * (q @ repeat_kv(keys).transpose(2, 3) * 0.3)
+    return chain(torch.tanh(scores / 5.0) * 5.0 + mask, repeat_kv(values))
+
+
 def scaled_query(q, keys, values, mask):
     return chain((q * 0.3) @ repeat_kv(keys).transpose(2, 3) + mask, repeat_kv(values))
 
@@ -355,6 +368,8 @@ CHAINS = [
     (einsum_tokens_first, causal_inf),
     (written_out, causal_inf),
     (written_out, alibi),
+    (divided_by_a_tensor, causal_inf),
+    (learnt_temperature, alibi),
     (scaled_query, causal_inf),
     (divided_then_masked, causal),
     (where_masked, causal),
@@ -393,6 +408,24 @@ def test_attention_written_out_is_the_same_core(attend, mask, monkeypatch):
     assert stats()["sparse_steps"] == 3
 
 
+@torch.no_grad()
+def test_queries_are_not_scaled_by_a_tensor_of_another_dtype_than_theirs(monkeypatch):
+    def widened(q, keys, values, mask):
+        scores = q.float() @ repeat_kv(keys).float().mT / torch.sqrt(torch.tensor(7.0)) + mask
+        return torch.softmax(scores, dim=-1).to(q.dtype) @ repeat_kv(values)
+
+    compiled = interpret(monkeypatch)
+    spelling = Spelling(index_copy_method, attend=widened, mask=causal_inf)
+    dtype, x = torch.bfloat16, tokens(spelling, 1)[0]
+    for half in (False, True):
+        module = ToyDecoder(spelling).eval().to(dtype if half else torch.float32)
+        conversation = Conversation.start(spelling, dtype=dtype if half else None)
+        torch._dynamo.reset()
+        fast = torch.compile(module, backend="loki", options={"min_context": 0, "top_k": 1.0})
+        conversation.step(fast, x.to(dtype) if half else x)
+        assert compiled.calls("loki.") == 2, "select and attend in the first run alone"
+
+
 def max_over_heads(q, keys, values, mask):
     scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3
     return chain(scores - scores.max(dim=1, keepdim=True).values + mask, repeat_kv(values))
@@ -406,6 +439,28 @@ def floored(q, keys, values, mask):
 def scaled_mask(q, keys, values, mask):
     scores = q @ repeat_kv(keys).transpose(2, 3)
     return chain(torch.add(scores, mask, alpha=3), repeat_kv(values))
+
+
+def scale_of_each_key(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3)
+    return chain(scores / torch.linspace(1, 2, scores.shape[-1]) + mask, repeat_kv(values))
+
+
+def masked_then_divided_by_a_tensor(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3) + mask
+    return chain(scores / torch.sqrt(torch.tensor(float(HEAD_DIM))), repeat_kv(values))
+
+
+def multiplied_by_scores(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3)
+    return chain(scores * scores + mask, repeat_kv(values))
+
+
+def scale_edited_between_the_products(q, keys, values, mask):
+    scale = torch.full((1,), 3.0)
+    scores = q @ repeat_kv(keys).transpose(2, 3) / scale + mask
+    scale.fill_(0.5)
+    return chain(scores, repeat_kv(values)) * scale
 
 
 def negative_scale(q, keys, values, mask):
@@ -522,6 +577,8 @@ def mask_edited_between_the_products(q, keys, values, mask):
         clamped_high, clamped_above, einsum_of_three, heads_mixed_by_views,
         products_of_features,
         keys_edited_between_the_products, mask_edited_between_the_products,
+        scale_edited_between_the_products, scale_of_each_key, masked_then_divided_by_a_tensor,
+        multiplied_by_scores,
         max_over_heads, floored, scaled_mask, negative_scale, masked_then_capped,
         weights_read_twice, over_heads, weights_scaled, not_very_low, keys_as_router,
     ],
