@@ -76,7 +76,8 @@ class KeyCache:
     same placeholder where the cache is mutated, the node that builds the new cache where it is
     replaced (then `output` is its place among the graph's outputs, after the views `leaves`: a
     sliding window keeps a slice). `views` lead from `root` to the site's `key.base`. `head_axis`
-    and `token_axis` are dimensions of `root`; head_dim is last.
+    and `token_axis` are dimensions of `root`; head_dim is last. `beside` is a second cache of the
+    same tokens, written by the same calls, whose rows continue these: both have one index.
     """
 
     past: fx.Node
@@ -88,6 +89,7 @@ class KeyCache:
     source: str
     output: int | None = None
     leaves: tuple[fx.Node, ...] = ()
+    beside: KeyCache | None = None
 
     @property
     def replaced(self) -> bool:
@@ -523,7 +525,7 @@ def _why_not_a_view(node: fx.Node, writes: list[Write]) -> tuple[Any, ...]:
         return (Reason.OPAQUE_VIEW, op_name(node))
     latent = _latent(node, writes)
     if latent is not None:
-        return (Reason.LATENT, (shape_of(latent) or ("?",))[-1])
+        return (Reason.LATENT, (shape_of(latent) or ("?",))[-1], "")
     return (Reason.NO_CACHE, op_name(node) or node.op)
 
 
