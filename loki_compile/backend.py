@@ -148,6 +148,7 @@ def _bind_caches(
                 kv_heads=site.kv_heads,
                 head_dim=site.head_dim,
                 new_tokens=_new_tokens(cache, site.query_tokens),
+                beside=places[cache.beside.past] if cache.beside is not None else None,
             )
         )
     if config.basis != "auto" or bindings:

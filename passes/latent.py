@@ -368,7 +368,7 @@ def _view_of(node: fx.Node) -> _View:
     name = op_name(node)
     if name == "getitem" and op_name(source) in _SPLITS:
         return _part_of_split(node, source) or _identity(node)
-    if shape_of(source) is None or name not in _REARRANGE:
+    if shape_of(source) is None or name not in _REARRANGE or not _same_type(node, source):
         return _identity(node)
     view = _REARRANGE[name](node, _view_of(source))
     if view is None:
@@ -376,9 +376,13 @@ def _view_of(node: fx.Node) -> _View:
     return dataclasses.replace(view, walked=(*view.walked, node))
 
 
-def _copy(node: fx.Node, view: _View) -> _View | None:
-    before, after = fake_value(node.args[0]), fake_value(node)  # type: ignore[arg-type]
-    return view if (before.dtype, before.device) == (after.dtype, after.device) else None
+def _same_type(a: fx.Node, b: fx.Node) -> bool:
+    x, y = fake_value(a), fake_value(b)
+    return (x.dtype, x.device) == (y.dtype, y.device)
+
+
+def _copy(node: fx.Node, view: _View) -> _View:
+    return view
 
 
 def _permute(node: fx.Node, view: _View) -> _View | None:
