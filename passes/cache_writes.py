@@ -124,6 +124,8 @@ def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skip
             views.append(node)
         node = node.args[0]  # type: ignore[assignment]
     rank = len(shape_of(node) or ())
+    if op_name(node) == "cat" and operand(node, "dim", 0) % rank == order[3]:
+        return skip(*_why_not_a_view(node, all_writes))  # parts of keys, not past and new keys
     if order[3] != rank - 1 or not (
         _rows_lie_together(site.key) and _rows_lie_together(site.value)
     ):
@@ -519,7 +521,7 @@ def _why_not_a_view(node: fx.Node, writes: list[Write]) -> tuple[Any, ...]:
     """OPAQUE_VIEW where only rearrangements and casts lie between here and a cache."""
     origin = _before_rearrangements(node)
     reads_cache = isinstance(origin, fx.Node) and (
-        origin.op == "placeholder" or op_name(origin) in _FUNCTIONAL_WRITES
+        origin.op == "placeholder" or (op_name(origin) in _FUNCTIONAL_WRITES and origin is not node)
     )
     if reads_cache:
         return (Reason.OPAQUE_VIEW, op_name(node))

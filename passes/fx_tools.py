@@ -291,13 +291,20 @@ def finish(gm: fx.GraphModule) -> fx.GraphModule:
         return bool(
             node.op in ("placeholder", "output")
             or written_operands(node)
-            or not isinstance(fake_value(node), (torch.Tensor, torch.SymInt, torch.SymFloat, int))
+            or not _is_data(fake_value(node))
         )
 
     gm.graph.eliminate_dead_code(is_impure)
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a fake value is a tensor, a number or, as splits have it, a tuple of these."""
+    if isinstance(value, (tuple, list)):
+        return bool(value) and all(map(_is_data, value))
+    return isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, int))
 
 
 def call(

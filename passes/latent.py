@@ -486,11 +486,12 @@ def _part_of_split(node: fx.Node, split: fx.Node) -> _View | None:
 
 
 def _window(view: _View, dim: int, start: int, length: int) -> _View | None:
+    """Of the source's features. Windows of its tokens are views of a cache: not seen through."""
     steps = view.dims[dim]
     if not steps:
         return view if (start, length) == (0, 1) else None
-    if len(steps) > 1 or steps[0].axis is None:
-        return None
+    if len(steps) > 1 or steps[0].axis != len(view.starts) - 1:
+        return view if start == 0 and same_size(view.sizes[dim], length) else None
     (step,) = steps
     starts = list(view.starts)
     starts[step.axis] += start * step.step  # type: ignore[index]
