@@ -86,7 +86,8 @@ def _finish(acc, largest, total, sink):
 _RUNTIME_SIZES = [
     "H", "S", "T", "K", "splits", "hq",
     "q_sb", "q_sh", "q_ss", "k_sb", "k_sh", "k_st", "rest_sb", "rest_sh", "rest_st",
-    "v_sb", "v_sh", "v_st", "pos_sb", "pos_sh", "pos_ss", "mask_sb", "mask_sh", "mask_ss", "mask_st",
+    "v_sb", "v_sh", "v_st", "pos_sb", "pos_sh", "pos_ss",
+    "mask_sb", "mask_sh", "mask_ss", "mask_st",
 ]  # fmt: skip
 
 

@@ -104,11 +104,13 @@ class _Absorption:
         expanded = [(at, view) for at, view in pieces if _is_linear(view.source)]
         direct = [(at, view) for at, view in pieces if not _is_linear(view.source)]
         if len(expanded) != 1 or len(direct) > 1 or not _is_linear(value.source):
-            raise _No("not by one linear map without a bias, beside one part that is taken as it is")
+            raise _No(
+                "not by one linear map without a bias, beside one part that is taken as it is"
+            )
         ((absorbed_at, key),) = expanded
         self.computed += [key.source, value.source]
         latent = _input_of(key.source)
-        dims = concrete((shape_of(latent) or (0,))[-1])
+        dims = concrete((shape_of(latent) or (0,))[-1]) or 0
         seen, seen_by_values = _view_of(latent), _view_of(_input_of(value.source))
         self.computed += [*seen.walked, *seen_by_values.walked]
         if (seen.source, seen.dims, seen.starts) != (
@@ -579,9 +581,9 @@ def _written_alike(a: KeyCache, b: KeyCache) -> bool:
         return False
     pairs: dict[fx.Node, fx.Node] = {a.past: b.past, a.root: b.root}
     ways = ((a.views, b.views), (a.leaves, b.leaves))
-    return all(
-        _same_write(x, y, pairs) for x, y in zip(a.writes, b.writes, strict=True)
-    ) and all(_same_calls(x, y, pairs) for x, y in ways)
+    return all(_same_write(x, y, pairs) for x, y in zip(a.writes, b.writes, strict=True)) and all(
+        _same_calls(x, y, pairs) for x, y in ways
+    )
 
 
 def _same_write(a: CacheWrite, b: CacheWrite, pairs: dict[fx.Node, fx.Node]) -> bool:

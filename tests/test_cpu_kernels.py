@@ -365,9 +365,7 @@ def test_keys_in_two_tensors_are_one_key(implementation, dims, heads, dtype):
     k, rest = (x.contiguous() for x in keys.split(dims, -1))
     mask = masks("left-padded", 2, 2, 257)
     options = {"scale": 0.1, "softcap": 0.0}
-    truth = reference.attend(
-        q.double(), keys.double(), k.double(), positions, mask, scale=0.1
-    )
+    truth = reference.attend(q.double(), keys.double(), k.double(), positions, mask, scale=0.1)
     by_parts = reference.attend(
         q.double(), k.double(), k.double(), positions, mask, scale=0.1, k_rest=rest.double()
     )

@@ -627,7 +627,9 @@ def test_repeated_heads_are_left_dense_with_the_reason():
     assert site.outcome == "dense" and "repeated" in site.reason
 
 
-@pytest.mark.parametrize("form", [_static, _cat.but(expand=into_fresh_tensor)], ids=["static", "growing"])
+@pytest.mark.parametrize(
+    "form", [_static, _cat.but(expand=into_fresh_tensor)], ids=["static", "growing"]
+)
 def test_nothing_is_expanded_for_all_tokens(form, interpreted):
     with torch.no_grad():
         pair = Pair(form, FEW)
@@ -793,9 +795,7 @@ def test_the_maps_of_the_heads_are_found_in_the_weight():
     )
     sites, skipped = find_sites(gm.graph)
     budget = Budget(None, 1 << 15, 1, 1)
-    plan = make_plan(
-        sites, skipped, budget=budget, min_context=0, per_head=False, layers="all"
-    )
+    plan = make_plan(sites, skipped, budget=budget, min_context=0, per_head=False, layers="all")
     (sparse,) = plan.sparse
     latent = sparse.site.latent
     assert (latent.keys.start, latent.keys.block, latent.keys.inside) == (0, OWN + VALUE, 0)
