@@ -149,6 +149,7 @@ def _bind_caches(
                 head_dim=site.head_dim,
                 new_tokens=_new_tokens(cache, site.query_tokens),
                 beside=places[cache.beside.past] if cache.beside is not None else None,
+                latent=site.latent is not None,
             )
         )
     if config.basis != "auto" or bindings:
@@ -176,7 +177,8 @@ def _choose_bases(bindings: list[CacheBinding], config: LokiConfig) -> None:
     for binding in bindings:
         occurrence = uses.get(binding.weights, 0)
         uses[binding.weights] = occurrence + 1
-        binding.basis = _pick(chosen, binding, occurrence, must=config.basis != "auto")
+        must = config.basis != "auto" and not binding.latent
+        binding.basis = _pick(chosen, binding, occurrence, must=must)
         if binding.basis is not None and not isinstance(config.rank, str):
             binding.basis.rank_for(config.rank)
     if isinstance(config.rank, int):

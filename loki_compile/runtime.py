@@ -171,7 +171,8 @@ class CacheBinding:
 
     `argument` is the position of its past tensor among the graph's arguments; `beside` that of the
     tensor whose rows continue its rows, if there is one; `weights` the fingerprint of the weights
-    that make its keys ("" if none was found).
+    that make its keys ("" if none was found). A set of bases need not hold one for a `latent`
+    cache, whose rows `calibrate` may not have seen: it is fitted then.
     """
 
     cache: KeyCache
@@ -182,6 +183,7 @@ class CacheBinding:
     head_dim: int
     new_tokens: int
     beside: int | None = None
+    latent: bool = False
     basis: Basis | None = None
     bound: BoundBasis | None = None
     layout: IndexLayout | None = None

@@ -83,9 +83,18 @@ def absorb(
     writes: `writes_of` the site's graph; dims: the latent's, for the reason.
     """
     try:
-        return _Absorption(site, writes).result()
+        found = _Absorption(site, writes).result()
+        return found, _cache_of(found, writes)
     except _No as no:
         return Skipped(site.node, Reason.LATENT, (dims, str(no)), site.path)
+
+
+def over_rows(site: AttentionSite, writes: list[Write]) -> AttentionSite | None:
+    """The site over the rows that its keys and values are expanded from, cached or not."""
+    try:
+        return _Absorption(site, writes).result()
+    except _No:
+        return None
 
 
 class _Absorption:
@@ -95,9 +104,9 @@ class _Absorption:
         self.computed: list[fx.Node] = []  # between the cached rows and the core
         self.fills: list[fx.Node] = []
 
-    def result(self) -> tuple[AttentionSite, KeyCache]:
+    def result(self) -> AttentionSite:
         site = self.site
-        if site.key.group != 1 or site.key.tiled or -1 in (*site.key.order, *site.value.order):
+        if site.group != 1 or -1 in (*site.key.order, *site.value.order):
             raise _No("the heads that are made of it are repeated")
         pieces = self._pieces()
         value = self._ordered(_view_of(site.value.base), site.value)
@@ -151,7 +160,16 @@ class _Absorption:
         )
         self._refuse_other_dtypes(latent_form, heads)
         self._refuse_writes_between(latent_form, heads)
-        return self._with_cache(latent_form, heads)
+        return dataclasses.replace(
+            site,
+            key=heads,
+            value=heads,
+            kv_heads=1,
+            group=site.query_heads,
+            head_dim=dims + kept,
+            value_dim=dims,
+            latent=latent_form,
+        )
 
     def _pieces(self) -> list[tuple[int, _View]]:
         """What the keys' head_dim is put together from: first dim and (B, H, T, dims) of each."""
@@ -219,7 +237,7 @@ class _Absorption:
         steps, per_head = view.dims[1], view.dims[3]
         if count is None or width != dims or [s.axis for s in (*steps, *per_head)] != (
             [features] * (1 + (heads > 1))
-        ):  # fmt: skip
+        ) or any(concrete(s.size) != heads for s in steps):  # fmt: skip
             raise _No("its linear map does not make heads of dims in one order")
         size, first = _concrete_size(per_head), view.starts[features]
         block = steps[0].step if steps else count
@@ -258,31 +276,27 @@ class _Absorption:
             ):
                 raise _No(f"`{op_name(write.call)}` writes between the expansion and attention")
 
-    def _with_cache(self, latent: Latent, heads: Heads) -> tuple[AttentionSite, KeyCache]:
-        rest, own = latent.rest, latent.dims + (latent.kept if latent.rest is None else 0)
-        site = dataclasses.replace(
-            self.site,
-            key=heads,
-            value=heads,
-            kv_heads=1,
-            group=self.site.query_heads,
-            head_dim=own,
-            value_dim=latent.dims,
-            latent=latent,
-        )
-        cache = trace_cache(site, self.writes)
+
+def _cache_of(site: AttentionSite, writes: list[Write]) -> KeyCache:
+    """The cache of the rows; where they lie in two tensors, both caches as one."""
+    latent = site.latent
+    assert latent is not None
+    rest = latent.rest
+    if rest is None:
+        cache = trace_cache(site, writes)
         if isinstance(cache, Skipped):
             raise _No(cache.sentence())
-        if rest is not None:
-            of_rest = dataclasses.replace(site, key=rest, value=rest, head_dim=latent.kept)
-            beside = trace_cache(of_rest, self.writes)
-            if isinstance(beside, Skipped):
-                raise _No(f"beside it, {beside.sentence()}")
-            if not _written_alike(cache, beside):
-                raise _No("the part beside it is cached in another way")
-            cache = dataclasses.replace(cache, beside=beside)
-            site = dataclasses.replace(site, head_dim=latent.dims + latent.kept)
-        return site, cache
+        return cache
+    cache = trace_cache(dataclasses.replace(site, head_dim=latent.dims), writes)
+    if isinstance(cache, Skipped):
+        raise _No(cache.sentence())
+    of_rest = dataclasses.replace(site, key=rest, value=rest, head_dim=latent.kept)
+    beside = trace_cache(of_rest, writes)
+    if isinstance(beside, Skipped):
+        raise _No(f"beside it, {beside.sentence()}")
+    if not _written_alike(cache, beside):
+        raise _No("the part beside it is cached in another way")
+    return dataclasses.replace(cache, beside=beside)
 
 
 def _is_linear(node: fx.Node) -> bool:

@@ -314,17 +314,7 @@ def _sparse_attention(
             sinks = call(graph, _tiles_to_blocks, sinks, 0, site.kv_heads, like=site.node)
     latent = site.latent
     if latent is not None:
-        query = call(
-            graph,
-            absorbed_queries,
-            query,
-            latent.keys.weight,
-            _numbers(latent.keys),
-            latent.absorbed_at,
-            (latent.kept_at, latent.kept),
-            latent.at == 0,
-            like=site.node,
-        )
+        query = _absorb(graph, query, latent, like=site.node)
     if concrete(fake_value(query).stride(3)) != 1:  # the ops read rows that are one run of memory
         query = call(graph, torch.Tensor.contiguous, query, like=site.node)
     key = _canonical(graph, site.key, site)
@@ -387,6 +377,36 @@ def _sparse_attention(
     if site.tiled:
         out = call(graph, _tiles_to_blocks, out, 1, site.group, like=site.node)
     return _strided_like(graph, out, site)
+
+
+def insert_rows(graph: fx.Graph, site: AttentionSite) -> tuple[fx.Node, fx.Node]:
+    """In front of a core over latents: its queries (B, Hq, S, D) and its keys (B, 1, T, D), whole.
+
+    For those who look on: decoding never puts whole rows together.
+    """
+    latent = site.latent
+    assert latent is not None
+    with graph.inserting_before(site.node):
+        query = _absorb(graph, site.query, latent, like=site.node)
+        rows = _canonical(graph, site.key, site)
+        if latent.rest is not None:
+            rest = _canonical(graph, latent.rest, site)
+            rows = call(graph, torch.cat, [rows, rest], -1, like=site.node)
+    return query, rows
+
+
+def _absorb(graph: fx.Graph, query: fx.Node, latent: Latent, *, like: fx.Node) -> fx.Node:
+    return call(
+        graph,
+        absorbed_queries,
+        query,
+        latent.keys.weight,
+        _numbers(latent.keys),
+        latent.absorbed_at,
+        (latent.kept_at, latent.kept),
+        latent.at == 0,
+        like=like,
+    )
 
 
 def _numbers(maps: HeadMaps) -> tuple[bool, int, int, int, int]:

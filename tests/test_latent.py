@@ -26,7 +26,7 @@ from loki_compile.pca_store.fingerprint import weights_fingerprint
 from torch import Tensor, nn
 from toy_decoders import count_attention, count_calls, interpret, normal_graph
 
-from loki_compile import LokiConfig, reports, runtime, stats
+from loki_compile import LokiConfig, calibrate, reports, runtime, stats
 
 HIDDEN, HEADS, LATENT, SHARED, OWN, VALUE = 12, 3, 14, 4, 6, 5
 SLOTS, FILLED, BATCH = 41, 17, 2
@@ -610,13 +610,18 @@ def test_what_is_not_that_form_stays_bit_for_bit(form):
     assert reasons and all(reason.startswith(begin) for reason in reasons), reasons
 
 
-def test_repeated_heads_are_left_dense_with_the_reason():
+@pytest.mark.parametrize("by_flag", [False, True])
+def test_repeated_heads_are_left_dense_with_the_reason(by_flag):
     class Repeated(LatentDecoder):
         def forward(self, x, cc, cr, pos, mask):
             q, c, r = self.parts(x)
             latents, shared, _ = self.form.write(c, r, cc, cr, pos)
+            q = q.repeat_interleave(2, 1)
+            if by_flag:
+                keys, values = joined(self, latents, shared)
+                return (sdpa(q, keys, values, attn_mask=mask, enable_gqa=True).sum(1),)
             keys, values = heads_repeated(self, latents, shared)
-            return (flash(q.repeat_interleave(2, 1), keys, values, mask).sum(1),)
+            return (flash(q, keys, values, mask).sum(1),)
 
     form = _static
     module = Repeated(form).eval()
@@ -781,6 +786,67 @@ def test_a_basis_is_fitted_from_both_caches():
     assert stats()["fitted_bases"] == 1 and stats()["sparse_steps"] == 1
     (basis,) = runtime._fitted.values()
     assert (basis.num_kv_heads, basis.head_dim) == (1, LATENT + SHARED)
+
+
+# --- calibration
+
+
+def tiny_deepseek():
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "first_k_dense_replace": 2}
+    dims = {"q_lora_rank": 16, "kv_lora_rank": LATENT, "qk_rope_head_dim": SHARED}
+    more = {"qk_nope_head_dim": OWN, "v_head_dim": VALUE, "max_position_embeddings": 256}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads, **dims, **more)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["pca", "attention"])
+def test_calibration_sees_the_rows_that_decoding_ranks(kind):
+    from transformers import DynamicCache
+
+    model = tiny_deepseek()
+    texts = [torch.randint(1, 64, (2, 40)) for _ in range(2)]
+    rows: list[list[Tensor]] = [[], []]
+    for ids in texts:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        for layer, held in enumerate(cache.layers):
+            rows[layer].append(torch.cat([held.keys, held.values], -1).flatten(0, 2))
+    bases = calibrate(model, texts, kind=kind, rank=FEW["rank"])
+    assert len(bases.bases) == 2
+    for basis, seen in zip(bases.bases, rows, strict=True):
+        assert (basis.num_kv_heads, basis.head_dim) == (1, LATENT + SHARED)
+        if kind == "pca":
+            seen = torch.cat(seen).double()
+            first = basis.key[0, :, 0].double()
+            most = torch.linalg.eigvalsh(seen.T.cov(correction=0))[-1]
+            found = (seen @ first).var(correction=0) / first.square().sum()
+            torch.testing.assert_close(found, most, rtol=1e-4, atol=0)
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="loki", options={**FEW, "basis": bases})
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(texts[0], past_key_values=cache)
+        step(texts[0][:, :1], past_key_values=cache)
+    used = {site.basis for report in reports() for site in report.sites}
+    assert used == {f"{kind}, 160 tokens"} and stats()["fitted_bases"] == 0
+    assert stats()["sparse_steps"] == 1
+
+
+def test_a_named_basis_without_the_rows_is_fitted_instead_of_refused():
+    other = BasisSet((random_basis(2, 10, seed=0, weights="0123456789abcdef", layer="other"),))
+    module = LatentDecoder(_static).eval()
+    fast = torch.compile(module, backend="loki", options={**FEW, "basis": other})
+    with torch.no_grad():
+        Conversation.start(_static).step(fast, torch.randn(BATCH, 1, HIDDEN))
+    assert stats()["fitted_bases"] == 1 and stats()["sparse_steps"] == 1
 
 
 # --- analysis alone
