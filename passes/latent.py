@@ -302,9 +302,8 @@ def _cache_of(site: AttentionSite, writes: list[Write]) -> KeyCache:
 def _is_linear(node: fx.Node) -> bool:
     """Whether the call multiplies its first operand's last dimension by a matrix, no more."""
     if op_name(node) == "linear":
-        return len(node.args) == 2 or (
-            len(node.args) == 3 and node.args[2] is None and not node.kwargs
-        )
+        bias = [*node.args[2:], *node.kwargs.values()]
+        return len(node.args) >= 2 and all(operand is None for operand in bias)
     if op_name(node) != "matmul" or node.kwargs or len(node.args) != 2:
         return False
     return len(shape_of(node.args[0]) or ()) > 2 and len(shape_of(node.args[1]) or ()) == 2

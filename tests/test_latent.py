@@ -162,6 +162,12 @@ def with_bias(m, latents, shared):
     return torch.cat((own, spread(shared)), -1), values
 
 
+def with_named_bias(m, latents, shared):
+    both = heads_of(F.linear(latents, m.expand.weight, bias=m.bias))
+    own, values = both.split((OWN, VALUE), -1)
+    return torch.cat((own, spread(shared)), -1), values
+
+
 def with_bias_of_position(m, latents, shared):
     tokens = torch.arange(latents.shape[-2]).view(-1, 1) * 0.1
     own, values = heads_of(m.expand(latents) + tokens).split((OWN, VALUE), -1)
@@ -352,7 +358,7 @@ REWRITTEN = [
 _latent = {"reason": Reason.LATENT}
 UNTOUCHED = [
     _static.but(expand=with_bias, **_latent),
-    _cat.but(expand=with_bias, **_latent),
+    _cat.but(expand=with_named_bias, **_latent),
     _static.but(expand=normed_latents, reason=Reason.NO_CACHE),
     _static.but(expand=squashed_values, **_latent),
     _cat.but(expand=squashed_values, **_latent),
