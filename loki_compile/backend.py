@@ -149,7 +149,9 @@ def _bind_caches(
                 head_dim=site.head_dim,
                 new_tokens=_new_tokens(cache, site.query_tokens),
                 beside=places[cache.beside.past] if cache.beside is not None else None,
-                latent=site.latent is not None,
+                latent=site.latent,
+                map=places.get(site.latent.keys.weight) if site.latent is not None else None,
+                query_heads=site.query_heads,
             )
         )
     if config.basis != "auto" or bindings:
@@ -177,7 +179,7 @@ def _choose_bases(bindings: list[CacheBinding], config: LokiConfig) -> None:
     for binding in bindings:
         occurrence = uses.get(binding.weights, 0)
         uses[binding.weights] = occurrence + 1
-        must = config.basis != "auto" and not binding.latent
+        must = config.basis != "auto" and binding.latent is None
         binding.basis = _pick(chosen, binding, occurrence, must=must)
         if binding.basis is not None and not isinstance(config.rank, str):
             binding.basis.rank_for(config.rank)

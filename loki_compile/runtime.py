@@ -41,7 +41,9 @@ from loki_compile.passes.rewrite import (
     pack_groups,
     project_new_keys,
     rewrite_sparse,
+    unit_queries,
 )
+from loki_compile.passes.sites import Latent
 from loki_compile.pca_store.basis import Basis
 from loki_compile.pca_store.covariance import KeyCovariance
 
@@ -171,8 +173,9 @@ class CacheBinding:
 
     `argument` is the position of its past tensor among the graph's arguments; `beside` that of the
     tensor whose rows continue its rows, if there is one; `weights` the fingerprint of the weights
-    that make its keys ("" if none was found). A set of bases need not hold one for a `latent`
-    cache, whose rows `calibrate` may not have seen: it is fitted then.
+    that make its keys ("" if none was found). `latent` says how rows are expanded, if they are, by
+    the weight at position `map` (None where the graph computes it), for `query_heads`. A set of
+    bases need not hold one for such rows, which `calibrate` may not have seen: it is fitted then.
     """
 
     cache: KeyCache
@@ -183,7 +186,9 @@ class CacheBinding:
     head_dim: int
     new_tokens: int
     beside: int | None = None
-    latent: bool = False
+    latent: Latent | None = None
+    map: int | None = None
+    query_heads: int = 0
     basis: Basis | None = None
     bound: BoundBasis | None = None
     layout: IndexLayout | None = None
@@ -192,6 +197,12 @@ class CacheBinding:
         """What the cache holds, given the graph's arguments."""
         rest = None if self.beside is None else args[self.beside]
         return Rows(args[self.argument], rest, self.cache.token_axis)
+
+    def queries(self, args: Sequence[Any]) -> Tensor | None:
+        """What the rows meet, where that is known before any query: see `unit_queries`."""
+        if self.latent is None or self.map is None:
+            return None
+        return unit_queries(args[self.map].detach(), self.latent, self.query_heads)
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -321,7 +332,7 @@ class DecodeGraph:
                 return False
             try:
                 for binding in self.bindings:
-                    self._bind(binding, binding.rows(args), visible)
+                    self._bind(binding, args, visible)
                 layouts = [b.layout for b in self.bindings if b.layout is not None]
                 gm, mapping = copy_of(self.gm)
                 plan = self.plan.on(mapping)
@@ -350,9 +361,10 @@ class DecodeGraph:
             exc_info=log.isEnabledFor(logging.DEBUG),
         )
 
-    def _bind(self, binding: CacheBinding, rows: Rows, visible: int) -> None:
+    def _bind(self, binding: CacheBinding, args: Sequence[Any], visible: int) -> None:
+        rows = binding.rows(args)
         if binding.basis is None:
-            binding.basis = _fit(binding, rows, visible)
+            binding.basis = _fit(binding, rows, binding.queries(args), visible)
         rank = binding.basis.rank_for(self.config.rank)
         binding.bound = bind(binding.basis, rank, rows.past.device)
         dtype = torch.int8 if self.config.index_dtype == "int8" else rows.past.dtype
@@ -570,10 +582,12 @@ def _cached(binding: CacheBinding, past: Tensor, visible: int) -> int:
     return min(visible - binding.new_tokens, past.shape[binding.cache.token_axis])
 
 
-def _fit(binding: CacheBinding, rows: Rows, visible: int) -> Basis:
+def _fit(binding: CacheBinding, rows: Rows, queries: Tensor | None, visible: int) -> Basis:
     """PCA of the keys in a cache, once per set of weights; the new keys are not in it yet.
 
-    Where no weights of the graph make the keys (cross-attention), once per cache tensor.
+    Where no weights of the graph make the keys (cross-attention), once per cache tensor. Rows that
+    are expanded to keys are fitted for the scores of `queries`, which is PCA of what they expand
+    to: dims of a row count as far as heads read them.
     """
     identity = (binding.weights, binding.kv_heads, binding.head_dim)
     past = rows.past
@@ -589,8 +603,11 @@ def _fit(binding: CacheBinding, rows: Rows, visible: int) -> Basis:
     heads = keys.unsqueeze(0) if cache.head_axis < 0 else keys.movedim(cache.head_axis, 0)
     flat = heads.reshape(1, heads.shape[0], -1, heads.shape[-1])
     moments = KeyCovariance(binding.kv_heads, binding.head_dim)
-    moments.update(flat)
-    basis = moments.pca(weights=binding.weights, layer=binding.layer)
+    if queries is not None and queries.shape[2] > flat.shape[2]:  # no more queries than keys
+        queries = queries.flatten(1, 2).unsqueeze(2)
+    moments.update(flat, queries)
+    fitted = moments.pca if queries is None else moments.score_optimal
+    basis = fitted(weights=binding.weights, layer=binding.layer)
     _count("fitted_bases")
     with _lock:
         if binding.weights:

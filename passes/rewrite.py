@@ -395,6 +395,17 @@ def insert_rows(graph: fx.Graph, site: AttentionSite) -> tuple[fx.Node, fx.Node]
     return query, rows
 
 
+def unit_queries(weight: torch.Tensor, latent: Latent, heads: int) -> torch.Tensor:
+    """(1, heads, D, row dims): what cached rows meet when each head asks for each of the D dims of
+    expanded keys in turn. `weight` is the tensor of `latent.keys`.
+    """
+    dims = latent.keys.dims + latent.kept
+    unit = torch.eye(dims, dtype=weight.dtype, device=weight.device).expand(1, heads, dims, dims)
+    kept = (latent.kept_at, latent.kept)
+    maps = _numbers(latent.keys)
+    return absorbed_queries(unit, weight, maps, latent.absorbed_at, kept, latent.at == 0)
+
+
 def _absorb(graph: fx.Graph, query: fx.Node, latent: Latent, *, like: fx.Node) -> fx.Node:
     return call(
         graph,

@@ -22,6 +22,7 @@ from loki_compile.passes.fx_tools import writes_of
 from loki_compile.passes.plan import Budget, make_plan
 from loki_compile.passes.sites import Reason, find_sites
 from loki_compile.pca_store.basis import BasisSet, random_basis
+from loki_compile.pca_store.covariance import KeyCovariance
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from torch import Tensor, nn
 from toy_decoders import count_attention, count_calls, interpret, normal_graph
@@ -783,15 +784,34 @@ def test_the_index_is_the_projection_of_both_caches():
             torch.testing.assert_close(record.parts[0], rows, rtol=0, atol=1e-5)
 
 
-def test_a_basis_is_fitted_from_both_caches():
+@pytest.mark.parametrize(
+    "form", [_static, _cat.but(expand=joined_shared_first)], ids=["static", "growing"]
+)
+def test_a_basis_is_fitted_from_both_caches_for_what_heads_read_of_them(form):
+    """Dims of the latent that vary most are read least: PCA of the rows would keep those."""
     with torch.no_grad():
-        module = LatentDecoder(_static).eval()
-        fast = torch.compile(module, backend="loki", options=FEW)
-        here = Conversation.start(_static)
+        module = LatentDecoder(form).eval()
+        module.expand.weight.mul_(torch.logspace(-2, 0, LATENT))
+        fast = torch.compile(module, backend="loki", options={**FEW, "recent": 1})
+        here = Conversation.start(form)
+        here.caches[0].mul_(torch.logspace(1, 0, LATENT))
+        rows = here.rows = here.read(FILLED)
         here.step(fast, torch.randn(BATCH, 1, HIDDEN))
     assert stats()["fitted_bases"] == 1 and stats()["sparse_steps"] == 1
-    (basis,) = runtime._fitted.values()
-    assert (basis.num_kv_heads, basis.head_dim) == (1, LATENT + SHARED)
+    (fitted,) = runtime._fitted.values()
+    assert (fitted.num_kv_heads, fitted.head_dim) == (1, LATENT + SHARED)
+    moments = KeyCovariance(1, LATENT + SHARED)
+    moments.update(rows[:, None])
+    own = module.expand.weight.detach().double().unflatten(0, (HEADS, -1))[:, :OWN].flatten(0, 1)
+    shared = torch.eye(SHARED, dtype=torch.float64).repeat(HEADS, 1)
+    queries = torch.block_diag(own, shared)
+    centred = rows.flatten(0, 1) - rows.flatten(0, 1).mean(0)
+
+    def error(basis):
+        query, key = (x[0].double() for x in basis.truncate(6))
+        return (queries @ centred.T - queries @ query @ (centred @ key).T).square().sum()
+
+    assert error(fitted) < 0.5 * error(moments.pca())
 
 
 # --- calibration
