@@ -106,24 +106,33 @@ def check_attend(
     *,
     softcap: float,
     sinks: Tensor | None,
+    k_rest: Tensor | None = None,
 ) -> None:
     """Raise ValueError (what was found, what is allowed) unless `loki::attend` takes these."""
     op = "loki::attend"
     b, hq, s, d = _rank4(op, "q", q)
     bk, hkv, t, dk = _rank4(op, "k", k)
     _, _, _, dv = _rank4(op, "v", v)
+    more = 0 if k_rest is None else _rank4(op, "k_rest", k_rest)[3]
     bp, hp, sp, slots = _rank4(op, "positions", positions)
     dtype = q.dtype
     if dtype not in FLOAT_DTYPES:
         raise _wrong(op, "q dtype", dtype, "bfloat16, float16 or float32")
     if k.dtype != dtype or v.dtype != dtype:
         raise _wrong(op, "dtypes of (k, v)", (k.dtype, v.dtype), f"that of q, {dtype}")
-    if bk != b or dk != d or hkv < 1 or hq % hkv:
-        allowed = f"(B, Hkv, T, D) with B = {b}, D = {d} and Hkv a divisor of {hq}"
+    if bk != b or dk != d - more or hkv < 1 or hq % hkv:
+        allowed = f"(B, Hkv, T, D) with B = {b}, D = {d - more} and Hkv a divisor of {hq}"
         raise _wrong(op, "shape of k", (bk, hkv, t, dk), allowed)
+    if k_rest is not None:
+        if k_rest.shape[:3] != k.shape[:3] or more < 1 or k_rest.dtype != dtype:
+            found = (tuple(k_rest.shape), k_rest.dtype)
+            allowed = f"(B, Hkv, T, dims) with {(bk, hkv, t)}, as k has, {dtype}"
+            raise _wrong(op, "k_rest", found, allowed)
+        _rows_contiguous(op, "k_rest", k_rest, more)
+        _same_device(op, "k_rest", k_rest, q)
     if v.shape[:3] != k.shape[:3]:
         raise _wrong(op, "shape of v", tuple(v.shape), f"{(bk, hkv, t)} and Dv, as k has")
-    if min(b, s, t, d, dv) < 1 or t > MAX_KEYS:
+    if min(b, s, t, dk, dv) < 1 or t > MAX_KEYS:
         allowed = f"1 or more, T at most {MAX_KEYS}"
         raise _wrong(op, "sizes (B, S, T, D, Dv)", (b, s, t, d, dv), allowed)
     if positions.dtype != torch.int32:
@@ -132,7 +141,7 @@ def check_attend(
         allowed = f"(B, Hkv or Hq, S, K) = ({b}, {hkv} or {hq}, {s}, at least 1)"
         raise _wrong(op, "shape of positions", (bp, hp, sp, slots), allowed)
     _rows_contiguous(op, "q", q, d)
-    _rows_contiguous(op, "k", k, d)
+    _rows_contiguous(op, "k", k, dk)
     _rows_contiguous(op, "v", v, dv)
     _rows_contiguous(op, "positions", positions, slots)
     _same_device(op, "k", k, q)

@@ -27,7 +27,7 @@ _CODES = {
 _VIEW = 10
 _NO_TENSOR = (0, 5, 1, 1, 1, 1, 0, 0, 0, 0)
 _pack_select = struct.Struct(f"@{6 * _VIEW}q7qd").pack
-_pack_attend = struct.Struct(f"@{6 * _VIEW}q2q2d").pack
+_pack_attend = struct.Struct(f"@{7 * _VIEW}q2q2d").pack
 
 
 def select(
@@ -90,18 +90,22 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    k_rest: Tensor | None = None,
 ) -> Tensor:
     """`loki::attend`; see `loki_compile.kernels.ops`."""
     kernels = _kernels()
     if kernels is None:
-        return cpu_torch.attend(q, k, v, positions, mask, scale=scale, softcap=softcap, sinks=sinks)
-    check_attend(q, k, v, positions, mask, softcap=softcap, sinks=sinks)
+        return cpu_torch.attend(
+            q, k, v, positions, mask, scale=scale, softcap=softcap, sinks=sinks, k_rest=k_rest
+        )
+    check_attend(q, k, v, positions, mask, softcap=softcap, sinks=sinks, k_rest=k_rest)
     b, hq, s, _ = q.shape
     out = torch.empty((b, hq, s, v.shape[3]), dtype=q.dtype)
     kernels.loki_attend(
         _pack_attend(
             *_view(q),
             *_view(k),
+            *(_NO_TENSOR if k_rest is None else _view(k_rest)),
             *_view(v),
             *_view(positions),
             *(_NO_TENSOR if mask is None else _view(mask)),

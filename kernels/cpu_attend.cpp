@@ -11,7 +11,8 @@ namespace {
 
 struct AttendParams {
   View4 q;          // (B, Hq, S, D)
-  View4 k;          // (B, Hkv, T, D)
+  View4 k;          // (B, Hkv, T, D), or the first dims of keys
+  View4 rest;       // (B, Hkv, T, the other dims of keys), or none
   View4 v;          // (B, Hkv, T, Dv)
   View4 positions;  // (B, Hkv or Hq, S, K) int32
   View4 mask;       // (B, Hq, S, T) after broadcasting, or none
@@ -370,20 +371,21 @@ class Attend {
  public:
   explicit Attend(const AttendParams& p)
       : p_(p),
-        hq_(p.q.size[1]), s_(p.q.size[2]), d_(p.q.size[3]), hkv_(p.k.size[1]), t_(p.k.size[2]),
-        dv_(p.v.size[3]), slots_(p.positions.size[3]),
+        hq_(p.q.size[1]), s_(p.q.size[2]), d_(p.k.size[3]), hkv_(p.k.size[1]), t_(p.k.size[2]),
+        rest_(p.q.size[3] - d_), dv_(p.v.size[3]), slots_(p.positions.size[3]),
         together_(p.positions.size[1] == hkv_ && p.mask.step(1) == 0 ? hq_ / hkv_ : 1),
         rows_(p.q.size[0] * hq_ / together_ * s_),
         sum_stride_(round_up(dv_, kAccumulator)),
-        partial_stride_(round_up(together_, kMaxHeads) * (sum_stride_ + 16)) {}
+        partial_stride_(round_up(together_, kMaxHeads) * (sum_stride_ + 16)),
+        query_size_(round_up(d_, 32) + round_up(rest_, 32)) {}
 
   template <class E>
   void run() {
     find_spans();
-    int64_t bytes = blocks_ * kSlots * (d_ + dv_) * static_cast<int64_t>(sizeof(E));
+    int64_t bytes = blocks_ * kSlots * (d_ + rest_ + dv_) * static_cast<int64_t>(sizeof(E));
     int threads = static_cast<int>(min_of(p_.threads, bytes / kBytesPerThread + 1));
     thread_local Scratch scratch;
-    int64_t query_floats = round_up(together_, kMaxHeads) * round_up(d_, 32);
+    int64_t query_floats = round_up(together_, kMaxHeads) * query_size_;
     float* room = static_cast<float*>(scratch.reserve(
         4 * (threads * query_floats + (rows_ + threads) * partial_stride_)));
     partials_ = room + threads * query_floats;
@@ -495,20 +497,25 @@ class Attend {
     }
   }
 
+  // Block after block of heads; in each the dims that meet k, then those that meet the rest.
   template <class E>
   void load_queries(int64_t row, Query<E>* queries) const {
     int64_t size = round_up(d_, 32);
     for (int64_t g = 0; g < together_;) {
       int64_t heads = head_block(together_ - g);
-      std::memset(queries, 0, heads * size * sizeof(*queries));
+      std::memset(queries, 0, heads * query_size_ * sizeof(*queries));
+      Query<E>* rest = queries + heads * size;
       for (int64_t x = 0; x < heads; ++x) {
         int64_t h = head_of(row) + min_of(g + x, together_ - 1);
         const E* q = p_.q.row<E>(batch_of(row), h, token_of(row));
         for (int64_t d = 0; d < d_; ++d) {
           from_float(to_float(q[d]), &queries[query_slot<E>(heads, x, d, size)]);
         }
+        for (int64_t d = 0; d < rest_; ++d) {
+          from_float(to_float(q[d_ + d]), &rest[query_slot<E>(heads, x, d, query_size_ - size)]);
+        }
       }
-      queries += heads * size;
+      queries += heads * query_size_;
       g += heads;
     }
   }
@@ -522,6 +529,7 @@ class Attend {
     std::memset(partial, 0, partial_stride_ * sizeof(float));
     for (int64_t g = 0; g < round_up(together_, kMaxHeads); ++g) most[g] = -kInf;
     const E* k = p_.k.row<E>(batch_of(row), kv_head_of(row), 0);
+    const E* rest = rest_ ? p_.rest.row<E>(batch_of(row), kv_head_of(row), 0) : nullptr;
     const E* v = p_.v.row<E>(batch_of(row), kv_head_of(row), 0);
     Queue queue;
     queue.biased = mask.additive();
@@ -540,12 +548,12 @@ class Attend {
         int64_t heads = head_block(together_ - g);
         float* sum = partial + g * sum_stride_;
         switch (heads) {
-          case 1: take<E, 1>(k, v, queue, n, q, sum, most + g, total + g); break;
-          case 2: take<E, 2>(k, v, queue, n, q, sum, most + g, total + g); break;
-          case 4: take<E, 4>(k, v, queue, n, q, sum, most + g, total + g); break;
-          default: take<E, 8>(k, v, queue, n, q, sum, most + g, total + g);
+          case 1: take<E, 1>(k, rest, v, queue, n, q, sum, most + g, total + g); break;
+          case 2: take<E, 2>(k, rest, v, queue, n, q, sum, most + g, total + g); break;
+          case 4: take<E, 4>(k, rest, v, queue, n, q, sum, most + g, total + g); break;
+          default: take<E, 8>(k, rest, v, queue, n, q, sum, most + g, total + g);
         }
-        q += heads * round_up(d_, 32);
+        q += heads * query_size_;
         g += heads;
       }
       queue.drop(n);
@@ -553,10 +561,15 @@ class Attend {
   }
 
   template <class E, int GB>
-  void take(const E* k, const E* v, const Queue& queue, int64_t n, const Query<E>* q, float* sum,
-            float* most, float* total) const {
+  void take(const E* k, const E* rest, const E* v, const Queue& queue, int64_t n,
+            const Query<E>* q, float* sum, float* most, float* total) const {
     float logit[kSlots * GB], rescale[GB];
     dots<E, GB>(k, p_.k.stride[2], queue, n, q, d_, logit);
+    if (rest_) {
+      float more[kSlots * GB];
+      dots<E, GB>(rest, p_.rest.stride[2], queue, n, q + GB * round_up(d_, 32), rest_, more);
+      for (int64_t i = 0; i < n * GB; ++i) logit[i] += more[i];
+    }
     float scale = static_cast<float>(p_.scale);
     for (int64_t i = 0; i < n * GB; ++i) logit[i] *= scale;
     if (p_.softcap > 0) {
@@ -611,7 +624,8 @@ class Attend {
   }
 
   const AttendParams& p_;
-  const int64_t hq_, s_, d_, hkv_, t_, dv_, slots_, together_, rows_, sum_stride_, partial_stride_;
+  const int64_t hq_, s_, d_, hkv_, t_, rest_, dv_, slots_, together_, rows_;
+  const int64_t sum_stride_, partial_stride_, query_size_;
   int64_t blocks_ = 0;
   Span* spans_ = nullptr;
   float* partials_ = nullptr;

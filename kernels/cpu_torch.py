@@ -68,9 +68,10 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    k_rest: Tensor | None = None,
 ) -> Tensor:
     """`loki::attend`; see `loki_compile.kernels.ops`."""
-    check_attend(q, k, v, positions, mask, softcap=softcap, sinks=sinks)
+    check_attend(q, k, v, positions, mask, softcap=softcap, sinks=sinks, k_rest=k_rest)
     b, hq, s, _ = q.shape
     hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
     if mask is not None:
@@ -86,8 +87,11 @@ def attend(
                 at = chosen if len(chosen) else slice(None)
                 added = None if mask is None else mask[i, h, j, at]
                 sink = None if sinks is None else sinks[h : h + 1]
+                keys = k[i, kv, at]
+                if k_rest is not None:
+                    keys = torch.cat((keys, k_rest[i, kv, at]), -1)
                 out[i, h, j] = _attend_row(
-                    q[i, h, j], k[i, kv, at], v[i, kv, at], added, scale, softcap, sink
+                    q[i, h, j], keys, v[i, kv, at], added, scale, softcap, sink
                 )
     return out
 

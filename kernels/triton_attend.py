@@ -4,6 +4,9 @@
               the query heads that share them, online softmax in fp32, products on tensor cores
     combine   one program per (row, head, block of Dv): joins the splits by their log-sum-exp
 
+Keys may lie in two tensors, the first dims of each in `k` and the others in `k_rest`; where v is k
+itself (attention over cached latents), its rows are loaded once.
+
 A row is one list of positions: (b, h, s) with h a KV head (then its G query heads share each row
 read) or a query head. Positions must be ascending and then -1, as `loki::select` writes them: a
 tile is skipped when its first entry is no position, so what is beyond a row's budget costs nothing.
@@ -82,18 +85,21 @@ def _finish(acc, largest, total, sink):
 
 _RUNTIME_SIZES = [
     "H", "S", "T", "K", "splits", "hq",
-    "q_sb", "q_sh", "q_ss", "k_sb", "k_sh", "k_st", "v_sb", "v_sh", "v_st",
-    "pos_sb", "pos_sh", "pos_ss", "mask_sb", "mask_sh", "mask_ss", "mask_st",
+    "q_sb", "q_sh", "q_ss", "k_sb", "k_sh", "k_st", "rest_sb", "rest_sh", "rest_st",
+    "v_sb", "v_sh", "v_st", "pos_sb", "pos_sh", "pos_ss",
+    "mask_sb", "mask_sh", "mask_ss", "mask_st",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
 def attend_kernel(
-    p_q, p_k, p_v, p_positions, p_mask, p_sinks, p_out, p_acc, p_largest, p_total,
-    q_sb, q_sh, q_ss, k_sb, k_sh, k_st, v_sb, v_sh, v_st, pos_sb, pos_sh, pos_ss,
-    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, K, splits, scale, softcap,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS_PER_KV: tl.constexpr,
+    p_q, p_k, p_rest, p_v, p_positions, p_mask, p_sinks, p_out, p_acc, p_largest, p_total,
+    q_sb, q_sh, q_ss, k_sb, k_sh, k_st, rest_sb, rest_sh, rest_st, v_sb, v_sh, v_st,
+    pos_sb, pos_sh, pos_ss, mask_sb, mask_sh, mask_ss, mask_st,
+    H, S, T, K, splits, scale, softcap,
+    D: tl.constexpr, REST: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr, BLOCK_DV: tl.constexpr, REST_ALIGN: tl.constexpr,
+    V_IS_K: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS_PER_KV: tl.constexpr,
     K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, MASK: tl.constexpr, HEAD_MASK: tl.constexpr,
     CAPPED: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -115,6 +121,13 @@ def attend_kernel(
     p_positions += i_b * pos_sb + i_h * pos_sh + i_s * pos_ss
     p_k += i_b * (k_sb * K_ALIGN) + i_kv * (k_sh * K_ALIGN)
     p_v += i_b * (v_sb * V_ALIGN) + i_kv * (v_sh * V_ALIGN)
+    if REST:
+        o_rest = tl.arange(0, BLOCK_REST)
+        p_rest += i_b * (rest_sb * REST_ALIGN) + i_kv * (rest_sh * REST_ALIGN)
+        q_rest = tl.load(
+            p_q + i_b * q_sb + o_h[:, None] * q_sh + i_s * q_ss + D + o_rest[None, :],
+            mask=m_g[:, None] & (o_rest < REST)[None, :], other=0.0,
+        ).to(DOT)  # fmt: skip
     HIDDEN: tl.constexpr = 0 if MASK == BOOL_MASK else float("-inf")
     if MASK != NO_MASK:
         p_mask += i_b * mask_sb + i_s * mask_ss
@@ -157,11 +170,21 @@ def attend_kernel(
             p_k + at[:, None] * (k_st * K_ALIGN) + o_d[None, :],
             mask=inside[:, None] & (o_d < D)[None, :], other=0.0,
         ).to(DOT)  # fmt: skip
-        v = tl.load(
-            p_v + at[:, None] * (v_st * V_ALIGN) + o_dv[None, :],
-            mask=inside[:, None] & (o_dv < DV)[None, :], other=0.0,
-        ).to(DOT)  # fmt: skip
-        logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        logit = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if REST:
+            rest = tl.load(
+                p_rest + at[:, None] * (rest_st * REST_ALIGN) + o_rest[None, :],
+                mask=inside[:, None] & (o_rest < REST)[None, :], other=0.0,
+            ).to(DOT)  # fmt: skip
+            logit = tl.dot(q_rest, tl.trans(rest), acc=logit, input_precision="ieee")
+        logit *= scale
+        if V_IS_K:
+            v = k
+        else:
+            v = tl.load(
+                p_v + at[:, None] * (v_st * V_ALIGN) + o_dv[None, :],
+                mask=inside[:, None] & (o_dv < DV)[None, :], other=0.0,
+            ).to(DOT)  # fmt: skip
         if CAPPED:
             logit = _soft_cap(logit, softcap)
         logit = tl.where(seen, logit + added, float("-inf"))
@@ -235,12 +258,14 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    k_rest: Tensor | None = None,
     launch: AttendLaunch | None = None,
 ) -> Tensor:
     """`loki::attend`; see `loki_compile.kernels.ops`. `launch` replaces the table's choice."""
     out, stages = attend_stages(
-        q, k, v, positions, mask, scale=scale, softcap=softcap, sinks=sinks, launch=launch
-    )
+        q, k, v, positions, mask, scale=scale, softcap=softcap, sinks=sinks, k_rest=k_rest,
+        launch=launch,
+    )  # fmt: skip
     with torch.cuda.device_of(q):
         for stage in stages:
             stage.run()
@@ -257,12 +282,14 @@ def attend_stages(
     scale: float,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    k_rest: Tensor | None = None,
     launch: AttendLaunch | None = None,
 ) -> tuple[Tensor, tuple[Stage, ...]]:
     """The output of `attend`, unwritten, and the launches that write it, in order."""
-    check_attend(q, k, v, positions, mask, softcap=softcap, sinks=sinks)
-    b, hq, s, d = q.shape
-    hkv, t, dv = v.shape[1:]
+    check_attend(q, k, v, positions, mask, softcap=softcap, sinks=sinks, k_rest=k_rest)
+    b, hq, s, _ = q.shape
+    d, (hkv, t, dv) = k.shape[3], v.shape[1:]
+    rest = 0 if k_rest is None else k_rest.shape[3]
     heads_out, slots = positions.shape[1], positions.shape[3]
     group = hq // heads_out
     rows = b * heads_out * s
@@ -271,7 +298,7 @@ def attend_stages(
         return out, ()
 
     device = device_of(q)
-    block_d, block_dv = (max(16, triton.next_power_of_2(n)) for n in (d, dv))
+    block_d, block_rest, block_dv = (max(16, triton.next_power_of_2(n)) for n in (d, rest, dv))
     if launch is None:
         launch = attend_launch(
             device, group=group, block_d=max(block_d, block_dv), bytes_each=q.element_size()
@@ -288,6 +315,9 @@ def attend_stages(
 
     k_strides, v_strides = broadcast_strides(k, 3), broadcast_strides(v, 3)
     k_align, v_align = alignment(d, k_strides), alignment(dv, v_strides)
+    rest_strides = broadcast_strides(k_rest, 3)
+    rest_align = alignment(rest, rest_strides)
+    v_is_k = d == dv and k.data_ptr() == v.data_ptr() and k_strides == v_strides
     mask_kind, head_mask = NO_MASK.value, False
     mask_strides = broadcast_strides(mask)
     if mask is not None:
@@ -300,11 +330,13 @@ def attend_stages(
 
     def run_attend() -> None:
         attend_kernel[(rows * head_blocks, splits)](
-            q, k, v, positions, mask, sinks, out, acc, largest, total,
+            q, k, k_rest, v, positions, mask, sinks, out, acc, largest, total,
             *broadcast_strides(q, 3), *(n // k_align for n in k_strides),
-            *(n // v_align for n in v_strides), *broadcast_strides(positions, 3), *mask_strides,
+            *(n // rest_align for n in rest_strides), *(n // v_align for n in v_strides),
+            *broadcast_strides(positions, 3), *mask_strides,
             heads_out, s, t, slots, splits, scale, softcap,
-            D=d, DV=dv, BLOCK_D=block_d, BLOCK_DV=block_dv, GROUP=group, HEADS=launch.heads,
+            D=d, REST=rest, DV=dv, BLOCK_D=block_d, BLOCK_REST=block_rest, BLOCK_DV=block_dv,
+            REST_ALIGN=rest_align, V_IS_K=v_is_k, GROUP=group, HEADS=launch.heads,
             ROWS_PER_KV=heads_out // hkv, K_ALIGN=k_align, V_ALIGN=v_align,
             MASK=mask_kind, HEAD_MASK=head_mask, CAPPED=softcap > 0,
             SINKS=sinks is not None, SPLIT=splits > 1, DOT=dot,

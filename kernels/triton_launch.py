@@ -160,7 +160,7 @@ def attend_launch(device: Device, *, group: int, block_d: int, bytes_each: int) 
     return AttendLaunch(
         block_n=max(16, min(64, (8192 if fp32 else 16384) // (block_d * bytes_each))),
         # The accumulator is (heads, Dv) fp32. A warp of AMD is twice as wide.
-        warps=8 if (fp32 or heads > 16) and not amd else 4,
+        warps=8 if (fp32 or heads > 16 or block_d > 256) and not amd else 4,
         stages=1 if amd or fp32 else 2,
         # AMD: K and V tiles wait in registers, 180 per lane, which leaves room for 2 programs.
         programs=2 if amd else _programs(device),

@@ -148,6 +148,10 @@ def _bind_caches(
                 kv_heads=site.kv_heads,
                 head_dim=site.head_dim,
                 new_tokens=_new_tokens(cache, site.query_tokens),
+                beside=places[cache.beside.past] if cache.beside is not None else None,
+                latent=site.latent,
+                map=places.get(site.latent.keys.weight) if site.latent is not None else None,
+                query_heads=site.query_heads,
             )
         )
     if config.basis != "auto" or bindings:
@@ -175,7 +179,8 @@ def _choose_bases(bindings: list[CacheBinding], config: LokiConfig) -> None:
     for binding in bindings:
         occurrence = uses.get(binding.weights, 0)
         uses[binding.weights] = occurrence + 1
-        binding.basis = _pick(chosen, binding, occurrence, must=config.basis != "auto")
+        must = config.basis != "auto" and binding.latent is None
+        binding.basis = _pick(chosen, binding, occurrence, must=must)
         if binding.basis is not None and not isinstance(config.rank, str):
             binding.basis.rank_for(config.rank)
     if isinstance(config.rank, int):

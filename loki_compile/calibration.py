@@ -9,6 +9,7 @@ looks like.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import math
@@ -23,7 +24,10 @@ from torch import Tensor, fx, nn
 
 from loki_compile.backend import parameter_test
 from loki_compile.passes.cache_writes import nearest_matrix
+from loki_compile.passes.fx_tools import writes_of
+from loki_compile.passes.latent import over_rows
 from loki_compile.passes.normalize import normalize
+from loki_compile.passes.rewrite import insert_rows
 from loki_compile.passes.rotary import Unrotated, before_rotation
 from loki_compile.passes.sites import AttentionSite, Heads, find_sites
 from loki_compile.pca_store.attention_fit import STEPS, AttentionSamples
@@ -206,13 +210,23 @@ class _Seen:
             self.reasons[f"{skip.path or skip.node.name}: {skip.sentence()}"] = None
         is_parameter = parameter_test(gm, example_inputs)
         by_keys: dict[fx.Node, list[AttentionSite]] = {}
+        writes = writes_of(gm.graph) if sites else []
+        made_of: dict[fx.Node, fx.Node] = {}
         for site in sites:
+            latent = over_rows(site, writes)
+            # What decoding ranks are the rows that it will cache. Without a part that all heads
+            # share, plain keys look the same: linear maps of hidden states.
+            if latent is not None and latent.latent is not None and latent.latent.kept:
+                query, rows = insert_rows(gm.graph, latent)
+                made_of[rows] = latent.key.base
+                heads = Heads(rows, (0, 1, 2, 3), latent.group)
+                site = dataclasses.replace(latent, query=query, key=heads)
             by_keys.setdefault(site.key.base, []).append(site)
         uses: dict[str, int] = {}
         caches = []
         for base, readers in by_keys.items():
             site = readers[0]
-            weight = nearest_matrix([base], is_parameter)
+            weight = nearest_matrix([made_of.get(base, base)], is_parameter)
             if weight is None:
                 where = site.path or site.node.name
                 self.reasons[f"{where}: no weight matrix is behind its keys"] = None

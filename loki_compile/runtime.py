@@ -41,7 +41,9 @@ from loki_compile.passes.rewrite import (
     pack_groups,
     project_new_keys,
     rewrite_sparse,
+    unit_queries,
 )
+from loki_compile.passes.sites import Latent
 from loki_compile.passes.undo import what_to_save
 from loki_compile.pca_store.basis import Basis
 from loki_compile.pca_store.covariance import KeyCovariance
@@ -138,12 +140,45 @@ def bind(basis: Basis, rank: int, device: torch.device) -> BoundBasis:
         return held[key]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a cache: a tensor, and another whose rows continue those, if there is one."""
+
+    past: Tensor
+    rest: Tensor | None
+    token_axis: int
+
+    @property
+    def stamp(self) -> tuple[Any, ...]:
+        """Equal while neither tensor is another, nor written; None last where that is not known."""
+        if self.rest is None:
+            return _stamp(self.past)
+        own, more = _stamp(self.past), _stamp(self.rest)
+        return (*own[:-1], more, None if None in (own[-1], more[-1]) else own[-1])
+
+    def narrow(self, start: int, length: int) -> Tensor:
+        """So many whole rows; a copy where they lie in two tensors."""
+        return self._both(lambda x: x.narrow(self.token_axis, start, length))
+
+    def at(self, tokens: Tensor) -> Tensor:
+        """The whole rows of these tokens (N,)."""
+        return self._both(lambda x: x.index_select(self.token_axis, tokens))
+
+    def _both(self, take: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.rest is None:
+            return take(self.past)
+        return torch.cat((take(self.past), take(self.rest)), -1)
+
+
 @dataclass
 class CacheBinding:
     """What the runtime knows of one cache of the plan.
 
-    `argument` is the position of its past tensor among the graph's arguments; `weights` the
-    fingerprint of the weights that make its keys ("" if none was found).
+    `argument` is the position of its past tensor among the graph's arguments; `beside` that of the
+    tensor whose rows continue its rows, if there is one; `weights` the fingerprint of the weights
+    that make its keys ("" if none was found). `latent` says how rows are expanded, if they are, by
+    the weight at position `map` (None where the graph computes it), for `query_heads`. A set of
+    bases need not hold one for such rows, which `calibrate` may not have seen: it is fitted then.
     """
 
     cache: KeyCache
@@ -153,9 +188,24 @@ class CacheBinding:
     kv_heads: int
     head_dim: int
     new_tokens: int
+    beside: int | None = None
+    latent: Latent | None = None
+    map: int | None = None
+    query_heads: int = 0
     basis: Basis | None = None
     bound: BoundBasis | None = None
     layout: IndexLayout | None = None
+
+    def rows(self, args: Sequence[Any]) -> Rows:
+        """What the cache holds, given the graph's arguments."""
+        rest = None if self.beside is None else args[self.beside]
+        return Rows(args[self.argument], rest, self.cache.token_axis)
+
+    def queries(self, args: Sequence[Any]) -> Tensor | None:
+        """What the rows meet, where that is known before any query: see `unit_queries`."""
+        if self.latent is None or self.map is None:
+            return None
+        return unit_queries(args[self.map].detach(), self.latent, self.query_heads)
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -277,7 +327,7 @@ class DecodeGraph:
                 return False
             try:
                 for binding in self.bindings:
-                    self._bind(binding, args[binding.argument], visible)
+                    self._bind(binding, args, visible)
                 layouts = [b.layout for b in self.bindings if b.layout is not None]
                 gm, mapping = copy_of(self.gm)
                 plan = self.plan.on(mapping)
@@ -306,12 +356,13 @@ class DecodeGraph:
             exc_info=log.isEnabledFor(logging.DEBUG),
         )
 
-    def _bind(self, binding: CacheBinding, past: Tensor, visible: int) -> None:
+    def _bind(self, binding: CacheBinding, args: Sequence[Any], visible: int) -> None:
+        rows = binding.rows(args)
         if binding.basis is None:
-            binding.basis = _fit(binding, past, visible)
+            binding.basis = _fit(binding, rows, binding.queries(args), visible)
         rank = binding.basis.rank_for(self.config.rank)
-        binding.bound = bind(binding.basis, rank, past.device)
-        dtype = torch.int8 if self.config.index_dtype == "int8" else past.dtype
+        binding.bound = bind(binding.basis, rank, rows.past.device)
+        dtype = torch.int8 if self.config.index_dtype == "int8" else rows.past.dtype
         binding.layout = IndexLayout(rank, dtype)
 
     def run_dense(self, args: Sequence[Any], visible: int) -> Any:
@@ -339,8 +390,7 @@ class DecodeGraph:
             with torch.inference_mode(False), torch.no_grad():
                 saved = [(args[place], args[place].clone()) for place in places]
                 for binding in self.bindings:
-                    past = args[binding.argument]
-                    record, fresh = self._index(binding, past, visible, most)
+                    record, fresh = self._index(binding, binding.rows(args), visible, most)
                     records.append(record)
                     rebuilt += fresh
         except Exception as error:  # out of memory, most likely; nothing is written yet
@@ -394,18 +444,22 @@ class DecodeGraph:
         place = self.outputs
         with _lock:
             for binding, record in zip(self.bindings, records, strict=True):
-                if binding.cache.output is None:
-                    tensor = args[binding.argument]
-                    record.stamp, record.filled = _stamp(tensor), visible
+                cache = binding.cache
+                if cache.output is None:
+                    record.stamp, record.filled = binding.rows(args).stamp, visible
                     continue
                 assert binding.layout is not None
-                tensor = outputs[binding.cache.output]
+                tensor, rest = outputs[cache.output], None
+                if cache.beside is not None:
+                    assert cache.beside.output is not None
+                    rest = outputs[cache.beside.output]
                 # A full window's index is what is left of a longer one: rows apart in memory, where
                 # the compiled graph takes them to be next to each other.
                 parts = [p.contiguous() for p in outputs[place : place + binding.layout.parts]]
                 place += binding.layout.parts
                 held = _indexes.setdefault(tensor, {})
-                held[binding.identity] = IndexRecord(parts, _stamp(tensor), visible)
+                stamp = Rows(tensor, rest, cache.token_axis).stamp
+                held[binding.identity] = IndexRecord(parts, stamp, visible)
         self._remember_filled(args, outputs, visible)
 
     def _remember_filled(self, args: Sequence[Any], outputs: Sequence[Any], visible: int) -> None:
@@ -419,28 +473,28 @@ class DecodeGraph:
                     _filled[tensor] = (_stamp(tensor), visible)
 
     def _index(
-        self, binding: CacheBinding, past: Tensor, visible: int, most: int
+        self, binding: CacheBinding, rows: Rows, visible: int, most: int
     ) -> tuple[IndexRecord, bool]:
         """The cache's index, and whether it had to be built from the cache.
 
         `most` is what `visible` can be at these sizes: windows are full before other caches are.
         """
         with _lock:
-            record = _indexes.get(past, {}).get(binding.identity)
-        if record is not None and self._belongs(binding, record, past, visible, most):
+            record = _indexes.get(rows.past, {}).get(binding.identity)
+        if record is not None and self._belongs(binding, record, rows, visible, most):
             return record, False
         if record is not None:
             record.stamp = None  # its memory is written over, and that may fail half way
-        record = IndexRecord(self._project(binding, past, record), _stamp(past), visible)
+        record = IndexRecord(self._project(binding, rows, record), rows.stamp, visible)
         with _lock:
-            _indexes.setdefault(past, {})[binding.identity] = record
+            _indexes.setdefault(rows.past, {})[binding.identity] = record
         _count("rebuilds")
         return record, True
 
     def _belongs(
-        self, binding: CacheBinding, record: IndexRecord, past: Tensor, visible: int, most: int
+        self, binding: CacheBinding, record: IndexRecord, rows: Rows, visible: int, most: int
     ) -> bool:
-        stamp = _stamp(past)
+        stamp = rows.stamp
         if record.stamp != stamp:
             return False
         if stamp[-1] is not None:
@@ -448,17 +502,16 @@ class DecodeGraph:
         follows = visible == min(most, record.filled + binding.new_tokens)
         if binding.cache.writes and not binding.cache.replaced and not follows:
             return False
-        return self._spot_check(binding, record, past)
+        return self._spot_check(binding, record, rows)
 
-    def _spot_check(self, binding: CacheBinding, record: IndexRecord, past: Tensor) -> bool:
+    def _spot_check(self, binding: CacheBinding, record: IndexRecord, rows: Rows) -> bool:
         """Whether a sample of cached keys, evenly spread and the newest, projects onto its rows."""
         cache, bound, layout = binding.cache, binding.bound, binding.layout
         assert bound is not None and layout is not None
-        last = max(0, min(record.filled, past.shape[cache.token_axis]) - 1)
-        rows = torch.linspace(0, last, SPOT_ROWS, device=past.device).long()
-        keys = past.index_select(cache.token_axis, rows)
-        now = project_new_keys(keys, bound.key, cache.head_axis, layout.dtype)
-        held = [part.index_select(cache.token_axis, rows) for part in record.parts]
+        last = max(0, min(record.filled, rows.past.shape[cache.token_axis]) - 1)
+        picked = torch.linspace(0, last, SPOT_ROWS, device=rows.past.device).long()
+        now = project_new_keys(rows.at(picked), bound.key, cache.head_axis, layout.dtype)
+        held = [part.index_select(cache.token_axis, picked) for part in record.parts]
         return all(
             torch.allclose(a.float(), b.float(), rtol=2e-2, atol=1e-3, equal_nan=True)
             for a, b in zip(now[: layout.parts], held, strict=True)
@@ -466,10 +519,10 @@ class DecodeGraph:
         )
 
     def _project(
-        self, binding: CacheBinding, past: Tensor, old: IndexRecord | None
+        self, binding: CacheBinding, cached: Rows, old: IndexRecord | None
     ) -> list[Tensor]:
         """Index parts of all slots of a cache tensor; reuses an old index's memory."""
-        cache, bound, layout = binding.cache, binding.bound, binding.layout
+        cache, past, bound, layout = binding.cache, cached.past, binding.bound, binding.layout
         assert bound is not None and layout is not None
         shape = list(past.shape)
         dtypes = [layout.dtype, torch.float32][: layout.parts]
@@ -485,7 +538,7 @@ class DecodeGraph:
         for start in range(0, slots, REBUILD_TOKENS):
             length = min(REBUILD_TOKENS, slots - start)
             rows = project_new_keys(
-                past.narrow(axis, start, length), bound.key, cache.head_axis, layout.dtype
+                cached.narrow(start, length), bound.key, cache.head_axis, layout.dtype
             )
             for part, new in zip(parts, rows, strict=False):
                 part.narrow(axis, start, length).copy_(new)  # type: ignore[arg-type]
@@ -544,26 +597,32 @@ def _cached(binding: CacheBinding, past: Tensor, visible: int) -> int:
     return min(visible - binding.new_tokens, past.shape[binding.cache.token_axis])
 
 
-def _fit(binding: CacheBinding, past: Tensor, visible: int) -> Basis:
+def _fit(binding: CacheBinding, rows: Rows, queries: Tensor | None, visible: int) -> Basis:
     """PCA of the keys in a cache, once per set of weights; the new keys are not in it yet.
 
-    Where no weights of the graph make the keys (cross-attention), once per cache tensor.
+    Where no weights of the graph make the keys (cross-attention), once per cache tensor. Rows that
+    are expanded to keys are fitted for the scores of `queries`, which is PCA of what they expand
+    to: dims of a row count as far as heads read them.
     """
     identity = (binding.weights, binding.kv_heads, binding.head_dim)
+    past = rows.past
     with _lock:
         known = _fitted.get(identity) if binding.weights else _fitted_here.get(past)
     if known is not None:
         return known
     cache, filled = binding.cache, _cached(binding, past, visible)
-    keys = past.narrow(cache.token_axis, 0, filled)
     if filled > FIT_TOKENS:
-        pick = torch.linspace(0, filled - 1, FIT_TOKENS, device=past.device).long()
-        keys = keys.index_select(cache.token_axis, pick)
+        keys = rows.at(torch.linspace(0, filled - 1, FIT_TOKENS, device=past.device).long())
+    else:
+        keys = rows.narrow(0, filled)
     heads = keys.unsqueeze(0) if cache.head_axis < 0 else keys.movedim(cache.head_axis, 0)
     flat = heads.reshape(1, heads.shape[0], -1, heads.shape[-1])
     moments = KeyCovariance(binding.kv_heads, binding.head_dim)
-    moments.update(flat)
-    basis = moments.pca(weights=binding.weights, layer=binding.layer)
+    if queries is not None and queries.shape[2] > flat.shape[2]:  # no more queries than keys
+        queries = queries.flatten(1, 2).unsqueeze(2)
+    moments.update(flat, queries)
+    fitted = moments.pca if queries is None else moments.score_optimal
+    basis = fitted(weights=binding.weights, layer=binding.layer)
     _count("fitted_bases")
     with _lock:
         if binding.weights:

@@ -76,7 +76,8 @@ class KeyCache:
     same placeholder where the cache is mutated, the node that builds the new cache where it is
     replaced (then `output` is its place among the graph's outputs, after the views `leaves`: a
     sliding window keeps a slice). `views` lead from `root` to the site's `key.base`. `head_axis`
-    and `token_axis` are dimensions of `root`; head_dim is last.
+    and `token_axis` are dimensions of `root`; head_dim is last. `beside` is a second cache of the
+    same tokens, written by the same calls, whose rows continue these: both have one index.
     """
 
     past: fx.Node
@@ -88,6 +89,7 @@ class KeyCache:
     source: str
     output: int | None = None
     leaves: tuple[fx.Node, ...] = ()
+    beside: KeyCache | None = None
 
     @property
     def replaced(self) -> bool:
@@ -127,6 +129,8 @@ def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skip
             views.append(node)
         node = node.args[0]  # type: ignore[assignment]
     rank = len(shape_of(node) or ())
+    if op_name(node) == "cat" and operand(node, "dim", 0) % rank == order[3]:
+        return skip(*_why_not_a_view(node, all_writes))  # parts of keys, not past and new keys
     if order[3] != rank - 1 or not (
         _rows_lie_together(site.key) and _rows_lie_together(site.value)
     ):
@@ -533,13 +537,13 @@ def _why_not_a_view(node: fx.Node, writes: list[Write]) -> tuple[Any, ...]:
     """OPAQUE_VIEW where only rearrangements and casts lie between here and a cache."""
     origin = _before_rearrangements(node)
     reads_cache = isinstance(origin, fx.Node) and (
-        origin.op == "placeholder" or op_name(origin) in _FUNCTIONAL_WRITES
+        origin.op == "placeholder" or (op_name(origin) in _FUNCTIONAL_WRITES and origin is not node)
     )
     if reads_cache:
         return (Reason.OPAQUE_VIEW, op_name(node))
     latent = _latent(node, writes)
     if latent is not None:
-        return (Reason.LATENT, (shape_of(latent) or ("?",))[-1])
+        return (Reason.LATENT, (shape_of(latent) or ("?",))[-1], "")
     return (Reason.NO_CACHE, op_name(node) or node.op)
 
 

@@ -288,19 +288,25 @@ def finish(gm: fx.GraphModule) -> fx.GraphModule:
     Keeps every call that may write into an operand and every node without fake tensors: fx does not
     know that `index_copy_`, `x += 1` or `out=` have an effect.
     """
-    results = (torch.Tensor, torch.SymInt, torch.SymFloat, int)
 
     def is_impure(node: fx.Node) -> bool:
-        if node.op in ("placeholder", "output") or written_operands(node):
-            return True
-        value = fake_value(node)
-        values = value if isinstance(value, tuple) and value else (value,)
-        return not all(isinstance(part, results) for part in values)
+        return bool(
+            node.op in ("placeholder", "output")
+            or written_operands(node)
+            or not _is_data(fake_value(node))
+        )
 
     gm.graph.eliminate_dead_code(is_impure)
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a fake value is a tensor, a number or, as splits have it, a tuple of these."""
+    if isinstance(value, (tuple, list)):
+        return bool(value) and all(map(_is_data, value))
+    return isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, int))
 
 
 def call(

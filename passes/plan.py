@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from loki_compile.passes.cache_writes import KeyCache, trace_cache
 from loki_compile.passes.fx_tools import concrete, fake_value, remap, shape_of, writes_of
+from loki_compile.passes.latent import absorb
 from loki_compile.passes.sites import AttentionSite, MaskTerm, Reason, Skipped
 from torch import fx
 
@@ -95,6 +96,9 @@ def make_plan(
             dense.append(Skipped(site.node, Reason.LAYER_OFF, (layers,), site.path))
             continue
         cache = trace_cache(site, writes)
+        if isinstance(cache, Skipped) and cache.reason is Reason.LATENT:
+            absorbed = absorb(site, writes, cache.details[0])
+            site, cache = absorbed if isinstance(absorbed, tuple) else (site, absorbed)
         if isinstance(cache, Skipped):
             dense.append(cache)
             continue

@@ -26,9 +26,17 @@ from loki_compile.passes.fx_tools import (
     may_overlap,
     shape_of,
     writes_of,
+    written_operands,
 )
 from loki_compile.passes.plan import Plan, SparseSite
-from loki_compile.passes.sites import AttentionSite, Heads, MaskRule, MaskTerm
+from loki_compile.passes.sites import (
+    AttentionSite,
+    HeadMaps,
+    Heads,
+    Latent,
+    MaskRule,
+    MaskTerm,
+)
 from torch import fx
 
 
@@ -118,6 +126,8 @@ def rewrite_sparse(
             if len(shape_of(sparse.site.node) or ()) == 3:  # batch and heads in one dimension
                 out = call(graph, torch.flatten, out, 0, 1, like=sparse.site.node)
         sparse.site.node.replace_all_uses_with(out)
+        if sparse.site.latent is not None:
+            _drop_fills(graph, sparse.site.latent)
     result = graph.output_node()
     result.args = ((*result.args[0], *outputs),)  # type: ignore[misc]
     return finish(gm)
@@ -185,29 +195,41 @@ def _mirror(
     layout: IndexLayout,
 ) -> list[fx.Node]:
     """Repeats a cache write on the index with the projected keys; returns the index after it."""
-    with graph.inserting_after(write.node):
+    last = write.node
+    if cache.beside is not None:
+        beside = cache.beside.writes[cache.writes.index(write)]
+        rest = dict(zip(_taking_keys(write), _taking_keys(beside), strict=True))
+        last = max(write.node, beside.node)  # in the graph's order
+    with graph.inserting_after(last):
         marker = graph.call_function(operator.pos, (0,))  # holds the place; removed below
     with graph.inserting_before(marker):
-        steps = [step for step in (*write.moved, write) if isinstance(step, CacheWrite)]
-        new = {
-            step: call(
+        new = {}
+        for step in _taking_keys(write):
+            source = step.source
+            if cache.beside is not None:
+                source = call(graph, torch.cat, [source, rest[step].source], -1, like=step.node)
+            new[step] = call(
                 graph,
                 project_new_keys,
-                step.source,
+                source,
                 key_basis,
                 step.head_axis,
                 layout.dtype,
                 like=step.node,
             )
-            for step in steps
-            if step is not write or not write.moved
-        }
         after = [
             _mirror_part(graph, cache, write, new, number, index)
             for number, index in enumerate(parts)
         ]
     graph.erase_node(marker)
     return after
+
+
+def _taking_keys(write: CacheWrite) -> list[CacheWrite]:
+    """The steps of a write that bring new keys in: the write itself, or those among moved rows."""
+    if not write.moved:
+        return [write]
+    return [step for step in write.moved if isinstance(step, CacheWrite)]
 
 
 def _mirror_part(
@@ -299,10 +321,17 @@ def _sparse_attention(
         query = call(graph, _tiles_to_blocks, query, 1, site.kv_heads, like=site.node)
         if sinks is not None:
             sinks = call(graph, _tiles_to_blocks, sinks, 0, site.kv_heads, like=site.node)
+    latent = site.latent
+    if latent is not None:
+        query = _absorb(graph, query, latent, like=site.node)
     if concrete(fake_value(query).stride(3)) != 1:  # the ops read rows that are one run of memory
         query = call(graph, torch.Tensor.contiguous, query, like=site.node)
     key = _canonical(graph, site.key, site)
-    value = _canonical(graph, site.value, site)
+    value, rest = _canonical(graph, site.value, site), None
+    if latent is not None and latent.rest is not None:
+        rest = _canonical(graph, latent.rest, site)
+    elif latent is not None and latent.kept:
+        value = call(graph, torch.narrow, value, 3, latent.at, latent.dims, like=site.node)
     index = [
         _canonical(graph, site.key, site, _replay(graph, sparse.views, part)) for part in parts
     ]
@@ -348,11 +377,128 @@ def _sparse_attention(
         scale=site.scale,
         softcap=site.softcap,
         sinks=sinks,
+        k_rest=rest,
         like=site.node,
     )
+    if latent is not None:
+        weight, maps = latent.values.weight, _numbers(latent.values)
+        out = call(graph, expanded_values, out, weight, maps, like=site.node)
     if site.tiled:
         out = call(graph, _tiles_to_blocks, out, 1, site.group, like=site.node)
     return _strided_like(graph, out, site)
+
+
+def insert_rows(graph: fx.Graph, site: AttentionSite) -> tuple[fx.Node, fx.Node]:
+    """In front of a core over latents: its queries (B, Hq, S, D) and its keys (B, 1, T, D), whole.
+
+    For those who look on: decoding never puts whole rows together.
+    """
+    latent = site.latent
+    assert latent is not None
+    with graph.inserting_before(site.node):
+        query = _absorb(graph, site.query, latent, like=site.node)
+        rows = _canonical(graph, site.key, site)
+        if latent.rest is not None:
+            rest = _canonical(graph, latent.rest, site)
+            rows = call(graph, torch.cat, [rows, rest], -1, like=site.node)
+    return query, rows
+
+
+def unit_queries(weight: torch.Tensor, latent: Latent, heads: int) -> torch.Tensor:
+    """(1, heads, D, row dims): what cached rows meet when each head asks for each of the D dims of
+    expanded keys in turn. `weight` is the tensor of `latent.keys`.
+    """
+    dims = latent.keys.dims + latent.kept
+    unit = torch.eye(dims, dtype=weight.dtype, device=weight.device).expand(1, heads, dims, dims)
+    kept = (latent.kept_at, latent.kept)
+    maps = _numbers(latent.keys)
+    return absorbed_queries(unit, weight, maps, latent.absorbed_at, kept, latent.at == 0)
+
+
+def _absorb(graph: fx.Graph, query: fx.Node, latent: Latent, *, like: fx.Node) -> fx.Node:
+    return call(
+        graph,
+        absorbed_queries,
+        query,
+        latent.keys.weight,
+        _numbers(latent.keys),
+        latent.absorbed_at,
+        (latent.kept_at, latent.kept),
+        latent.at == 0,
+        like=like,
+    )
+
+
+def _numbers(maps: HeadMaps) -> tuple[bool, int, int, int, int]:
+    return maps.columns, maps.start, maps.block, maps.inside, maps.dims
+
+
+def _of_heads(weight: torch.Tensor, heads: int, maps: tuple[bool, int, int, int, int]) -> Any:
+    """The heads' maps (Hq, dims, latent dims) in a weight, as a view; `maps` as in `HeadMaps`."""
+    columns, start, block, inside, dims = maps
+    rows = weight.t() if columns else weight
+    rows = rows.narrow(0, start, heads * block).unflatten(0, (heads, block))
+    return rows.narrow(1, inside, dims)
+
+
+def _by_heads(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """x (B, Hq, S, m) times maps (Hq, m, n): (B, Hq, S, n), reading each map once."""
+    batch, tokens = x.shape[0], x.shape[2]
+    product = torch.bmm(x.transpose(0, 1).flatten(1, 2), maps)
+    return product.unflatten(1, (batch, tokens)).transpose(0, 1)
+
+
+def absorbed_queries(
+    query: torch.Tensor,
+    weight: torch.Tensor,
+    maps: tuple[bool, int, int, int, int],
+    absorbed_at: int,
+    kept: tuple[int, int],
+    latent_first: bool,
+) -> torch.Tensor:
+    """Queries of expanded keys (B, Hq, S, D) as queries of the cached rows: (B, Hq, S, row dims).
+
+    Those dims that met keys expanded by `maps` of `weight` take the map in and meet the latent; the
+    `kept` ones (first, how many) stay, behind the latent's or in front of them, as in a row.
+    """
+    part = query.narrow(3, absorbed_at, maps[-1])
+    absorbed = _by_heads(part, _of_heads(weight, query.shape[1], maps))
+    if not kept[1]:
+        return absorbed.contiguous()
+    both = (absorbed, query.narrow(3, *kept))
+    return torch.cat(both if latent_first else both[::-1], -1).contiguous()
+
+
+def expanded_values(
+    out: torch.Tensor, weight: torch.Tensor, maps: tuple[bool, int, int, int, int]
+) -> torch.Tensor:
+    """Weighted latents (B, Hq, S, latent dims) as weighted values: (B, Hq, S, Dv), contiguous."""
+    return _by_heads(out, _of_heads(weight, out.shape[1], maps).transpose(1, 2)).contiguous()
+
+
+def _drop_fills(graph: fx.Graph, latent: Latent) -> None:
+    """Removes the copies that put expanded keys together, unless something else reads those.
+
+    Dead code that writes is not removed by `finish`.
+    """
+    if not latent.fills:
+        return
+    keys = latent.fills[0].args[0]
+    while isinstance(keys, fx.Node) and keys.args and isinstance(keys.args[0], fx.Node):
+        if not may_overlap(keys, keys.args[0]):
+            break
+        keys = keys.args[0]
+    assert isinstance(keys, fx.Node)
+    dead = [keys]
+    for node in dead:
+        for user in node.users:
+            outside = [w for w in written_operands(user) if not may_overlap(w, keys)]
+            if user.op == "output" or outside:
+                return
+            if user not in dead:
+                dead.append(user)
+    for node in sorted(dead, reverse=True):
+        graph.erase_node(node)
 
 
 def _with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:

@@ -45,7 +45,7 @@ class Reason(enum.Enum):
     WEIGHTS_USED = "the attention weights are used by `{}` as well"
     MASK = "the mask does not broadcast to (batch, heads, query tokens, keys): {}"
     NO_CACHE = "the keys are computed in this graph ({}), not read from a cache"
-    LATENT = "the keys are expanded at each step from a cached latent of {} numbers per token"
+    LATENT = "the keys are expanded at each step from a cached latent of {} numbers per token: {}"
     OPAQUE_VIEW = "the way from the cache to the keys runs through `{}`, which is not understood"
     WRITE = "the cache is written by `{}` in a form that cannot be mirrored: {}"
     CACHE_LEAVES = "the appended keys leave the graph as something else than the cache: {}"
@@ -154,6 +154,41 @@ class Core:
 
 
 @dataclass(frozen=True)
+class HeadMaps:
+    """The heads' parts of one linear map: dim d of head h is row `start + block * h + inside + d`
+    of `weight` (rows, latent dims), or that column where `columns`; `dims` of them per head."""
+
+    weight: fx.Node
+    columns: bool
+    start: int
+    block: int
+    inside: int
+    dims: int
+
+
+@dataclass(frozen=True)
+class Latent:
+    """How a site's cached rows become keys and values, by linear maps of each head.
+
+    A row is the latent and, behind it, `rest`: what all heads take as it is. That lies in a tensor
+    of its own, or in the latent's (`rest` None; then the latent begins at dim `at` of a row), or
+    does not exist (`kept` 0). Of a query's dims, the `keys.dims` from `absorbed_at` meet what is
+    expanded from the latent, the `kept` from `kept_at` meet the rest. `fills` are the calls that
+    put expanded keys together.
+    """
+
+    keys: HeadMaps
+    values: HeadMaps
+    dims: int
+    absorbed_at: int
+    kept_at: int
+    kept: int
+    rest: Heads | None
+    at: int = 0
+    fills: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention core: `node` computes softmax(scale * q k^T + masks) v, (B, Hq, S, Dv) or, with
     batch and heads in one dimension, (B * Hq, S, Dv).
@@ -164,7 +199,9 @@ class AttentionSite:
     that the core is the SDPA call itself. `query_tokens` is S, or -1 where it is not a constant
     (only with `max_query_tokens=None`). `tiled`: query head h reads KV head h % Hkv instead of
     h // group. `query_scales`: tensors of one number that the scores are multiplied with
-    (`operator.mul`) or divided by (`operator.truediv`) beside `scale`.
+    (`operator.mul`) or divided by (`operator.truediv`) beside `scale`. With `latent`, one KV head
+    of cached rows stands for the keys that the core reads: `key` and `value` are the rows (without
+    their `rest`), `head_dim` is that of a whole row and `value_dim` that of the latent.
     """
 
     node: fx.Node
@@ -186,6 +223,7 @@ class AttentionSite:
     row_sinks: bool = False
     sdpa: bool = True
     query_scales: tuple[tuple[Callable[..., Any], fx.Node], ...] = ()
+    latent: Latent | None = None
 
 
 def find_sites(

@@ -356,6 +356,38 @@ def test_attend_is_exact_over_the_positions(implementation, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dims", [(64, 32), (40, 33), (7, 1), (512, 64)], ids=str)
+@pytest.mark.parametrize("heads", [1, 3, 16])
+def test_keys_in_two_tensors_are_one_key(implementation, dims, heads, dtype):
+    """Cached latents are the values as well, and a rotated part lies beside them."""
+    shape = (2, heads, 1, 2, 257, sum(dims), dims[0], 16, 100)
+    q, keys, _, positions = attend_inputs(shape, dtype)
+    k, rest = (x.contiguous() for x in keys.split(dims, -1))
+    mask = masks("left-padded", 2, 2, 257)
+    options = {"scale": 0.1, "softcap": 0.0}
+    truth = reference.attend(q.double(), keys.double(), k.double(), positions, mask, scale=0.1)
+    by_parts = reference.attend(
+        q.double(), k.double(), k.double(), positions, mask, scale=0.1, k_rest=rest.double()
+    )
+    torch.testing.assert_close(by_parts, truth, rtol=0, atol=0)
+    found = implementation.attend(q, k, k, positions, mask, k_rest=rest, **options)
+    error = (found.double() - truth).abs().max()
+    theirs = pytorch_attention(q, keys, k, positions, mask, scale=0.1).double()
+    theirs = (theirs - truth).abs().nan_to_num().max()
+    floor = torch.finfo(dtype).eps * truth.abs().max()
+    assert error <= 2 * theirs + floor, f"error {error:.2e}, PyTorch's {theirs:.2e}"
+
+
+def test_values_may_be_part_of_the_keys(implementation):
+    """One cache row holds latent and rotated part: the values are a slice of it."""
+    q, keys, _, positions = attend_inputs((1, 5, 1, 1, 99, 36, 36, 16, 40), torch.float32)
+    values = keys[..., 4:]
+    found = implementation.attend(q, keys, values, positions, None, scale=0.2)
+    expected = implementation.attend(q, keys, values.contiguous(), positions, None, scale=0.2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attend_takes_positions_of_each_head(implementation, dtype):
     inputs = attend_inputs(SHAPES[3], dtype, per_head=True)
     assert_attends_as_defined(implementation, inputs, None, scale=0.1)

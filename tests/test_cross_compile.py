@@ -147,16 +147,19 @@ def select_launches(
 
 def attend_launches(
     chip, *, b=1, hq=32, hkv=8, s=1, t=300, d=128, dv=None, dtype=torch.bfloat16, slots=2048,
-    mask=None, softcap=0.0, sinks=False,
+    mask=None, softcap=0.0, sinks=False, rest=0,
 ):  # fmt: skip
+    """rest: dims of a second tensor of keys; the values then are the first itself (latents)."""
     mask, _ = mask_tensors(mask, b, hq, s, t)
-    v = torch.empty(b, hkv, t, dv or d, dtype=dtype)
+    k = torch.empty(b, hkv, t, d, dtype=dtype)
+    v = k if rest else torch.empty(b, hkv, t, dv or d, dtype=dtype)
     return recorded(
         triton_attend, ATTEND_KERNELS, chip,
         lambda: triton_attend.attend(
-            torch.empty(b, hq, s, d, dtype=dtype), torch.empty(b, hkv, t, d, dtype=dtype), v,
+            torch.empty(b, hq, s, d + rest, dtype=dtype), k, v,
             torch.empty(b, hkv, s, slots, dtype=torch.int32), mask, scale=0.1, softcap=softcap,
             sinks=torch.empty(hq) if sinks else None,
+            k_rest=torch.empty(b, hkv, t, rest, dtype=dtype) if rest else None,
         ),
     )  # fmt: skip
 
@@ -217,6 +220,7 @@ SELECT_MORE = [
 ATTEND_COMMON = [
     dict(),
     dict(d=192, dv=128, mask="additive", softcap=50.0, sinks=True),
+    dict(hq=16, hkv=1, d=512, rest=64, mask="additive"),
 ]
 ATTEND_MORE = [
     dict(d=64, mask="bool", sinks=True),
@@ -225,6 +229,9 @@ ATTEND_MORE = [
     dict(d=256, softcap=50.0, mask="additive"),
     dict(hq=64, hkv=1, mask="per head"),
     dict(hq=16, hkv=1, d=256, mask="per head", sinks=True),
+    dict(hq=128, hkv=1, d=512, rest=64),
+    dict(hq=40, hkv=1, d=256, rest=32, dtype=torch.float16),
+    dict(hq=16, hkv=1, d=512, rest=64, dtype=torch.float32),
     dict(dtype=torch.float32, d=64),
     dict(dtype=torch.float32, mask="additive", softcap=30.0),
     dict(dtype=torch.float32, hq=64, hkv=1, mask="per head"),

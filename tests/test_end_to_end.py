@@ -68,6 +68,20 @@ FAMILIES = {
     ),
     "gemma2": ({**_LLAMA, "sliding_window": 64}, 2, 2),
     "granite": (_LLAMA, 2, 2),
+    "deepseek_v3": (
+        {
+            **_MHA,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 2,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 20,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 12,
+            "v_head_dim": 10,
+        },
+        2,
+        2,
+    ),
     "bloom": (
         {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY},
         2,

@@ -450,6 +450,27 @@ def test_every_head_dim_with_the_tables_launch(d, dv):
 
 
 @here
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("programs", [0, 4])
+@pytest.mark.parametrize("own_values", [True, False])
+def test_keys_in_two_tensors_are_one_key(dtype, programs, own_values):
+    q, keys, v = attention_inputs(2, 5, 1, 2, 150, 33 + 20, 33, dtype)
+    k, rest = (x.contiguous() for x in keys.split((33, 20), -1))
+    v = v if own_values else k
+    positions = random_positions(2, 1, 2, 150, 61, 43)
+    launch = small_tiles((q, keys, v), programs)
+    truth = reference.attend(q.double(), keys.double(), v.double(), positions, None, scale=0.1)
+    got = triton_attend.attend(
+        *[x.to(DEVICE) for x in (q, k, v, positions)], None, scale=0.1, k_rest=rest.to(DEVICE),
+        launch=launch,
+    )  # fmt: skip
+    error = float((got.cpu().double() - truth).abs().max())
+    floor = torch.finfo(dtype).eps * float(truth.abs().max())
+    theirs = pytorchs_error(q, keys, v, positions, None, truth, 0.1)
+    assert error <= 2 * theirs + floor, (error, theirs, floor)
+
+
+@here
 def test_groups_wider_than_a_program_and_positions_per_head():
     tensors = attention_inputs(1, 37, 1, 1, 90, 32, 32, torch.float32)
     assert_as_exact_as_pytorch(tensors, random_positions(1, 1, 1, 90, 40, 33), scale=0.2)

@@ -28,9 +28,11 @@ REWRITTEN = [
     ("bloom", "dynamic", "sdpa"),  # batch and heads in one dimension, a bias inside the product
     ("xglm", "static", "sdpa"),  # folded too, scores clamped from below
     ("jetmoe", "static", "sdpa"),  # KV heads repeated as tiles, a graph for each layer
+    ("deepseek_v3", "static", "sdpa"),  # keys expanded from a cached latent
+    ("hy_v4", "dynamic", "eager"),  # the same, with sinks and a mask of chosen keys
 ]
 DENSE = [
-    ("deepseek_v3", "static", "sdpa"),  # keys expanded from a cached latent
+    ("openai-gpt", "dynamic", "sdpa"),  # no cache
 ]
 
 
@@ -114,7 +116,7 @@ def test_a_line_of_the_record_counts_sites_and_drops_traces():
 
 
 def test_the_table_counts_outcomes_and_says_which_architectures_a_reason_costs():
-    latent = Reason.LATENT.value.format(512)
+    latent = Reason.LATENT.value.format(512, "a norm")
     results = [
         line("ant", [("sparse", ""), ("dense", latent)]),
         line("bee", [("dense", "its wings: 4")] * 2),
