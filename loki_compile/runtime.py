@@ -388,7 +388,7 @@ class DecodeGraph:
         places = self.undo.small + self.undo.large if whole else self.undo.small
         try:
             with torch.inference_mode(False), torch.no_grad():
-                saved = [(args[place], args[place].clone()) for place in places]
+                saved = Saved([args[place] for place in places])
                 for binding in self.bindings:
                     record, fresh = self._index(binding, binding.rows(args), visible, most)
                     records.append(record)
@@ -410,9 +410,7 @@ class DecodeGraph:
         except Exception as error:
             if not whole:
                 raise  # what the first attempt has written cannot be taken back
-            with torch.inference_mode():  # the one mode in which every tensor may be written
-                for tensor, before in saved:
-                    tensor.copy_(before)
+            saved.put_back()
             if self.config.strict:
                 raise
             outputs = self.run_dense(args, visible)
@@ -556,6 +554,27 @@ class DecodeGraph:
                 MAX_REBUILDS_IN_A_ROW,
                 DENSE_STEPS_AFTER,
             )
+
+
+class Saved:
+    """What tensors hold now, to be put back. Those of one dtype and device are saved in one piece:
+    the counters of all layers take one kernel at each step, not one each."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        groups: dict[Any, list[Tensor]] = {}
+        for tensor in tensors:
+            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        self.groups = [
+            (group, torch.cat([tensor.reshape(-1) for tensor in group]))
+            for group in groups.values()
+        ]
+
+    def put_back(self) -> None:
+        with torch.inference_mode():  # the one mode in which every tensor may be written
+            for group, before in self.groups:
+                parts = before.split([tensor.numel() for tensor in group])
+                for tensor, part in zip(group, parts, strict=True):
+                    tensor.copy_(part.view(tensor.shape))
 
 
 @dataclass

@@ -259,7 +259,7 @@ def test_no_memory_for_what_is_saved_is_dense_with_one_warning(monkeypatch, capl
 
     def run_sparse(*args):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.Tensor, "clone", no_memory)
+            patch.setattr(runtime, "Saved", no_memory)
             return real(*args)
 
     monkeypatch.setattr(runtime.DecodeGraph, "run_sparse", run_sparse)
