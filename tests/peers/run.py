@@ -318,7 +318,8 @@ def count(lines: Sequence[dict[str, Any]]) -> dict[str, int]:
 _OUTCOMES = ("passed", "failed", "failed without us", "failed through Dynamo alone", "skipped",
              "xfailed")  # fmt: skip
 _COLUMNS = (*(f"{mode}: {outcome}" for mode in OURS for outcome in _OUTCOMES),
-            "tests with compiled steps", "tests with sparse steps", "sparse steps", "tests that fell back")  # fmt: skip
+            "tests with compiled steps", "tests with sparse steps", "sparse steps",
+            "tests that fell back")  # fmt: skip
 
 _HEAD = """# Other projects' tests, their decode steps compiled by `backend="loki"`
 
