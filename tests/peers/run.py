@@ -306,6 +306,9 @@ def count(lines: Sequence[dict[str, Any]]) -> dict[str, int]:
             elif outcome is not None:
                 row[f"{mode}: failed"] += 1
         line = modes.get("sparse", {})
+        row["tests with compiled steps"] += bool(
+            line.get("compiled_steps") or line.get("own_compiles")
+        )
         row["tests with sparse steps"] += line.get("sparse_steps", 0) > 0
         row["sparse steps"] += line.get("sparse_steps", 0)
         row["tests that fell back"] += any("could not" in w for w in line.get("warnings", ()))
@@ -315,7 +318,8 @@ def count(lines: Sequence[dict[str, Any]]) -> dict[str, int]:
 _OUTCOMES = ("passed", "failed", "failed without us", "failed through Dynamo alone", "skipped",
              "xfailed")  # fmt: skip
 _COLUMNS = (*(f"{mode}: {outcome}" for mode in OURS for outcome in _OUTCOMES),
-            "tests with sparse steps", "sparse steps", "tests that fell back")  # fmt: skip
+            "tests with compiled steps", "tests with sparse steps", "sparse steps",
+            "tests that fell back")  # fmt: skip
 
 _HEAD = """# Other projects' tests, their decode steps compiled by `backend="loki"`
 
@@ -328,7 +332,8 @@ Written by `python tests/peers/run.py` on {date}; how to repeat it: tests/peers/
   through Dynamo alone**: fails with `backend="eager"`. **failed** has neither.
 * **sparse steps**: calls of rewritten graphs that ran sparse attention. **fell back**: a step of
   the test warned and ran dense.
-* A test of nothing but prefill passes as it would anyway.
+* A test without a compiled step (prefill, training) passes as it would anyway. What is not listed
+  has not been run.
 """
 
 
