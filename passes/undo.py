@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from loki_compile.passes.fx_tools import (
     Write,
     concrete,
@@ -79,10 +78,6 @@ def _reads(node: fx.Node, past: fx.Node) -> bool:
     read: list[fx.Node] = []
     target = node.args[:1] if mutates(node) else ()
     map_arg((node.args[len(target) :], node.kwargs), read.append)
-    if not mutates(node) and isinstance(fake_value(node), torch.Tensor):
-        read = [source for source in read if not _is_view_of(node, source)]
+    if not mutates(node):  # a result that lies in an operand's memory is a view of it
+        read = [source for source in read if not may_overlap(node, source)]
     return any(may_overlap(source, past) for source in read)
-
-
-def _is_view_of(node: fx.Node, source: fx.Node) -> bool:
-    return node.args[:1] == (source,) and may_overlap(node, source)
