@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from loki_compile.passes.fx_tools import (
     Write,
     concrete,
@@ -32,7 +31,6 @@ from torch.fx.node import map_arg
 FEW_NUMBERS = 64
 
 _STORES = ("index_copy_", "copy_", "setitem", "index_put_")
-_ASK_SHAPES = ("size", "shape", "sym_size", "dim", "numel", "stride", "is_contiguous", "getattr")
 
 
 @dataclass(frozen=True)
@@ -73,16 +71,10 @@ def _stored_before_read(past: fx.Node, writes: list[Write], order: dict[fx.Node,
 
 
 def _reads(node: fx.Node, past: fx.Node) -> bool:
-    """Whether a call may read the memory of `past`: views and questions of shape do not."""
-    if node.op in ("placeholder", "get_attr", "output") or op_name(node) in _ASK_SHAPES:
-        return False
+    """Whether a call may read the memory of `past`: what is a view of it does not."""
     read: list[fx.Node] = []
     target = node.args[:1] if mutates(node) else ()
     map_arg((node.args[len(target) :], node.kwargs), read.append)
-    if not mutates(node) and isinstance(fake_value(node), torch.Tensor):
-        read = [source for source in read if not _is_view_of(node, source)]
+    if not mutates(node):  # a result that lies in an operand's memory is a view of it
+        read = [source for source in read if not may_overlap(node, source)]
     return any(may_overlap(source, past) for source in read)
-
-
-def _is_view_of(node: fx.Node, source: fx.Node) -> bool:
-    return node.args[:1] == (source,) and may_overlap(node, source)
