@@ -306,7 +306,8 @@ def run_case(case: Case) -> dict[str, Any]:
     """Decodes the case uncompiled and compiled; the result is one line of the record.
 
     status: "equal", "differs" (wrong), "crashes" (wrong), "differs without us" and "crashes without
-    us" (plain `backend="eager"` does the same), "does not build", "does not run".
+    us" (plain `backend="eager"` does the same), "does not build", "does not run"; `run_cases` adds
+    "out of time".
     """
     import torch
 
@@ -576,15 +577,16 @@ def _watch(
         try:
             while cases:
                 began = time.monotonic()
-                error = f"no result in {limit:.0f} s"
+                status, error = "out of time", f"no result in {limit:.0f} s"
                 try:
                     result = ours.recv() if ours.poll(limit) else None
                 except EOFError:
                     process.join()
-                    result, error = None, f"its process ended with {process.exitcode}"
+                    result, status = None, "crashes"
+                    error = f"its process ended with {process.exitcode}"
                 if result is None:
                     case = cases.pop(0)
-                    report({"key": case.key, **vars(case), "status": "crashes", "error": error})
+                    report({"key": case.key, **vars(case), "status": status, "error": error})
                     break
                 cases.pop(0)
                 report({**result, "seconds": round(time.monotonic() - began, 1)})
@@ -695,7 +697,7 @@ def _run(cases: Sequence[Case], args: argparse.Namespace) -> None:
             for out, line in ((details, result), (kept, compact(result))):
                 out.write(json.dumps(line) + "\n")
                 out.flush()
-            if result["status"] in ("differs", "crashes"):
+            if result["status"] in ("differs", "crashes", "out of time"):
                 progress.print(f"{result['key']}: {result['status']} {result.get('error', '')}")
             progress.update(task, advance=1, description=result["model"])
 
@@ -709,7 +711,7 @@ def model_types() -> list[str]:
 # ------------------------------------------------------------------------------------- the table
 
 _STATUSES = ("equal", "differs", "crashes", "differs without us", "crashes without us",
-             "does not run", "does not build")  # fmt: skip
+             "does not run", "does not build", "out of time")  # fmt: skip
 
 
 def table(results: Iterable[dict[str, Any]]) -> str:

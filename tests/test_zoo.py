@@ -123,7 +123,9 @@ def test_the_table_counts_outcomes_and_says_which_architectures_a_reason_costs()
         line("cat", [("dense", latent)] * 2),
     ]
     text = zoo.table(results)
-    assert "| eager | static | sdpa | 3 | 0 | 0 | 0 | 0 | 0 | 0 | 3 | 3 | 0 | 1 | 3 | 0 |" in text
+    assert (
+        "| eager | static | sdpa | 3 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 3 | 3 | 0 | 1 | 3 | 0 |" in text
+    )
     assert "| 1 | its wings | bee |" in text
     assert "| ant | 2 |  | 2 | 1 | 0 | 1 |" in text
 
@@ -134,6 +136,11 @@ def test_the_table_shows_graphs_that_plain_dynamo_does_not_need():
     assert "| 2 | 2 | 2 | 2 | 2 | 1 |" in text
     assert "| ant | 3 | 1 graphs, 1 recompiles |" in text
     assert "| bee | 2 |  |" in text
+
+
+def test_a_case_that_outlasts_its_limit_is_no_crash():
+    (result,) = zoo.run_cases([zoo.Case("gpt2", "static", "sdpa")], limit=0)
+    assert result["status"] == "out of time" and result["error"] == "no result in 0 s"
 
 
 def test_lines_without_a_run_behind_them_are_counted_and_run_again():
