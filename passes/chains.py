@@ -97,13 +97,16 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
     if shape is None or axis is None or axis % len(shape) != len(shape) - 1:
         return None
     out = _product_with_values(softmax)
-    behind = any(op_name(node) in _PRODUCTS for node in _straight_back(softmax))
-    if out is None or not behind:
+    if out is None:
         return None
 
     def skip(reason: Reason, *details: Any) -> Skipped:
         return Skipped(out[0], reason, details, module_path(softmax))
 
+    back = _straight_back(softmax)
+    if not any(op_name(node) in _PRODUCTS for node in back):
+        scores_in = [node for node in back if node.op == "placeholder" and _like(node, softmax)]
+        return skip(Reason.BROKEN, scores_in[0].name) if scores_in else None
     node, trimmed, odd, zeroed = out
     if odd:
         return skip(Reason.WEIGHTS_USED, odd)
@@ -204,6 +207,12 @@ def _operand(
         return None
     scores.reads.append((found[0], found[2]))
     return found[0], found[1]
+
+
+def _like(node: fx.Node, softmax: fx.Node) -> bool:
+    """Whether a tensor has the softmax's own shape: numbers for each head, query and key."""
+    shape, wanted = shape_of(node) or (), shape_of(softmax) or ()
+    return len(shape) == len(wanted) >= 3 and all(map(same_size, shape, wanted))
 
 
 def _straight_back(softmax: fx.Node) -> list[fx.Node]:

@@ -41,6 +41,7 @@ class Reason(enum.Enum):
     DTYPE = "queries, keys, values and result do not share float32, bfloat16 or float16: {}"
     SCALE = "the scale is a computed value ({})"
     SOFTMAX = "the scores reach the softmax through `{}`, which is not understood"
+    BROKEN = "the scores come from another graph ({}): a graph break lies within attention"
     FLEX = "flex_attention's {} is not understood: it computes `{}`"
     WEIGHTS_USED = "the attention weights are used by `{}` as well"
     MASK = "the mask does not broadcast to (batch, heads, query tokens, keys): {}"

@@ -43,7 +43,7 @@ from toy_decoders import (
     with_dropout,
 )
 
-from loki_compile import stats
+from loki_compile import reports, stats
 
 
 def sites_of(attend, *, mask=causal, kv_heads=KV_HEADS, **more):
@@ -424,6 +424,32 @@ def test_queries_are_not_scaled_by_a_tensor_of_another_dtype_than_theirs(monkeyp
         fast = torch.compile(module, backend="loki", options={"min_context": 0, "top_k": 1.0})
         conversation.step(fast, x.to(dtype) if half else x)
         assert compiled.calls("loki.") == 2, "select and attend in the first run alone"
+
+
+def test_attention_that_a_graph_break_cuts_is_reported(monkeypatch):
+    def broken(q, keys, values, mask):
+        scores = q @ repeat_kv(keys).transpose(2, 3)
+        torch._dynamo.graph_break()
+        return torch.softmax(scores + mask, dim=-1) @ repeat_kv(values)
+
+    interpret(monkeypatch)
+    spelling = Spelling(index_copy_method, attend=broken, mask=causal_inf)
+    module = ToyDecoder(spelling).eval()
+    fast = torch.compile(module, backend="loki", options={"min_context": 0, "top_k": 1.0})
+    here = Conversation.start(spelling)
+    there = here.fork()
+    with torch.no_grad():
+        (x,) = tokens(spelling, 1)
+        torch.testing.assert_close(here.step(fast, x), there.step(module, x), rtol=0, atol=0)
+    (site,) = [site for report in reports() for site in report.sites]
+    assert site.outcome == "dense" and "a graph break lies within attention" in site.reason
+
+
+def test_a_router_behind_a_graph_break_is_no_attention():
+    graph = normal_graph(
+        lambda x, w: torch.softmax(x, -1) @ w, torch.randn(4, 8), torch.randn(8, 8)
+    )
+    assert find_sites(graph.graph) == ([], [])
 
 
 def max_over_heads(q, keys, values, mask):
