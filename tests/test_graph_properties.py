@@ -392,9 +392,7 @@ def check_small_budget(layers: list[Layer], more: dict, inference: bool, seed: i
 def test_generated_decoders_with_a_small_budget_equal_a_fresh_rebuild(monkeypatch):
     interpret(monkeypatch)
     fit = functools.cache(axes)
-    monkeypatch.setattr(
-        runtime, "_fit", lambda b, past, visible: fit(b.weights, b.kv_heads, b.head_dim)
-    )
+    monkeypatch.setattr(runtime, "_fit", lambda b, *_: fit(b.weights, b.kv_heads, b.head_dim))
     ran: Counter[bool] = Counter()
     options = [{}, {"share": "head"}, {"index_dtype": "int8"}]
 
