@@ -204,14 +204,7 @@ def run(args: argparse.Namespace, dtype_name: str, context: int) -> list[dict]:
         for _ in range(4):  # compiles, fits the basis, builds the index
             decoders[name]()
         gc.collect()
-    before = loki_compile.stats()
-    times = time_rounds(decoders, device, args.rounds)
-    after = loki_compile.stats()
-    medians = {name: statistics.median(samples) for name, samples in times.items()}
-    dense = min(medians[name] for name, variant in ways.items() if variant.dense)
-    stock = min(medians["eager"], medians["inductor"])
     shared = {
-        **stamp(device),
         "bench": "decode",
         "cache": args.cache,
         "dtype": dtype_name,
@@ -220,13 +213,27 @@ def run(args: argparse.Namespace, dtype_name: str, context: int) -> list[dict]:
         "rank": args.rank,
         "index_dtype": args.index_dtype,
         "mode": args.mode,
-        "rounds": args.rounds,
-        "sparse_steps": after["sparse_steps"] - before["sparse_steps"],
-        "rebuilds": after["rebuilds"] - before["rebuilds"],
     }
+    return timed_rows(decoders, ways, device, args.rounds, shared)
+
+
+def timed_rows(
+    decoders: dict[str, Decoder], ways: dict[str, Variant], device: str, rounds: int, shared: dict
+) -> list[dict]:
+    """Times every path; a row for each, with `shared` and its ratio to the dense ones."""
+    before = loki_compile.stats()
+    times = time_rounds(decoders, device, rounds)
+    after = loki_compile.stats()
+    medians = {name: statistics.median(samples) for name, samples in times.items()}
+    dense = min(medians[name] for name, variant in ways.items() if variant.dense)
+    stock = min(medians["eager"], medians["inductor"])
+    counts = {name: after[name] - before[name] for name in ("sparse_steps", "rebuilds")}
     return [
         {
+            **stamp(device),
             **shared,
+            "rounds": rounds,
+            **counts,
             "variant": name,
             "median_ms": medians[name],
             "min_ms": min(samples),

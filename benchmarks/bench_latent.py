@@ -17,14 +17,11 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import statistics
 
 import torch
-from bench_decode import DTYPES, LOGITS_BOUND, Variant, decode_step, time_rounds
-from harness import require, stamp, table, write_rows
+from bench_decode import DTYPES, LOGITS_BOUND, Variant, decode_step, timed_rows
+from harness import require, table, write_rows
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, StaticCache
-
-import loki_compile
 
 LAYERS = 2
 
@@ -97,35 +94,14 @@ def run(args: argparse.Namespace, dtype_name: str, context: int) -> list[dict]:
         for _ in range(3):  # compiles, fits the basis, builds the index
             decoders[name]()
         gc.collect()
-    before = loki_compile.stats()
-    times = time_rounds(decoders, args.device, args.rounds)
-    after = loki_compile.stats()
-    medians = {name: statistics.median(samples) for name, samples in times.items()}
-    dense = min(medians[name] for name, variant in ways.items() if variant.dense)
-    stock = min(medians["eager"], medians["inductor"])
     shared = {
-        **stamp(args.device),
         "bench": "latent",
         "dtype": dtype_name,
         "context": context,
         "heads": args.heads,
         "rank": args.rank,
-        "rounds": args.rounds,
-        "sparse_steps": after["sparse_steps"] - before["sparse_steps"],
-        "rebuilds": after["rebuilds"] - before["rebuilds"],
     }
-    return [
-        {
-            **shared,
-            "variant": name,
-            "median_ms": medians[name],
-            "min_ms": min(samples),
-            "max_ms": max(samples),
-            "vs_fastest_dense": dense / medians[name],
-            "vs_stock": stock / medians[name],
-        }
-        for name, samples in times.items()
-    ]
+    return timed_rows(decoders, ways, args.device, args.rounds, shared)
 
 
 def main() -> None:

@@ -115,16 +115,20 @@ def compile_toy(write, attend, mask, **options):
     return spelling, module, fast
 
 
-@pytest.mark.parametrize("write, attend, mask", CORES)
-def test_a_flex_call_is_the_same_core(write, attend, mask, monkeypatch):
-    compiled = interpret(monkeypatch)
-    spelling, module, fast = compile_toy(write, attend, mask, top_k=1.0)
+def follow(spelling, module, fast, steps):
+    """Steps of one conversation, compiled and not; every output must agree."""
     here = Conversation.start(spelling)
     there = here.fork()
     with torch.no_grad():
-        for x in tokens(spelling, 3):
+        for x in tokens(spelling, steps):
             out, expected = here.step(fast, x), there.step(module, x)
             torch.testing.assert_close(out, expected, rtol=0, atol=3e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("write, attend, mask", CORES)
+def test_a_flex_call_is_the_same_core(write, attend, mask, monkeypatch):
+    compiled = interpret(monkeypatch)
+    follow(*compile_toy(write, attend, mask, top_k=1.0), steps=3)
     assert stats()["sparse_steps"] == 3
     assert compiled.calls("loki.attend") > 0 and compiled.calls("flex_attention") == 0
 
@@ -218,13 +222,7 @@ def blocks_alone(q, keys, values, mask):
 )
 def test_another_flex_call_stays_as_it_is_and_says_why(attend, reason, monkeypatch):
     compiled = interpret(monkeypatch)
-    spelling, module, fast = compile_toy(index_copy_method, attend, left_padded, top_k=1.0)
-    here = Conversation.start(spelling)
-    there = here.fork()
-    with torch.no_grad():
-        for x in tokens(spelling, 2):
-            out, expected = here.step(fast, x), there.step(module, x)
-            torch.testing.assert_close(out, expected, rtol=0, atol=3e-5, equal_nan=True)
+    follow(*compile_toy(index_copy_method, attend, left_padded, top_k=1.0), steps=2)
     assert compiled.calls("loki.") == 0
     (dense,) = reports()[-1].sites
     assert reason in dense.reason
