@@ -22,6 +22,7 @@ from loki_compile.passes.fx_tools import (
     may_overlap,
     module_path,
     op_name,
+    operand,
     same_size,
     shape_of,
     writes_of,
@@ -106,7 +107,9 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
     back = _straight_back(softmax)
     if not any(op_name(node) in _PRODUCTS for node in back):
         scores_in = [node for node in back if node.op == "placeholder" and _like(node, softmax)]
-        return skip(Reason.BROKEN, scores_in[0].name) if scores_in else None
+        if not scores_in:
+            return None
+        return skip(Reason.BROKEN, f"come from another graph ({scores_in[0].name})")
     node, trimmed, odd, zeroed = out
     if odd:
         return skip(Reason.WEIGHTS_USED, odd)
@@ -146,6 +149,43 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
         row_sinks=scores.row_sinks,
         reads=tuple(scores.reads),
     )
+
+
+def scores_that_leave(graph: fx.Graph) -> list[Skipped]:
+    """Products of queries and keys whose scores, or weights, are an output of the graph: what reads
+    values with them is not seen, and may not be compiled at all."""
+    returned = set(graph.output_node().all_input_nodes)
+    found = []
+    for product in graph.nodes:
+        if op_name(product) not in ("matmul", "bmm") or not _by_turned_keys(product):
+            continue
+        scores = [product]
+        for node in scores:
+            scores += [n for n in node.users if _like(n, node) and _goes_on(n)]
+        left = [node for node in scores if node in returned]
+        if left:
+            details = (f"leave this graph ({left[0].name})",)
+            found.append(Skipped(product, Reason.BROKEN, details, module_path(product)))
+    return found
+
+
+def _goes_on(node: fx.Node) -> bool:
+    """Whether a call makes other scores of scores, or the weights that no product here reads."""
+    if op_name(node) == "softmax":
+        return _product_with_values(node) is None
+    return op_name(node) in _STEPS
+
+
+def _by_turned_keys(product: fx.Node) -> bool:
+    """Whether the second factor is (..., D, T), turned from the (..., T, D) that caches keep."""
+    keys: Any = product.args[1] if len(product.args) > 1 else None
+    rank = len(shape_of(keys) or ())
+    if rank < 3 or len(shape_of(product) or ()) != rank:
+        return False
+    if op_name(keys) == "transpose":
+        dims = {operand(keys, "dim0"), operand(keys, "dim1")}
+        return {d % rank for d in dims if isinstance(d, int)} == {rank - 2, rank - 1}
+    return op_name(keys) == "permute" and keys.args[-1] not in (-1, rank - 1)
 
 
 def _factors(product: fx.Node, scores: _Scores) -> tuple[Any, Any] | str:
@@ -209,9 +249,9 @@ def _operand(
     return found[0], found[1]
 
 
-def _like(node: fx.Node, softmax: fx.Node) -> bool:
-    """Whether a tensor has the softmax's own shape: numbers for each head, query and key."""
-    shape, wanted = shape_of(node) or (), shape_of(softmax) or ()
+def _like(node: fx.Node, scores: fx.Node) -> bool:
+    """Whether a tensor has the scores' own shape: numbers for each head, query and key."""
+    shape, wanted = shape_of(node) or (), shape_of(scores) or ()
     return len(shape) == len(wanted) >= 3 and all(map(same_size, shape, wanted))
 
 

@@ -41,7 +41,7 @@ class Reason(enum.Enum):
     DTYPE = "queries, keys, values and result do not share float32, bfloat16 or float16: {}"
     SCALE = "the scale is a computed value ({})"
     SOFTMAX = "the scores reach the softmax through `{}`, which is not understood"
-    BROKEN = "the scores come from another graph ({}): a graph break lies within attention"
+    BROKEN = "a graph break lies within attention: its scores {}"
     FLEX = "flex_attention's {} is not understood: it computes `{}`"
     WEIGHTS_USED = "the attention weights are used by `{}` as well"
     MASK = "the mask does not broadcast to (batch, heads, query tokens, keys): {}"
@@ -235,7 +235,7 @@ def find_sites(
     Cores with more than `max_query_tokens` are skipped as prefill; None takes any number, and
     cores with `is_causal=True` as well: calibration observes prefills.
     """
-    from loki_compile.passes.chains import chain_core
+    from loki_compile.passes.chains import chain_core, scores_that_leave
     from loki_compile.passes.flex import flex_core
 
     sites: list[AttentionSite] = []
@@ -264,6 +264,7 @@ def find_sites(
             sites.append(found)
         else:
             skipped.append(found)
+    skipped += scores_that_leave(graph)
     return sites, skipped
 
 

@@ -11,7 +11,15 @@ import pytest
 import torch
 import torch._dynamo
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    CompileConfig,
+    DynamicCache,
+    StaticCache,
+    cache_utils,
+)
 
 from loki_compile import reports, stats
 
@@ -292,6 +300,131 @@ def test_assisted_decoding_equals_eagers(interpreted):
     model.compile(backend="loki", options=SPARSE)
     tokens = generate(model, ids, "dynamic", assistant_model=assistant)
     assert tokens.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_penalties_of_generate_see_eagers_logits(kind, interpreted):
+    model = make("llama")
+    ids = prompt(batch=2)
+    penalties = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2}
+    plain, expected = generate(model, ids, kind), generate(model, ids, kind, **penalties)
+    assert plain.tolist() != expected.tolist()
+    model.compile(backend="loki", options=SPARSE)
+    assert generate(model, ids, kind, **penalties).tolist() == expected.tolist()
+    assert stats()["sparse_steps"] == NEW - 1
+
+
+def contrastive(model, step, ids, candidates: int = 3, alpha: float = 0.6) -> list[int]:
+    """Contrastive search (Su et al. 2022, eq. 5): each step tries the likeliest tokens as a batch
+    and keeps the one that is likely and whose state is unlike all earlier ones."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        out = model(ids, past_key_values=cache, output_hidden_states=True)
+        states, logits, tokens = out.hidden_states[-1][0], out.logits[0, -1], []
+        for _ in range(NEW):
+            likely = logits.softmax(-1).topk(candidates)
+            cache.batch_repeat_interleave(candidates)
+            out = step(likely.indices[:, None], past_key_values=cache, output_hidden_states=True)
+            new = out.hidden_states[-1][:, -1]
+            alike = torch.cosine_similarity(new[:, None], states[None], dim=-1).amax(-1)
+            best = int(((1 - alpha) * likely.values - alpha * alike).argmax())
+            cache.batch_select_indices(torch.tensor([best]))
+            states, logits = torch.cat([states, new[best, None]]), out.logits[best, -1]
+            tokens.append(int(likely.indices[best]))
+    return tokens
+
+
+def test_contrastive_search_equals_eagers(interpreted):
+    """The caches are repeated for the candidates, and one is kept: new tensors each time."""
+    model = make("llama")
+    ids = prompt()
+    expected = contrastive(model, model, ids)
+    assert expected != generate(model, ids, "dynamic")[0, PROMPT:].tolist()
+    fast = torch.compile(model, backend="loki", options=SPARSE)
+    assert contrastive(model, fast, ids) == expected
+    assert stats()["sparse_steps"] == NEW
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.export, about what the wrapper keeps
+def test_an_exported_decoder_decodes_sparse_and_export_itself_sees_no_backend(interpreted):
+    """torch.export of a compiled model traces the model; what it made compiles like any module."""
+    from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
+
+    model = make("llama")
+    ids = prompt(length=NEW)
+    cache = StaticCache(model.config, max_cache_len=64)
+    with torch.no_grad():
+        expected = [model(token[None, None], past_key_values=cache).logits for token in ids[0]]
+    model.compile(backend="loki", options=SPARSE)
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.use_cache = True
+    wrapped = TorchExportableModuleWithStaticCache(model, batch_size=1, max_cache_len=64)
+    example = {"input_ids": ids[:, :1], "cache_position": torch.zeros(1, dtype=torch.long)}
+    program = torch.export.export(wrapped, (), example, strict=False)
+    assert not [node for node in program.graph.nodes if "loki" in str(node.target)]
+    assert not reports()
+    fast = torch.compile(program.module(), backend="loki", options=SPARSE)
+    with torch.no_grad():
+        for at, truth in enumerate(expected):
+            logits = fast(input_ids=ids[:, at : at + 1], cache_position=torch.tensor([at]))
+            torch.testing.assert_close(logits, truth, rtol=0, atol=1e-4)
+    assert stats()["sparse_steps"] == NEW and set(sparse_sites()) == {2}
+
+
+class Int8Layer(cache_utils.QuantizedLayer):
+    """Keys and values in 8 bits; the last few as they are."""
+
+    def _quantize(self, tensor, axis):
+        scale = tensor.abs().amax(-1, keepdim=True).clamp_min(1e-6) / 127
+        return (tensor / scale).round().to(torch.int8), scale
+
+    def _dequantize(self, quantised):
+        return quantised[0] * quantised[1]
+
+
+QUANTISED = {"int8": lambda: Int8Layer(residual_length=4)}
+if hasattr(cache_utils, "Fp8QuantizedLayer"):  # of newer versions
+    QUANTISED["fp8"] = cache_utils.Fp8QuantizedLayer
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_caches_stay_dense_with_a_reason(kind, interpreted):
+    model = make("llama")
+    ids = prompt(length=PROMPT + NEW)
+    fast = torch.compile(model, backend="loki", options=SPARSE)
+    here, there = (Cache(layers=[QUANTISED[kind]() for _ in range(2)]) for _ in range(2))
+    with torch.no_grad():
+        for past in (here, there):
+            model(ids[:, :PROMPT], past_key_values=past)
+        for at in range(PROMPT, PROMPT + NEW):
+            logits = [
+                step(ids[:, at : at + 1], past_key_values=past).logits
+                for step, past in ((fast, here), (model, there))
+            ]
+            torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+    sites = [site for report in reports() for site in report.sites]
+    assert sites and all(site.outcome == "dense" and site.reason for site in sites)
+    assert stats()["sparse_steps"] == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloads from a GPU")
+def test_offloaded_caches_equal_eagers(interpreted):
+    """Every step finds new tensors on the device, or sites that say why they are dense."""
+    model = make("llama").cuda()
+    ids = prompt(length=PROMPT + NEW).cuda()
+    fast = torch.compile(model, backend="loki", options=SPARSE)
+    here, there = (DynamicCache(config=model.config, offloading=on) for on in (True, False))
+    with torch.no_grad():
+        for past in (here, there):
+            model(ids[:, :PROMPT], past_key_values=past)
+        for at in range(PROMPT, PROMPT + NEW):
+            logits = [
+                step(ids[:, at : at + 1], past_key_values=past).logits
+                for step, past in ((fast, here), (model, there))
+            ]
+            torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+    sites = [site for report in reports() for site in report.sites]
+    assert all(site.outcome != "dense" or site.reason for site in sites)
 
 
 def test_encoder_decoder_models_decode_sparse(interpreted):

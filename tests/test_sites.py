@@ -441,8 +441,39 @@ def test_attention_that_a_graph_break_cuts_is_reported(monkeypatch):
     with torch.no_grad():
         (x,) = tokens(spelling, 1)
         torch.testing.assert_close(here.step(fast, x), there.step(module, x), rtol=0, atol=0)
-    (site,) = [site for report in reports() for site in report.sites]
-    assert site.outcome == "dense" and "a graph break lies within attention" in site.reason
+    halves = [site for report in reports() for site in report.sites]
+    assert [site.outcome for site in halves] == ["dense"] * 2
+    lies = "a graph break lies within attention: its scores"
+    assert [
+        site.reason.startswith(f"{lies} {what}")
+        for site, what in zip(halves, ("leave this graph", "come from another graph"), strict=True)
+    ] == [True, True]
+
+
+def test_scores_that_leave_a_graph_are_reported_where_the_rest_is_never_compiled():
+    def half(q, keys, values):
+        return (q @ keys.transpose(2, 3)) * 0.3, values
+
+    q, keys = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8)
+    _, (left,) = find_sites(normal_graph(half, q, keys, keys).graph)
+    assert left.sentence().startswith("a graph break lies within attention: its scores leave")
+    turned = normal_graph(lambda q, k: q @ k.permute(0, 2, 3, 1), q, torch.randn(1, 5, 2, 8))
+    assert len(find_sites(turned.graph)[1]) == 1
+    weights = normal_graph(lambda q, k: (q @ k.mT).softmax(-1).to(torch.float16), q, keys)
+    assert len(find_sites(weights.graph)[1]) == 1
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: x @ w,  # a weight of each head
+        lambda x, w: torch.sigmoid(x @ w.transpose(2, 3)),  # a gate
+        lambda x, w: (x @ w.transpose(2, 3)).sum(-1),
+        lambda x, w: x @ w.transpose(1, 2),
+    ],
+)
+def test_other_products_that_leave_a_graph_are_no_attention(product):
+    assert find_sites(normal_graph(product, *torch.randn(2, 1, 4, 4, 4)).graph) == ([], [])
 
 
 def test_a_router_behind_a_graph_break_is_no_attention():
