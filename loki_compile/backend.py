@@ -142,13 +142,13 @@ def _bind_caches(
         bindings.append(
             CacheBinding(
                 cache=cache,
-                argument=places[cache.past],
+                argument=places[cache.holder],
                 weights=weights_fingerprint(example_inputs[places[weight]]) if weight else "",
                 layer=site.path or cache.source,
                 kv_heads=site.kv_heads,
                 head_dim=site.head_dim,
                 new_tokens=_new_tokens(cache, site.query_tokens),
-                beside=places[cache.beside.past] if cache.beside is not None else None,
+                beside=places[cache.beside.holder] if cache.beside is not None else None,
                 latent=site.latent,
                 map=places.get(site.latent.keys.weight) if site.latent is not None else None,
                 query_heads=site.query_heads,

@@ -142,11 +142,15 @@ def bind(basis: Basis, rank: int, device: torch.device) -> BoundBasis:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a cache: a tensor, and another whose rows continue those, if there is one."""
+    """The rows of a cache: a tensor, and another whose rows continue those, if there is one.
+
+    `holder` is the tensor that the caller keeps: `past` itself, or one that it is a part of.
+    """
 
     past: Tensor
     rest: Tensor | None
     token_axis: int
+    holder: Tensor
 
     @property
     def stamp(self) -> tuple[Any, ...]:
@@ -196,10 +200,17 @@ class CacheBinding:
     bound: BoundBasis | None = None
     layout: IndexLayout | None = None
 
+    def past(self, args: Sequence[Any]) -> Tensor:
+        """The cache's tensor, given the graph's arguments."""
+        return _part(args[self.argument], self.cache)
+
     def rows(self, args: Sequence[Any]) -> Rows:
         """What the cache holds, given the graph's arguments."""
-        rest = None if self.beside is None else args[self.beside]
-        return Rows(args[self.argument], rest, self.cache.token_axis)
+        rest = None
+        if self.beside is not None:
+            assert self.cache.beside is not None
+            rest = _part(args[self.beside], self.cache.beside)
+        return Rows(self.past(args), rest, self.cache.token_axis, args[self.argument])
 
     def queries(self, args: Sequence[Any]) -> Tensor | None:
         """What the rows meet, where that is known before any query: see `unit_queries`."""
@@ -209,8 +220,8 @@ class CacheBinding:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What tells one index of a cache tensor from another: its basis and its layout."""
-        return self.bound, self.layout
+        """What tells one index of a tensor from another: its basis, its layout, its part."""
+        return self.bound, self.layout, self.cache.part
 
     @property
     def item_bytes(self) -> int:
@@ -230,6 +241,12 @@ class CacheBinding:
         if self.basis is None:
             return "auto (fitted from the first long prompt)"
         return f"{self.basis.kind}, {self.basis.tokens} tokens"
+
+
+def _part(holder: Tensor, cache: KeyCache) -> Tensor:
+    for dim, number in cache.part:
+        holder = holder.select(dim, number)
+    return holder
 
 
 # One compiled form of the graph, made at first use.
@@ -291,13 +308,14 @@ class DecodeGraph:
         return max(self._filled_after(binding, args) for binding in self.bindings)
 
     def _filled_after(self, binding: CacheBinding, args: Sequence[Any]) -> int:
-        cache, past = binding.cache, args[binding.argument]
-        slots = past.shape[cache.token_axis]
+        cache, holder = binding.cache, args[binding.argument]
+        slots = binding.past(args).shape[cache.token_axis]
         if cache.grows:
             return slots + binding.new_tokens
         # Counting costs nothing; reading the position costs a sync where it lies on a device.
-        stamp, filled = _filled.get(past, (None, 0))
-        counted = past.device.type != "cpu" and not past.is_inference() and stamp == _stamp(past)
+        stamp, filled = _filled.get(holder, (None, 0))
+        on_device = holder.device.type != "cpu"
+        counted = on_device and not holder.is_inference() and stamp == _stamp(holder)
         if counted:
             return min(slots, filled + binding.new_tokens)
         if self.fill_graph is None:
@@ -318,7 +336,7 @@ class DecodeGraph:
         if self.sparse is not None:
             return True
         for binding in self.bindings:
-            if binding.basis is None and _cached(binding, args[binding.argument], visible) < 1:
+            if binding.basis is None and _cached(binding, binding.past(args), visible) < 1:
                 return False  # nothing to fit a basis from yet
         with self.building:
             if self.sparse is not None:
@@ -456,7 +474,7 @@ class DecodeGraph:
                 parts = [p.contiguous() for p in outputs[place : place + binding.layout.parts]]
                 place += binding.layout.parts
                 held = _indexes.setdefault(tensor, {})
-                stamp = Rows(tensor, rest, cache.token_axis).stamp
+                stamp = Rows(tensor, rest, cache.token_axis, tensor).stamp
                 held[binding.identity] = IndexRecord(parts, stamp, visible)
         self._remember_filled(args, outputs, visible)
 
@@ -478,14 +496,14 @@ class DecodeGraph:
         `most` is what `visible` can be at these sizes: windows are full before other caches are.
         """
         with _lock:
-            record = _indexes.get(rows.past, {}).get(binding.identity)
+            record = _indexes.get(rows.holder, {}).get(binding.identity)
         if record is not None and self._belongs(binding, record, rows, visible, most):
             return record, False
         if record is not None:
             record.stamp = None  # its memory is written over, and that may fail half way
         record = IndexRecord(self._project(binding, rows, record), rows.stamp, visible)
         with _lock:
-            _indexes.setdefault(rows.past, {})[binding.identity] = record
+            _indexes.setdefault(rows.holder, {})[binding.identity] = record
         _count("rebuilds")
         return record, True
 
@@ -607,7 +625,7 @@ def _fill_graph(gm: fx.GraphModule, bindings: Sequence[CacheBinding]) -> FillGra
 
 def _slots_after(binding: CacheBinding, args: Sequence[Any]) -> int:
     """Slots that a cache has after this step."""
-    slots = args[binding.argument].shape[binding.cache.token_axis]
+    slots = binding.past(args).shape[binding.cache.token_axis]
     return slots + binding.new_tokens if binding.cache.grows else slots
 
 
@@ -626,7 +644,8 @@ def _fit(binding: CacheBinding, rows: Rows, queries: Tensor | None, visible: int
     identity = (binding.weights, binding.kv_heads, binding.head_dim)
     past = rows.past
     with _lock:
-        known = _fitted.get(identity) if binding.weights else _fitted_here.get(past)
+        here = _fitted_here.setdefault(rows.holder, {})
+        known = _fitted.get(identity) if binding.weights else here.get(binding.cache.part)
     if known is not None:
         return known
     cache, filled = binding.cache, _cached(binding, past, visible)
@@ -646,5 +665,4 @@ def _fit(binding: CacheBinding, rows: Rows, queries: Tensor | None, visible: int
     with _lock:
         if binding.weights:
             return _fitted.setdefault(identity, basis)
-        _fitted_here[past] = basis
-    return basis
+        return here.setdefault(binding.cache.part, basis)

@@ -1,0 +1,200 @@
+"""Caches that are parts of one tensor: of all layers, or keys beside values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from loki_compile.passes.fx_tools import may_overlap
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from toy_decoders import normal_graph
+
+from loki_compile import reports, stats
+
+LAYERS, BATCH, HEADS, KV_HEADS, SLOTS, HEAD_DIM, WIDTH = 2, 2, 4, 2, 24, 8, 32
+STEPS = 6
+pytestmark = pytest.mark.usefixtures("fresh")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one layer's keys and values, (B, Hkv, T, D) both, lie in one tensor of `shape`.
+
+    `step` stores new ones at positions `pos`, counted from `at`, and returns all that are there.
+    """
+
+    shape: tuple[int, ...]
+    step: Callable[[Tensor, int, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def by_numbers(cache, layer, k, v, pos, at):
+    cache[layer, 0, :, :, pos], cache[layer, 1, :, :, pos] = k, v
+    return cache[layer, 0], cache[layer, 1]
+
+
+def by_slices(cache, layer, k, v, pos, at):
+    end = at + k.shape[2]
+    cache[layer, 0, :, :, at:end] = k
+    cache[layer, 1, :, :, at:end] = v
+    return cache[layer, 0, :, :, :end], cache[layer, 1, :, :, :end]
+
+
+def by_views(cache, layer, k, v, pos, at):
+    keys, values = cache[layer].unbind(0)
+    keys.index_copy_(2, pos, k)
+    values.index_copy_(2, pos, v)
+    return keys, values
+
+
+def by_select(cache, layer, k, v, pos, at):
+    keys, values = cache.select(0, layer), cache.select(0, layer - LAYERS)  # from the end
+    keys.select(0, 0).index_copy_(2, pos, k)
+    values[1].index_copy_(2, pos, v)
+    return keys[0], keys[-1]
+
+
+def side_by_side(cache, layer, k, v, pos, at):
+    """Keys and values of a token are neighbours in memory."""
+    cache[layer, :, pos, 0] = k.transpose(1, 2)
+    cache[layer, :, pos, 1] = v.transpose(1, 2)
+    return cache[layer, :, :, 0].transpose(1, 2), cache[layer, :, :, 1].transpose(1, 2)
+
+
+def values_only_apart(cache, layer, k, v, pos, at):
+    """Keys of all layers, then values of all layers."""
+    cache[0][layer].index_copy_(2, pos, k)
+    cache[1][layer].index_copy_(2, pos, v)
+    return cache[0][layer], cache[1][layer]
+
+
+_HEADS_FIRST = (LAYERS, 2, BATCH, KV_HEADS, SLOTS, HEAD_DIM)
+LAYOUTS = {
+    "numbers": Layout(_HEADS_FIRST, by_numbers),
+    "slices": Layout(_HEADS_FIRST, by_slices),
+    "views": Layout(_HEADS_FIRST, by_views),
+    "select": Layout(_HEADS_FIRST, by_select),
+    "side by side": Layout((LAYERS, BATCH, SLOTS, 2, KV_HEADS, HEAD_DIM), side_by_side),
+    "keys, then values": Layout((2, LAYERS, *_HEADS_FIRST[2:]), values_only_apart),
+}
+
+
+def whole_scaled(cache, layer, k, v, pos, at):
+    found = by_numbers(cache, layer, k, v, pos, at)
+    cache.mul_(1.0)
+    return found
+
+
+def other_layer_written(cache, layer, k, v, pos, at):
+    """A number that only the running model knows may be any layer's."""
+    found = by_numbers(cache, layer, k, v, pos, at)
+    cache[pos[:1] * 0 + layer, 0] = cache[layer, 0].clone()
+    return found
+
+
+class Decoder(nn.Module):
+    """Two layers of attention over one tensor that holds both layers' keys and values."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layout = layout
+        sizes = (HEADS, KV_HEADS, KV_HEADS)
+        self.maps = nn.ModuleList(
+            nn.ModuleList(nn.Linear(WIDTH, n * HEAD_DIM) for n in sizes) for _ in range(LAYERS)
+        )
+        self.out = nn.Linear(HEADS * HEAD_DIM, WIDTH)
+
+    def forward(self, x: Tensor, cache: Tensor, at: int) -> Tensor:
+        pos = torch.arange(at, at + x.shape[1])
+        for layer, maps in enumerate(self.maps):
+            q, k, v = (
+                m(x).view(*x.shape[:2], -1, HEAD_DIM).transpose(1, 2)
+                for m in maps  # type: ignore[union-attr]
+            )
+            keys, values = self.layout.step(cache, layer, k, v, pos, at)
+            mask = torch.arange(keys.shape[2]) <= pos[:, None]
+            out = sdpa(q, keys, values, attn_mask=mask, enable_gqa=True)
+            x = x + self.out(out.transpose(1, 2).flatten(2))
+        return x
+
+
+def decode(step: Callable, model: Decoder, cache: Tensor, x: Tensor, at: int) -> list[Tensor]:
+    with torch.no_grad():
+        return [step(x[:, t : t + 1], cache, at + t) for t in range(x.shape[1])]
+
+
+def both(layout: Layout, x: Tensor, **options):
+    """Two conversations after the same prefill, compiled and not, and what decodes each."""
+    model = Decoder(layout).eval()
+    caches = [torch.zeros(layout.shape) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(x, cache, 0)
+    fast = torch.compile(model, backend="loki", options={"min_context": 0, **options})
+    return model, fast, *caches
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_layers_part_has_an_index_of_its_own(name, interpreted):
+    x = torch.randn(BATCH, 5 + STEPS, WIDTH)
+    model, fast, here, there = both(LAYOUTS[name], x[:, :5], top_k=1.0)
+    got = decode(fast, model, here, x[:, 5:], 5)
+    for a, b in zip(got, decode(model, model, there, x[:, 5:], 5), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    torch.testing.assert_close(here, there, rtol=0, atol=1e-5)
+    assert stats()["sparse_steps"] == STEPS and stats()["rebuilds"] == LAYERS
+    assert {report.count("sparse") for report in reports()} == {LAYERS}
+
+
+def test_inductor_writes_into_the_parts():
+    x = torch.randn(BATCH, 8, WIDTH)
+    model, fast, here, there = both(LAYOUTS["numbers"], x[:, :5], top_k=1.0)
+    got = decode(fast, model, here, x[:, 5:], 5)
+    for a, b in zip(got, decode(model, model, there, x[:, 5:], 5), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    torch.testing.assert_close(here, there, rtol=0, atol=1e-5)
+    assert stats()["sparse_steps"] == 3 and stats()["rebuilds"] == LAYERS
+
+
+@pytest.mark.parametrize("name", ["numbers", "side by side"])
+def test_a_small_budget_equals_a_fresh_rebuilds_also_after_edits(name, interpreted):
+    """Whoever writes into the tensor, in whatever part of it, makes all its indexes old."""
+    x = torch.randn(BATCH, 16, WIDTH)
+    model, fast, here, _ = both(LAYOUTS[name], x[:, :10], top_k=4, sink=1, recent=1, rank=HEAD_DIM)
+    decode(fast, model, here, x[:, 10:12], 10)
+    with torch.no_grad():
+        here[0].mul_(1.5)
+    rebuilds = stats()["rebuilds"]
+    fresh = here.clone()
+    got = decode(fast, model, here, x[:, 12:], 12)
+    assert stats()["rebuilds"] == rebuilds + LAYERS
+    for a, b in zip(got, decode(fast, model, fresh, x[:, 12:], 12), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", [whole_scaled, other_layer_written])
+def test_a_write_that_may_reach_other_parts_is_refused(step, interpreted):
+    x = torch.randn(BATCH, 5 + STEPS, WIDTH)
+    model, fast, here, there = both(Layout(_HEADS_FIRST, step), x[:, :5], top_k=1.0)
+    got = decode(fast, model, here, x[:, 5:], 5)
+    for a, b in zip(got, decode(model, model, there, x[:, 5:], 5), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    sites = [site for report in reports() for site in report.sites]
+    assert sites and all(site.outcome == "dense" and "written" in site.reason for site in sites)
+
+
+def test_parts_at_other_numbers_share_no_memory_and_at_one_number_they_do():
+    def views(c):
+        return c[0, :, 1] + 1, c[1, :, 1] + 1, c[0, :, 1][..., 1:] + 1, c[:, :, 0] + 1
+
+    graph = normal_graph(views, torch.randn(2, 3, 2, 2, 5, 4)).graph
+    first, second, inner, across = (
+        node.args[0]
+        for node in graph.output_node().args[0]  # type: ignore[union-attr]
+    )
+    assert not may_overlap(first, second) and not may_overlap(second, inner)
+    assert may_overlap(first, inner) and may_overlap(first, first)
+    assert may_overlap(first, across), "other dimensions were selected: not followed"
