@@ -313,6 +313,11 @@ def _mirrorable(
         fill = (operand(node, "index"), 1)
         if _indexes_features(node, labels):
             return _No((Reason.WRITE, name, "it indexes heads or head_dim"))
+    elif name == "scatter_":
+        source, target = operand(node, "src"), labels
+        fill = (operand(node, "index"), 1)
+        if not _scatters_rows(node, labels):
+            return _No((Reason.WRITE, name, "it does not store whole rows"))
     elif name == "copy_":
         source, target = operand(node, "source"), labels
         fill = _fill_of_view(views, root_labels)
@@ -375,6 +380,18 @@ def _moved_rows(
 def _indexes_features(node: fx.Node, labels: list[Any]) -> bool:
     """Whether an index_copy indexes heads or head_dim, so that rows lose their place."""
     return labels[operand(node, "dim") % len(labels)] in ("H", "D")
+
+
+def _scatters_rows(node: fx.Node, labels: list[Any]) -> bool:
+    """Whether a scatter_ stores rows at tokens: all of a row's numbers have one position."""
+    index, source = operand(node, "index"), operand(node, "src")
+    shapes = [shape_of(operand_) for operand_ in (index, source)]
+    if labels[operand(node, "dim") % len(labels)] != "T" or "reduce" in node.kwargs:
+        return False
+    if len(node.args) > 4 or shapes[0] is None or shapes[1] is None:
+        return False
+    alike = len(shapes[0]) == len(shapes[1]) and all(map(same_size, *shapes))
+    return alike and concrete(fake_value(index).stride(-1)) == 0
 
 
 def _rows(source: Any, target: list[Any] | None) -> int | None:

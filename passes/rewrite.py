@@ -24,6 +24,8 @@ from loki_compile.passes.fx_tools import (
     fake_value,
     finish,
     may_overlap,
+    op_name,
+    operand,
     shape_of,
     writes_of,
     written_operands,
@@ -256,7 +258,11 @@ def _mirror_part(
         return index
     rows = call(graph, operator.getitem, new[write], number, like=write.node)
     target = _replay(graph, write.views, index)
-    done = _call_like(graph, write.node, {write.source: rows, _written(cache, write): target})
+    images = {write.source: rows, _written(cache, write): target}
+    if op_name(write.node) == "scatter_":  # names a position for each number of a row
+        at, width = operand(write.node, "index"), (shape_of(rows) or ())[-1]
+        images[at] = call(graph, torch.narrow, at, -1, 0, width, like=write.node)
+    done = _call_like(graph, write.node, images)
     return done if cache.replaced else index
 
 

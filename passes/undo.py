@@ -30,7 +30,7 @@ from torch.fx.node import map_arg
 # Tensors of at most so many numbers are saved before every run: counters, not caches.
 FEW_NUMBERS = 64
 
-_STORES = ("index_copy_", "copy_", "setitem", "index_put_")
+_STORES = ("index_copy_", "copy_", "setitem", "index_put_", "scatter_")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def _stored_before_read(past: fx.Node, writes: list[Write], order: dict[fx.Node,
     """Whether all that is written into `past` is stored there before anything reads it."""
     for write in writes:
         name = op_name(write.call)
-        if name not in _STORES or (name == "index_put_" and operand(write.call, "accumulate")):
+        added = name == "index_put_" and operand(write.call, "accumulate")
+        if name not in _STORES or added or "reduce" in write.call.kwargs:
             return False
     last = writes[-1].position
     return not any(

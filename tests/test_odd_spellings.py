@@ -456,6 +456,37 @@ def whole_by_new_keys(c, new, pos):
     c.copy_(new.transpose(1, 2).expand(c.shape))
 
 
+def scattered(index: Callable[[Tensor], Tensor] = lambda at: at, **more):
+    """A position for each sequence, spread over heads and head_dim."""
+
+    def write(c, new, pos):
+        new = new.transpose(1, 2)
+        at = pos.expand(new.shape[0], -1)[:, None, :, None].expand(new.shape)
+        c.scatter_(2, index(at), new, **more)
+
+    return write
+
+
+def scattered_by_a_copied_index(c, new, pos):
+    """Nothing says that all numbers of a row go to one slot."""
+    scattered(lambda at: at.contiguous())(c, new, pos)
+
+
+def scattered_and_multiplied(c, new, pos):
+    scattered(reduce="multiply")(c, new, pos)
+
+
+def scattered_along_heads(c, new, pos):
+    heads = torch.arange(new.shape[2])[None, :, None, None]
+    one = new.transpose(1, 2)
+    c[:, :, pos] = one
+    c.narrow(2, 0, 1).scatter_(1, heads.expand(one.shape), one)
+
+
+scattered_by_token = scattered()
+scattered_by_token.__name__ = "scattered_by_token"
+
+
 def heads_of_one(k, v, ck, cv, pos):
     """Functional: the first new head is broadcast to all."""
     rows, heads = torch.arange(k.shape[0])[:, None, None], torch.arange(k.shape[2])[None, :, None]
@@ -485,6 +516,10 @@ WRITES = {
     new_dimension: REWRITTEN,
     rolled_by_dims: REWRITTEN,
     heads_counted: REWRITTEN,
+    scattered_by_token: REWRITTEN,
+    scattered_by_a_copied_index: Reason.WRITE,
+    scattered_and_multiplied: Reason.WRITE,
+    scattered_along_heads: Reason.WRITE,
     rows_behind_the_first: REWRITTEN,
     heads_counted_from_one: Reason.WRITE,
     heads_counted_in_steps: Reason.WRITE,
@@ -507,7 +542,8 @@ WRITES = {
 
 BY_TENSOR = (
     transposed_view, rows_then_head, rows_behind_the_first, heads_counted, heads_counted_from_one,
-    heads_counted_in_steps, heads_counted_behind_the_first,
+    heads_counted_in_steps, heads_counted_behind_the_first, scattered_by_token,
+    scattered_by_a_copied_index, scattered_and_multiplied, scattered_along_heads,
 )  # fmt: skip
 
 
