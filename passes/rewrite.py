@@ -629,10 +629,10 @@ def joint_mask(
 ) -> torch.Tensor:
     """One 4-D mask that does what several do one after the other.
 
-    `rules` has factor, inverted, fill and floor of each, as in `MaskTerm`. uint8 (1 = visible) where
-    all are bool and fill with -inf, else floating, `dtype` where no mask has one, or float32 where
-    that would make -inf of a fill. A score is added to the fill instead of replaced by it, which
-    rounds to the same: fills are huge.
+    `rules` has factor, inverted, fill and floor of each, as in `MaskTerm`. uint8 (1 = visible)
+    where all are bool and fill with -inf, else floating, `dtype` where no mask has one, or float32
+    where that would make -inf of a fill. A score is added to the fill instead of replaced by it,
+    which rounds to the same: fills are huge.
     """
     masks = tuple(_as_4d(mask) for mask in masks)
     keeps = {

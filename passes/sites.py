@@ -132,7 +132,7 @@ class Core:
 
     `key` permuted by `key_order` is (B, heads, T, D), `value` by `value_order` (B, heads, T, Dv);
     `scale` None means 1 / sqrt(D); `grouped` lets fewer KV heads than query heads stand for blocks
-    of them; `causal` masks by position. `reads` names calls that read an operand before `node` does:
+    of them; `causal` masks by position. `reads` names calls that read an operand before `node`:
     (operand, call). `row_sinks`, `nan_rows` and `query_scales` are as in `AttentionSite`.
     """
 

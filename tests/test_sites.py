@@ -484,9 +484,7 @@ BLIND = [
 ]
 
 
-WAYS = pytest.mark.parametrize(
-    "attend, mask, kind", BLIND, ids=lambda f: getattr(f, "__name__", f)
-)
+WAYS = pytest.mark.parametrize("attend, mask, kind", BLIND, ids=lambda f: getattr(f, "__name__", f))
 
 
 @WAYS
