@@ -413,7 +413,11 @@ class DecodeGraph:
             saved.put_back()
             if self.config.strict:
                 raise
-            outputs = self.run_dense(args, visible)
+            try:
+                outputs = self.run_dense(args, visible)
+            except Exception:
+                saved.put_back()  # the step can be taken again
+                raise
             self.give_up("the sparse variant failed", error)
             return outputs
         self.sparse_ran = True

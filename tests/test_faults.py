@@ -8,6 +8,7 @@ raised behind a write: a window that has moved its rows.
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import os
 import tracemalloc
@@ -31,6 +32,7 @@ from toy_decoders import (
     left_padded,
     no_mask,
     roll_window,
+    tiny_deepseek,
     tiny_llama,
     tokens,
 )
@@ -198,6 +200,94 @@ def test_a_kernel_that_raises_does_not_advance_a_cache_twice(mode, at, monkeypat
             torch.testing.assert_close(out, expected, rtol=0, atol=2e-4)
     assert [int(layer.cumulative_length) for layer in here.layers] == [16, 16]
     assert len(warnings_in(caplog)) == 1
+
+
+@MODES
+@pytest.mark.parametrize("at", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["static", "growing"])
+def test_a_kernel_that_raises_over_cached_latents_is_dense_with_right_tokens(
+    kind, at, mode, monkeypatch, caplog
+):
+    """The dense variant expands keys into fresh tensors; the sparse one had dropped those."""
+    Breaks(monkeypatch, at)
+    model = tiny_deepseek()
+    fast = compiled(model, **EVERYTHING)
+    ids = torch.randint(64, (1, 10))
+    with mode():
+        here, there = (new_cache(model, kind) for _ in range(2))
+        for past in (here, there):
+            first = model(ids, past_key_values=past).logits[:, -1:].argmax(-1)
+        found, expected = (
+            decode(run, past, first) for run, past in ((fast, here), (model, there))
+        )
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=2e-4)
+    assert found[0] == expected[0]
+    for ours, theirs in zip(here.layers, there.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=0, atol=2e-4)
+        torch.testing.assert_close(ours.values, theirs.values, rtol=0, atol=2e-4)
+    assert len(warnings_in(caplog)) == 1
+    ran = stats()["sparse_steps"], stats()["dense_steps"]
+    if kind == "growing" and at == 1:
+        assert ran == (5, 1)  # the graph of the first length is another one
+    else:
+        assert ran == (at - 1, 7 - at)
+
+
+def new_cache(model, kind: str):
+    if kind == "static":
+        return StaticCache(model.config, max_cache_len=40)
+    return DynamicCache(config=model.config)
+
+
+def decode(run, past, ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+    """Six greedy tokens, and the logits that each was picked from."""
+    picked, logits = [], []
+    for _ in range(6):
+        logits.append(run(ids, past_key_values=past).logits)
+        ids = logits[-1].argmax(-1)
+        picked.append(int(ids))
+    return picked, torch.cat(logits)
+
+
+@MODES
+@pytest.mark.parametrize("make", [tiny_llama, tiny_deepseek])
+def test_where_dense_raises_too_the_counters_are_as_they_were(make, mode, monkeypatch, caplog):
+    """No memory for either: the step can be taken again."""
+    failing = [False]
+    real = backend._inductor
+
+    def build(gm, inputs, **kwargs):
+        run = real(gm, inputs, **kwargs)
+
+        def broken(*args):
+            outputs = run(*args)
+            if failing[0]:
+                raise torch.OutOfMemoryError("no memory for 3 GiB")
+            return outputs
+
+        return broken
+
+    monkeypatch.setattr(backend, "_inductor", build)
+    model = make()
+    fast = compiled(model, **EVERYTHING)
+    ids = torch.randint(64, (1, 20))
+    with mode():
+        here, there = (new_cache(model, "static") for _ in range(2))
+        for past in (here, there):
+            model(ids[:, :10], past_key_values=past)
+        for number in range(10, 16):
+            step = ids[:, number : number + 1]
+            if number == 13:
+                failing[0] = True
+                with pytest.raises(torch.OutOfMemoryError, match="3 GiB"):
+                    fast(step, past_key_values=here)
+                failing[0] = False
+                assert [int(layer.cumulative_length) for layer in here.layers] == [13, 13]
+            out = fast(step, past_key_values=here).logits
+            expected = model(step, past_key_values=there).logits
+            torch.testing.assert_close(out, expected, rtol=0, atol=2e-4)
+    # The memory may be there again: what failed for dense steps too is not given up.
+    assert not warnings_in(caplog) and stats()["sparse_steps"] == 6
 
 
 def test_under_strict_a_kernel_that_raises_leaves_the_counters_as_they_were(monkeypatch):
@@ -433,6 +523,49 @@ def test_threads_decode_their_own_conversations_as_serial_runs_do(options):
     if options is EVERYTHING:
         assert serial == [greedy(model, *start(number), steps) for number in range(threads)]
     assert len({tuple(tokens) for tokens in serial}) > 1
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_deepseek])
+def test_a_kernel_that_raises_in_one_thread_leaves_the_tokens_of_all_right(
+    make, monkeypatch, caplog
+):
+    real, calls, raised = backend._inductor, itertools.count(1), []
+
+    def build(gm, inputs, **kwargs):
+        run = real(gm, inputs, **kwargs)
+        if not any("loki.select" in str(node.target) for node in gm.graph.nodes):
+            return run
+
+        def broken(*args):
+            outputs = run(*args)
+            if next(calls) in (17, 18, 29):
+                raised.append(1)
+                raise RuntimeError("an illegal instruction was encountered")
+            return outputs
+
+        return broken
+
+    monkeypatch.setattr(backend, "_inductor", build)
+    model = make()
+    fast = compiled(model, **EVERYTHING)
+    threads, steps = 6, 10
+
+    def start(number: int):
+        past = new_cache(model, ("static", "growing")[number % 2])
+        prompt = torch.randint(64, (1, 9), generator=torch.Generator().manual_seed(number))
+        with torch.no_grad():
+            return past, model(prompt, past_key_values=past).logits[:, -1:].argmax(-1)
+
+    expected = [greedy(model, *start(number), steps) for number in range(threads)]
+    for number in range(2):  # the graphs are there before the threads are
+        assert greedy(fast, *start(number), 3) == expected[number][:3]
+    talks = [start(number) for number in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda talk: greedy(fast, *talk, steps), talks))
+    assert found == expected
+    graphs = 2
+    assert raised and 1 <= len(warnings_in(caplog)) <= graphs
+    assert stats()["sparse_steps"] and stats()["dense_steps"]
 
 
 def test_threads_may_meet_at_the_first_compilation():
