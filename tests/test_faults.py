@@ -36,7 +36,13 @@ from toy_decoders import (
     tiny_llama,
     tokens,
 )
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3TextConfig,
+    Qwen3NextConfig,
+    StaticCache,
+)
 
 from loki_compile import backend, runtime, stats
 
@@ -59,7 +65,8 @@ def compare(fast, module, here, there, steps) -> None:
 
 
 def warnings_in(caplog) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    ours = [record for record in caplog.records if record.name == "loki_compile"]
+    return [record.getMessage() for record in ours if record.levelno >= logging.WARNING]
 
 
 # --- faults
@@ -217,9 +224,7 @@ def test_a_kernel_that_raises_over_cached_latents_is_dense_with_right_tokens(
         here, there = (new_cache(model, kind) for _ in range(2))
         for past in (here, there):
             first = model(ids, past_key_values=past).logits[:, -1:].argmax(-1)
-        found, expected = (
-            decode(run, past, first) for run, past in ((fast, here), (model, there))
-        )
+        found, expected = (decode(run, past, first) for run, past in ((fast, here), (model, there)))
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=2e-4)
     assert found[0] == expected[0]
     for ours, theirs in zip(here.layers, there.layers, strict=True):
@@ -326,10 +331,62 @@ def test_a_kernel_that_raises_at_once_is_dense_where_a_window_has_moved(mode, mo
 
 
 @MODES
+@pytest.mark.parametrize("limit", ["SAVED_EACH_STEP", "SAVED_PART"])
+def test_a_kernel_that_raises_late_is_dense_where_what_has_moved_is_little(
+    limit, mode, monkeypatch, caplog
+):
+    """Few bytes, or a small part of all that the graph is given, are saved at every step."""
+    Breaks(monkeypatch, 3)
+    if limit == "SAVED_PART":
+        monkeypatch.setattr(runtime, "SAVED_EACH_STEP", 10)
+        monkeypatch.setattr(runtime, "SAVED_PART", 1)
+    with mode():
+        module = ToyDecoder(WINDOW).eval()
+        fast = compiled(module, basis=basis_for(module), **EVERYTHING)
+        here = Conversation.start(WINDOW)
+        there = here.fork()
+        compare(fast, module, here, there, 6)
+        assert torch.equal(here.keys, there.keys) and torch.equal(here.values, there.values)
+    assert len(warnings_in(caplog)) == 1
+    assert (stats()["sparse_steps"], stats()["dense_steps"]) == (2, 4)
+
+
+@pytest.mark.parametrize("kind", ["static", "growing"])
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_kernel_that_raises_does_not_advance_a_recurrent_state_twice(
+    at, kind, monkeypatch, caplog
+):
+    """Layers of another sort beside attention carry a state from step to step."""
+    Breaks(monkeypatch, at)
+    torch.manual_seed(4)
+    config = Qwen3NextConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=64, max_position_embeddings=256,
+        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, mlp_only_layers=[0, 1],
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    fast = compiled(model, **EVERYTHING)
+    ids = torch.randint(64, (1, 30))
+    with torch.no_grad():
+        here, there = (new_cache(model, kind) for _ in range(2))
+        for past in (here, there):
+            model(ids[:, :10], past_key_values=past)
+        for number in range(10, 17):
+            step = ids[:, number : number + 1]
+            out = fast(step, past_key_values=here).logits
+            expected = model(step, past_key_values=there).logits
+            torch.testing.assert_close(out, expected, rtol=0, atol=2e-4)
+    assert len(warnings_in(caplog)) == 1 and stats()["dense_steps"] >= 1
+
+
+@MODES
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_kernel_that_raises_is_raised_where_a_window_has_moved_unsaved(mode, at, monkeypatch):
     """Saving it at every step would cost what the step costs. No index is left of it."""
     Breaks(monkeypatch, at)
+    monkeypatch.setattr(runtime, "SAVED_EACH_STEP", 10)
     if at == 1:
         monkeypatch.setattr(runtime, "SAVED_BYTES", 10)
     with mode():
