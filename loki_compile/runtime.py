@@ -426,7 +426,11 @@ class DecodeGraph:
             self.give_up("the sparse variant failed", error)
             return outputs
         self.sparse_ran = True
-        self._adopt(args, outputs, records, visible)
+        try:
+            self._adopt(args, outputs, records, visible)
+        except Exception as error:  # out of memory: the step is right, its index is built anew
+            if not self.config.strict:
+                self.give_up("a key index could not be kept", error)
         _count("sparse_steps")
         del outputs[self.outputs :]
         return outputs

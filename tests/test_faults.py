@@ -109,6 +109,50 @@ def test_no_memory_for_an_index_is_dense_with_one_warning(
     assert stats()["dense_steps"] > 0
 
 
+@pytest.mark.parametrize("make", [tiny_llama, tiny_deepseek])
+@pytest.mark.parametrize("kind", ["static", "growing"])
+def test_no_memory_for_the_second_layers_index_is_dense_with_one_warning(
+    make, kind, monkeypatch, caplog
+):
+    fault = OutOfMemory({2})
+    monkeypatch.setattr(runtime.DecodeGraph, "_project", lambda *args: fault(*args))
+    model = make()
+    fast = compiled(model, **EVERYTHING)
+    with torch.no_grad():
+        here, there = (new_cache(model, kind) for _ in range(2))
+        for past in (here, there):
+            ids = model(torch.arange(10)[None], past_key_values=past).logits[:, -1:].argmax(-1)
+        found, expected = decode(fast, here, ids), decode(model, there, ids)
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=2e-4)
+    (warning,) = warnings_in(caplog)
+    assert "index" in warning and "no memory for 3 GiB" in warning
+    assert stats()["dense_steps"] == (6 if kind == "static" else 1)
+
+
+@BOTH
+@MODES
+@pytest.mark.parametrize("strict", [False, True])
+def test_no_memory_to_keep_an_index_loses_no_step(spelling, mode, strict, monkeypatch, caplog):
+    """It is found out behind the writes: that step is right, and the index is built anew."""
+    calls, real = [], runtime.DecodeGraph._adopt
+
+    def adopt(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory for 3 GiB")
+        real(*args)
+
+    monkeypatch.setattr(runtime.DecodeGraph, "_adopt", adopt)
+    with mode():
+        module = ToyDecoder(spelling).eval()
+        fast = compiled(module, basis=basis_for(module), strict=strict, **EVERYTHING)
+        here = Conversation.start(spelling)
+        compare(fast, module, here, here.fork(), 5)
+    assert len(warnings_in(caplog)) == (not strict)
+    assert stats()["sparse_steps"] == (5 if strict else 2)
+    assert stats()["rebuilds"] == (2 if strict else 1)
+
+
 def test_an_index_left_half_way_is_not_used_again(monkeypatch, caplog):
     """Its memory is written over by the rebuild that failed; another graph finds its record."""
     fault = OutOfMemory({2})
