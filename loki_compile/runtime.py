@@ -60,8 +60,12 @@ SPOT_ROWS = 16
 # many rebuilds in a row dense is tried for the steps that follow, since a rebuild reads all keys.
 MAX_REBUILDS_IN_A_ROW = 8
 DENSE_STEPS_AFTER = 64
-# What the first sparse step of a graph may save of caches that it does not only append to.
+# What a step may save of tensors that it does not only append to (windows that move, recurrent
+# states): so many bytes in the first sparse step of a graph, which is where most breaks; in each
+# one behind it so few, or one part in so many of all that the graph is given.
 SAVED_BYTES = 1 << 30
+SAVED_EACH_STEP = 1 << 18
+SAVED_PART = 128
 
 _stats: Counter[str] = Counter()
 
@@ -276,6 +280,7 @@ class DecodeGraph:
         self.sparse: Variant | None = None
         self.sparse_failure: str | None = None
         self.sparse_ran = False
+        self.given_bytes = 0
         self.rebuilds_in_a_row = 0
         self.dense_steps_left = 0
         self.building = threading.Lock()
@@ -431,11 +436,19 @@ class DecodeGraph:
             saved.put_back()
             if self.config.strict:
                 raise
-            outputs = self.run_dense(args, visible)
+            try:
+                outputs = self.run_dense(args, visible)
+            except Exception:
+                saved.put_back()  # the step can be taken again
+                raise
             self.give_up("the sparse variant failed", error)
             return outputs
         self.sparse_ran = True
-        self._adopt(args, outputs, records, visible)
+        try:
+            self._adopt(args, outputs, records, visible)
+        except Exception as error:  # out of memory: the step is right, its index is built anew
+            if not self.config.strict:
+                self.give_up("a key index could not be kept", error)
         _count("sparse_steps")
         del outputs[self.outputs :]
         return outputs
@@ -443,11 +456,17 @@ class DecodeGraph:
     def _saves_all(self, args: Sequence[Any]) -> bool:
         """Whether all that a second run of this step would notice is saved before the first.
 
-        Most of what can break breaks in the first run of a variant. Behind it no step pays for
+        Most of what can break breaks in the first run of a variant. Behind it no step pays much for
         copies of windows.
         """
         large = sum(args[place].nbytes for place in self.undo.large)
-        return not large or (not self.sparse_ran and large <= SAVED_BYTES)
+        if large <= SAVED_EACH_STEP:
+            return True
+        if not self.sparse_ran:
+            return large <= SAVED_BYTES
+        if not self.given_bytes:
+            self.given_bytes = sum(arg.nbytes for arg in args if isinstance(arg, Tensor))
+        return large * SAVED_PART <= self.given_bytes
 
     def _adopt(
         self,

@@ -147,6 +147,8 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
         softcap=scores.softcap,
         sinks=scores.sinks,
         row_sinks=scores.row_sinks,
+        # A softmax of nothing but -inf is NaN, unless a sink takes part or the weights are zeroed.
+        nan_rows=not zeroed and scores.sinks is None and not scores.row_sinks,
         reads=tuple(scores.reads),
     )
 

@@ -99,6 +99,7 @@ def rewrite_sparse(
     graph = gm.graph
     plan = _with_plain_masks(graph, plan)
     bounds: dict[fx.Node, fx.Node] = {}
+    blind: dict[fx.Node, fx.Node] = {}
     masks: dict[tuple[tuple[MaskTerm, ...], fx.Node], fx.Node] = {}
     complete = _masks_complete(graph, [s.site for s in plan.sparse])
     indexes: list[tuple[list[fx.Node], fx.Node]] = []
@@ -122,7 +123,7 @@ def rewrite_sparse(
         with graph.inserting_before(sparse.site.node):
             parts, query_basis = indexes[sparse.cache]
             out = _sparse_attention(
-                graph, sparse, parts, query_basis, masks, bounds,
+                graph, sparse, parts, query_basis, masks, bounds, blind,
                 complete.get(sparse.site.node),
             )  # fmt: skip
             if len(shape_of(sparse.site.node) or ()) == 3:  # batch and heads in one dimension
@@ -315,6 +316,7 @@ def _sparse_attention(
     query_basis: fx.Node,
     masks: dict[tuple[tuple[MaskTerm, ...], fx.Node], fx.Node],
     bounds: dict[fx.Node, fx.Node],
+    blind: dict[fx.Node, fx.Node],
     complete: fx.Node | None,
 ) -> fx.Node:
     site, budget = sparse.site, sparse.budget
@@ -350,6 +352,9 @@ def _sparse_attention(
             with graph.inserting_after(mask):
                 bounds[mask] = call(graph, mask_bounds, mask, like=site.node)
         bound = bounds[mask]
+        if site.nan_rows and mask not in blind:
+            with graph.inserting_after(bound):
+                blind[mask] = call(graph, blind_rows, mask, bound, like=site.node)
     slots: Any = call(graph, torch.ops.aten.sym_size.int, key, 2, like=site.node)
     constant = concrete(fake_value(slots))
     if constant is not None:
@@ -386,6 +391,8 @@ def _sparse_attention(
         k_rest=rest,
         like=site.node,
     )
+    if site.nan_rows and mask is not None:
+        out = call(graph, torch.masked_fill, out, blind[mask], float("nan"), like=site.node)
     if latent is not None:
         weight, maps = latent.values.weight, _numbers(latent.values)
         out = call(graph, expanded_values, out, weight, maps, like=site.node)
@@ -508,8 +515,7 @@ def _drop_fills(graph: fx.Graph, latent: Latent) -> None:
 
 
 def _with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
-    """The plan with masks in the terms that `joint_mask` knows: no rules, not folded, tiled nor
-    floored.
+    """The plan with masks in the terms that `joint_mask` knows: no rules, not folded nor tiled.
 
     Layers that read the same mask share what is made of it.
     """
@@ -519,7 +525,6 @@ def _with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
     for old in plan.sparse:
         site, terms = old.site, []
         for term in site.masks:
-            floor = term.floor if term.floor > float("-inf") else None
             heads = site.query_heads if term.folded else 0
             tiles = site.kv_heads if site.tiled else 0
             behind = complete[site.node]
@@ -527,10 +532,10 @@ def _with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
             if term.rule is not None:
                 terms.append(MaskTerm(_ask(graph, site, term.rule, behind)))
                 continue
-            if (heads or tiles or floor is not None) and key not in plain:
+            if (heads or tiles) and key not in plain:
                 with graph.inserting_after(behind):
-                    node = call(graph, plain_mask, term.node, heads, tiles, floor, like=site.node)
-                plain[key] = MaskTerm(node, term.factor, term.inverted, term.fill)
+                    node = call(graph, plain_mask, term.node, heads, tiles, like=site.node)
+                plain[key] = MaskTerm(node, term.factor, term.inverted, term.fill, term.floor)
             terms.append(plain.get(key, term))
         site = dataclasses.replace(site, masks=tuple(terms))
         sparse.append(dataclasses.replace(old, site=site))
@@ -574,8 +579,8 @@ def visible_by(
     return visible.broadcast_to(torch.broadcast_shapes(visible.shape, (1, 1, 1, sizes[3])))
 
 
-def plain_mask(mask: torch.Tensor, heads: int, tiles: int, floor: float | None) -> torch.Tensor:
-    """A mask with so many heads taken out of its first dimension (0: none), and nothing lower.
+def plain_mask(mask: torch.Tensor, heads: int, tiles: int) -> torch.Tensor:
+    """A mask with so many heads taken out of its first dimension (0: none).
 
     mask (B * heads, S, T) with heads, else of any shape. `tiles`, if not 0, is the number of KV
     heads whose tiles its query heads are in: they are brought into blocks.
@@ -584,7 +589,7 @@ def plain_mask(mask: torch.Tensor, heads: int, tiles: int, floor: float | None) 
         mask = mask.unflatten(0, (-1, heads))
     if tiles and mask.ndim > 2 and mask.shape[-3] != 1:
         mask = _tiles_to_blocks(mask, mask.ndim - 3, tiles)
-    return mask if floor is None else mask.clamp(min=floor)
+    return mask
 
 
 def _tiles_to_blocks(x: torch.Tensor, dim: int, tile: int) -> torch.Tensor:
@@ -619,40 +624,57 @@ def _masks_complete(graph: fx.Graph, sites: Sequence[AttentionSite]) -> dict[fx.
 def _one_mask(graph: fx.Graph, site: AttentionSite, complete: fx.Node) -> fx.Node:
     """The site's masks as one 4-D mask, placed behind `complete` so that all layers share it."""
     nodes = [term.node for term in site.masks]
-    rules = [(term.factor, term.inverted, term.fill) for term in site.masks]
+    rules = [(term.factor, term.inverted, term.fill, term.floor) for term in site.masks]
     dtype = fake_value(site.query).dtype
     with graph.inserting_after(complete):
         return call(graph, joint_mask, rules, dtype, *nodes, like=site.node)
 
 
 def joint_mask(
-    rules: Sequence[tuple[float, bool, float]], dtype: torch.dtype, *masks: torch.Tensor
+    rules: Sequence[tuple[float, bool, float, float]], dtype: torch.dtype, *masks: torch.Tensor
 ) -> torch.Tensor:
     """One 4-D mask that does what several do one after the other.
 
-    `rules` has factor, inverted and fill of each, as in `MaskTerm`. uint8 (1 = visible) where all
-    are bool and fill with -inf, else floating, `dtype` where no mask has one. A score is added to
-    the fill instead of replaced by it, which rounds to the same: fills are huge.
+    `rules` has factor, inverted, fill and floor of each, as in `MaskTerm`. uint8 (1 = visible)
+    where all are bool and fill with -inf, else floating, `dtype` where no mask has one, or float32
+    where that would make -inf of a fill. A score is added to the fill instead of replaced by it,
+    which rounds to the same: fills are huge.
     """
     masks = tuple(_as_4d(mask) for mask in masks)
     keeps = {
         i: ~mask if inverted else mask
-        for i, (mask, (_, inverted, _)) in enumerate(zip(masks, rules, strict=True))
+        for i, (mask, (_, inverted, _, _)) in enumerate(zip(masks, rules, strict=True))
         if mask.dtype == torch.bool
     }
-    if len(keeps) == len(masks) and all(fill == float("-inf") for _, _, fill in rules):
+    if len(keeps) == len(masks) and all(fill == float("-inf") for _, _, fill, _ in rules):
         visible = functools.reduce(torch.logical_and, keeps.values())
         # Inductor's C++ stores a comparison of int64 as bool ten times slower than by way of int32
         # (torch 2.13), and this one is as long as the cache.
         return _stored(visible.to(torch.int32).to(torch.uint8))
+    lowest = torch.finfo(dtype).min
+    wide = any(float("-inf") < fill * factor < lowest for factor, _, fill, _ in rules)
+    dtype = torch.float32 if wide else dtype
     joint = torch.zeros((1, 1, 1, 1), dtype=dtype, device=masks[0].device)
-    for i, (mask, (factor, _, fill)) in enumerate(zip(masks, rules, strict=True)):
+    for i, (mask, (factor, _, fill, floor)) in enumerate(zip(masks, rules, strict=True)):
         if i in keeps:
             joint = torch.where(keeps[i], joint, fill * factor)
         else:
-            term = mask if factor == 1.0 else mask * factor
+            term = mask.float() if wide else mask
+            term = term if factor == 1.0 else term * factor
             joint = term if i == 0 else joint + term
+        if floor > float("-inf"):  # of the sum: two masks at their lowest would be -inf
+            joint = joint.clamp(min=floor * factor)
     return _stored(joint)
+
+
+def blind_rows(mask: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """Which rows of a `joint_mask` hide every key by -inf: bool (Bm, Hm, Sm, 1).
+
+    `bounds` are the mask's `mask_bounds`; they take very low numbers for hidden as well.
+    """
+    if mask.is_floating_point():
+        return mask.amax(-1, keepdim=True) == float("-inf")
+    return bounds[..., 2:] == 0
 
 
 def _stored(mask: torch.Tensor) -> torch.Tensor:

@@ -132,9 +132,8 @@ class Core:
 
     `key` permuted by `key_order` is (B, heads, T, D), `value` by `value_order` (B, heads, T, Dv);
     `scale` None means 1 / sqrt(D); `grouped` lets fewer KV heads than query heads stand for blocks
-    of them; `causal` masks by position; `row_sinks` is as in `AttentionSite`. `reads` names calls
-    that read an operand before `node` does: (operand, call). `query_scales` is as in
-    `AttentionSite`.
+    of them; `causal` masks by position. `reads` names calls that read an operand before `node`:
+    (operand, call). `row_sinks`, `nan_rows` and `query_scales` are as in `AttentionSite`.
     """
 
     node: fx.Node
@@ -148,6 +147,7 @@ class Core:
     softcap: float = 0.0
     sinks: fx.Node | None = None
     row_sinks: bool = False
+    nan_rows: bool = False
     reads: tuple[tuple[fx.Node, fx.Node], ...] = ()
     causal: bool = False
     grouped: bool = False
@@ -196,7 +196,8 @@ class AttentionSite:
 
     With `softcap` c the scores are c * tanh(scale * q k^T / c); `sinks` (Hq,) are logits that
     take part in the softmax and have no value. With `row_sinks` each row has a sink logit of its
-    own: it is subtracted from the scores by a mask that is `per_row`, and is 0 then. `sdpa` says
+    own: it is subtracted from the scores by a mask that is `per_row`, and is 0 then. A row whose
+    keys are all masked with -inf is NaN with `nan_rows`, else zero. `sdpa` says
     that the core is the SDPA call itself. `query_tokens` is S, or -1 where it is not a constant
     (only with `max_query_tokens=None`). `tiled`: query head h reads KV head h % Hkv instead of
     h // group. `query_scales`: tensors of one number that the scores are multiplied with
@@ -222,6 +223,7 @@ class AttentionSite:
     softcap: float = 0.0
     sinks: fx.Node | None = None
     row_sinks: bool = False
+    nan_rows: bool = False
     sdpa: bool = True
     query_scales: tuple[tuple[Callable[..., Any], fx.Node], ...] = ()
     latent: Latent | None = None
@@ -373,6 +375,7 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         softcap=core.softcap,
         sinks=core.sinks,
         row_sinks=core.row_sinks,
+        nan_rows=core.nan_rows,
         sdpa=op_name(core.node) == "scaled_dot_product_attention",
         query_scales=core.query_scales,
     )

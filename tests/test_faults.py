@@ -8,6 +8,7 @@ raised behind a write: a window that has moved its rows.
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import os
 import tracemalloc
@@ -31,10 +32,17 @@ from toy_decoders import (
     left_padded,
     no_mask,
     roll_window,
+    tiny_deepseek,
     tiny_llama,
     tokens,
 )
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3TextConfig,
+    Qwen3NextConfig,
+    StaticCache,
+)
 
 from loki_compile import backend, runtime, stats
 
@@ -57,7 +65,8 @@ def compare(fast, module, here, there, steps) -> None:
 
 
 def warnings_in(caplog) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    ours = [record for record in caplog.records if record.name == "loki_compile"]
+    return [record.getMessage() for record in ours if record.levelno >= logging.WARNING]
 
 
 # --- faults
@@ -98,6 +107,50 @@ def test_no_memory_for_an_index_is_dense_with_one_warning(
     found = warnings_in(caplog)
     assert len(found) == 1 and "index" in found[0] and "no memory for 3 GiB" in found[0]
     assert stats()["dense_steps"] > 0
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_deepseek])
+@pytest.mark.parametrize("kind", ["static", "growing"])
+def test_no_memory_for_the_second_layers_index_is_dense_with_one_warning(
+    make, kind, monkeypatch, caplog
+):
+    fault = OutOfMemory({2})
+    monkeypatch.setattr(runtime.DecodeGraph, "_project", lambda *args: fault(*args))
+    model = make()
+    fast = compiled(model, **EVERYTHING)
+    with torch.no_grad():
+        here, there = (new_cache(model, kind) for _ in range(2))
+        for past in (here, there):
+            ids = model(torch.arange(10)[None], past_key_values=past).logits[:, -1:].argmax(-1)
+        found, expected = decode(fast, here, ids), decode(model, there, ids)
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=2e-4)
+    (warning,) = warnings_in(caplog)
+    assert "index" in warning and "no memory for 3 GiB" in warning
+    assert stats()["dense_steps"] == (6 if kind == "static" else 1)
+
+
+@BOTH
+@MODES
+@pytest.mark.parametrize("strict", [False, True])
+def test_no_memory_to_keep_an_index_loses_no_step(spelling, mode, strict, monkeypatch, caplog):
+    """It is found out behind the writes: that step is right, and the index is built anew."""
+    calls, real = [], runtime.DecodeGraph._adopt
+
+    def adopt(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory for 3 GiB")
+        real(*args)
+
+    monkeypatch.setattr(runtime.DecodeGraph, "_adopt", adopt)
+    with mode():
+        module = ToyDecoder(spelling).eval()
+        fast = compiled(module, basis=basis_for(module), strict=strict, **EVERYTHING)
+        here = Conversation.start(spelling)
+        compare(fast, module, here, here.fork(), 5)
+    assert len(warnings_in(caplog)) == (not strict)
+    assert stats()["sparse_steps"] == (5 if strict else 2)
+    assert stats()["rebuilds"] == (2 if strict else 1)
 
 
 def test_an_index_left_half_way_is_not_used_again(monkeypatch, caplog):
@@ -200,6 +253,92 @@ def test_a_kernel_that_raises_does_not_advance_a_cache_twice(mode, at, monkeypat
     assert len(warnings_in(caplog)) == 1
 
 
+@MODES
+@pytest.mark.parametrize("at", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["static", "growing"])
+def test_a_kernel_that_raises_over_cached_latents_is_dense_with_right_tokens(
+    kind, at, mode, monkeypatch, caplog
+):
+    """The dense variant expands keys into fresh tensors; the sparse one had dropped those."""
+    Breaks(monkeypatch, at)
+    model = tiny_deepseek()
+    fast = compiled(model, **EVERYTHING)
+    ids = torch.randint(64, (1, 10))
+    with mode():
+        here, there = (new_cache(model, kind) for _ in range(2))
+        for past in (here, there):
+            first = model(ids, past_key_values=past).logits[:, -1:].argmax(-1)
+        found, expected = (decode(run, past, first) for run, past in ((fast, here), (model, there)))
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=2e-4)
+    assert found[0] == expected[0]
+    for ours, theirs in zip(here.layers, there.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=0, atol=2e-4)
+        torch.testing.assert_close(ours.values, theirs.values, rtol=0, atol=2e-4)
+    assert len(warnings_in(caplog)) == 1
+    ran = stats()["sparse_steps"], stats()["dense_steps"]
+    if kind == "growing" and at == 1:
+        assert ran == (5, 1)  # the graph of the first length is another one
+    else:
+        assert ran == (at - 1, 7 - at)
+
+
+def new_cache(model, kind: str):
+    if kind == "static":
+        return StaticCache(model.config, max_cache_len=40)
+    return DynamicCache(config=model.config)
+
+
+def decode(run, past, ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+    """Six greedy tokens, and the logits that each was picked from."""
+    picked, logits = [], []
+    for _ in range(6):
+        logits.append(run(ids, past_key_values=past).logits)
+        ids = logits[-1].argmax(-1)
+        picked.append(int(ids))
+    return picked, torch.cat(logits)
+
+
+@MODES
+@pytest.mark.parametrize("make", [tiny_llama, tiny_deepseek])
+def test_where_dense_raises_too_the_counters_are_as_they_were(make, mode, monkeypatch, caplog):
+    """No memory for either: the step can be taken again."""
+    failing = [False]
+    real = backend._inductor
+
+    def build(gm, inputs, **kwargs):
+        run = real(gm, inputs, **kwargs)
+
+        def broken(*args):
+            outputs = run(*args)
+            if failing[0]:
+                raise torch.OutOfMemoryError("no memory for 3 GiB")
+            return outputs
+
+        return broken
+
+    monkeypatch.setattr(backend, "_inductor", build)
+    model = make()
+    fast = compiled(model, **EVERYTHING)
+    ids = torch.randint(64, (1, 20))
+    with mode():
+        here, there = (new_cache(model, "static") for _ in range(2))
+        for past in (here, there):
+            model(ids[:, :10], past_key_values=past)
+        for number in range(10, 16):
+            step = ids[:, number : number + 1]
+            if number == 13:
+                failing[0] = True
+                with pytest.raises(torch.OutOfMemoryError, match="3 GiB"):
+                    fast(step, past_key_values=here)
+                failing[0] = False
+                assert [int(layer.cumulative_length) for layer in here.layers] == [13, 13]
+            out = fast(step, past_key_values=here).logits
+            expected = model(step, past_key_values=there).logits
+            torch.testing.assert_close(out, expected, rtol=0, atol=2e-4)
+    # The memory may be there again: what failed for dense steps too is not given up.
+    assert not warnings_in(caplog) and stats()["sparse_steps"] == 6
+
+
 def test_under_strict_a_kernel_that_raises_leaves_the_counters_as_they_were(monkeypatch):
     Breaks(monkeypatch, 2)
     model = tiny_llama()
@@ -236,10 +375,62 @@ def test_a_kernel_that_raises_at_once_is_dense_where_a_window_has_moved(mode, mo
 
 
 @MODES
+@pytest.mark.parametrize("limit", ["SAVED_EACH_STEP", "SAVED_PART"])
+def test_a_kernel_that_raises_late_is_dense_where_what_has_moved_is_little(
+    limit, mode, monkeypatch, caplog
+):
+    """Few bytes, or a small part of all that the graph is given, are saved at every step."""
+    Breaks(monkeypatch, 3)
+    if limit == "SAVED_PART":
+        monkeypatch.setattr(runtime, "SAVED_EACH_STEP", 10)
+        monkeypatch.setattr(runtime, "SAVED_PART", 1)
+    with mode():
+        module = ToyDecoder(WINDOW).eval()
+        fast = compiled(module, basis=basis_for(module), **EVERYTHING)
+        here = Conversation.start(WINDOW)
+        there = here.fork()
+        compare(fast, module, here, there, 6)
+        assert torch.equal(here.keys, there.keys) and torch.equal(here.values, there.values)
+    assert len(warnings_in(caplog)) == 1
+    assert (stats()["sparse_steps"], stats()["dense_steps"]) == (2, 4)
+
+
+@pytest.mark.parametrize("kind", ["static", "growing"])
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_kernel_that_raises_does_not_advance_a_recurrent_state_twice(
+    at, kind, monkeypatch, caplog
+):
+    """Layers of another sort beside attention carry a state from step to step."""
+    Breaks(monkeypatch, at)
+    torch.manual_seed(4)
+    config = Qwen3NextConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=64, max_position_embeddings=256,
+        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, mlp_only_layers=[0, 1],
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    fast = compiled(model, **EVERYTHING)
+    ids = torch.randint(64, (1, 30))
+    with torch.no_grad():
+        here, there = (new_cache(model, kind) for _ in range(2))
+        for past in (here, there):
+            model(ids[:, :10], past_key_values=past)
+        for number in range(10, 17):
+            step = ids[:, number : number + 1]
+            out = fast(step, past_key_values=here).logits
+            expected = model(step, past_key_values=there).logits
+            torch.testing.assert_close(out, expected, rtol=0, atol=2e-4)
+    assert len(warnings_in(caplog)) == 1 and stats()["dense_steps"] >= 1
+
+
+@MODES
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_kernel_that_raises_is_raised_where_a_window_has_moved_unsaved(mode, at, monkeypatch):
     """Saving it at every step would cost what the step costs. No index is left of it."""
     Breaks(monkeypatch, at)
+    monkeypatch.setattr(runtime, "SAVED_EACH_STEP", 10)
     if at == 1:
         monkeypatch.setattr(runtime, "SAVED_BYTES", 10)
     with mode():
@@ -433,6 +624,49 @@ def test_threads_decode_their_own_conversations_as_serial_runs_do(options):
     if options is EVERYTHING:
         assert serial == [greedy(model, *start(number), steps) for number in range(threads)]
     assert len({tuple(tokens) for tokens in serial}) > 1
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_deepseek])
+def test_a_kernel_that_raises_in_one_thread_leaves_the_tokens_of_all_right(
+    make, monkeypatch, caplog
+):
+    real, calls, raised = backend._inductor, itertools.count(1), []
+
+    def build(gm, inputs, **kwargs):
+        run = real(gm, inputs, **kwargs)
+        if not any("loki.select" in str(node.target) for node in gm.graph.nodes):
+            return run
+
+        def broken(*args):
+            outputs = run(*args)
+            if next(calls) in (17, 18, 29):
+                raised.append(1)
+                raise RuntimeError("an illegal instruction was encountered")
+            return outputs
+
+        return broken
+
+    monkeypatch.setattr(backend, "_inductor", build)
+    model = make()
+    fast = compiled(model, **EVERYTHING)
+    threads, steps = 6, 10
+
+    def start(number: int):
+        past = new_cache(model, ("static", "growing")[number % 2])
+        prompt = torch.randint(64, (1, 9), generator=torch.Generator().manual_seed(number))
+        with torch.no_grad():
+            return past, model(prompt, past_key_values=past).logits[:, -1:].argmax(-1)
+
+    expected = [greedy(model, *start(number), steps) for number in range(threads)]
+    for number in range(2):  # the graphs are there before the threads are
+        assert greedy(fast, *start(number), 3) == expected[number][:3]
+    talks = [start(number) for number in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda talk: greedy(fast, *talk, steps), talks))
+    assert found == expected
+    graphs = 2
+    assert raised and 1 <= len(warnings_in(caplog)) <= graphs
+    assert stats()["sparse_steps"] and stats()["dense_steps"]
 
 
 def test_threads_may_meet_at_the_first_compilation():

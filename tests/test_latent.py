@@ -25,7 +25,7 @@ from loki_compile.pca_store.basis import BasisSet, random_basis
 from loki_compile.pca_store.covariance import KeyCovariance
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from torch import Tensor, nn
-from toy_decoders import count_attention, count_calls, interpret, normal_graph
+from toy_decoders import count_attention, count_calls, interpret, normal_graph, tiny_deepseek
 
 from loki_compile import LokiConfig, calibrate, reports, runtime, stats
 
@@ -815,21 +815,6 @@ def test_a_basis_is_fitted_from_both_caches_for_what_heads_read_of_them(form):
 
 
 # --- calibration
-
-
-def tiny_deepseek():
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
-    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "first_k_dense_replace": 2}
-    dims = {"q_lora_rank": 16, "kv_lora_rank": LATENT, "qk_rope_head_dim": SHARED}
-    more = {"qk_nope_head_dim": OWN, "v_head_dim": VALUE, "max_position_embeddings": 256}
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads, **dims, **more)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
-    return model
 
 
 @pytest.mark.parametrize("kind", ["pca", "attention"])

@@ -10,6 +10,7 @@ from loki_compile.passes.sites import Reason, find_sites
 from torch import nn
 from toy_decoders import (
     BATCH,
+    FILLED,
     HEAD_DIM,
     HEADS,
     KV_HEADS,
@@ -22,6 +23,7 @@ from toy_decoders import (
     causal,
     causal_2d,
     causal_inf,
+    count_calls,
     gqa_flag,
     gqa_flag_by_keyword,
     gqa_repeat_interleave,
@@ -44,6 +46,8 @@ from toy_decoders import (
 )
 
 from loki_compile import reports, stats
+
+EVERYTHING = {"min_context": 0, "top_k": 1.0}
 
 
 def sites_of(attend, *, mask=causal, kv_heads=KV_HEADS, **more):
@@ -406,6 +410,170 @@ def test_attention_written_out_is_the_same_core(attend, mask, monkeypatch):
             out, expected = here.step(fast, x), there.step(module, x)
             torch.testing.assert_close(out, expected, rtol=0, atol=3e-5, equal_nan=True)
     assert stats()["sparse_steps"] == 3
+
+
+# --- rows that see nothing
+
+
+def one_sink_per_head(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3 + mask
+    sinks = torch.linspace(-1, 1, HEADS).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    weights = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+    return weights @ repeat_kv(values)
+
+
+def cleaned_behind(q, keys, values, mask):
+    return torch.nan_to_num(divided_then_masked(q, keys, values, mask))
+
+
+def replaced_behind(q, keys, values, mask):
+    out = written_out(q, keys, values, mask)
+    return torch.where((mask > -torch.inf).any(-1, keepdim=True), out, 0.0)
+
+
+def hidden_twice_then_clamped(q, keys, values, mask):
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3 + mask + mask
+    return chain(scores.clamp(min=torch.finfo(scores.dtype).min), repeat_kv(values))
+
+
+def clamped_then_hidden(q, keys, values, mask):
+    scores = (q @ repeat_kv(keys).transpose(2, 3) * 0.3).masked_fill(~mask, -torch.inf)
+    hidden = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    return chain(scores.clamp(min=-3e38) + hidden, repeat_kv(values))
+
+
+def tiles(q, keys, values, mask):
+    """Query head h reads KV head h % Hkv, and has a mask of its own."""
+    keys, values = (x.repeat(1, HEADS // KV_HEADS, 1, 1) for x in (keys, values))
+    return chain(q @ keys.transpose(2, 3) * 0.3 + mask, values)
+
+
+def nothing_seen_by_some_heads(*sizes):
+    """Additive (B,Hq,S,T): one head of the first row and another of the second see no key."""
+    mask = causal_inf(*sizes).expand(sizes[0], HEADS, -1, -1).clone()
+    mask[0, 1] = mask[1, HEADS - 1] = -torch.inf
+    return mask
+
+
+def nothing_seen_by_first_low(*sizes):
+    seen = nothing_seen_by_first(*sizes)
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+
+BLIND = [
+    (written_out, nothing_seen_by_first_inf, "nan"),
+    (written_out, nothing_seen_by_some_heads, "nan"),
+    (tiles, nothing_seen_by_some_heads, "nan"),
+    (divided_then_masked, nothing_seen_by_first, "nan"),
+    (stabilised, nothing_seen_by_first_inf, "nan"),
+    (two_masks, nothing_seen_by_first, "nan"),
+    (nothing_in_the_product, nothing_seen_by_first, "nan"),
+    (clamped_then_hidden, nothing_seen_by_first, "nan"),
+    (written_out, nothing_seen_by_first_low, "mean"),
+    (where_masked, nothing_seen_by_first, "mean"),
+    (clamped, nothing_seen_by_first_inf, "mean"),
+    (hidden_twice_then_clamped, nothing_seen_by_first_inf, "mean"),
+    (gqa_repeat_kv, nothing_seen_by_first, "zero"),
+    (gqa_repeat_kv, nothing_seen_by_first_inf, "zero"),
+    (one_sink_per_head, nothing_seen_by_first_inf, "zero"),
+    (sinks_of_rows, nothing_seen_by_first_inf, "zero"),
+    (zeroed_behind, nothing_seen_by_first, "zero"),
+    (low_and_zeroed_behind, nothing_seen_by_first, "zero"),
+    (cleaned_behind, nothing_seen_by_first, "zero"),
+    (replaced_behind, nothing_seen_by_first_inf, "zero"),
+]
+
+
+WAYS = pytest.mark.parametrize("attend, mask, kind", BLIND, ids=lambda f: getattr(f, "__name__", f))
+
+
+@WAYS
+@pytest.mark.parametrize("new_tokens", [1, 3])
+def test_a_row_that_sees_nothing_is_what_eager_makes_of_it(
+    attend, mask, kind, new_tokens, monkeypatch
+):
+    """NaN of a softmax over nothing but -inf, else the mean of all values or zero."""
+    interpret(monkeypatch)
+    spelling = Spelling(index_copy_method, attend=attend, mask=mask, new_tokens=new_tokens)
+    module = ToyDecoder(spelling).eval()
+    fast = torch.compile(module, backend="loki", options={"min_context": 0, "top_k": 1.0})
+    here = Conversation.start(spelling)
+    there = here.fork()
+    with torch.no_grad():
+        for x in tokens(spelling, 3):
+            out, expected = here.step(fast, x), there.step(module, x)
+            assert expected[0].isnan().all() == (kind == "nan")
+            assert torch.allclose(expected[0], x[0] + module.out.bias) == (kind == "zero")
+            torch.testing.assert_close(out, expected, rtol=0, atol=3e-5, equal_nan=True)
+    assert stats()["sparse_steps"] == 3
+
+
+@WAYS
+def test_a_row_that_sees_nothing_stays_so_when_dense_steps_become_sparse(
+    attend, mask, kind, monkeypatch
+):
+    interpret(monkeypatch)
+    spelling = Spelling(index_copy_method, attend=attend, mask=mask)
+    module = ToyDecoder(spelling).eval()
+    options = {"min_context": 20, "top_k": 6, "sink": 1, "recent": 1}
+    fast = torch.compile(module, backend="loki", options=options)
+    here = Conversation.start(spelling)
+    there = here.fork()
+    with torch.no_grad():
+        for x in tokens(spelling, 4):
+            out, expected = here.step(fast, x), there.step(module, x)
+            assert torch.equal(out.isnan(), expected.isnan())
+            if kind == "zero":
+                torch.testing.assert_close(out[0], expected[0])
+    assert (stats()["dense_steps"], stats()["sparse_steps"]) == (2, 2)
+
+
+def test_a_fill_that_half_precision_cannot_hold_hides_no_row_for_good(monkeypatch):
+    """Scores in fp32 are filled with its lowest number, which is -inf in bf16."""
+
+    def widened(q, keys, values, mask):
+        scores = (q @ repeat_kv(keys).mT).float().masked_fill(~mask, torch.finfo(torch.float32).min)
+        return torch.softmax(scores, dim=-1).to(q.dtype) @ repeat_kv(values)
+
+    interpret(monkeypatch)
+    spelling = Spelling(index_copy_method, attend=widened, mask=nothing_seen_by_first)
+    module = ToyDecoder(spelling).eval().bfloat16()
+    fast = torch.compile(module, backend="loki", options={"min_context": 0, "top_k": 1.0})
+    here = Conversation.start(spelling, dtype=torch.bfloat16)
+    there = here.fork()
+    with torch.no_grad():
+        x = tokens(spelling, 1)[0].bfloat16()
+        out, expected = here.step(fast, x), there.step(module, x)
+        assert not torch.allclose(expected[0], x[0] + module.out.bias, rtol=0.1, atol=0.1)
+        torch.testing.assert_close(out, expected, rtol=0.02, atol=0.1)
+    assert stats()["sparse_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "attend, mask, marked",
+    [
+        (written_out, causal_inf, True),
+        (written_out, no_mask, False),
+        (gqa_repeat_kv, causal_inf, False),
+        (one_sink_per_head, causal_inf, False),
+        (zeroed_behind, causal, False),
+    ],
+    ids=lambda f: getattr(f, "__name__", f),
+)
+def test_rows_are_looked_over_only_where_a_mask_could_make_nan(attend, mask, marked, monkeypatch):
+    def or_none(q, keys, values, given):
+        return attend(q, keys, values, 0.0 if given is None else given)
+
+    made = interpret(monkeypatch)
+    way = or_none if attend is written_out else attend
+    spelling = Spelling(index_copy_method, attend=way, mask=mask, slots=FILLED + 1)
+    fast = torch.compile(ToyDecoder(spelling).eval(), backend="loki", options=EVERYTHING)
+    with torch.no_grad():
+        Conversation.start(spelling).step(fast, tokens(spelling, 1)[0])
+    sparse = [gm.graph for gm in made.graphs if count_calls(gm.graph, "loki.attend")]
+    (graph,) = sparse
+    fills = [node for node in graph.nodes if node.target is torch.masked_fill]
+    assert len(fills) == marked
 
 
 @torch.no_grad()

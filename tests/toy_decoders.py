@@ -919,6 +919,23 @@ def tiny_llama(seed: int = 5):
     return model
 
 
+def tiny_deepseek(seed: int = 5):
+    """As `tiny_llama`, with latents of 14 dims in the cache and 4 rotated ones that heads share."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "first_k_dense_replace": 2}
+    dims = {"q_lora_rank": 16, "kv_lora_rank": 14, "qk_rope_head_dim": 4}
+    more = {"qk_nope_head_dim": 6, "v_head_dim": 5, "max_position_embeddings": 256}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads, **dims, **more)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model
+
+
 # --- watching
 
 
