@@ -1,6 +1,6 @@
 """The compiler: `loki(gm, example_inputs)` is what `torch.compile(..., backend="loki")` calls.
 
-    normalize -> find sites -> trace caches and plan -> rewrite -> Inductor -> runtime
+    normalize -> parts -> find sites -> trace caches and plan -> rewrite -> Inductor -> runtime
 
 Dynamo calls it once per graph, at torch level: attention is still one call, and writes into a
 cache are still visible mutations. A graph without a sparse site goes to Inductor at once (with
@@ -24,6 +24,7 @@ from loki_compile.config import LokiConfig
 from loki_compile.passes.cache_writes import KeyCache, nearest_matrix
 from loki_compile.passes.fx_tools import copy_of, fake_mode_of, fake_value
 from loki_compile.passes.normalize import normalize
+from loki_compile.passes.parts import Part, take_parts
 from loki_compile.passes.plan import Plan, make_plan
 from loki_compile.passes.rewrite import pack_groups
 from loki_compile.passes.sites import Reason, Skipped, find_sites
@@ -59,10 +60,11 @@ def loki(
     config = LokiConfig.from_options({**(options or {}), **unknown})
     compile_graph = functools.partial(_inductor, mode=mode, options=config.inductor)
     normal, _ = normalize(gm)
+    parts = take_parts(normal)
     plan = plan_graph(normal, config)
     if config.strict:
         _refuse_dense(plan)
-    bindings = _bind_caches(normal, plan, example_inputs, config)
+    bindings = _bind_caches(normal, plan, example_inputs, parts, config)
     decode = None
     if plan.sparse:
         late = functools.partial(
@@ -70,14 +72,20 @@ def loki(
             compile_graph=compile_graph,
             known=len(fake_mode_of(normal.graph).shape_env.guards),
         )
-        decode = DecodeGraph(normal, plan, config, bindings, late)
+        decode = DecodeGraph(normal, plan, config, bindings, parts, late)
     record_graph(plan, config, bindings, decode)
     if decode is not None:
         return decode
     if config.pack_gqa and any(site.group > 1 for site in plan.sites):
         packed, mapping = copy_of(normal)
-        return compile_graph(pack_groups(packed, plan.on(mapping).sites), example_inputs)
+        inputs = [*example_inputs, *(part.of(example_inputs) for part in parts)]
+        run = compile_graph(pack_groups(packed, plan.on(mapping).sites), inputs)
+        return functools.partial(_with_parts, run, parts) if parts else run
     return compile_graph(gm, example_inputs)
+
+
+def _with_parts(run: Callable[..., Any], parts: Sequence[Part], *args: Any) -> Any:
+    return run(*args, *(part.of(args) for part in parts))
 
 
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfig) -> GraphReport:
@@ -87,8 +95,9 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfi
       ValueError: a basis that does not belong to the model.
     """
     normal, _ = normalize(gm)
+    parts = take_parts(normal)
     plan = plan_graph(normal, config)
-    return describe(plan, config, _bind_caches(normal, plan, example_inputs, config))
+    return describe(plan, config, _bind_caches(normal, plan, example_inputs, parts, config))
 
 
 def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
@@ -130,10 +139,16 @@ def _refuse_dense(plan: Plan) -> None:
 
 
 def _bind_caches(
-    gm: fx.GraphModule, plan: Plan, example_inputs: Sequence[Any], config: LokiConfig
+    gm: fx.GraphModule,
+    plan: Plan,
+    example_inputs: Sequence[Any],
+    parts: Sequence[Part],
+    config: LokiConfig,
 ) -> list[CacheBinding]:
     """For each cache: where it comes in, which weights make its keys, the basis the user chose."""
     places = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    own = len(example_inputs)
+    example_inputs = [*example_inputs, *(part.of(example_inputs) for part in parts)]
     is_parameter = parameter_test(gm, example_inputs)
     bindings = []
     for number, cache in enumerate(plan.caches):
@@ -142,13 +157,14 @@ def _bind_caches(
         bindings.append(
             CacheBinding(
                 cache=cache,
-                argument=places[cache.holder],
+                argument=places[cache.past],
+                part=parts[places[cache.past] - own] if places[cache.past] >= own else None,
                 weights=weights_fingerprint(example_inputs[places[weight]]) if weight else "",
                 layer=site.path or cache.source,
                 kv_heads=site.kv_heads,
                 head_dim=site.head_dim,
                 new_tokens=_new_tokens(cache, site.query_tokens),
-                beside=places[cache.beside.holder] if cache.beside is not None else None,
+                beside=places[cache.beside.past] if cache.beside is not None else None,
                 latent=site.latent,
                 map=places.get(site.latent.keys.weight) if site.latent is not None else None,
                 query_heads=site.query_heads,

@@ -35,6 +35,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from loki_compile.config import LokiConfig
 from loki_compile.passes.cache_writes import KeyCache
 from loki_compile.passes.fx_tools import copy_of, extract, fake_value
+from loki_compile.passes.parts import Part
 from loki_compile.passes.plan import Plan
 from loki_compile.passes.rewrite import (
     IndexLayout,
@@ -187,6 +188,7 @@ class CacheBinding:
     that make its keys ("" if none was found). `latent` says how rows are expanded, if they are, by
     the weight at position `map` (None where the graph computes it), for `query_heads`. A set of
     bases need not hold one for such rows, which `calibrate` may not have seen: it is fitted then.
+    `part` says where the past tensor was cut out, if it is a part of another one.
     """
 
     cache: KeyCache
@@ -199,22 +201,21 @@ class CacheBinding:
     beside: int | None = None
     latent: Latent | None = None
     map: int | None = None
+    part: Part | None = None
     query_heads: int = 0
     basis: Basis | None = None
     bound: BoundBasis | None = None
     layout: IndexLayout | None = None
 
-    def past(self, args: Sequence[Any]) -> Tensor:
-        """The cache's tensor, given the graph's arguments."""
-        return _part(args[self.argument], self.cache)
+    def holder(self, args: Sequence[Any]) -> Tensor:
+        """The tensor that the caller keeps: the cache's, or the one that it is a part of."""
+        holder: Tensor = args[self.argument if self.part is None else self.part.holder]
+        return holder
 
     def rows(self, args: Sequence[Any]) -> Rows:
         """What the cache holds, given the graph's arguments."""
-        rest = None
-        if self.beside is not None:
-            assert self.cache.beside is not None
-            rest = _part(args[self.beside], self.cache.beside)
-        return Rows(self.past(args), rest, self.cache.token_axis, args[self.argument])
+        rest = None if self.beside is None else args[self.beside]
+        return Rows(args[self.argument], rest, self.cache.token_axis, self.holder(args))
 
     def queries(self, args: Sequence[Any]) -> Tensor | None:
         """What the rows meet, where that is known before any query: see `unit_queries`."""
@@ -225,7 +226,12 @@ class CacheBinding:
     @property
     def identity(self) -> tuple[Any, ...]:
         """What tells one index of a tensor from another: its basis, its layout, its part."""
-        return self.bound, self.layout, self.cache.part
+        return self.bound, self.layout, self.numbers
+
+    @property
+    def numbers(self) -> tuple[tuple[int, int], ...]:
+        """Which part of its holder the cache is: () where it is all of it."""
+        return self.part.numbers if self.part is not None else ()
 
     @property
     def item_bytes(self) -> int:
@@ -247,12 +253,6 @@ class CacheBinding:
         return f"{self.basis.kind}, {self.basis.tokens} tokens"
 
 
-def _part(holder: Tensor, cache: KeyCache) -> Tensor:
-    for dim, number in cache.part:
-        holder = holder.select(dim, number)
-    return holder
-
-
 # One compiled form of the graph, made at first use.
 Variant = Callable[..., Any]
 
@@ -266,12 +266,14 @@ class DecodeGraph:
         plan: Plan,
         config: LokiConfig,
         bindings: list[CacheBinding],
+        parts: Sequence[Part],
         compile_graph: Callable[[fx.GraphModule], Variant],
     ) -> None:
         self.gm = gm
         self.plan = plan
         self.config = config
         self.bindings = bindings
+        self.parts = parts
         self.compile_graph = compile_graph
         self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self.undo = what_to_save(gm.graph)
@@ -286,6 +288,7 @@ class DecodeGraph:
         self.building = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
+        args = (*args, *(part.of(args) for part in self.parts))
         visible = self.visible_keys(args)
         if self.wants_sparse(visible) and self.prepare_sparse(args, visible):
             assert self.sparse is not None
@@ -313,8 +316,8 @@ class DecodeGraph:
         return max(self._filled_after(binding, args) for binding in self.bindings)
 
     def _filled_after(self, binding: CacheBinding, args: Sequence[Any]) -> int:
-        cache, holder = binding.cache, args[binding.argument]
-        slots = binding.past(args).shape[cache.token_axis]
+        cache, holder = binding.cache, binding.holder(args)
+        slots = args[binding.argument].shape[cache.token_axis]
         if cache.grows:
             return slots + binding.new_tokens
         # Counting costs nothing; reading the position costs a sync where it lies on a device.
@@ -341,7 +344,7 @@ class DecodeGraph:
         if self.sparse is not None:
             return True
         for binding in self.bindings:
-            if binding.basis is None and _cached(binding, binding.past(args), visible) < 1:
+            if binding.basis is None and _cached(binding, args[binding.argument], visible) < 1:
                 return False  # nothing to fit a basis from yet
         with self.building:
             if self.sparse is not None:
@@ -502,9 +505,9 @@ class DecodeGraph:
             for binding in self.bindings:
                 cache = binding.cache
                 if not cache.grows:
-                    tensor = (
-                        args[binding.argument] if cache.output is None else outputs[cache.output]
-                    )
+                    tensor = binding.holder(args)
+                    if cache.output is not None:
+                        tensor = outputs[cache.output]
                     _filled[tensor] = (_stamp(tensor), visible)
 
     def _index(
@@ -644,7 +647,7 @@ def _fill_graph(gm: fx.GraphModule, bindings: Sequence[CacheBinding]) -> FillGra
 
 def _slots_after(binding: CacheBinding, args: Sequence[Any]) -> int:
     """Slots that a cache has after this step."""
-    slots = binding.past(args).shape[binding.cache.token_axis]
+    slots = args[binding.argument].shape[binding.cache.token_axis]
     return slots + binding.new_tokens if binding.cache.grows else slots
 
 
@@ -663,8 +666,8 @@ def _fit(binding: CacheBinding, rows: Rows, queries: Tensor | None, visible: int
     identity = (binding.weights, binding.kv_heads, binding.head_dim)
     past = rows.past
     with _lock:
-        here = _fitted_here.setdefault(rows.holder, {})
-        known = _fitted.get(identity) if binding.weights else here.get(binding.cache.part)
+        here = {} if binding.weights else _fitted_here.setdefault(rows.holder, {})
+        known = _fitted.get(identity) if binding.weights else here.get(binding.numbers)
     if known is not None:
         return known
     cache, filled = binding.cache, _cached(binding, past, visible)
@@ -684,4 +687,4 @@ def _fit(binding: CacheBinding, rows: Rows, queries: Tensor | None, visible: int
     with _lock:
         if binding.weights:
             return _fitted.setdefault(identity, basis)
-        return here.setdefault(binding.cache.part, basis)
+        return here.setdefault(binding.numbers, basis)

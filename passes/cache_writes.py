@@ -72,14 +72,12 @@ class CacheWrite:
 class KeyCache:
     """The cache behind a site's keys.
 
-    `past` is the placeholder that brings it in, or the part of it that is this cache: then `part`
-    lists the (dimension, number) of each `select` from the placeholder to it. `root` holds the
-    keys that the site reads: `past` itself where the cache is mutated, the node that builds the
-    new cache where it is replaced (then `output` is its place among the graph's outputs, after the
-    views `leaves`: a sliding window keeps a slice). `views` lead from `root` to the site's
-    `key.base`. `head_axis` and `token_axis` are dimensions of `root`; head_dim is last. `beside`
-    is a second cache of the same tokens, written by the same calls, whose rows continue these:
-    both have one index.
+    `past` is the placeholder that brings it in. `root` holds the keys that the site reads: the
+    same placeholder where the cache is mutated, the node that builds the new cache where it is
+    replaced (then `output` is its place among the graph's outputs, after the views `leaves`: a
+    sliding window keeps a slice). `views` lead from `root` to the site's `key.base`. `head_axis`
+    and `token_axis` are dimensions of `root`; head_dim is last. `beside` is a second cache of the
+    same tokens, written by the same calls, whose rows continue these: both have one index.
     """
 
     past: fx.Node
@@ -92,15 +90,6 @@ class KeyCache:
     output: int | None = None
     leaves: tuple[fx.Node, ...] = ()
     beside: KeyCache | None = None
-    part: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def holder(self) -> fx.Node:
-        """The placeholder that brings the cache in, alone or with others."""
-        node = self.past
-        for _ in self.part:
-            node = node.args[0]  # type: ignore[assignment]
-        return node
 
     @property
     def replaced(self) -> bool:
@@ -124,24 +113,12 @@ def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skip
     all_writes: `writes_of` the site's graph.
     """
 
-    found = _trace(site, all_writes, parts=False)
-    if isinstance(found, Skipped) and found.reason is Reason.SHARED_TENSOR:
-        return _trace(site, all_writes, parts=True)
-    return found
-
-
-def _trace(site: AttentionSite, all_writes: list[Write], *, parts: bool) -> KeyCache | Skipped:
-    """`trace_cache`; with `parts`, a cache may be what constant numbers select of an input."""
-
     def skip(reason: Reason, *details: Any) -> Skipped:
         return Skipped(site.node, reason, details, site.path)
 
     order: list[Any] = list(site.key.order)
     node, views = site.key.base, []
-    part: tuple[tuple[int, int], ...] = ()
     while node.op != "placeholder" and op_name(node) not in _FUNCTIONAL_WRITES:
-        if parts and (part := _part_of_input(node)):
-            break
         dims = _view_dims(node)
         if dims is None:
             return skip(*_why_not_a_view(node, all_writes))
@@ -180,9 +157,6 @@ def _trace(site: AttentionSite, all_writes: list[Write], *, parts: bool) -> KeyC
             return skip(Reason.WRITE, op_name(write.call), "its effect is not known")
     if any(may_overlap(write.source, past) for write in writes):
         return skip(Reason.WRITE, op_name(writes[0].node), "it moves keys within the cache")
-    holder, name = past, ""
-    for dim, number in reversed(part):
-        holder, name = holder.args[0], f".select({dim}, {number}){name}"  # type: ignore[assignment]
     return KeyCache(
         past=past,
         root=node,
@@ -190,22 +164,10 @@ def _trace(site: AttentionSite, all_writes: list[Write], *, parts: bool) -> KeyC
         writes=writes,
         head_axis=head_axis,
         token_axis=order[2],
-        source=(source_name(holder) or holder.name) + name,
+        source=source_name(past) or past.name,
         output=output,
         leaves=leaves,
-        part=part,
     )
-
-
-def _part_of_input(node: fx.Node) -> tuple[tuple[int, int], ...]:
-    """The (dimension, number) of each `select` that leads from a placeholder to the node; () where
-    other calls do."""
-    part: list[tuple[int, int]] = []
-    while op_name(node) == "select" and type(operand(node, "index")) is int:
-        source: Any = node.args[0]
-        part.append((operand(node, "dim") % len(shape_of(source) or ()), operand(node, "index")))
-        node = source
-    return tuple(reversed(part)) if node.op == "placeholder" else ()
 
 
 @dataclass(frozen=True)
@@ -385,12 +347,12 @@ def _indexes_features(node: fx.Node, labels: list[Any]) -> bool:
 def _scatters_rows(node: fx.Node, labels: list[Any]) -> bool:
     """Whether a scatter_ stores rows at tokens: all of a row's numbers have one position."""
     index, source = operand(node, "index"), operand(node, "src")
-    shapes = [shape_of(operand_) for operand_ in (index, source)]
+    wanted, shape = shape_of(index), shape_of(source)
     if labels[operand(node, "dim") % len(labels)] != "T" or "reduce" in node.kwargs:
         return False
-    if len(node.args) > 4 or shapes[0] is None or shapes[1] is None:
+    if len(node.args) > 4 or wanted is None or shape is None:
         return False
-    alike = len(shapes[0]) == len(shapes[1]) and all(map(same_size, *shapes))
+    alike = len(wanted) == len(shape) and all(map(same_size, wanted, shape))
     return alike and concrete(fake_value(index).stride(-1)) == 0
 
 

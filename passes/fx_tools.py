@@ -206,42 +206,9 @@ def may_overlap(a: fx.Node, b: fx.Node) -> bool:
     if _storage(x) != _storage(y):
         return False
     first, second = _extent(x), _extent(y)
-    known = first is not None and second is not None
-    if known and (first[0] >= second[1] or second[0] >= first[1]):  # type: ignore[index]
-        return False
-    return not _selected_apart(a, b)
-
-
-def _selected_apart(a: fx.Node, b: fx.Node) -> bool:
-    """Whether both are views of one tensor at different numbers of a dimension."""
-    above = {node: step for step, node in _views_behind(a)}
-    for step, node in _views_behind(b):
-        if node in above:
-            other = above[node]
-            if other is None or step is None or {op_name(other), op_name(step)} != {"select"}:
-                return False
-            rank = len(shape_of(node) or ())
-            dims = {operand(view, "dim") % rank for view in (step, other)}
-            numbers = [operand(view, "index") for view in (step, other)]
-            alike = all(type(n) is int and n >= 0 for n in numbers)
-            return len(dims) == 1 and alike and numbers[0] != numbers[1]
-    return False
-
-
-def _views_behind(node: fx.Node) -> Iterator[tuple[fx.Node | None, fx.Node]]:
-    """The node and what it is a view of, nearest first, each with the call that reads it."""
-    step: fx.Node | None = None
-    while True:
-        yield step, node
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node):
-            return
-        x, y = fake_value(node), fake_value(source)
-        if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
-            return
-        if _storage(x) != _storage(y):
-            return
-        step, node = node, source
+    if first is None or second is None:
+        return True
+    return first[0] < second[1] and second[0] < first[1]
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -3,9 +3,8 @@
 Dynamo keeps what the model wrote: `x.transpose(1, 2)` and `torch.transpose(x, 1, 2)`, `x @ y` and
 `torch.matmul(x, y)`, `torch.concat` and `torch.cat`, `x[:, 0:]` and `x`. Here each becomes a call
 of the method or function that PyTorch documents as the main one, a slice that leaves nothing out
-becomes the tensor, an `einsum` of two factors that is a matrix product a `matmul`, and what takes
-one layer's keys out of a tensor that holds more a `select`. Meaning stays, and results bit for bit
-but for the order of einsum's sums.
+becomes the tensor, and an `einsum` of two factors that is a matrix product a `matmul`. Meaning
+stays, and results bit for bit but for the order of einsum's sums.
 """
 
 from __future__ import annotations
@@ -18,10 +17,8 @@ from loki_compile.passes.fx_tools import (
     ALIASES,
     SIGNATURES,
     call,
-    concrete,
     copy_of,
     op_name,
-    operand,
     same_size,
     shape_of,
 )
@@ -159,64 +156,6 @@ def _see_through(graph: fx.Graph, mapping: dict[fx.Node, fx.Node]) -> None:
         mapping[old] = stands_for.get(new, new)
 
 
-def _select_parts(graph: fx.Graph, mapping: dict[fx.Node, fx.Node]) -> None:
-    """One `select` for each part of an input that calls name by numbers: `c[1, 0, :, :, pos] = k`.
-
-    Inputs of five or more dimensions hold caches of many layers, or keys and values; they are cut
-    down to four. PyTorch takes the numbers of an index before it looks at the rest of it.
-    """
-    parts: dict[tuple[fx.Node, int, int], fx.Node] = {}
-    stands_for: dict[fx.Node, fx.Node] = {}
-    for node in list(graph.nodes):
-        whole, numbers, left = _numbers_taken(node)
-        known = whole is not None and (whole.op == "placeholder" or whole in parts.values())
-        numbers = numbers[: max(0, len(shape_of(whole) or ()) - 4)] if known else []
-        if not numbers:
-            continue
-        for gone, (dim, number) in enumerate(numbers):
-            assert whole is not None
-            size = concrete((shape_of(whole) or ())[dim - gone])
-            key = whole, dim - gone, number + size if number < 0 and size is not None else number
-            if key not in parts:
-                with graph.inserting_before(node):
-                    parts[key] = call(graph, torch.select, *key, like=node)
-            whole = parts[key]
-        taken = {dim for dim, _ in numbers}
-        left = [item for dim, item in enumerate(left) if dim not in taken]
-        if left or op_name(node) == "setitem":
-            node.args = (whole, tuple(left) or (Ellipsis,), *node.args[2:])
-        else:
-            assert whole is not None
-            node.replace_all_uses_with(whole)
-            stands_for[node] = whole
-            graph.erase_node(node)
-    for old, new in mapping.items():
-        mapping[old] = stands_for.get(new, new)
-
-
-def _numbers_taken(node: fx.Node) -> tuple[fx.Node | None, list[tuple[int, int]], list[Any]]:
-    """The tensor that a call takes at constant numbers, those (dimension, number), and its index.
-
-    The index is empty where nothing of it is left beside them.
-    """
-    name = op_name(node)
-    if name not in ("getitem", "setitem", "select") or not isinstance(node.args[0], fx.Node):
-        return None, [], []
-    whole: Any = node.args[0]
-    if name == "select":
-        dim, number = operand(node, "dim"), operand(node, "index")
-    elif op_name(whole) == "unbind":
-        dim, number = (*whole.args[1:], whole.kwargs.get("dim", 0))[0], node.args[1]
-        whole = whole.args[0]
-    else:
-        index: Any = node.args[1]
-        left = list(index) if isinstance(index, tuple) else [index]
-        plain = next((n for n, i in enumerate(left) if i is None or i is Ellipsis), len(left))
-        return whole, [(n, i) for n, i in enumerate(left[:plain]) if type(i) is int], left
-    rank = len(shape_of(whole) or ())
-    return whole, [(dim % rank, number)] if rank and type(number) is int else [], []
-
-
 def normalize(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """Returns a copy of `gm` in one spelling, and the map from its nodes to the copy's."""
     copy, mapping = copy_of(gm)
@@ -235,7 +174,6 @@ def normalize(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node
         if name in _VARIADIC and len(node.args) > 2:
             node.args = (node.args[0], node.args[1:])
         node.op, node.target = "call_function", _FUNCTIONS[name]
-    _select_parts(copy.graph, mapping)
     _see_through(copy.graph, mapping)
     copy.graph.lint()
     copy.recompile()

@@ -261,7 +261,7 @@ def _mirror_part(
     target = _replay(graph, write.views, index)
     images = {write.source: rows, _written(cache, write): target}
     if op_name(write.node) == "scatter_":  # names a position for each number of a row
-        at, width = operand(write.node, "index"), (shape_of(rows) or ())[-1]
+        at, width = operand(write.node, "index"), fake_value(rows).shape[-1]
         images[at] = call(graph, torch.narrow, at, -1, 0, width, like=write.node)
     done = _call_like(graph, write.node, images)
     return done if cache.replaced else index

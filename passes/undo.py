@@ -68,20 +68,14 @@ def _stored_before_read(past: fx.Node, writes: list[Write], order: dict[fx.Node,
         if name not in _STORES or added or "reduce" in write.call.kwargs:
             return False
     last = writes[-1].position
-    return not any(
-        write.position >= position and may_overlap(read, write.operand)
-        for node, position in order.items()
-        if position <= last
-        for read in _reads(node, past)
-        for write in writes
-    )
+    return not any(_reads(node, past) for node, position in order.items() if position <= last)
 
 
-def _reads(node: fx.Node, past: fx.Node) -> list[fx.Node]:
-    """What a call may read of the memory of `past`: what is a view of it does not."""
+def _reads(node: fx.Node, past: fx.Node) -> bool:
+    """Whether a call may read the memory of `past`: what is a view of it does not."""
     read: list[fx.Node] = []
     target = node.args[:1] if mutates(node) else ()
     map_arg((node.args[len(target) :], node.kwargs), read.append)
     if not mutates(node):  # a result that lies in an operand's memory is a view of it
         read = [source for source in read if not may_overlap(node, source)]
-    return [source for source in read if may_overlap(source, past)]
+    return any(may_overlap(source, past) for source in read)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from loki_compile.passes.fx_tools import may_overlap
+from loki_compile.passes.parts import take_parts
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from toy_decoders import normal_graph
@@ -176,25 +176,48 @@ def test_a_small_budget_equals_a_fresh_rebuilds_also_after_edits(name, interpret
 
 
 @pytest.mark.parametrize("step", [whole_scaled, other_layer_written])
-def test_a_write_that_may_reach_other_parts_is_refused(step, interpreted):
+def test_a_tensor_that_is_written_otherwise_too_stays_dense(step, interpreted):
     x = torch.randn(BATCH, 5 + STEPS, WIDTH)
     model, fast, here, there = both(Layout(_HEADS_FIRST, step), x[:, :5], top_k=1.0)
     got = decode(fast, model, here, x[:, 5:], 5)
     for a, b in zip(got, decode(model, model, there, x[:, 5:], 5), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     sites = [site for report in reports() for site in report.sites]
-    assert sites and all(site.outcome == "dense" and "written" in site.reason for site in sites)
+    assert sites and all("more than this layer" in site.reason for site in sites)
 
 
-def test_parts_at_other_numbers_share_no_memory_and_at_one_number_they_do():
-    def views(c):
-        return c[0, :, 1] + 1, c[1, :, 1] + 1, c[0, :, 1][..., 1:] + 1, c[:, :, 0] + 1
+def test_parts_become_inputs_and_what_they_are_cut_from_has_no_users():
+    def attends(c, x):
+        c[1, 0, :, :, 3:4] = x
+        return c[1][0] + 1, c[-1, 1] + c.select(0, 0)[1]
 
-    graph = normal_graph(views, torch.randn(2, 3, 2, 2, 5, 4)).graph
-    first, second, inner, across = (
-        node.args[0]
-        for node in graph.output_node().args[0]  # type: ignore[union-attr]
-    )
-    assert not may_overlap(first, second) and not may_overlap(second, inner)
-    assert may_overlap(first, inner) and may_overlap(first, first)
-    assert may_overlap(first, across), "other dimensions were selected: not followed"
+    cache, x = torch.randn(2, 2, 3, 2, 5, 4), torch.randn(3, 2, 1, 4)
+    gm = normal_graph(attends, cache, x)
+    parts = take_parts(gm)
+    assert [part.numbers for part in parts] == [
+        ((0, 1), (0, 0)),
+        ((0, 1), (0, 1)),
+        ((0, 0), (0, 1)),
+    ]
+    holder, given, *new = gm.graph.find_nodes(op="placeholder")
+    assert not holder.users and given.users and all(node.users for node in new)
+    expected = attends(there := cache.clone(), x)
+    got = gm(cache, x, *(part.of((cache, x)) for part in parts))
+    assert all(map(torch.equal, got, expected)) and torch.equal(cache, there)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda c: c[0, 1] + c.sum(),  # all of it is read
+        lambda c: c[0, :, 1] + c[0, 1, :2],  # two dimensions: they cross
+        lambda c: c[0] + 1,  # keys and values at once
+        lambda c: (c[0, 1] + 1, c[0]),  # a view of two parts is returned
+        lambda c: c[torch.tensor(1), 0] + 1,  # a number that only the running model knows
+    ],
+)
+def test_a_tensor_that_is_used_otherwise_too_stays_one_input(use):
+    gm = normal_graph(use, torch.randn(2, 2, 3, 2, 5, 4))
+    before = len(gm.graph.find_nodes(op="placeholder"))
+    assert take_parts(gm) == []
+    assert len(gm.graph.find_nodes(op="placeholder")) == before
