@@ -24,9 +24,10 @@ test: $(STAMP)
 # Hours: the slow tests, and thousands of generated cases for each clause; one table at the end.
 # LOKI_SOAK_CASES=100 tries that many for a clause instead of 3000.
 SOAK := tests/test_properties.py tests/test_graph_properties.py tests/test_cache_machine.py \
-  tests/test_odd_spellings.py tests/test_undo.py tests/test_faults.py tests/test_pca_store.py
+  tests/test_odd_spellings.py tests/test_undo.py tests/test_faults.py tests/test_pca_store.py \
+  tests/test_latent.py tests/test_shared_tensors.py
 soak: $(STAMP)
-	$(BIN)/pytest --hypothesis-profile=soak --timeout=0 -m "slow or not slow" $(SOAK) $(TEST_FLAGS)
+	$(WORKERS) --hypothesis-profile=soak --timeout=0 -m "slow or not slow" $(SOAK) $(TEST_FLAGS)
 
 # Lines and branches of passes/, pca_store/ and the runtime; one process, an hour on two cores.
 COVERING := sites cache_writes odd_spellings undo rewrite normalize runtime windows backend faults \
