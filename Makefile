@@ -29,7 +29,7 @@ soak: $(STAMP)
 	$(BIN)/pytest --hypothesis-profile=soak --timeout=0 -m "slow or not slow" $(SOAK) $(TEST_FLAGS)
 
 # Lines and branches of passes/, pca_store/ and the runtime, by workers that coverage follows.
-COVERING := sites cache_writes normalize fx_tools plan rotary rewrite undo flex latent runtime faults backend \
+COVERING := sites cache_writes normalize fx_tools plan rotary masks rewrite undo flex latent runtime faults backend \
   odd_spellings graph_properties cache_machine windows other_decoders end_to_end config calibration \
   attention_fit pca_store
 coverage: $(STAMP)

@@ -13,6 +13,7 @@ from toy_decoders import (
     HIDDEN,
     KV_HEADS,
     SLOTS,
+    UNTOUCHED,
     Conversation,
     Spelling,
     ToyDecoder,
@@ -158,6 +159,19 @@ def test_sites_that_read_one_cache_share_its_index():
     short = plan_of(graph_of(STATIC, Twice().eval()), min_context=11)
     assert [s.site.node.name for s in short.sparse] == [whole.site.node.name]
     assert [skip.details for skip in short.dense] == [(11, 11)]
+
+
+@pytest.mark.parametrize(
+    "reason", [Reason.WRITE, Reason.NO_CACHE, Reason.CACHE_LEAVES, Reason.LATENT, Reason.DTYPE]
+)
+def test_a_cache_that_cannot_be_followed_is_named_with_its_reason(reason):
+    spellings = [spelling for spelling in UNTOUCHED if spelling.reason is reason]
+    assert spellings
+    for spelling in spellings:
+        plan = plan_of(graph_of(spelling))
+        (skip,) = plan.dense
+        assert not plan.sparse and skip.reason is reason
+        assert not skip.sentence().endswith(": ")  # says what of it was not understood
 
 
 def test_what_was_no_site_is_listed_first():
