@@ -54,7 +54,7 @@ ORACLES = {
     "pca_store/attention_fit.py": ("attention_fit",),
     "pca_store/basis.py": (f"{STORE}Basis", f"{STORE}BasisSet", f"{STORE}Pca"),
     "pca_store/basis_file.py": (f"{STORE}FileFormat", f"{STORE}FileNames"),
-    "pca_store/covariance.py": (f"{STORE}KeyCovariance", f"{STORE}Pca", f"{STORE}ScoreOptimal"),
+    "pca_store/covariance.py": (f"{STORE}KeyCovariance", f"{STORE}ScoreOptimal", f"{STORE}Ordered"),
     "pca_store/fingerprint.py": (f"{STORE}Fingerprint",),
     "pca_store/store.py": (f"{STORE}Lookup", f"{STORE}Hub", f"{STORE}FileNames"),
 }

@@ -1390,3 +1390,35 @@ def test_a_gpu_gives_the_fingerprint_and_the_basis_of_the_cpu():
     torch.testing.assert_close(
         moments(keys.cuda(), keys.cuda())._scatter, moments(keys, keys)._scatter
     )
+
+
+class TestOrdered:
+    """A pair that was fitted elsewhere, with its columns in order."""
+
+    @few
+    @given(seeds, st.integers(1, 15))
+    def test_gives_the_scores_of_the_pair_it_was_made_of(self, seed, rank):
+        torch.manual_seed(seed)
+        sums = moments(torch.randn(2, 3, 200, 15), torch.randn(2, 6, 200, 15))
+        query, key = torch.randn(2, 3, 15, rank).unbind()
+        basis = sums.ordered(query, key, kind="attention", weights="0" * 16, layer="x")
+        assert (basis.kind, basis.weights, basis.layer) == ("attention", "0" * 16, "x")
+        found = basis.query[..., :rank] @ basis.key[..., :rank].mT
+        torch.testing.assert_close(found, query @ key.mT, rtol=1e-4, atol=1e-4)
+        assert (basis.spectrum[:, rank:] == 0).all() and (basis.spectrum[:, :rank] > 0).all()
+        assert (basis.spectrum.diff() <= 0).all()
+
+    @few
+    @given(seeds, st.integers(1, 7))
+    def test_its_first_columns_leave_out_what_its_spectrum_says(self, seed, kept):
+        torch.manual_seed(seed)
+        sums = moments(torch.randn(2, 3, 200, 15), torch.randn(2, 6, 200, 15))
+        query, key = torch.randn(2, 3, 15, 8).unbind()
+        basis = sums.ordered(query, key, kind="attention")
+        first, last = (x[..., :kept].double() for x in (basis.query, basis.key))
+        left = query.double() @ key.double().mT - first @ last.mT
+        query_root, _, key_root, _ = sums.score_roots()
+        error = (query_root @ left @ key_root).square().sum((-2, -1))
+        torch.testing.assert_close(
+            error.float(), basis.spectrum[:, kept:].sum(-1), rtol=1e-3, atol=1e-5
+        )
