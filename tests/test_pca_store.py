@@ -1422,3 +1422,13 @@ class TestOrdered:
         torch.testing.assert_close(
             error.float(), basis.spectrum[:, kept:].sum(-1), rtol=1e-3, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("missing", [1, 4, 8])
+def test_a_header_that_reaches_behind_the_end_is_said_to_claim_too_much(missing):
+    text = b"{}" + b" " * 6
+    claimed = (len(text) + missing).to_bytes(8, "little")
+    with pytest.raises(BasisFileError, match="the header claims"):
+        decode(claimed + text, "short")
+    with pytest.raises(BasisFileError, match="__metadata__"):
+        decode(len(text).to_bytes(8, "little") + text, "whole, without contents")
