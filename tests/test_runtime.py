@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from loki_compile.passes.sites import Reason
+from loki_compile.pca_store.covariance import KeyCovariance
 from toy_decoders import (
     BATCH,
     FILLED,
@@ -925,3 +926,21 @@ def test_layers_are_named_by_number_and_by_path():
         off = [s for s in sites if s.outcome != "sparse"]
         assert all(s.outcome == "dense by plan" for s in off)
         assert all(s.reason.startswith(Reason.LAYER_OFF.value.split("{}")[0]) for s in off)
+
+
+@pytest.mark.parametrize("most, taken", [(5, [0, 4, 8, 12, 16]), (16, None), (17, range(17))])
+@pytest.mark.parametrize("spelling", [GROWING, STATIC], ids=["growing", "static"])
+def test_a_basis_is_fitted_from_so_many_keys_evenly_spread(spelling, most, taken, monkeypatch):
+    monkeypatch.setattr(runtime, "FIT_TOKENS", most)
+    with torch.no_grad():
+        module = ToyDecoder(spelling).eval()
+        fast = torch.compile(module, backend="loki", options=EVERYTHING)
+        here = Conversation.start(spelling)
+        keys = here.keys[:, :, :FILLED].clone()
+        here.step(fast, tokens(spelling, 1)[0])
+    (basis,) = runtime._fitted.values()
+    assert basis.tokens == most * BATCH
+    if taken is not None:
+        moments = KeyCovariance(KV_HEADS, HEAD_DIM)
+        moments.update(keys[:, :, list(taken)])
+        torch.testing.assert_close(basis.spectrum, moments.pca().spectrum)
