@@ -944,3 +944,19 @@ def test_a_basis_is_fitted_from_so_many_keys_evenly_spread(spelling, most, taken
         moments = KeyCovariance(KV_HEADS, HEAD_DIM)
         moments.update(keys[:, :, list(taken)])
         torch.testing.assert_close(basis.spectrum, moments.pca().spectrum)
+
+
+@MODES
+@pytest.mark.parametrize("given", [False, True])
+def test_an_empty_cache_is_no_failure_and_serves_a_basis_that_is_given(given, mode, caplog):
+    with mode():
+        module = ToyDecoder(GROWING).eval()
+        basis = {"basis": basis_for(module)} if given else {}
+        fast = torch.compile(module, backend="loki", options={**EVERYTHING, **basis})
+        here = Conversation.start(GROWING, filled=0)
+        here.step(fast, tokens(GROWING, 1)[0])
+        assert (stats()["sparse_steps"], stats()["dense_steps"]) == ((1, 0) if given else (0, 1))
+        for x in tokens(GROWING, 3):
+            here.step(fast, x)
+    assert stats()["fitted_bases"] == (0 if given else 1) and stats()["sparse_steps"] >= 3
+    assert not [record for record in caplog.records if record.name == "loki_compile"]
