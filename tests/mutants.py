@@ -70,7 +70,12 @@ ORACLES = {
     "pca_store/basis_file.py": (f"{STORE}FileFormat", f"{STORE}FileNames", SHORT_HEADER),
     "pca_store/covariance.py": (f"{STORE}KeyCovariance", f"{STORE}ScoreOptimal", f"{STORE}Ordered"),
     "pca_store/fingerprint.py": (f"{STORE}Fingerprint",),
-    "pca_store/store.py": (f"{STORE}Lookup", f"{STORE}Hub", f"{STORE}FileNames"),
+    "pca_store/store.py": (
+        f"{STORE}Lookup",
+        f"{STORE}Hub",
+        f"{STORE}FileNames",
+        f"{STORE}Durability",
+    ),
 }
 # Operators that make names of other names: nearly all of them raise at once.
 LEFT_OUT = ("VariableReplacer", "VariableInserter")

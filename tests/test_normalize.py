@@ -210,6 +210,8 @@ def test_an_einsum_of_rows_and_columns_is_a_matmul(equation, sizes, listed):
         ("bj,bkj->bk", [(2, 4), (2, 5, 4)]),  # no rows
         ("ijm,jk->ik", [(3, 4, 2), (4, 5)]),  # m is summed in one factor alone
         ("ijl,jlk->ik", [(3, 4, 2), (4, 2, 5)]),  # two sums
+        ("ij,jkl->ikl", [(3, 4), (4, 5, 2)]),  # two columns
+        ("ilj,jk->ilk", [(3, 2, 4), (4, 5)]),  # two rows
         ("iij,jk->ik", [(3, 3, 4), (4, 5)]),  # a diagonal
         ("bij,bjk->ik", [(2, 3, 4), (2, 4, 5)]),  # the batch is summed
         ("bij,bjk->bik", [(1, 3, 4), (2, 4, 5)]),  # the batch is broadcast

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -503,6 +503,13 @@ class TestBasis:
 
 
 class TestBasisSet:
+    def test_neither_it_nor_its_bases_can_be_changed(self):
+        whole = fitted_set()
+        with pytest.raises(FrozenInstanceError):
+            whole.bases = ()
+        with pytest.raises(FrozenInstanceError):
+            whole.bases[0].kind = "pca"
+
     def test_find_by_weights_and_by_use_of_shared_weights(self):
         shared = [random_basis(1, 4, seed=i, weights=SITE_A) for i in range(2)]
         other = random_basis(1, 4, seed=9, weights=SITE_B)
@@ -563,6 +570,13 @@ class TestFingerprint:
     def test_is_sha256_of_shape_dtype_and_fp32_bytes(self):
         weight = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
         said = b"(2, 3) torch.bfloat16 " + np.arange(6, dtype="<f4").tobytes()
+        assert weights_fingerprint(weight) == hashlib.sha256(said).hexdigest()[:32]
+
+    def test_of_a_large_weight_4096_elements_count(self):
+        """Stored bases are found by it: another sample would lose them all."""
+        weight = torch.arange(10_007.0).reshape(10_007, 1)
+        taken = np.arange(4096) * 10_007 // 4096
+        said = b"(10007, 1) torch.float32 " + taken.astype("<f4").tobytes()
         assert weights_fingerprint(weight) == hashlib.sha256(said).hexdigest()[:32]
 
     @few
