@@ -38,6 +38,7 @@ SECONDS = 240  # of CPU time, for one mutant
 STORE = "pca_store::Test"
 SHORT_HEADER = "pca_store::test_a_header_that_reaches_behind_the_end_is_said_to_claim_too_much"
 LATENT_ROWS = "latent::test_attention_over_the_cached_rows_is_attention_over_what_they_expand_to"
+LATENT_BASES = "latent::test_calibration_sees_the_rows_that_decoding_ranks"
 LATENT_FORMS = (
     "latent::test_the_maps_of_the_heads_are_found_in_the_weight",
     LATENT_ROWS,
@@ -59,7 +60,7 @@ ORACLES = {
     "passes/latent.py": LATENT_FORMS,
     "passes/normalize.py": ("normalize", "sites"),
     "passes/plan.py": ("plan", "config"),
-    "passes/rewrite.py": ("masks", "rewrite", LATENT_ROWS, "sites"),
+    "passes/rewrite.py": ("masks", "rewrite", LATENT_ROWS, LATENT_BASES, "sites"),
     "passes/rotary.py": ("rotary",),
     "passes/sites.py": ("sites", "odd_spellings"),
     "passes/undo.py": ("undo",),
