@@ -25,13 +25,15 @@ if _found is not None and Path(_found.origin or "").is_relative_to(ROOT):
 SEED = int(os.environ.get("LOKI_TEST_SEED", "20240601"))
 
 
-# The default is bounded for every change; `make soak` takes "soak" and prints what it tried.
+# The default is bounded for every change; `make soak` takes "soak" and prints what it tried;
+# `make coverage` takes "brief".
 _PROFILE = settings(
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.register_profile("bounded", _PROFILE, max_examples=50, stateful_step_count=15)
+settings.register_profile("brief", _PROFILE, max_examples=10, stateful_step_count=15)
 settings.register_profile(
     "soak",
     _PROFILE,

@@ -34,19 +34,49 @@ from cosmic_ray.mutating import mutate_code
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 240  # of CPU time, for one mutant
 
-# The fastest tests that know the file; the first one that fails ends the run.
+# The fastest tests that know a file, by test file, class or test; the first failure ends a run.
+STORE = "pca_store::Test"
+SHORT_HEADER = "pca_store::test_a_header_that_reaches_behind_the_end_is_said_to_claim_too_much"
+LATENT_ROWS = "latent::test_attention_over_the_cached_rows_is_attention_over_what_they_expand_to"
+LATENT_BASES = "latent::test_calibration_sees_the_rows_that_decoding_ranks"
+LATENT_FORMS = (
+    "latent::test_the_maps_of_the_heads_are_found_in_the_weight",
+    LATENT_ROWS,
+    "latent::test_what_is_not_that_form_stays_bit_for_bit",
+    "latent::test_odd_latents_are_right_and_dense_unless_understood",
+)
+FLEX_FORMS = (
+    "flex::test_the_cap_and_the_scale_are_read",
+    "flex::test_a_scale_of_the_number_of_keys_is_not_read",
+    "flex::test_a_flex_call_is_the_same_core",
+    "flex::test_another_flex_call_stays_as_it_is_and_says_why",
+    "flex::test_a_rule_of_other_steps_stays_as_it_is_and_says_why",
+)
 ORACLES = {
     "passes/cache_writes.py": ("cache_writes", "odd_spellings"),
     "passes/chains.py": ("sites", "odd_spellings"),
+    "passes/flex.py": FLEX_FORMS,
     "passes/fx_tools.py": ("fx_tools", "cache_writes", "undo"),
+    "passes/latent.py": LATENT_FORMS,
     "passes/normalize.py": ("normalize", "sites"),
-    "passes/plan.py": ("config", "runtime"),
-    "passes/rewrite.py": ("rewrite",),
-    "passes/rotary.py": ("calibration",),
+    "passes/plan.py": ("plan", "config"),
+    "passes/rewrite.py": ("masks", "rewrite", LATENT_ROWS, LATENT_BASES, "sites"),
+    "passes/rotary.py": ("rotary",),
     "passes/sites.py": ("sites", "odd_spellings"),
     "passes/undo.py": ("undo",),
     "loki_compile/runtime.py": ("runtime", "faults"),
     "kernels/reference.py": ("ops", "rewrite"),
+    "pca_store/attention_fit.py": ("attention_fit",),
+    "pca_store/basis.py": (f"{STORE}Basis", f"{STORE}BasisSet", f"{STORE}Pca"),
+    "pca_store/basis_file.py": (f"{STORE}FileFormat", f"{STORE}FileNames", SHORT_HEADER),
+    "pca_store/covariance.py": (f"{STORE}KeyCovariance", f"{STORE}ScoreOptimal", f"{STORE}Ordered"),
+    "pca_store/fingerprint.py": (f"{STORE}Fingerprint",),
+    "pca_store/store.py": (
+        f"{STORE}Lookup",
+        f"{STORE}Hub",
+        f"{STORE}FileNames",
+        f"{STORE}Durability",
+    ),
 }
 # Operators that make names of other names: nearly all of them raise at once.
 LEFT_OUT = ("VariableReplacer", "VariableInserter")
@@ -130,8 +160,10 @@ def survives(file: str, source: str) -> str:
         sys.meta_path.insert(0, Mutated(module_of(file), ROOT / file, source))
         import pytest
 
-        tests = [str(ROOT / f"tests/test_{name}.py") for name in ORACLES[file]]
-        flags = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--timeout=0"]
+        names = [name.partition("::") for name in ORACLES[file]]
+        tests = [f"{ROOT}/tests/test_{name}.py{colons}{test}" for name, colons, test in names]
+        flags = ["-x", "-q", "-p", "no:cacheprovider", "--timeout=0"]
+        flags += ["--hypothesis-seed=0", "--hypothesis-profile=brief"]
         status = pytest.main([*flags, f"--rootdir={ROOT}", *tests])
         os._exit(1 if status else 0)
     _, status = os.waitpid(child, 0)

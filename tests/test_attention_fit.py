@@ -196,3 +196,25 @@ def test_calibrate_refuses_unrotated_keys_for_attention():
 def test_calibrate_refuses_an_impossible_rank(rank):
     with pytest.raises(ValueError, match=r"rank=.*needs a count >= 1"):
         calibrate(Decoder(), [torch.zeros(1, 50, dtype=torch.long)], rank=rank)
+
+
+def test_the_loss_is_of_the_keys_that_ranking_chooses_among():
+    """Attention is over all visible keys; the first and the last ones are kept in any case."""
+    tokens, queries = SINK + RECENT + 9, 4
+    keys = torch.randn(HKV, tokens, DIM, dtype=torch.float64)
+    asked = torch.randn(HKV, GROUP, queries, DIM, dtype=torch.float64)
+    query, key = torch.randn(2, HKV, DIM, RANK, dtype=torch.float64)
+    seen = torch.rand(HKV, 1, 1, tokens) < 0.8
+    positions = torch.tensor([tokens - 1, tokens - 2, tokens - 5, SINK + RECENT])
+    found = attention_fit._loss(query, key, keys, seen, asked, positions, SCALE)
+    losses = []
+    for head in range(HKV):
+        for row in asked[head].unbind():
+            for q, at in zip(row, positions.tolist(), strict=True):
+                shown = [t for t in range(at + 1) if seen[head, 0, 0, t]]
+                weights = (SCALE * keys[head, shown] @ q).softmax(0)
+                ranked = [t for t in shown if SINK <= t <= at - RECENT]
+                scores = SCALE * (keys[head, ranked] @ key[head]) @ (q @ query[head])
+                wanted = weights[[shown.index(t) for t in ranked]]
+                losses.append(-(wanted * scores.log_softmax(0)).sum())
+    torch.testing.assert_close(found, torch.stack(losses).mean())

@@ -61,6 +61,16 @@ def index_put_added(k, v, ck, cv, pos):
     return keys.transpose(1, 2), values.transpose(1, 2), (keys, values)
 
 
+def row_of_one_head(k, v, ck, cv, pos):
+    """The row that is stored has neither heads nor tokens: (B, D)."""
+    ck.select(1, pos).copy_(k[:, 0, 0])
+    cv.select(1, pos).copy_(v[:, 0, 0])
+    return ck.unsqueeze(1), cv.unsqueeze(1), ()
+
+
+_one_head = {"kv_heads": 1, "layout": "btd", "attend": mqa_broadcast}
+
+
 def traced(spelling, *, module=None, **start):
     inputs = Conversation.start(spelling, **start).inputs(tokens(spelling, 1)[0])
     graph = normal_graph(module or ToyDecoder(spelling).eval(), *inputs).graph
@@ -149,7 +159,8 @@ def test_views_between_the_cache_and_the_keys_are_listed(write, views):
         (index_put_whole, {}, FILLED + 1),
         (ring, {"mask": no_mask, "slots": FILLED - 2}, 3),
         (roll_window, {"mask": no_mask}, None),
-        (one_head_3d, {"kv_heads": 1, "layout": "btd", "attend": mqa_broadcast}, FILLED + 1),
+        (one_head_3d, _one_head, FILLED + 1),
+        (row_of_one_head, {**_one_head, "position": "int"}, FILLED + 1),
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )

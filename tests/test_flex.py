@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loki_compile.passes.sites import find_sites
+from loki_compile.passes.sites import Reason, find_sites
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from toy_decoders import (
     Conversation,
@@ -239,3 +239,74 @@ def test_flex_under_inductor_gives_the_eager_result():
             out, expected = here.step(fast, x), there.step(module, x)
             torch.testing.assert_close(out, expected, rtol=0, atol=3e-5)
     assert stats()["sparse_steps"] == before + 2
+
+
+# ---- rules that cannot be asked about all keys at once, or are none ------------------------------
+
+
+def ruled_by(visible):
+    """Attention over the keys that `visible(batch, head, query, key, mask)` shows."""
+
+    def attend(q, keys, values, mask):
+        blocks = create_block_mask(
+            lambda b, h, i, k: visible(b, h, i, k, mask),
+            q.shape[0], None, q.shape[2], keys.shape[2], device=str(q.device),
+        )  # fmt: skip
+        return flex_attention(q, keys, values, block_mask=blocks, enable_gqa=True)
+
+    return attend
+
+
+def written_in_place(b, h, i, k, mask):
+    hidden = k > 17
+    return hidden.logical_not_()
+
+
+def made_of_several_ones(b, h, i, k, mask):
+    return k.new_ones(3, dtype=torch.bool).all() & (k <= 17)
+
+
+def compared_with_a_row(b, h, i, k, mask):
+    return (k == torch.arange(17)).any()
+
+
+def entry_of_a_row(b, h, i, k, mask):
+    return mask[b, 0, i][k]
+
+
+@pytest.mark.parametrize(
+    "visible",
+    [
+        written_in_place,
+        made_of_several_ones,
+        compared_with_a_row,
+        entry_of_a_row,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_a_rule_of_other_steps_stays_as_it_is_and_says_why(visible, monkeypatch):
+    compiled = interpret(monkeypatch)
+    follow(*compile_toy(index_copy_method, ruled_by(visible), left_padded, top_k=1.0), steps=2)
+    assert compiled.calls("loki.") == 0
+    (dense,) = reports()[-1].sites
+    assert "mask_mod is not understood" in dense.reason
+
+
+def test_a_scale_of_the_number_of_keys_is_not_read():
+    def step(q, keys, values):
+        return flex_attention(q, keys, values, scale=keys.shape[2] ** -0.5)
+
+    q, keys = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 40, 16)
+    torch._dynamo.mark_dynamic(keys, 2)
+    sites, (skip,) = find_sites(normal_graph(step, q, keys, keys).graph)
+    assert not sites and skip.reason is Reason.SCALE
+
+
+def test_a_call_that_nobody_reads_is_no_core():
+    def step(q, keys, values):
+        flex_attention(q, keys, values)
+        return q + 1
+
+    q, keys = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 40, 16)
+    gm = normal_graph(step, q, keys, keys)
+    assert find_sites(gm.graph) == ([], [])

@@ -3,9 +3,19 @@
 import pytest
 import torch
 from loki_compile.passes.cache_writes import trace_cache
-from loki_compile.passes.fx_tools import copy_of, extract, fake_mode_of, may_overlap, writes_of
+from loki_compile.passes.fx_tools import (
+    concrete,
+    copy_of,
+    extract,
+    fake_mode_of,
+    may_overlap,
+    same_size,
+    writes_of,
+)
 from loki_compile.passes.sites import find_sites
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from toy_decoders import Conversation, Spelling, ToyDecoder, index_copy_method, normal_graph, tokens
 
 
@@ -85,3 +95,20 @@ def test_what_a_write_reads_is_computed_beforehand_unless_it_changes_until_then(
     (site,), _ = find_sites(gm.graph)
     (write,) = trace_cache(site, writes_of(gm.graph)).writes
     assert (extract(gm, [write.fill[0]], [write.node]) is not None) == known
+
+
+def test_sizes_are_the_same_where_that_is_known_without_a_guard():
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    first, second = (
+        mode.from_tensor(
+            torch.zeros(size),
+            symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC]),
+        ).shape[0]
+        for size in (5, 7)
+    )
+    assert same_size(first, first) and same_size(2 * first, first + first)
+    for a, b in ((first, second), (first, first + 1), (first + 1, first), (first, 5), (5, first)):
+        assert not same_size(a, b)
+    assert same_size(5, 5) and not same_size(5, 7)
+    assert concrete(first) is None and concrete(first - first + 3) == 3 and concrete(4) == 4
+    assert not mode.shape_env.guards

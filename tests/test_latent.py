@@ -884,3 +884,255 @@ def test_the_maps_of_the_heads_are_found_in_the_weight():
     assert math.isclose(sparse.site.scale, 0.3)
     assert set(latent.fills) <= {write.call for write in writes_of(gm.graph)}
     assert plan.caches[0].beside is not None
+
+
+# --- spellings that nobody writes on purpose: right in every case, and rewritten or dense as listed
+
+
+def from_both(take: Callable[[Tensor], Tensor], share: Callable[[Tensor], Tensor] = spread):
+    """Heads of keys and values (B,H,T,OWN+VALUE) as `take` has them of the map's result."""
+
+    def expand(m, latents, shared):
+        own, values = take(m.expand(latents)).split((OWN, VALUE), -1)
+        return torch.cat((own, share(shared)), -1), values
+
+    return expand
+
+
+def from_own(change: Callable[[Tensor], Tensor]):
+    """Keys (B,H,T,OWN) and the shared part are joined behind some change of the keys."""
+
+    def expand(m, latents, shared):
+        both = heads_of(m.expand(latents))
+        return torch.cat((change(both), spread(shared)), -1), both[..., OWN:]
+
+    return expand
+
+
+def split_along_the_first(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A split names no dimension where it is the first."""
+    own, values = heads_of(x).movedim(-1, 0).split((OWN, VALUE))
+    return own.movedim(0, -1), values.movedim(0, -1)
+
+
+def from_parts(take: Callable[[Tensor], tuple[Tensor, Tensor]]):
+    def expand(m, latents, shared):
+        own, values = take(m.expand(latents))
+        return torch.cat((own, spread(shared)), -1), values
+
+    return expand
+
+
+def filled_by(fill: Callable[[Tensor, Tensor], None]):
+    """`fill` puts the heads' own keys into a fresh tensor of keys."""
+
+    def expand(m, latents, shared):
+        own, values = heads_of(m.expand(latents)).split((OWN, VALUE), -1)
+        keys = own.new_empty(*own.shape[:3], OWN + SHARED)
+        fill(keys, own)
+        keys[..., OWN:].copy_(spread(shared))
+        return keys, values
+
+    return expand
+
+
+def filled_twice(keys, own):
+    keys[..., :OWN].copy_(own * 2)
+    keys[..., :OWN].copy_(own)
+
+
+def filled_transposed(keys, own):
+    keys.transpose(1, 2)[..., :OWN].copy_(own.transpose(1, 2))
+
+
+def filled_with_a_cast(keys, own):
+    keys[..., :OWN].copy_(own.double())
+
+
+def folded_and_back(x: Tensor) -> Tensor:
+    return heads_of(x.reshape(-1, x.shape[-1]).view(x.shape[0], -1, x.shape[-1]))
+
+
+def tokens_split_and_back(x: Tensor) -> Tensor:
+    half = x.shape[-2] // 2
+    return heads_of(x.view(x.shape[0], 2, half, x.shape[-1]).flatten(1, 2))
+
+
+def last_dim_left_out(m, latents, shared):
+    """The last dim of the fresh tensor is nobody's."""
+    own, values = heads_of(m.expand(latents)).split((OWN, VALUE), -1)
+    keys = own.new_zeros(*own.shape[:3], OWN + SHARED)
+    keys[..., :OWN].copy_(own)
+    keys[..., OWN:-1].copy_(spread(shared)[..., :-1])
+    return keys, values
+
+
+def in_five_dimensions(m, latents, shared):
+    own, values = heads_of(m.expand(latents[:, None])).split((OWN, VALUE), -1)
+    return torch.cat((own, spread(shared)), -1), values
+
+
+def latents_split_and_back(m, latents, shared):
+    rows = latents.view(latents.shape[0], 2, -1, LATENT).flatten(1, 2)
+    return joined(m, rows, shared)
+
+
+def heads_and_dims_mixed(x: Tensor) -> Tensor:
+    x = x.view(x.shape[0], x.shape[-2], HEADS, OWN + VALUE)
+    return x.view(x.shape[0], x.shape[1], OWN + VALUE, HEADS).permute(0, 3, 1, 2)
+
+
+def values_across_blocks(m, latents, shared):
+    """Blocks of ten rows from the third on; the values are the later half of each."""
+    own, _ = heads_of(m.expand(latents)).split((OWN, VALUE), -1)
+    values = heads_of(m.expand(latents)[..., 3:])[..., VALUE:]
+    return torch.cat((own, spread(shared)), -1), values
+
+
+def one_key_for_all_heads(m, latents, shared):
+    both = m.expand(latents).reshape(latents.shape[0], 1, -1, HEADS * (OWN + VALUE))
+    own = both[..., :OWN].expand(-1, HEADS, -1, -1)
+    return torch.cat((own, spread(shared)), -1), heads_of(both)[..., OWN:]
+
+
+def shared_by_a_new_dimension(m, latents, shared):
+    return joined(m, latents, shared[:, None])
+
+
+def one_number_shared(m, latents, shared):
+    return joined(m, latents, shared[..., :1].expand(*shared.shape[:-1], SHARED))
+
+
+def one_tensor_latent_alone(c, r, cc, cr, pos):
+    latents, _, state = one_tensor(c, r, cc, cr, pos)
+    return latents, None, state
+
+
+def one_tensor_accumulated(c, r, cc, cr, pos):
+    cc.index_add_(1, pos, torch.cat([c, r], -1))
+    return cc[..., :LATENT], cc[..., LATENT:], ()
+
+
+def latents_accumulated(c, r, cc, cr, pos):
+    cc.index_add_(2, pos, c.unsqueeze(1))
+    cr.index_copy_(2, pos, r.unsqueeze(1))
+    return cc, cr, ()
+
+
+def shared_written_twice(c, r, cc, cr, pos):
+    cr.index_copy_(2, pos, r.unsqueeze(1) * 2)
+    return index_copies(c, r, cc, cr, pos)
+
+
+def shared_assigned(c, r, cc, cr, pos):
+    cc.index_copy_(2, pos, c.unsqueeze(1))
+    cr[:, :, pos] = r.unsqueeze(1)
+    return cc, cr, ()
+
+
+def shared_through_a_view(c, r, cc, cr, pos):
+    cc.index_copy_(2, pos, c.unsqueeze(1))
+    cr[:, 0].index_copy_(1, pos, r)
+    return cc, cr, ()
+
+
+def windows_of(shift: int, last: slice, roll: bool = True):
+    """Full windows, of which that of the shared part moves in another way."""
+
+    def write(c, r, cc, cr, pos):
+        moved = cc.roll(-1, dims=2)
+        moved[:, :, -1:] = c.unsqueeze(1)
+        cc.copy_(moved)
+        moved = cr.roll(shift, dims=2) if roll else cr
+        moved[:, :, last] = r.unsqueeze(1)
+        if roll:
+            cr.copy_(moved)
+        return cc, cr, ()
+
+    return write
+
+
+_windows = Form(windows, joined, window=True)
+ODD = {
+    # The way from the linear map to the keys.
+    "squeezed": _static.but(expand=from_both(lambda x: heads_of(x.squeeze(1)))),
+    "the one head selected": _static.but(expand=from_both(lambda x: heads_of(x.select(1, 0)))),
+    "the one head indexed": _static.but(expand=from_both(lambda x: heads_of(x[:, 0]))),
+    "squeezed wherever it can be": _static.but(
+        expand=from_both(lambda x: heads_of(x.squeeze())), **_latent),
+    "the one head selected from the end": _static.but(
+        expand=from_both(lambda x: heads_of(x.select(1, -1))), **_latent),
+    "in five dimensions": _static.but(expand=in_five_dimensions, **_latent),
+    "last dim left out": _static.but(expand=last_dim_left_out, **_latent),
+    "folded and back, growing": _cat.but(expand=from_both(folded_and_back)),
+    "folded and back": _static.but(expand=from_both(folded_and_back)),
+    "a new dimension by None": _one.but(expand=shared_by_a_new_dimension),
+    "split along the first dimension": _static.but(expand=from_parts(split_along_the_first)),
+    "copied": _static.but(expand=from_own(lambda x: x[..., :OWN].clone().contiguous())),
+    "indexed from the end": _static.but(expand=from_own(lambda x: x[..., : -VALUE])),
+    "narrowed from the end": _static.but(
+        expand=from_own(lambda x: x.narrow(-1, -OWN - VALUE, OWN)), **_latent),
+    "dims by a list": _static.but(
+        expand=from_own(lambda x: x[..., torch.arange(OWN)]), **_latent),
+    "every other dim": _static.but(
+        expand=from_own(lambda x: x[..., ::2]), **_latent),
+    "tokens split and back": _cat.but(expand=from_both(tokens_split_and_back), **_latent),
+    "latents split and back": _cat.but(
+        write=cats_3d, caches="btd", expand=latents_split_and_back, reason=Reason.LATENT),
+    "heads and dims mixed": _static.but(expand=from_both(heads_and_dims_mixed), **_latent),
+    "values across blocks": _static.but(expand=values_across_blocks, **_latent),
+    "one key for all heads": _static.but(expand=one_key_for_all_heads, **_latent),
+    "one number shared": _static.but(expand=one_number_shared, **_latent),
+    # What a fresh tensor is filled with.
+    "filled twice": _static.but(expand=filled_by(filled_twice), **_latent),
+    "filled transposed": _static.but(expand=filled_by(filled_transposed), **_latent),
+    "filled with a cast": _static.but(expand=filled_by(filled_with_a_cast), **_latent),
+    # Caches, and two that are not written alike.
+    "rows that hold more": _one.but(
+        write=one_tensor_latent_alone, expand=without_shared, **_latent),
+    "rows accumulated": _one.but(write=one_tensor_accumulated, **_latent),
+    "latents accumulated": _static.but(write=latents_accumulated, **_latent),
+    "shared part written twice": _static.but(write=shared_written_twice, **_latent),
+    "shared part assigned": _static.but(write=shared_assigned, **_latent),
+    "shared part through a view": _static.but(write=shared_through_a_view, **_latent),
+    "windows moved alike": _windows.but(write=windows_of(-1, slice(-1, None))),
+    "windows moved by different steps": _windows.but(
+        write=windows_of(-2, slice(-1, None)), **_latent),
+    "windows stored at different slots": _windows.but(
+        write=windows_of(-1, slice(-2, -1)), **_latent),
+    "one window moved": _windows.but(
+        write=windows_of(0, slice(-1, None), roll=False), **_latent),
+}  # fmt: skip
+
+
+def follows_eager(form: Form, steps: int, batch: int = BATCH) -> None:
+    """Steps with the whole budget beside an uncompiled twin; the site becomes as the form says."""
+    module = LatentDecoder(form).eval()
+    fast = torch.compile(module, backend="loki", options=EVERYTHING)
+    here = Conversation.start(form)
+    here.caches = [cache[:batch].clone() for cache in here.caches]
+    there = here.fork()
+    with torch.no_grad():
+        for _ in range(steps):
+            x = torch.randn(batch, form.new_tokens, HIDDEN)
+            out, truth = here.step(fast, x), there.step(module, x)
+            torch.testing.assert_close(out, truth, rtol=1e-5, atol=2e-5)
+            for found, expected in zip(here.caches, there.caches, strict=True):
+                assert torch.equal(found, expected)
+    (site,) = reports()[0].sites
+    if form.reason is None:
+        assert site.outcome == "sparse", site.reason
+    else:
+        assert site.outcome == "dense"
+        assert site.reason.startswith(form.reason.value.partition("{")[0]), site.reason
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_latents_are_right_and_dense_unless_understood(name):
+    # Halves of an odd number of tokens are none.
+    follows_eager(ODD[name], steps=1 if "split and back" in name else 3)
+
+
+@pytest.mark.parametrize("form", [_static, _cat, _one], ids=names([_static, _cat, _one]))
+def test_a_batch_of_one_is_a_batch(form):
+    follows_eager(form, steps=3, batch=1)

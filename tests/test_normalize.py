@@ -171,3 +171,60 @@ def test_views_share_memory_and_copies_do_not():
 def test_reading_methods_write_nothing():
     graph = capture(lambda x: x.abs().__neg__().sum().float() ** 2, X).graph
     assert not any(written_operands(node) or mutates(node) for node in graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "equation, sizes",
+    [
+        ("ij,jk->ik", [(3, 4), (4, 5)]),
+        ("bij,bkj->bik", [(2, 3, 4), (2, 5, 4)]),
+        ("kj, ij -> ik", [(5, 4), (3, 4)]),  # the columns' factor first
+        ("b h q d, b k h d -> b h q k", [(2, 3, 1, 4), (2, 5, 3, 4)]),
+        ("bij,bjk->kbi", [(2, 3, 4), (2, 4, 5)]),
+    ],
+)
+@pytest.mark.parametrize("listed", [False, True])
+def test_an_einsum_of_rows_and_columns_is_a_matmul(equation, sizes, listed):
+    factors = [torch.randn(size, dtype=torch.float64) for size in sizes]
+
+    def function(*factors):
+        return torch.einsum(equation, list(factors)) if listed else torch.einsum(equation, *factors)
+
+    normal, mapping = normalize(capture(function, *factors))
+    names = [op_name(node) for node in normal.graph.nodes]
+    assert names.count("matmul") == 1 and "einsum" not in names
+    torch.testing.assert_close(normal(*factors)[0], function(*factors))
+    old = next(node for node in mapping if op_name(node) == "einsum")
+    assert mapping[old] is normal.graph.output_node().args[0][0]
+
+
+@pytest.mark.parametrize(
+    "equation, sizes",
+    [
+        ("ij,jk,kl->il", [(3, 4), (4, 5), (5, 6)]),  # three factors
+        ("ij->ji", [(3, 4)]),  # one
+        ("ij,jk", [(3, 4), (4, 5)]),  # no arrow
+        ("...ij,...jk->...ik", [(2, 3, 4), (2, 4, 5)]),
+        ("i,j->ij", [(3,), (4,)]),  # nothing is summed
+        ("bij,bj->bi", [(2, 3, 4), (2, 4)]),  # no columns
+        ("bj,bkj->bk", [(2, 4), (2, 5, 4)]),  # no rows
+        ("ijm,jk->ik", [(3, 4, 2), (4, 5)]),  # m is summed in one factor alone
+        ("ijl,jlk->ik", [(3, 4, 2), (4, 2, 5)]),  # two sums
+        ("ij,jkl->ikl", [(3, 4), (4, 5, 2)]),  # two columns
+        ("ilj,jk->ilk", [(3, 2, 4), (4, 5)]),  # two rows
+        ("iij,jk->ik", [(3, 3, 4), (4, 5)]),  # a diagonal
+        ("bij,bjk->ik", [(2, 3, 4), (2, 4, 5)]),  # the batch is summed
+        ("bij,bjk->bik", [(1, 3, 4), (2, 4, 5)]),  # the batch is broadcast
+        ("ij,jk->ik", [(3, 1), (4, 5)]),  # the sum is broadcast
+    ],
+)
+def test_another_einsum_stays_as_it_is(equation, sizes):
+    factors = [torch.randn(size, dtype=torch.float64) for size in sizes]
+
+    def function(*factors):
+        return torch.einsum(equation, *factors)
+
+    normal, _ = normalize(capture(function, *factors))
+    names = [op_name(node) for node in normal.graph.nodes]
+    assert names.count("einsum") == 1 and "matmul" not in names
+    assert torch.equal(normal(*factors)[0], function(*factors))

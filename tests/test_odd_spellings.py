@@ -597,3 +597,77 @@ def test_slots_filled_says_what_an_odd_write_says():
             for x in tokens(spelling, 4):
                 here.step(fast, x)
         assert stats()["dense_steps"] - before == 2
+
+
+# --- sinks and numbers
+
+
+def head_sinks(s: Tensor, heads: int = HEADS) -> Tensor:
+    """Another sink logit for each head, spread to (B,Hq,S,1)."""
+    logits = torch.linspace(-1.0, 1.0, heads)
+    return logits.reshape(1, -1, 1, 1).expand(s.shape[0], s.shape[1], s.shape[2], 1)
+
+
+def with_head_sinks(change: Callable[[Tensor], Tensor] = lambda x: x, heads: int = HEADS):
+    return written_out(lambda s: torch.cat((s, change(head_sinks(s, heads))), -1), without_last)
+
+
+def with_folded_column(q, keys, values, mask):
+    """Batch and heads are one dimension where the sink is joined."""
+    s = folded(q) @ folded(repeat_kv(keys)).transpose(1, 2) * 0.3
+    weights = torch.cat((s, s[..., :1] * 0.5), -1).softmax(-1)[..., :-1]
+    return (weights @ folded(repeat_kv(values))).unflatten(0, (-1, HEADS))
+
+
+NUMBERS = {
+    "a sink of each head": (with_head_sinks(), REWRITTEN),
+    "a sink of each head, cast": (with_head_sinks(lambda x: x.to(torch.float32)), REWRITTEN),
+    "a sink of each head, computed": (with_head_sinks(lambda x: x * 2.0), Reason.SOFTMAX),
+    "one sink for all heads": (with_head_sinks(heads=1), Reason.SOFTMAX),
+    "a sink where heads are folded": (with_folded_column, Reason.SOFTMAX),
+    "nothing joined beside the sink": (
+        written_out(lambda s: torch.cat((s, s[..., :0], column(s)), -1), without_last),
+        Reason.SOFTMAX),
+    "multiplied by a negative number": (written_out(lambda s: s * -0.5), Reason.SOFTMAX),
+    "what a number is divided by": (written_out(lambda s: 0.5 / s), Reason.SOFTMAX),
+    "scaled by a tensor of another dtype": (
+        written_out(lambda s: s * torch.tensor(0.5, dtype=torch.float64)), Reason.SOFTMAX),
+    "a number in the place of large scores": (
+        written_out(lambda s: torch.where(s > 1, 0.0, s)), Reason.SOFTMAX),
+    "hidden, then capped": (
+        written_out(lambda s: torch.tanh(s.masked_fill(s > 1, -torch.inf)) * 2), Reason.SOFTMAX),
+    "added behind sixteen factors": (
+        written_out(
+            lambda s: functools_repeat(lambda x: x * 1.01, s, 16) + torch.zeros(s.shape[-1])
+        ),
+        Reason.SOFTMAX),
+    "added behind fifteen factors": (
+        written_out(
+            lambda s: functools_repeat(lambda x: x * 1.01, s, 14) + torch.zeros(s.shape[-1])
+        ),
+        REWRITTEN),
+    "values in a product of three": (
+        written_out(out=lambda w, v: torch.einsum("bhst,bhtd,h->bhsd", w, v, torch.ones(HEADS))),
+        Reason.LAYOUT),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("base", [_static, _growing], ids=["static", "growing"])
+def test_odd_sinks_and_numbers_are_right_and_dense_unless_understood(name, base):
+    attend, expected = NUMBERS[name]
+    check(base.but(attend=attend), expected)
+
+
+@pytest.mark.parametrize("mask", [causal, causal_inf, left_padded], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("heads", [HEADS, 1])
+def test_sinks_of_heads_take_masks(mask, heads):
+    """One sink for all heads becomes a number subtracted from each row: a mask says from which."""
+    check(_static.but(attend=with_head_sinks(heads=heads), mask=mask), REWRITTEN)
+
+
+@pytest.mark.parametrize(
+    "base, expected", [(_static, REWRITTEN), (_growing, Reason.SOFTMAX)], ids=["static", "growing"]
+)
+def test_a_factor_that_grows_with_the_keys_is_not_read(base, expected):
+    check(base.but(attend=written_out(lambda s: s * s.shape[-1])), expected)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -503,6 +503,13 @@ class TestBasis:
 
 
 class TestBasisSet:
+    def test_neither_it_nor_its_bases_can_be_changed(self):
+        whole = fitted_set()
+        with pytest.raises(FrozenInstanceError):
+            whole.bases = ()
+        with pytest.raises(FrozenInstanceError):
+            whole.bases[0].kind = "pca"
+
     def test_find_by_weights_and_by_use_of_shared_weights(self):
         shared = [random_basis(1, 4, seed=i, weights=SITE_A) for i in range(2)]
         other = random_basis(1, 4, seed=9, weights=SITE_B)
@@ -563,6 +570,13 @@ class TestFingerprint:
     def test_is_sha256_of_shape_dtype_and_fp32_bytes(self):
         weight = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
         said = b"(2, 3) torch.bfloat16 " + np.arange(6, dtype="<f4").tobytes()
+        assert weights_fingerprint(weight) == hashlib.sha256(said).hexdigest()[:32]
+
+    def test_of_a_large_weight_4096_elements_count(self):
+        """Stored bases are found by it: another sample would lose them all."""
+        weight = torch.arange(10_007.0).reshape(10_007, 1)
+        taken = np.arange(4096) * 10_007 // 4096
+        said = b"(10007, 1) torch.float32 " + taken.astype("<f4").tobytes()
         assert weights_fingerprint(weight) == hashlib.sha256(said).hexdigest()[:32]
 
     @few
@@ -1390,3 +1404,45 @@ def test_a_gpu_gives_the_fingerprint_and_the_basis_of_the_cpu():
     torch.testing.assert_close(
         moments(keys.cuda(), keys.cuda())._scatter, moments(keys, keys)._scatter
     )
+
+
+class TestOrdered:
+    """A pair that was fitted elsewhere, with its columns in order."""
+
+    @few
+    @given(seeds, st.integers(1, 15))
+    def test_gives_the_scores_of_the_pair_it_was_made_of(self, seed, rank):
+        torch.manual_seed(seed)
+        sums = moments(torch.randn(2, 3, 200, 15), torch.randn(2, 6, 200, 15))
+        query, key = torch.randn(2, 3, 15, rank).unbind()
+        basis = sums.ordered(query, key, kind="attention", weights="0" * 16, layer="x")
+        assert (basis.kind, basis.weights, basis.layer) == ("attention", "0" * 16, "x")
+        found = basis.query[..., :rank] @ basis.key[..., :rank].mT
+        torch.testing.assert_close(found, query @ key.mT, rtol=1e-4, atol=1e-4)
+        assert (basis.spectrum[:, rank:] == 0).all() and (basis.spectrum[:, :rank] > 0).all()
+        assert (basis.spectrum.diff() <= 0).all()
+
+    @few
+    @given(seeds, st.integers(1, 7))
+    def test_its_first_columns_leave_out_what_its_spectrum_says(self, seed, kept):
+        torch.manual_seed(seed)
+        sums = moments(torch.randn(2, 3, 200, 15), torch.randn(2, 6, 200, 15))
+        query, key = torch.randn(2, 3, 15, 8).unbind()
+        basis = sums.ordered(query, key, kind="attention")
+        first, last = (x[..., :kept].double() for x in (basis.query, basis.key))
+        left = query.double() @ key.double().mT - first @ last.mT
+        query_root, _, key_root, _ = sums.score_roots()
+        error = (query_root @ left @ key_root).square().sum((-2, -1))
+        torch.testing.assert_close(
+            error.float(), basis.spectrum[:, kept:].sum(-1), rtol=1e-3, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("missing", [1, 4, 8])
+def test_a_header_that_reaches_behind_the_end_is_said_to_claim_too_much(missing):
+    text = b"{}" + b" " * 6
+    claimed = (len(text) + missing).to_bytes(8, "little")
+    with pytest.raises(BasisFileError, match="the header claims"):
+        decode(claimed + text, "short")
+    with pytest.raises(BasisFileError, match="__metadata__"):
+        decode(len(text).to_bytes(8, "little") + text, "whole, without contents")

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from loki_compile.passes.sites import Reason
+from loki_compile.pca_store.covariance import KeyCovariance
 from toy_decoders import (
     BATCH,
     FILLED,
@@ -925,3 +926,37 @@ def test_layers_are_named_by_number_and_by_path():
         off = [s for s in sites if s.outcome != "sparse"]
         assert all(s.outcome == "dense by plan" for s in off)
         assert all(s.reason.startswith(Reason.LAYER_OFF.value.split("{}")[0]) for s in off)
+
+
+@pytest.mark.parametrize("most, taken", [(5, [0, 4, 8, 12, 16]), (16, None), (17, range(17))])
+@pytest.mark.parametrize("spelling", [GROWING, STATIC], ids=["growing", "static"])
+def test_a_basis_is_fitted_from_so_many_keys_evenly_spread(spelling, most, taken, monkeypatch):
+    monkeypatch.setattr(runtime, "FIT_TOKENS", most)
+    with torch.no_grad():
+        module = ToyDecoder(spelling).eval()
+        fast = torch.compile(module, backend="loki", options=EVERYTHING)
+        here = Conversation.start(spelling)
+        keys = here.keys[:, :, :FILLED].clone()
+        here.step(fast, tokens(spelling, 1)[0])
+    (basis,) = runtime._fitted.values()
+    assert basis.tokens == most * BATCH
+    if taken is not None:
+        moments = KeyCovariance(KV_HEADS, HEAD_DIM)
+        moments.update(keys[:, :, list(taken)])
+        torch.testing.assert_close(basis.spectrum, moments.pca().spectrum)
+
+
+@MODES
+@pytest.mark.parametrize("given", [False, True])
+def test_an_empty_cache_is_no_failure_and_serves_a_basis_that_is_given(given, mode, caplog):
+    with mode():
+        module = ToyDecoder(GROWING).eval()
+        basis = {"basis": basis_for(module)} if given else {}
+        fast = torch.compile(module, backend="loki", options={**EVERYTHING, **basis})
+        here = Conversation.start(GROWING, filled=0)
+        here.step(fast, tokens(GROWING, 1)[0])
+        assert (stats()["sparse_steps"], stats()["dense_steps"]) == ((1, 0) if given else (0, 1))
+        for x in tokens(GROWING, 3):
+            here.step(fast, x)
+    assert stats()["fitted_bases"] == (0 if given else 1) and stats()["sparse_steps"] >= 3
+    assert not [record for record in caplog.records if record.name == "loki_compile"]

@@ -821,3 +821,32 @@ def test_what_only_looks_like_attention_written_out_is_left_alone(attend, monkey
             out, expected = here.step(fast, x), there.step(module, x)
             torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
     assert compiled.calls("loki.") == 0
+
+
+@pytest.mark.parametrize("dim, tiles", [(2, False), (-3, False), (1, True), (-4, True)])
+def test_heads_are_repeated_by_unsqueeze_as_well(dim, tiles):
+    def wide(x):
+        b, h, t, d = x.shape
+        sizes = (b, 2, h, t, d) if tiles else (b, h, 2, t, d)
+        return x.unsqueeze(dim).expand(sizes).reshape(b, 2 * h, t, d)
+
+    (site,), skipped = sites_of(
+        lambda q, keys, values, mask: F.scaled_dot_product_attention(
+            q, wide(keys), wide(values), attn_mask=mask
+        )
+    )
+    assert not skipped and (site.group, site.tiled) == (2, tiles)
+    assert site.key.base.op == site.value.base.op == "placeholder"
+
+
+def test_values_are_looked_behind_as_far_as_keys_are_repeated():
+    """One value head for all, made in two steps: the first makes as many as there are keys."""
+
+    def attend(q, keys, values, mask):
+        values = values[:, :1].repeat_interleave(3, 1).repeat_interleave(2, 1)
+        return F.scaled_dot_product_attention(q, keys.repeat_interleave(2, 1), values, mask)
+
+    (site,), skipped = sites_of(attend)
+    assert not skipped and site.group == site.value.group == 2
+    assert site.key.base.op == "placeholder"
+    assert site.value.base.meta["example_value"].shape[1] == KV_HEADS

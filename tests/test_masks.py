@@ -1,0 +1,156 @@
+"""Masks as the ops take them: several as one, tiles of heads as blocks, rules asked."""
+
+import pytest
+import torch
+from loki_compile.passes.rewrite import joint_mask, plain_mask, visible_by
+from torch import nn
+
+BATCH, HEADS, NEW, SLOTS = 2, 6, 3, 11
+LOW, HIDDEN = torch.finfo(torch.float32).min, float("-inf")
+
+
+def boolean(*shape):
+    """Some keys are hidden, the first one never."""
+    mask = torch.rand(shape) < 0.6
+    mask[..., 0] = True
+    return mask
+
+
+def added(*shape):
+    return torch.randn(shape)
+
+
+def one_after_the_other(scores, rules, masks):
+    for mask, (factor, inverted, fill) in zip(masks, rules, strict=True):
+        if mask.dtype == torch.bool:
+            scores = torch.where(mask != inverted, scores, fill * factor)
+        else:
+            scores = scores + mask * factor
+    return scores
+
+
+TERMS = {
+    "one bool": lambda: [(boolean(NEW, SLOTS), (1.0, False, HIDDEN))],
+    "two bools": lambda: [
+        (boolean(NEW, SLOTS), (1.0, False, HIDDEN)),
+        (boolean(BATCH, 1, 1, SLOTS), (1.0, False, HIDDEN)),
+    ],
+    "two bools, one inverted": lambda: [
+        (boolean(BATCH, 1, NEW, SLOTS), (1.0, False, HIDDEN)),
+        (~boolean(HEADS, 1, SLOTS), (0.5, True, HIDDEN)),
+    ],
+    "a finite fill": lambda: [(boolean(NEW, SLOTS), (1.0, False, LOW))],
+    "a finite fill, halved and inverted": lambda: [(~boolean(NEW, SLOTS), (0.5, True, LOW))],
+    "one added": lambda: [(added(BATCH, HEADS, NEW, SLOTS), (1.0, False, HIDDEN))],
+    "one added, scaled": lambda: [(added(NEW, SLOTS), (0.25, False, HIDDEN))],
+    "two added": lambda: [
+        (added(1, HEADS, 1, SLOTS), (1.0, False, HIDDEN)),
+        (added(NEW, SLOTS), (3.0, False, HIDDEN)),
+    ],
+    "three added": lambda: [
+        (added(NEW, SLOTS), (factor, False, HIDDEN)) for factor in (1.0, 2.0, 1.0)
+    ],
+    "added, then hidden": lambda: [
+        (added(NEW, SLOTS), (2.0, False, HIDDEN)),
+        (boolean(BATCH, 1, NEW, SLOTS), (1.0, False, LOW)),
+    ],
+    "hidden, then added": lambda: [
+        (boolean(BATCH, 1, NEW, SLOTS), (1.0, False, HIDDEN)),
+        (added(1, HEADS, NEW, SLOTS), (1.0, False, HIDDEN)),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_one_mask_does_what_several_do_one_after_the_other(name):
+    masks, rules = zip(*TERMS[name](), strict=True)
+    joint = joint_mask(rules, torch.float32, *masks)
+    scores = torch.randn(BATCH, HEADS, NEW, SLOTS)
+    hides = all(m.dtype == torch.bool for m in masks) and all(r[2] == HIDDEN for r in rules)
+    assert (joint.dtype == torch.uint8) == hides
+    found = scores.masked_fill(joint == 0, HIDDEN) if hides else scores + joint
+    expected = one_after_the_other(scores, rules, masks)
+    torch.testing.assert_close(found.softmax(-1), expected.softmax(-1))
+    assert joint.ndim == 4 and joint.is_contiguous() and joint.shape[3] == SLOTS
+
+
+def test_a_row_that_sees_nothing_keeps_what_its_fill_says():
+    nothing = torch.zeros(1, SLOTS, dtype=torch.bool)
+    filled = joint_mask([(1.0, False, LOW)], torch.float32, nothing)
+    assert filled.isfinite().all() and (filled <= -1e37).all()
+    assert (joint_mask([(1.0, False, HIDDEN)], torch.float32, nothing) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_of_numbers_is_in_the_queries_dtype_unless_one_comes_in_another(dtype):
+    keep = boolean(NEW, SLOTS)
+    assert joint_mask([(1.0, False, -1e38)], dtype, keep).dtype == dtype
+    rules = [(1.0, False, HIDDEN)] * 2
+    assert joint_mask(rules[:1], dtype, added(NEW, SLOTS).double()).dtype == torch.float64
+    assert joint_mask(rules, dtype, keep, keep).dtype == torch.uint8
+
+
+def test_what_was_expanded_is_stored_once():
+    wide = boolean(1, 1, NEW, SLOTS).expand(BATCH, HEADS, NEW, SLOTS)
+    joint = joint_mask([(1.0, False, HIDDEN)], torch.float32, wide)
+    assert torch.equal(joint.bool().expand_as(wide), wide)
+    rows = added(BATCH, 1, 1, SLOTS).expand(BATCH, HEADS, NEW, SLOTS)
+    joint = joint_mask([(1.0, False, HIDDEN)], torch.float32, rows)
+    assert joint.shape == (BATCH, 1, 1, SLOTS) and torch.equal(joint.expand_as(rows), rows)
+
+
+def test_heads_are_taken_out_of_the_batch():
+    mask = added(BATCH * HEADS, NEW, SLOTS)
+    apart = plain_mask(mask, HEADS, 0, None)
+    assert torch.equal(apart, mask.view(BATCH, HEADS, NEW, SLOTS))
+
+
+@pytest.mark.parametrize("shape", [(BATCH, HEADS, NEW, SLOTS), (HEADS, 1, SLOTS)])
+def test_tiles_of_heads_become_blocks(shape):
+    """Query head h reads KV head h % 2: heads 0 2 4 come first, then 1 3 5."""
+    mask = added(*shape)
+    heads = torch.tensor([0, 2, 4, 1, 3, 5])
+    assert torch.equal(plain_mask(mask, 0, 2, None), mask.index_select(-3, heads))
+    alike = added(BATCH, 1, NEW, SLOTS)
+    assert plain_mask(alike, 0, 2, None) is alike
+    both = added(BATCH * HEADS, NEW, SLOTS)
+    expected = both.view(BATCH, HEADS, NEW, SLOTS).index_select(1, heads)
+    assert torch.equal(plain_mask(both, HEADS, 2, None), expected)
+
+
+def test_what_is_added_goes_no_lower_than_the_floor():
+    mask = torch.tensor([[0.5, -2.0, HIDDEN]])
+    assert plain_mask(mask, 0, 0, -1.5).tolist() == [[0.5, -1.5, -1.5]]
+    assert plain_mask(mask, 0, 0, None) is mask
+
+
+class Rule(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *numbers):
+        return self.function(*numbers)
+
+
+@pytest.mark.parametrize(
+    "function, shape",
+    [
+        (lambda b, h, q, k, at: k <= q + at[b], (BATCH, 1, NEW, SLOTS)),
+        (lambda b, h, q, k, at: (k + h) % 3 > 0, (1, HEADS, 1, SLOTS)),
+        (lambda b, h, q, k, at: k > 4, (1, 1, 1, SLOTS)),
+        (lambda b, h, q, k, at: at[b] > 3, (BATCH, 1, 1, SLOTS)),
+    ],
+    ids=["causal", "heads", "keys", "rows"],
+)
+@pytest.mark.parametrize("token_axis", [2, 1])
+def test_a_rule_is_asked_about_every_key(function, shape, token_axis):
+    at = torch.tensor([2, 5])
+    key = torch.empty(BATCH, 2, 2, 8)
+    key = torch.empty([SLOTS if d == token_axis else n for d, n in enumerate(key.shape)])
+    found = visible_by(Rule(function), torch.empty(BATCH, HEADS, NEW, 8), key, token_axis, at)
+    assert found.shape == shape and found.dtype == torch.bool
+    found = found.expand(BATCH, HEADS, NEW, SLOTS)
+    numbers = torch.cartesian_prod(*(torch.arange(n) for n in (BATCH, HEADS, NEW, SLOTS)))
+    for entry in numbers.tolist():
+        assert found[tuple(entry)] == function(*map(torch.tensor, entry), at)
