@@ -117,6 +117,27 @@ def operand(node: fx.Node, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
+def einsum_terms(node: fx.Node) -> tuple[list[str], list[fx.Node]] | None:
+    """The letters of an einsum's two factors and of its result, and the factors; None for another.
+
+    Each letter stands once in a term, and none for a diagonal, an ellipsis or a number.
+    """
+    operands: tuple[Any, ...] = node.args
+    equation, *factors = operands or (None,)
+    if len(factors) == 1 and isinstance(factors[0], (list, tuple)):
+        factors = list(factors[0])
+    if node.kwargs or len(factors) != 2 or not isinstance(equation, str):
+        return None
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    terms = [*inputs.split(","), out]
+    if not arrow or not "".join(terms).isalpha() or len(terms) != 3:
+        return None
+    if any(len(set(term)) != len(term) for term in terms):
+        return None
+    ranks = [len(shape_of(factor) or ()) for factor in factors]
+    return (terms, factors) if ranks == [len(term) for term in terms[:2]] else None
+
+
 def fake_value(node: fx.Node) -> Any:
     """The fake tensor, symbolic integer or constant that Dynamo recorded for `node`."""
     return node.meta.get("example_value")

@@ -107,7 +107,23 @@ def cat_not_returned(k, v, ck, cv, pos):
 def cat_stored_rotated(k, v, ck, cv, pos):
     """Attention reads the cache after a computation over all of it."""
     keys, values, state = cat_bhtd(k, v, ck, cv, pos)
+    return keys * torch.linspace(1, 2, HEAD_DIM), values, state
+
+
+def cat_scaled(k, v, ck, cv, pos):
+    """Behind the cache all keys are multiplied with one number."""
+    keys, values, state = cat_bhtd(k, v, ck, cv, pos)
     return keys * 1.5, values, state
+
+
+def cat_divided(k, v, ck, cv, pos):
+    keys, values, state = cat_bthd(k, v, ck, cv, pos)
+    return (0.7 * keys) / 1.5, values, state
+
+
+def cat_turned_around(k, v, ck, cv, pos):
+    keys, values, state = cat_bhtd(k, v, ck, cv, pos)
+    return keys * -1.5, values, state
 
 
 def index_copy_method(k, v, ck, cv, pos):
@@ -745,6 +761,7 @@ UNTOUCHED = [
     _cat.but(write=cat_then_edited, reason=Reason.WRITE),
     _cat.but(write=past_edited_then_cat, reason=Reason.WRITE),
     _cat.but(write=cat_stored_rotated, reason=Reason.NO_CACHE),
+    _cat.but(write=cat_turned_around, reason=Reason.NO_CACHE),
     _static.but(write=index_copy_heads, reason=Reason.WRITE, mask=no_mask),
     _static.but(write=shift_window, mask=no_mask, reason=Reason.WRITE),
     _static.but(write=index_put_heads_swapped, reason=Reason.WRITE),
