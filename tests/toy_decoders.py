@@ -686,6 +686,8 @@ REWRITTEN = [
     _cat.but(write=cat_behind_whole_slice),
     _cat.but(write=cat_window_read),
     _cat.but(write=cat_cropped),
+    _cat.but(write=cat_scaled),
+    _cat.but(write=cat_divided, layout="bthd", attend=gqa_repeat_kv_bthd),
     _static,
     _static.but(write=index_copy_bthd, layout="bthd"),
     _static.but(write=slice_assignment, position="int"),
