@@ -159,7 +159,7 @@ def _is_call(node: Any, names: tuple[str, ...], operands: int) -> TypeGuard[fx.N
 
 
 def _reduces_last(node: Any, names: tuple[str, ...], source: Any) -> TypeGuard[fx.Node]:
-    """Whether a call of one of these reduces the last dimension of `source`, and it alone, to one."""
+    """Whether it reduces the last dimension of `source`, and no other, to one, by one of these."""
     if not isinstance(node, fx.Node) or op_name(node) not in names or node.args[:1] != (source,):
         return False
     operands = dict(zip(("dim", "keepdim"), node.args[1:], strict=False))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from loki_compile.kernels.ops import attend, index_rows, mask_bounds, select
-from loki_compile.passes.cache_writes import CacheWrite, KeyCache
+from loki_compile.passes.cache_writes import CacheWrite, KeyCache, splits_heads
 from loki_compile.passes.fx_tools import (
     call,
     concrete,
@@ -146,11 +146,12 @@ def _add_placeholders(
     past = fake_value(cache.past)
     sizes = list(past.shape)
     basis_sizes = [kv_heads, head_dim, layout.rank]
+    each = kv_heads if cache.heads_are_folded else 1
     wanted: list[tuple[str, list[Any], torch.dtype]] = [
-        ("index", [*sizes[:-1], layout.rank], layout.dtype)
+        ("index", [*sizes[:-1], each * layout.rank], layout.dtype)
     ]
     if layout.parts == 2:
-        wanted.append(("index_scale", [*sizes[:-1], 1], torch.float32))
+        wanted.append(("index_scale", [*sizes[:-1], each], torch.float32))
     wanted += [("key_basis", basis_sizes, torch.float32)]
     wanted += [("query_basis", basis_sizes, torch.float32)]
     last = graph.find_nodes(op="placeholder")[-1]
@@ -175,8 +176,13 @@ def project_new_keys(
     """`index_rows` for keys in any layout whose last dimension is head_dim.
 
     source (..., D) with the KV heads at `head_axis` (-1: one head, no such dimension); basis
-    (Hkv, D, R) fp32. Returns rows (..., R) and, for int8, their scales (..., 1).
+    (Hkv, D, R) fp32. Returns rows (..., R) and, for int8, their scales (..., 1). Where `head_axis`
+    is the last dimension it holds heads and head_dim in one, and so do the results.
     """
+    if head_axis == source.ndim - 1:
+        apart = source.unflatten(-1, (basis.shape[0], -1))
+        rows, scale = project_new_keys(apart, basis, head_axis, dtype)
+        return rows.flatten(-2), None if scale is None else scale.flatten(-2)
     heads_first = source.unsqueeze(0) if head_axis < 0 else source.movedim(head_axis, 0)
     flat = heads_first.reshape(1, heads_first.shape[0], -1, heads_first.shape[-1])
     rows, scale = index_rows(flat, basis, dtype)
@@ -271,7 +277,11 @@ def _replay(graph: fx.Graph, views: Sequence[fx.Node], start: fx.Node) -> fx.Nod
     """The same views, from another tensor whose shape differs in the last dimension only."""
     node = start
     for view in views:
-        node = _call_like(graph, view, {view.args[0]: node})  # type: ignore[dict-item]
+        if splits_heads(view):
+            heads = (shape_of(view) or ())[-2]
+            node = call(graph, torch.unflatten, node, -1, (heads, -1), like=view)
+        else:
+            node = _call_like(graph, view, {view.args[0]: node})  # type: ignore[dict-item]
     return node
 
 

@@ -360,11 +360,14 @@ def indexes_mirror_their_caches(talks: list[Conversation]) -> int:
         for (bound, layout), record in runtime._indexes.get(talk.keys, {}).items():
             if record.stamp is None or record.stamp != runtime._stamp(talk.keys):
                 continue
-            axis = talk.spelling.layout.find("h")
-            keys = talk.keys.unsqueeze(0) if axis < 0 else talk.keys.movedim(axis, 0)
+            folded, apart = talk.spelling.layout == "btf", (talk.spelling.kv_heads, -1)
+            axis = 2 if folded else talk.spelling.layout.find("h")
+            keys = talk.keys.unflatten(-1, apart) if folded else talk.keys
+            keys = keys.unsqueeze(0) if axis < 0 else keys.movedim(axis, 0)
             flat = keys.reshape(1, keys.shape[0], -1, keys.shape[-1])
             rows, scale = index_rows(flat, bound.key, layout.dtype)
             for part, now in zip(record.parts, (rows, scale), strict=False):
+                part = part.unflatten(-1, apart) if folded else part
                 held = part.unsqueeze(0) if axis < 0 else part.movedim(axis, 0)
                 held = held.reshape(now.shape)
                 atol = 1.0 if part.dtype == torch.int8 else 1e-4  # a tie in rounding
