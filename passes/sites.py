@@ -36,7 +36,7 @@ class Reason(enum.Enum):
 
     DROPOUT = "dropout is on ({}): run the model in eval() mode"
     CAUSAL_FLAG = "is_causal=True lets a single query token see the first key only; kept as it is"
-    LAYOUT = "queries, keys and values are not 4-D (batch, heads, tokens, head_dim): {}"
+    LAYOUT = "which dimensions are batch, heads, tokens and head_dim cannot be told: {}"
     GROUPS = "query heads do not map onto KV heads in groups: {}"
     PREFILL = "prefill ({} query tokens; up to 8 are rewritten): dense by plan"
     DTYPE = "queries, keys, values and result do not share float32, bfloat16 or float16: {}"

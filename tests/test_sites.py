@@ -46,6 +46,8 @@ from toy_decoders import (
 
 from loki_compile import reports, stats
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 
 def sites_of(attend, *, mask=causal, kv_heads=KV_HEADS, **more):
     spelling = Spelling(index_copy_method, attend=attend, mask=mask, kv_heads=kv_heads, **more)
@@ -535,6 +537,25 @@ def test_scores_may_be_laid_out_in_any_way(attend, mask, new_tokens, interpreted
     assert equals_eager(spelling, 2) == 2
     (site,) = reports()[-1].sites
     assert (site.query_heads, site.kv_heads) == (HEADS, KV_HEADS)
+
+
+@pytest.mark.parametrize("attend", LAYOUTS, ids=lambda f: f.__name__)
+@torch.no_grad()
+def test_layouts_are_told_by_symbols_too(attend, interpreted):
+    """dynamic=True: batch and slots are symbols, and one graph serves all."""
+    spelling = Spelling(index_copy_method, attend=attend, mask=left_padded)
+    module = ToyDecoder(spelling).eval()
+    options = {"min_context": 0, "top_k": 1.0}
+    fast = torch.compile(module, backend="loki", dynamic=True, options=options)
+    for batch in (2, 3):
+        here = Conversation.start(spelling, batch=batch)
+        there = here.fork()
+        for x in tokens(spelling, 2, batch=batch):
+            out, expected = here.step(fast, x), there.step(module, x)
+            torch.testing.assert_close(out, expected, rtol=0, atol=3e-5)
+    # Before torch 2.13 the number of KV heads is a symbol as well.
+    if TORCH >= (2, 13):
+        assert stats()["sparse_steps"] == 4
 
 
 def one_head_by_einsum(q, keys, values, mask):
