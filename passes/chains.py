@@ -159,14 +159,14 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
     if isinstance(factors, str):
         return skip(Reason.SOFTMAX, factors)
     first = _queries_by_keys(*factors, product, scores)
-    second = layout = None
+    second: _Second | None = None
     if first is not None:
         layout = scores.lay_out(first.layout, first.sizes)
         if isinstance(layout, str):
             return skip(Reason.SOFTMAX, layout)
-        first, layout = _named(first, layout, scores)
-    if first is not None and layout is not None:
-        weights = _weights(layout, steps, scores, first.sizes)
+        first = _named(dataclasses.replace(first, layout=layout), scores)
+    if first is not None:
+        weights = _weights(first.layout, steps, scores, first.sizes)
         if isinstance(weights, fx.Node):
             return skip(Reason.SOFTMAX, op_name(weights))
         read = steps[-1] if steps else softmax
@@ -291,22 +291,25 @@ class _First:
         return {tokens: "s", group: "g"}
 
 
-def _named(first: _First, layout: Layout, scores: _Scores) -> tuple[_First | None, Layout | None]:
+def _named(first: _First, scores: _Scores) -> _First | None:
     """The same with "s" and "g" for "x" and "y", in the masks of `scores` too.
 
     None where these cannot be told.
     """
     names = first.names(scores.masks)
     if names is None:
-        return None, None
+        return None
 
     def named(layout: Layout) -> Layout:
         return tuple("".join(names.get(letter, letter) for letter in held) for held in layout)
 
     scores.masks = [dataclasses.replace(term, layout=named(term.layout)) for term in scores.masks]
-    sizes = {names.get(letter, letter): size for letter, size in first.sizes.items()}
-    query_layout = named(first.query_layout)
-    return dataclasses.replace(first, query_layout=query_layout, sizes=sizes), named(layout)
+    return dataclasses.replace(
+        first,
+        query_layout=named(first.query_layout),
+        layout=named(first.layout),
+        sizes={names.get(letter, letter): size for letter, size in first.sizes.items()},
+    )
 
 
 @dataclass(frozen=True)
@@ -366,7 +369,7 @@ def _queries_by_keys(query: Any, key: Any, product: fx.Node, scores: _Scores) ->
         return _einsum_of_keys(product, scores)
     if not isinstance(query, fx.Node) or not isinstance(key, fx.Node):
         return None
-    shapes = [shape_of(node) or () for node in (query, key, product)]
+    shapes = [tuple(shape_of(node) or ()) for node in (query, key, product)]
     rank = len(shapes[2])
     if len(shapes[1]) != rank:
         return None
@@ -396,8 +399,8 @@ def _queries_by_keys(query: Any, key: Any, product: fx.Node, scores: _Scores) ->
         return None
     sizes = dict(zip("bhsd", shape_of(queries) or (), strict=True))
     sizes["t"] = shapes[2][-1]
-    layout = SCORES if rank == 4 else ("bh", "s", "t")
-    if any(
+    layout: Layout = SCORES if rank == 4 else ("bh", "s", "t")
+    if len(layout) != rank or any(
         not same_size(math.prod(sizes[c] for c in held), size)
         for held, size in zip(layout, shapes[2], strict=True)
     ):
@@ -437,8 +440,8 @@ def _einsum_of_keys(product: fx.Node, scores: _Scores) -> _First | None:
         if not group:
             return None
     scores.reads += [(query, product), (key, product)]
-    order = tuple(layouts[1].index(c) if c in layouts[1] else -1 for c in "bhtd")
-    return _First(query, layouts[0], key, order, layouts[2], sizes, group)
+    b, h, t, d = (layouts[1].index(c) if c in layouts[1] else -1 for c in "bhtd")
+    return _First(query, layouts[0], key, (b, h, t, d), layouts[2], sizes, group)
 
 
 def _weights_by_values(
@@ -518,7 +521,8 @@ def _is_batched(product: fx.Node) -> bool:
 def _before_group(node: fx.Node) -> tuple[fx.Node, list[int]] | None:
     """Behind a 5-D operand that has a dimension for groups: the 4-D tensor without it, and the
     dimension there of each of the five, -1 for the group's."""
-    order, grown = list(range(5)), set()
+    order: list[int] = list(range(5))
+    grown: set[int] = set()
     while node.args and isinstance(node.args[0], fx.Node):
         name, source = op_name(node), node.args[0]
         before, after = shape_of(source) or (), shape_of(node) or ()
@@ -860,6 +864,8 @@ def _per_head(node: fx.Node, heads: int | None) -> fx.Node | None:
         source, before = node.args[0], shape_of(node.args[0])
         if op_name(node) == "reshape" and (before is None or len(before) != 1):
             return None
+        if op_name(node) == "reshape" and (len(shape or ()) != 4 or concrete(shape[1]) != heads):
+            return None  # another one for each token
         if not isinstance(source, fx.Node):
             return None
         node = source

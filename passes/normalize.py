@@ -140,9 +140,9 @@ def _softmax_by_hand(div: fx.Node) -> fx.Node | None:
         most = most.args[0]
     if not _reduces_last(most, ("amax", "max"), scores):
         return None
-    if len({fake_value(node).dtype for node in (scores, shifted, total, div)}) > 1:
+    behind = [node for node in (scores, shifted, exp, total) if isinstance(node, fx.Node)]
+    if len({fake_value(node).dtype for node in behind}) > 1:
         return None
-    behind = (scores, shifted, exp, total)
     order = {node: i for i, node in enumerate(div.graph.nodes)}
     for write in writes_of(div.graph):
         between = order[most] < write.position < order[div]

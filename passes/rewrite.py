@@ -278,7 +278,7 @@ def _replay(graph: fx.Graph, views: Sequence[fx.Node], start: fx.Node) -> fx.Nod
     node = start
     for view in views:
         if splits_heads(view):
-            heads = (shape_of(view) or ())[-2]
+            heads = fake_value(view).shape[-2]
             node = call(graph, torch.unflatten, node, -1, (heads, -1), like=view)
         else:
             node = _call_like(graph, view, {view.args[0]: node})  # type: ignore[dict-item]
@@ -767,9 +767,9 @@ def _strided_like(graph: fx.Graph, out: fx.Node, site: AttentionSite) -> fx.Node
         out = call(graph, laid_out, out, site.out_layout, site.apart, like=site.node)
     elif site.query_tokens == 1 or value.is_contiguous():
         return out
-    strides = [concrete(step) for step in value.stride()]
-    order = sorted(range(value.ndim), key=lambda d: math.inf if strides[d] is None else strides[d])
-    order.reverse()
+    steps = [concrete(step) for step in value.stride()]
+    strides = [math.inf if step is None else step for step in steps]  # no symbol is in the last one
+    order = sorted(range(value.ndim), key=lambda dim: -strides[dim])
     if value.is_contiguous() or order == list(range(value.ndim)):
         return call(graph, torch.Tensor.contiguous, out, like=site.node)
     back = tuple(order.index(d) for d in range(value.ndim))

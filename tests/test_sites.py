@@ -558,6 +558,19 @@ def test_layouts_are_told_by_symbols_too(attend, interpreted):
         assert stats()["sparse_steps"] == 4
 
 
+def sinks_of_tokens(q, keys, values, mask):
+    """As many tokens as heads, each with a sink logit of its own."""
+    scores = hidden(q @ repeat_kv(keys).mT * 0.3, mask)
+    sinks = torch.linspace(-2, 2, HEADS).reshape(1, 1, -1, 1).expand(q.shape[0], HEADS, -1, 1)
+    weights = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+    return weights @ repeat_kv(values)
+
+
+def test_sinks_of_tokens_are_not_taken_for_those_of_heads(interpreted):
+    spelling = Spelling(index_copy_method, attend=sinks_of_tokens, new_tokens=HEADS, mask=causal)
+    assert equals_eager(spelling, 2) == 2
+
+
 def one_head_by_einsum(q, keys, values, mask):
     weights = torch.einsum("bhid,bjd->bhij", q, keys[:, 0]) * 0.3
     weights = torch.softmax(hidden(weights, mask), dim=-1)
