@@ -90,10 +90,11 @@ class _Scores:
         self.behind.append(len(self.views))
         self.reads.append((mask, reader))
 
-    def lay_out(self, product: Layout, sizes: dict[str, Any]) -> Layout | str:
+    def lay_out(self, product: Layout, sizes: dict[str, Any], axis: int) -> Layout | str:
         """Gives each mask the layout of the scores that it meets, and returns that of the softmax.
 
-        product: the layout that the scores begin with. A string names what was not understood.
+        product: the layout that the scores begin with; axis: what the softmax sums. A string names
+        what was not understood.
         """
         layouts = [product]
         for view in reversed(self.views):
@@ -102,7 +103,8 @@ class _Scores:
                 return op_name(view)
             layouts.append(after)
         layouts.reverse()
-        if any(_held(layouts[number][-1], sizes) != "t" for number in (0, *self.by_keys)):
+        summed = [layouts[0][axis], *(layouts[number][-1] for number in self.by_keys)]
+        if any(_held(letters, sizes) != "t" for letters in summed):
             return op_name(self.views[-1]) if self.views else "softmax"
         if self.sinks is not None and layouts[0] != SCORES:
             return "cat"
@@ -130,17 +132,19 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
     """The core around a softmax, `Skipped` if it is attention but not understood, else None."""
     axis: Any = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
     shape = shape_of(softmax)
-    if shape is None or axis is None or axis % len(shape) != len(shape) - 1:
+    if not shape or axis is None:
         return None
+    axis %= len(shape)
     out = _product_with_values(softmax)
     if out is None:
         return None
     node, steps, odd = out
+    over_keys = axis == len(shape) - 1  # as nearly always; another dimension has to be seen to be
 
-    def skip(reason: Reason, *details: Any) -> Skipped:
-        return Skipped(node, reason, details, module_path(softmax))
+    def skip(reason: Reason, *details: Any) -> Skipped | None:
+        return Skipped(node, reason, details, module_path(softmax)) if over_keys else None
 
-    back = _straight_back(softmax)
+    back = _straight_back(softmax, axis)
     if not any(op_name(node) in _PRODUCTS for node in back):
         scores_in = [node for node in back if node.op == "placeholder" and _like(node, softmax)]
         if not scores_in:
@@ -161,9 +165,10 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
     first = _queries_by_keys(*factors, product, scores)
     second: _Second | None = None
     if first is not None:
-        layout = scores.lay_out(first.layout, first.sizes)
+        layout = scores.lay_out(first.layout, first.sizes, axis)
         if isinstance(layout, str):
             return skip(Reason.SOFTMAX, layout)
+        over_keys = True
         first = _named(dataclasses.replace(first, layout=layout), scores)
     if first is not None:
         weights = _weights(first.layout, steps, scores, first.sizes)
@@ -465,7 +470,9 @@ def _weights_by_values(
         if found is None or batch != [_held("bh", sizes)]:
             return None
         return _Second(*found, out)
-    for letters in itertools.permutations("bhg"[: rank - 2]):
+    # One KV head may have the group's dimension of size one.
+    heads = ("bh", "bg") if rank == 4 else ("bhg",)
+    for letters in (order for term in heads for order in itertools.permutations(term)):
         if batch != [_held(c, sizes) if c in sizes else "" for c in letters]:
             continue
         source, order = value, list(range(rank))
@@ -474,9 +481,11 @@ def _weights_by_values(
             if before is None or before[1][letters.index("g")] != -1:
                 continue
             source, order = before
-        scores.reads.append((source, product))
         at = dict(zip((*letters, "t", "d"), order, strict=True))
-        return _Second(source, (at["b"], at["h"], at["t"], at["d"]), out)
+        if "h" not in at and concrete((shape_of(value) or ())[at["g"]]) != 1:
+            continue
+        scores.reads.append((source, product))
+        return _Second(source, (at["b"], at.get("h", at.get("g", -1)), at["t"], at["d"]), out)
     return None
 
 
@@ -597,7 +606,7 @@ def _like(node: fx.Node, scores: fx.Node) -> bool:
     return len(shape) == len(wanted) >= 3 and all(map(same_size, shape, wanted))
 
 
-def _straight_back(softmax: fx.Node) -> list[fx.Node]:
+def _straight_back(softmax: fx.Node, axis: int) -> list[fx.Node]:
     """The nodes of the scores' own shape behind a softmax, up to and with its products."""
     found, queue = [], list(softmax.all_input_nodes)
     seen: set[fx.Node] = set()
@@ -608,18 +617,18 @@ def _straight_back(softmax: fx.Node) -> list[fx.Node]:
         seen.add(node)
         found.append(node)
         if op_name(node) not in _PRODUCTS:
-            tokens = (shape_of(softmax) or (0,))[-1]
-            queue += [n for n in node.all_input_nodes if _reaches(n, tokens)]
+            queue += [n for n in node.all_input_nodes if _reaches(n, softmax, axis)]
     return found
 
 
-def _reaches(node: fx.Node, tokens: Any) -> bool:
-    """Whether a tensor can hold scores: the softmax's last size, give or take a sink."""
-    shape = shape_of(node)
-    if not shape or len(shape) < 3:
+def _reaches(node: fx.Node, softmax: fx.Node, axis: int) -> bool:
+    """Whether a tensor can hold scores: the size that the softmax sums, give or take a sink."""
+    shape, summed = shape_of(node), shape_of(softmax)
+    if not shape or not summed or len(shape) < 3:
         return False
-    last, wanted = concrete(shape[-1]), concrete(tokens)
-    return last is None or wanted is None or last in (wanted, wanted - 1)
+    last = shape[-1:] if axis == len(summed) - 1 else shape
+    wanted = concrete(summed[axis])
+    return wanted is None or any(concrete(n) in (None, wanted, wanted - 1) for n in last)
 
 
 def _product_with_values(softmax: fx.Node) -> tuple[fx.Node, list[fx.Node], str] | None:
@@ -823,6 +832,8 @@ def _fold_sub(node: fx.Node, scores: _Scores) -> fx.Node | None:
     shape = shape_of(shift)
     if shape is None or (len(shape) and concrete(shape[-1]) != 1):
         return None
+    while op_name(shift) == "detach" and isinstance(shift.args[0], fx.Node):
+        shift = shift.args[0]
     source = shift.args[0] if op_name(shift) == "getitem" and shift.args[1] == 0 else shift
     if not isinstance(source, fx.Node) or op_name(source) not in ("max", "amax"):
         return None
@@ -844,6 +855,7 @@ def _fold_cat(node: fx.Node, scores: _Scores) -> fx.Node | None:
         return None
     if len(shape) != 4 or dim not in (-1, 3) or concrete(shape[-1]) != 1 or scores.views:
         return None
+    scores.by_keys.append(0)
     scores.sinks = _per_head(sinks, concrete(shape[1]))
     if scores.sinks is None:  # another one for each row: subtracted from the scores, it becomes 0
         if scores.floor > float("-inf"):

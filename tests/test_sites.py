@@ -501,6 +501,21 @@ def heads_in_front_of_the_batch(q, keys, values, mask):
     return weights.transpose(0, 1) @ repeat_kv(values)
 
 
+def tokens_and_keys_in_front(q, keys, values, mask):
+    """(S, T, B, Hq), the softmax over its second dimension."""
+    q, keys, values = (x.permute(2, 0, 1, 3) for x in (q, repeat_kv(keys), repeat_kv(values)))
+    scores = torch.einsum("ibnd,jbnd->ijbn", q, keys) * 0.3
+    weights = torch.softmax(hidden(scores, mask.permute(2, 3, 0, 1)), dim=1)
+    return torch.einsum("ijbn,jbnd->bnid", weights, values)
+
+
+def factors_with_an_ellipsis(q, keys, values, mask):
+    q, keys, values = (x.transpose(1, 2) for x in (q, repeat_kv(keys), repeat_kv(values)))
+    scores = hidden(torch.einsum("...qhd, ...khd -> ...hqk", q, keys) * 0.3, mask)
+    scores = scores - scores.max(-1, keepdim=True).values.detach()
+    return torch.einsum("...hqk,...khd->...hqd", torch.softmax(scores, dim=-1), values)
+
+
 def one_mask_for_all_in_another_rank(q, keys, values, mask):
     """Scores (B, 1, Hq, S, T) between the products."""
     scores = (q @ repeat_kv(keys).mT * 0.3).unsqueeze(1)
@@ -511,7 +526,8 @@ def one_mask_for_all_in_another_rank(q, keys, values, mask):
 LAYOUTS = [
     groups_apart, groups_expanded, groups_in_front, groups_together_for_the_mask, groups_by_einsum,
     groups_by_einsum_tokens_first, groups_by_einsum_tokens_kept, heads_behind_tokens,
-    heads_in_front_of_the_batch, one_mask_for_all_in_another_rank,
+    heads_in_front_of_the_batch, one_mask_for_all_in_another_rank, tokens_and_keys_in_front,
+    factors_with_an_ellipsis,
 ]  # fmt: skip
 
 
@@ -577,6 +593,11 @@ def one_head_by_einsum(q, keys, values, mask):
     return torch.einsum("bhij,bjd->bhid", weights, values[:, 0])
 
 
+def one_head_by_einsum_and_matmul(q, keys, values, mask):
+    weights = torch.softmax(hidden(torch.einsum("bhid,bjd->bhij", q, keys[:, 0]), mask), dim=-1)
+    return weights @ values[:, 0][:, None]
+
+
 def one_head_behind_tokens(q, keys, values, mask):
     weights = torch.einsum("bihd,bjd->bihj", q.transpose(1, 2), keys[:, 0]) * 0.3
     weights = torch.softmax(hidden(weights, mask.transpose(1, 2)), dim=-1)
@@ -584,7 +605,9 @@ def one_head_behind_tokens(q, keys, values, mask):
 
 
 @pytest.mark.parametrize("new_tokens", [1, 3])
-@pytest.mark.parametrize("attend", [one_head_by_einsum, one_head_behind_tokens])
+@pytest.mark.parametrize(
+    "attend", [one_head_by_einsum, one_head_by_einsum_and_matmul, one_head_behind_tokens]
+)
 def test_one_kv_head_needs_no_dimension_in_an_einsum(attend, new_tokens, interpreted):
     spelling = Spelling(index_copy_method, attend=attend, kv_heads=1, new_tokens=new_tokens)
     assert equals_eager(spelling.but(mask=causal), 2) == 2
@@ -657,6 +680,11 @@ def shifted_along_queries(q, keys, values, mask):
     scores = (q @ repeat_kv(keys).mT).transpose(2, 3)
     scores = (scores - scores.amax(-1, keepdim=True)).transpose(2, 3)
     return chain(scores + mask, repeat_kv(values))
+
+
+def over_groups(q, keys, values, mask):
+    weights = torch.einsum("bkgtd,bknd->bkgtn", groups_of(q), keys).softmax(2)
+    return torch.einsum("bkgtn,bknd->bkgtd", weights, values).flatten(1, 2)
 
 
 def over_queries(q, keys, values, mask):
@@ -946,9 +974,9 @@ def mask_edited_between_the_products(q, keys, values, mask):
     "attend",
     [
         other_keys_for_each_of_a_group, values_with_a_real_group, shifted_along_queries,
-        over_queries, zeroed_in_another_layout, scores_mixed_by_a_view, rows_of_weights_summed,
-        by_hand_along_heads, by_hand_unshifted, by_hand_and_one, by_hand_of_others, by_hand_edited,
-        keys_times_a_negative_number, keys_times_numbers,
+        over_groups, over_queries, zeroed_in_another_layout, scores_mixed_by_a_view,
+        rows_of_weights_summed, by_hand_along_heads, by_hand_unshifted, by_hand_and_one,
+        by_hand_of_others, by_hand_edited, keys_times_a_negative_number, keys_times_numbers,
         numbers_added, other_keys_zeroed_behind, sinks_scaled_with_the_scores, sinks_kept,
         clamped_high, clamped_above, einsum_of_three, heads_mixed_by_views,
         products_of_features,
