@@ -876,7 +876,7 @@ def _per_head(node: fx.Node, heads: int | None) -> fx.Node | None:
         source, before = node.args[0], shape_of(node.args[0])
         if op_name(node) == "reshape" and (before is None or len(before) != 1):
             return None
-        if op_name(node) == "reshape" and (len(shape or ()) != 4 or concrete(shape[1]) != heads):
+        if op_name(node) == "reshape" and [concrete(n) for n in shape or ()][1:2] != [heads]:
             return None  # another one for each token
         if not isinstance(source, fx.Node):
             return None
