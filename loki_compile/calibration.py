@@ -27,9 +27,9 @@ from loki_compile.passes.cache_writes import nearest_matrix
 from loki_compile.passes.fx_tools import writes_of
 from loki_compile.passes.latent import over_rows
 from loki_compile.passes.normalize import normalize
-from loki_compile.passes.rewrite import insert_rows
+from loki_compile.passes.rewrite import insert_rows, queries_by_head
 from loki_compile.passes.rotary import Unrotated, before_rotation
-from loki_compile.passes.sites import AttentionSite, Heads, find_sites
+from loki_compile.passes.sites import QUERIES, AttentionSite, Heads, Layout, find_sites
 from loki_compile.pca_store.attention_fit import STEPS, AttentionSamples
 from loki_compile.pca_store.basis import CALIBRATIONS, Basis, BasisSet, library_versions
 from loki_compile.pca_store.covariance import KeyCovariance
@@ -139,11 +139,13 @@ def check_choices(calibration: str, kind: str, rank: int | float) -> None:
 
 @dataclass(frozen=True)
 class _Tap:
-    """Where to read keys or queries: `node`, restored from `before` where it is not rotated yet."""
+    """Where to read keys (of `heads`) or queries (laid out by `layout`): `node`, restored from
+    `before` where it is not rotated yet."""
 
     node: fx.Node
     heads: Heads | None = None
     before: Unrotated | None = None
+    layout: Layout = QUERIES
 
     def read(self, values: Mapping[fx.Node, Any]) -> Tensor:
         """(B, heads, tokens, head_dim)."""
@@ -151,7 +153,7 @@ class _Tap:
         if self.before is not None:
             value = self.before.restore(value)
         if self.heads is None:
-            return value
+            return value if self.layout == QUERIES else queries_by_head(value, self.layout)
         if self.heads.order[1] < 0:
             value = value.unsqueeze(-2)
             head = value.dim() - 2
@@ -220,7 +222,7 @@ class _Seen:
                 query, rows = insert_rows(gm.graph, latent)
                 made_of[rows] = latent.key.base
                 heads = Heads(rows, (0, 1, 2, 3), latent.group)
-                site = dataclasses.replace(latent, query=query, key=heads)
+                site = dataclasses.replace(latent, query=query, key=heads, query_layout=QUERIES)
             by_keys.setdefault(site.key.base, []).append(site)
         uses: dict[str, int] = {}
         caches = []
@@ -241,19 +243,34 @@ class _Seen:
                     kv_heads=site.kv_heads,
                     head_dim=site.head_dim,
                     scale=site.scale,
-                    keys=self._tap(base, site.key, is_parameter),
-                    queries=tuple(self._tap(s.query, None, is_parameter) for s in readers),
+                    keys=self._tap(base, site.key.order[2], is_parameter, heads=site.key),
+                    queries=tuple(
+                        self._tap(
+                            s.query,
+                            s.query_layout.index("s") if "s" in s.query_layout else None,
+                            is_parameter,
+                            layout=s.query_layout,
+                        )
+                        for s in readers
+                    ),
                     cores=tuple(s.node for s in readers),
                 )
             )
         return caches
 
     def _tap(
-        self, node: fx.Node, heads: Heads | None, is_parameter: Callable[[fx.Node], bool]
+        self,
+        node: fx.Node,
+        token_axis: int | None,
+        is_parameter: Callable[[fx.Node], bool],
+        *,
+        heads: Heads | None = None,
+        layout: Layout = QUERIES,
     ) -> _Tap:
-        token_axis = 2 if heads is None else heads.order[2]
-        before = before_rotation(node, token_axis, is_parameter) if self.pre_rotary else None
-        return _Tap(before.node if before else node, heads, before)
+        if not self.pre_rotary or token_axis is None:
+            return _Tap(node, heads, layout=layout)
+        before = before_rotation(node, token_axis, is_parameter)
+        return _Tap(before.node if before else node, heads, before, layout)
 
     def add(self, cache: _Observed, keys: Tensor, queries: Sequence[Tensor]) -> None:
         """keys (B, Hkv, T, D); each of `queries` (B, Hq, T, D)."""

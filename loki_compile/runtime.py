@@ -564,7 +564,8 @@ class DecodeGraph:
         assert bound is not None and layout is not None
         shape = list(past.shape)
         dtypes = [layout.dtype, torch.float32][: layout.parts]
-        widths = [layout.rank, 1]
+        each = binding.kv_heads if cache.heads_are_folded else 1
+        widths = [each * layout.rank, each]
         if old is not None and not cache.replaced and old.parts[0].shape[:-1] == past.shape[:-1]:
             parts = old.parts
         else:
@@ -675,6 +676,8 @@ def _fit(binding: CacheBinding, rows: Rows, queries: Tensor | None, visible: int
         keys = rows.at(torch.linspace(0, filled - 1, FIT_TOKENS, device=past.device).long())
     else:
         keys = rows.narrow(0, filled)
+    if cache.heads_are_folded:
+        keys = keys.unflatten(-1, (binding.kv_heads, -1))
     heads = keys.unsqueeze(0) if cache.head_axis < 0 else keys.movedim(cache.head_axis, 0)
     flat = heads.reshape(1, heads.shape[0], -1, heads.shape[-1])
     moments = KeyCovariance(binding.kv_heads, binding.head_dim)

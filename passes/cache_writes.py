@@ -51,7 +51,8 @@ class CacheWrite:
     """One write of new keys. `views` lead from the cache to the tensor that is written into.
 
     `source` holds the new keys; `head_axis` is its dimension of KV heads (-1: one head, no such
-    dimension); its last dimension is head_dim. `fill` = (what, plus) tells how far the cache is
+    dimension); its last dimension is head_dim, or heads and head_dim in one (then it is `head_axis`
+    too). `fill` = (what, plus) tells how far the cache is
     filled behind the write: the largest entry of `what` (a tensor node, an integer or an integer
     node) plus `plus`; None where the write does not say.
 
@@ -76,7 +77,8 @@ class KeyCache:
     same placeholder where the cache is mutated, the node that builds the new cache where it is
     replaced (then `output` is its place among the graph's outputs, after the views `leaves`: a
     sliding window keeps a slice). `views` lead from `root` to the site's `key.base`. `head_axis`
-    and `token_axis` are dimensions of `root`; head_dim is last. `beside` is a second cache of the
+    and `token_axis` are dimensions of `root`; head_dim is last, or heads and head_dim in one, where
+    `heads_are_folded`. `beside` is a second cache of the
     same tokens, written by the same calls, whose rows continue these: both have one index.
     """
 
@@ -94,6 +96,11 @@ class KeyCache:
     @property
     def replaced(self) -> bool:
         return self.output is not None
+
+    @property
+    def heads_are_folded(self) -> bool:
+        """Whether the last dimension is heads and head_dim in one."""
+        return self.head_axis == len(shape_of(self.root) or ()) - 1
 
     @property
     def grows(self) -> bool:
@@ -119,7 +126,9 @@ def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skip
     order: list[Any] = list(site.key.order)
     node, views = site.key.base, []
     while node.op != "placeholder" and op_name(node) not in _FUNCTIONAL_WRITES:
-        dims = _view_dims(node)
+        last = len(shape_of(node) or ()) - 1
+        apart = splits_heads(node) and (order[1], order[3]) == (last - 1, last)
+        dims = [*range(last), last - 1] if apart else _view_dims(node)
         if dims is None:
             return skip(*_why_not_a_view(node, all_writes))
         order = [_source_dim(dims, d) for d in order]
@@ -141,7 +150,9 @@ def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skip
             labels[dim] = label
     sizes = [concrete(size) for size in shape_of(node) or ()]
     shared = [d for d in range(rank) if labels[d] is None and sizes[d] != 1]
-    if shared or sizes[-1] != site.head_dim or ("H" in labels and sizes[order[1]] != site.kv_heads):
+    folded = order[1] == rank - 1
+    width = site.head_dim * site.kv_heads if folded else site.head_dim
+    if shared or sizes[-1] != width or ("H" in labels and sizes[order[1]] != site.kv_heads):
         return skip(Reason.SHARED_TENSOR, tuple(shape_of(node) or ()))
     head_axis = -1 if order[1] is None else order[1]
     views.reverse()
@@ -401,10 +412,12 @@ def _fill_of_view(views: tuple[fx.Node, ...], labels: list[Any]) -> tuple[Any, i
 def _head_axis(source: Any, target: list[Any] | None, site: AttentionSite) -> int | None:
     """Dimension of KV heads in `source`, whose dimensions line up with `target` from the right."""
     shape = shape_of(source)
-    if shape is None or not target or target[-1] != "D" or concrete(shape[-1]) != site.head_dim:
+    if shape is None or not target or target[-1] != "D":
         return None
-    if "H" not in target:
-        return -1 if site.kv_heads == 1 else None
+    if "H" not in target and concrete(shape[-1]) == site.head_dim * site.kv_heads:
+        return -1 if site.kv_heads == 1 else len(shape) - 1
+    if "H" not in target or concrete(shape[-1]) != site.head_dim:
+        return None
     axis = target.index("H") - (len(target) - len(shape))
     kv_heads = site.kv_heads
     return axis if axis >= 0 and concrete(shape[axis]) == kv_heads else None
@@ -470,6 +483,19 @@ def _view_dims(node: fx.Node) -> list[int | None] | None:
         # A slice of head_dim is not the key any more.
         return dims if dims and dims[-1] == rank - 1 and _whole_last(index, rank) else None
     return None
+
+
+def splits_heads(node: fx.Node) -> bool:
+    """Whether the call makes (..., heads, head_dim) of a last dimension that holds both."""
+    source = node.args[0] if node.args else None
+    before, after = shape_of(source), shape_of(node)
+    if op_name(node) not in ("reshape", "unflatten") or before is None or after is None:
+        return False
+    if len(after) != len(before) + 1 or concrete(after[-2]) is None:
+        return False
+    return same_size(after[-2] * after[-1], before[-1]) and all(
+        map(same_size, after[:-2], before[:-1])
+    )
 
 
 def _indexed_dims(index: Any, shape: Sequence[Any]) -> list[int | None] | None:

@@ -2,22 +2,26 @@
 
 From each softmax the chain is followed back to the product of queries and keys and forward to the
 product with the values. What lies between is folded into the one form of a core: a scale, a soft
-cap, masks and sink logits. Each product may have batch and heads in one dimension. A softmax
-without both products (a router, a residual mixer) is no attention. Analysis only: nothing here
-edits a graph.
+cap, masks and sink logits. Scores may be laid out in any way (`sites.Layout`): views on the way
+are followed letter by letter. A softmax without both products (a router, a residual mixer) is no
+attention. Analysis only: nothing here edits a graph.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from loki_compile.passes.fx_tools import (
     Write,
     concrete,
+    einsum_terms,
     fake_value,
     may_overlap,
     module_path,
@@ -28,13 +32,16 @@ from loki_compile.passes.fx_tools import (
     writes_of,
 )
 from loki_compile.passes.sites import (
+    SCORES,
     Core,
+    Layout,
     MaskTerm,
     Reason,
     Skipped,
     before_fold,
-    folds,
-    unfolds,
+    only_adds_dim,
+    permutation,
+    widens,
 )
 from torch import fx
 
@@ -46,6 +53,8 @@ _PURE = ("eq", "ne", "__eq__", "__ne__", "lt", "le", "gt", "ge", "logical_not", 
          "bitwise_not", "reshape", "unsqueeze", "tensor", "to", "bool")  # fmt: skip
 _CASTS = ("to", "float", "type", "contiguous", "clone")
 _PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")
+_TURNS = ("transpose", "permute", "movedim")
+_VIEWS = (*_TURNS, "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 
 
 class _Scores:
@@ -60,15 +69,17 @@ class _Scores:
         self.sinks: fx.Node | None = None
         self.row_sinks = False
         self.reads: list[tuple[fx.Node, fx.Node]] = []
-        self.unfolded: list[Any] = []  # (B, Hq, S, T) wherever the scores change between 3-D and it
+        self.views: list[fx.Node] = []
+        # How many of the views lie behind: each mask, and each step that goes by the last dimension
+        # as that of keys.
+        self.behind: list[int] = []
+        self.by_keys: list[int] = []
 
     def add_mask(self, mask: fx.Node, reader: fx.Node, factor: float = 1.0, **more: Any) -> None:
         """Notes what the call `reader` adds to the scores, or hides of them.
 
         `factor` is that of `reader` alone; `more` are fields of a boolean mask's term."""
-        shape, out = shape_of(mask) or (), shape_of(reader) or ()
-        folded = len(shape) == len(out) == 3 and concrete(shape[0]) != 1
-        term = MaskTerm(mask, factor * self.factor, folded=folded, **more)
+        term = MaskTerm(mask, factor * self.factor, **more)
         if self.floor > float("-inf"):
             floor = self.floor / term.factor
             if fake_value(mask).dtype == torch.bool:
@@ -76,16 +87,42 @@ class _Scores:
             else:
                 term = dataclasses.replace(term, floor=floor)
         self.masks.append(term)
+        self.behind.append(len(self.views))
         self.reads.append((mask, reader))
 
-    def hide(self, fill: fx.Node) -> bool:
-        """Notes that `fill` sets weights to zero; False unless a mask hides the same keys.
+    def lay_out(self, product: Layout, sizes: dict[str, Any], axis: int) -> Layout | str:
+        """Gives each mask the layout of the scores that it meets, and returns that of the softmax.
+
+        product: the layout that the scores begin with; axis: what the softmax sums. A string names
+        what was not understood.
+        """
+        layouts = [product]
+        for view in reversed(self.views):
+            after = _after_view(layouts[-1], view, sizes)
+            if after is None:
+                return op_name(view)
+            layouts.append(after)
+        layouts.reverse()
+        summed = [layouts[0][axis], *(layouts[number][-1] for number in self.by_keys)]
+        if any(_held(letters, sizes) != "t" for letters in summed):
+            return op_name(self.views[-1]) if self.views else "softmax"
+        if self.sinks is not None and layouts[0] != SCORES:
+            return "cat"
+        self.masks = [
+            dataclasses.replace(term, layout=layouts[number])
+            for term, number in zip(self.masks, self.behind, strict=True)
+        ]
+        return layouts[0]
+
+    def hide(self, fill: fx.Node, layout: Layout) -> bool:
+        """Notes that `fill` sets weights in `layout` to zero; False unless a mask hides the same.
 
         A row that sees no key is zero then, whatever that mask fills with.
         """
         writes = writes_of(fill.graph)
         for i, term in enumerate(self.masks):
-            if term.inverted and _same_value(term.node, fill.args[1], writes):
+            same = term.layout == layout and _same_value(term.node, fill.args[1], writes)
+            if term.inverted and same:
                 self.masks[i] = dataclasses.replace(term, fill=float("-inf"))
                 return True
         return False
@@ -95,61 +132,73 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
     """The core around a softmax, `Skipped` if it is attention but not understood, else None."""
     axis: Any = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
     shape = shape_of(softmax)
-    if shape is None or axis is None or axis % len(shape) != len(shape) - 1:
+    if not shape or axis is None:
         return None
+    axis %= len(shape)
     out = _product_with_values(softmax)
     if out is None:
         return None
+    node, steps, odd = out
+    over_keys = axis == len(shape) - 1  # as nearly always; another dimension has to be seen to be
 
-    def skip(reason: Reason, *details: Any) -> Skipped:
-        return Skipped(out[0], reason, details, module_path(softmax))
+    def skip(reason: Reason, *details: Any) -> Skipped | None:
+        return Skipped(node, reason, details, module_path(softmax)) if over_keys else None
 
-    back = _straight_back(softmax)
+    back = _straight_back(softmax, axis)
     if not any(op_name(node) in _PRODUCTS for node in back):
         scores_in = [node for node in back if node.op == "placeholder" and _like(node, softmax)]
         if not scores_in:
             return None
         return skip(Reason.BROKEN, f"come from another graph ({scores_in[0].name})")
-    node, trimmed, odd, zeroed = out
     if odd:
         return skip(Reason.WEIGHTS_USED, odd)
     scores = _Scores()
     product = _fold(softmax.args[0], scores)
     if isinstance(product, str):
         return skip(Reason.SOFTMAX, product)
-    if not all(scores.hide(fill) for fill in zeroed):
-        return skip(Reason.SOFTMAX, op_name(zeroed[0]))
+    trimmed = any(op_name(step) == "getitem" for step in steps)
     if trimmed != (scores.sinks is not None or scores.row_sinks):
         return skip(Reason.SOFTMAX, "a slice of the weights")
     factors = _factors(product, scores)
     if isinstance(factors, str):
         return skip(Reason.SOFTMAX, factors)
-    query = _queries(factors[0], product, scores)
-    key = _operand(factors[1], (0, 1, 3, 2), product, scores)
-    value = _operand(node.args[1], (0, 1, 2, 3), node, scores)
-    if op_name(product) == "einsum" or op_name(node) not in ("matmul", "bmm"):
-        query = None
-    if query is None or key is None or value is None:
+    first = _queries_by_keys(*factors, product, scores)
+    second: _Second | None = None
+    if first is not None:
+        layout = scores.lay_out(first.layout, first.sizes, axis)
+        if isinstance(layout, str):
+            return skip(Reason.SOFTMAX, layout)
+        over_keys = True
+        first = _named(dataclasses.replace(first, layout=layout), scores)
+    if first is not None:
+        weights = _weights(first.layout, steps, scores, first.sizes)
+        if isinstance(weights, fx.Node):
+            return skip(Reason.SOFTMAX, op_name(weights))
+        read = steps[-1] if steps else softmax
+        second = _weights_by_values(node, read, weights, first.sizes, scores)
+    if first is None or second is None:
+        if not _is_batched(product) and any(op_name(step) in _VIEWS for step in steps):
+            return None
         return skip(Reason.LAYOUT, f"{op_name(product)} of {tuple(shape_of(product) or ())}")
-    heads = shape_of(query) or ()
-    if any(not same_size(apart[d], heads[d]) for apart in scores.unfolded for d in (0, 1)):
-        return skip(Reason.SOFTMAX, "reshape")
+    # A softmax of nothing but -inf is NaN, unless a sink takes part or the weights are zeroed.
+    zeroed = any(op_name(step) == "masked_fill" for step in steps)
     return Core(
         node=node,
-        query=query,
-        key=key[0],
-        value=value[0],
+        query=first.query,
+        key=first.key,
+        value=second.value,
         masks=tuple(reversed(scores.masks)),
         scale=scores.factor,
         query_scales=tuple(scores.query_scales),
-        key_order=key[1],
-        value_order=value[1],
+        key_order=first.key_order,
+        value_order=second.value_order,
         softcap=scores.softcap,
         sinks=scores.sinks,
         row_sinks=scores.row_sinks,
-        # A softmax of nothing but -inf is NaN, unless a sink takes part or the weights are zeroed.
         nan_rows=not zeroed and scores.sinks is None and not scores.row_sinks,
         reads=tuple(scores.reads),
+        query_layout=first.query_layout,
+        out_layout=second.layout,
     )
 
 
@@ -214,6 +263,309 @@ def _is_zeros(node: Any) -> bool:
     return isinstance(node, fx.Node) and op_name(node) == "zeros" and len(node.users) == 1
 
 
+@dataclass(frozen=True)
+class _First:
+    """The product of queries and keys, with the layout of its result. `key_order` as in `Core`.
+
+    Of two letters that only queries have, "x" and "y" in that order, one is new tokens and the
+    other a group of heads; `group` is the one that must be the group, if it can be told.
+    """
+
+    query: fx.Node
+    query_layout: Layout
+    key: fx.Node
+    key_order: tuple[int, int, int, int]
+    layout: Layout
+    sizes: dict[str, Any]
+    group: str = ""
+
+    def names(self, masks: Sequence[MaskTerm]) -> dict[str, str] | None:
+        """What "x" and "y" are; None if that cannot be told, or masks say otherwise."""
+        if "x" not in self.sizes:
+            return {}
+        varying = [c for c in "xy" if any(term.varies(c) for term in masks)]
+        single = [c for c in "xy" if concrete(self.sizes[c]) == 1]
+        if self.group:
+            tokens = "y" if self.group == "x" else "x"
+        elif len(single) == 1:
+            (tokens,) = single
+        elif len(varying) == 1:  # a mask that says the same of all tokens has none to hide
+            (tokens,) = varying
+        else:
+            return None
+        group = "y" if tokens == "x" else "x"
+        if varying == [group] and tokens not in single:
+            return None
+        return {tokens: "s", group: "g"}
+
+
+def _named(first: _First, scores: _Scores) -> _First | None:
+    """The same with "s" and "g" for "x" and "y", in the masks of `scores` too.
+
+    None where these cannot be told.
+    """
+    names = first.names(scores.masks)
+    if names is None:
+        return None
+
+    def named(layout: Layout) -> Layout:
+        return tuple("".join(names.get(letter, letter) for letter in held) for held in layout)
+
+    scores.masks = [dataclasses.replace(term, layout=named(term.layout)) for term in scores.masks]
+    return dataclasses.replace(
+        first,
+        query_layout=named(first.query_layout),
+        layout=named(first.layout),
+        sizes={names.get(letter, letter): size for letter, size in first.sizes.items()},
+    )
+
+
+@dataclass(frozen=True)
+class _Second:
+    """The product of weights and values, with the layout of its result."""
+
+    value: fx.Node
+    value_order: tuple[int, int, int, int]
+    layout: Layout
+
+
+def _held(letters: str, sizes: dict[str, Any]) -> str:
+    """The letters without those of size one, which may be anywhere."""
+    return "".join(letter for letter in letters if concrete(sizes[letter]) != 1)
+
+
+def _after_view(layout: Layout, view: fx.Node, sizes: dict[str, Any]) -> Layout | None:
+    """The layout behind a call that turns, splits or joins dimensions; None if it mixes them."""
+    if op_name(view) in _TURNS:
+        return tuple(layout[d] for d in permutation(view))
+    left = list("".join(layout))
+    after = []
+    for size in shape_of(view) or ():
+        held = ""
+        while left and not (held and same_size(math.prod(sizes[c] for c in held), size)):
+            if concrete(size) == 1 and concrete(sizes[left[0]]) != 1:
+                break
+            held += left.pop(0)
+        if not same_size(math.prod(sizes[c] for c in held), size):
+            return None
+        after.append(held)
+    if any(concrete(sizes[c]) != 1 for c in left):
+        return None
+    return (*after[:-1], after[-1] + "".join(left))
+
+
+def _weights(
+    layout: Layout, steps: list[fx.Node], scores: _Scores, sizes: dict[str, Any]
+) -> Layout | fx.Node:
+    """The layout of the weights behind `steps`, or the step that was not understood."""
+    for step in steps:
+        if op_name(step) in _VIEWS:
+            after = _after_view(layout, step, sizes)
+            if after is None:
+                return step
+            layout = after
+        if op_name(step) == "getitem" and _held(layout[-1], sizes) != "t":
+            return step
+        if op_name(step) == "masked_fill" and not scores.hide(step, layout):
+            return step
+    return layout
+
+
+def _queries_by_keys(query: Any, key: Any, product: fx.Node, scores: _Scores) -> _First | None:
+    """The product's queries and keys, before they are folded or given a dimension for groups."""
+    if op_name(product) == "einsum":
+        return _einsum_of_keys(product, scores)
+    if not isinstance(query, fx.Node) or not isinstance(key, fx.Node):
+        return None
+    shapes = [tuple(shape_of(node) or ()) for node in (query, key, product)]
+    rank = len(shapes[2])
+    if len(shapes[1]) != rank:
+        return None
+    if rank == 5 and len(shapes[0]) == rank:
+        found = _before_group(key)
+        if found is None or found[1].index(-1) > 2:
+            return None
+        source, order = found
+        at = [d for d in range(3) if order[d] >= 0]
+        batch = ["g"] * 3
+        batch[at[0]], batch[at[1]] = "b", "h"
+        sizes = dict(zip((*batch, "s", "d"), shapes[0], strict=True))
+        if not all(map(same_size, shapes[0][:4], shapes[2][:4])):
+            return None
+        scores.reads += [(query, product), (source, product)]
+        return _First(
+            query=query,
+            query_layout=(*batch, "s", "d"),
+            key=source,
+            key_order=(order[at[0]], order[at[1]], order[4], order[3]),
+            layout=(*batch, "s", "t"),
+            sizes={**sizes, "t": shapes[2][4]},
+        )
+    queries = _queries(query, product, scores)
+    keys = _operand(key, (0, 1, 3, 2), product, scores)
+    if queries is None or keys is None:
+        return None
+    sizes = dict(zip("bhsd", shape_of(queries) or (), strict=True))
+    sizes["t"] = shapes[2][-1]
+    layout: Layout = SCORES if rank == 4 else ("bh", "s", "t")
+    if len(layout) != rank or any(
+        not same_size(math.prod(sizes[c] for c in held), size)
+        for held, size in zip(layout, shapes[2], strict=True)
+    ):
+        return None
+    return _First(queries, ("b", "h", "s", "d"), *keys, layout, sizes)
+
+
+def _einsum_of_keys(product: fx.Node, scores: _Scores) -> _First | None:
+    """A product whose keys lack letters that the queries have, or all rows of queries."""
+    found = einsum_terms(product)
+    if found is None:
+        return None
+    (*terms, out), factors = found
+    keys = 0 if out[-1] in terms[0] else 1
+    q_term, k_term = terms[1 - keys], terms[keys]
+    query, key = factors[1 - keys], factors[keys]
+    batch = [c for c in k_term if c in q_term and c in out]
+    tokens = [c for c in k_term if c not in q_term]
+    summed = [c for c in q_term if c in k_term and c not in out]
+    rows = [c for c in q_term if c not in k_term]
+    if tokens != [out[-1]] or len(summed) != 1 or len(batch) not in (1, 2) or len(rows) > 2:
+        return None
+    if sorted(out) != sorted([*batch, *rows, *tokens]) or (len(batch) == 1 and len(rows) < 2):
+        return None
+    name = dict(zip((*batch, *summed, *tokens), "bhdt"[: len(batch)] + "dt", strict=True))
+    name |= dict(zip(rows, "s" if len(rows) == 1 else "xy", strict=False))
+    layouts = [tuple(name[c] for c in term) for term in (q_term, k_term, out)]
+    sizes = dict(zip(layouts[1], shape_of(key) or (), strict=True))
+    for letter, size in zip(layouts[0], shape_of(query) or (), strict=True):
+        if not same_size(sizes.setdefault(letter, size), size):
+            return None
+    group = ""
+    if len(rows) == 2 and len(batch) == 2:  # heads are split into KV heads and their groups
+        at = layouts[0].index("h")
+        beside = [*layouts[0][at + 1 : at + 2], *layouts[0][max(at - 1, 0) : at]]
+        group = next((c for c in beside if c in "xy"), "")
+        if not group:
+            return None
+    scores.reads += [(query, product), (key, product)]
+    b, h, t, d = (layouts[1].index(c) if c in layouts[1] else -1 for c in "bhtd")
+    return _First(query, layouts[0], key, (b, h, t, d), layouts[2], sizes, group)
+
+
+def _weights_by_values(
+    product: fx.Node, read: fx.Node, weights: Layout, sizes: dict[str, Any], scores: _Scores
+) -> _Second | None:
+    """The values of the last product, which reads the weights `read`, and how its result is laid
+    out."""
+    if op_name(product) == "einsum":
+        return _einsum_of_values(product, read, weights, sizes, scores)
+    held = [_held(letters, sizes) for letters in weights]
+    value = product.args[1] if len(product.args) > 1 else None
+    rank = len(weights)
+    if op_name(product) not in ("matmul", "bmm") or not isinstance(value, fx.Node):
+        return None
+    if len(shape_of(value) or ()) != rank or rank not in (3, 4, 5) or held[-1] != "t":
+        return None
+    out = (*weights[:-1], "d")
+    batch = held[:-2]
+    if rank == 3:
+        found = _operand(value, (0, 1, 2, 3), product, scores)
+        if found is None or batch != [_held("bh", sizes)]:
+            return None
+        return _Second(*found, out)
+    # One KV head may have the group's dimension of size one.
+    heads = ("bh", "bg") if rank == 4 else ("bhg",)
+    for letters in (order for term in heads for order in itertools.permutations(term)):
+        if batch != [_held(c, sizes) if c in sizes else "" for c in letters]:
+            continue
+        source, order = value, list(range(rank))
+        if rank == 5:
+            before = _before_group(value)
+            if before is None or before[1][letters.index("g")] != -1:
+                continue
+            source, order = before
+        at = dict(zip((*letters, "t", "d"), order, strict=True))
+        if "h" not in at and concrete((shape_of(value) or ())[at["g"]]) != 1:
+            continue
+        scores.reads.append((source, product))
+        return _Second(source, (at["b"], at.get("h", at.get("g", -1)), at["t"], at["d"]), out)
+    return None
+
+
+def _einsum_of_values(
+    product: fx.Node, read: fx.Node, weights: Layout, sizes: dict[str, Any], scores: _Scores
+) -> _Second | None:
+    found = einsum_terms(product)
+    if found is None:
+        return None
+    (*terms, out), factors = found
+    at = factors.index(read)
+    value, term = factors[1 - at], terms[1 - at]
+    held = dict(zip(terms[at], weights, strict=True))
+    summed = [c for c in terms[at] if c not in out]
+    dims = [c for c in term if c not in held]
+    if value is read or len(summed) != 1 or len(dims) != 1 or dims[0] not in out:
+        return None
+    if summed[0] not in term or _held(held[summed[0]], sizes) != "t":
+        return None
+    held |= {summed[0]: "t", dims[0]: "d"}
+    order = {held[c]: place for place, c in enumerate(term)}
+    if set(order) - {"b", "h", "t", "d"} or len(order) < len(term) or "b" not in order:
+        return None
+    shape = shape_of(value) or ()
+    if any(c in order and not same_size(shape[order[c]], sizes[c]) for c in "bh"):
+        return None
+    scores.reads.append((value, product))
+    return _Second(
+        value,
+        (order["b"], order.get("h", -1), order["t"], order["d"]),
+        tuple(held[c] for c in out),
+    )
+
+
+def _is_batched(product: fx.Node) -> bool:
+    """Whether the second factor differs between sequences, as keys do, and no weights."""
+    factors = einsum_terms(product)
+    second = factors[1][1] if factors else product.args[-1]
+    return len(shape_of(second) or ()) > 2
+
+
+def _before_group(node: fx.Node) -> tuple[fx.Node, list[int]] | None:
+    """Behind a 5-D operand that has a dimension for groups: the 4-D tensor without it, and the
+    dimension there of each of the five, -1 for the group's."""
+    order: list[int] = list(range(5))
+    grown: set[int] = set()
+    while node.args and isinstance(node.args[0], fx.Node):
+        name, source = op_name(node), node.args[0]
+        before, after = shape_of(source) or (), shape_of(node) or ()
+        if name in _TURNS:
+            back = permutation(node)
+            order = [back[d] for d in order]
+            grown = {back[d] for d in grown}
+        elif name == "expand" and len(before) == 5:
+            grown |= {d for d in range(5) if not same_size(before[d], after[d])}
+        elif name in ("unsqueeze", "getitem", "reshape") and len(before) == 4:
+            new = [d for d in range(5) if _adds_dim(node, d, before, after)]
+            # Of several, all are of size one: any will do.
+            if not new or grown - {new[0]}:
+                return None
+            return source, [-1 if d == new[0] else d - (d > new[0]) for d in order]
+        elif name not in ("contiguous", "detach", "alias") and not (
+            name in ("to", "float") and widens(node)
+        ):
+            return None
+        node = source
+    return None
+
+
+def _adds_dim(node: fx.Node, dim: int, before: Any, after: Any) -> bool:
+    """Whether the view does nothing but insert a dimension of size one at `dim`."""
+    if op_name(node) != "reshape":
+        return only_adds_dim(node, dim)
+    rest = (*after[:dim], *after[dim + 1 :])
+    return concrete(after[dim]) == 1 and all(map(same_size, rest, before))
+
+
 def _queries(query: Any, reader: fx.Node, scores: _Scores) -> fx.Node | None:
     """The 4-D queries behind an operand of the product; scaling on the way goes to `scores`."""
     while isinstance(query, fx.Node) and len(shape_of(query) or ()) == 3:
@@ -257,7 +609,7 @@ def _like(node: fx.Node, scores: fx.Node) -> bool:
     return len(shape) == len(wanted) >= 3 and all(map(same_size, shape, wanted))
 
 
-def _straight_back(softmax: fx.Node) -> list[fx.Node]:
+def _straight_back(softmax: fx.Node, axis: int) -> list[fx.Node]:
     """The nodes of the scores' own shape behind a softmax, up to and with its products."""
     found, queue = [], list(softmax.all_input_nodes)
     seen: set[fx.Node] = set()
@@ -268,39 +620,37 @@ def _straight_back(softmax: fx.Node) -> list[fx.Node]:
         seen.add(node)
         found.append(node)
         if op_name(node) not in _PRODUCTS:
-            tokens = (shape_of(softmax) or (0,))[-1]
-            queue += [n for n in node.all_input_nodes if _reaches(n, tokens)]
+            queue += [n for n in node.all_input_nodes if _reaches(n, softmax, axis)]
     return found
 
 
-def _reaches(node: fx.Node, tokens: Any) -> bool:
-    """Whether a tensor can hold scores: the softmax's last size, give or take a sink."""
-    shape = shape_of(node)
-    if not shape or len(shape) < 3:
+def _reaches(node: fx.Node, softmax: fx.Node, axis: int) -> bool:
+    """Whether a tensor can hold scores: the size that the softmax sums, give or take a sink."""
+    shape, summed = shape_of(node), shape_of(softmax)
+    if not shape or not summed or len(shape) < 3:
         return False
-    last, wanted = concrete(shape[-1]), concrete(tokens)
-    return last is None or wanted is None or last in (wanted, wanted - 1)
+    last = shape[-1:] if axis == len(summed) - 1 else shape
+    wanted = concrete(summed[axis])
+    return wanted is None or any(concrete(n) in (None, wanted, wanted - 1) for n in last)
 
 
-def _product_with_values(softmax: fx.Node) -> tuple[fx.Node, bool, str, list[fx.Node]] | None:
-    """Forward from the weights: the product with the values, whether a sink column is cut off,
-    the name of another reader of the weights ("" if there is none), and the calls that set weights
-    to zero."""
-    node, trimmed, odd = softmax, False, ""
-    zeroed: list[fx.Node] = []
+def _product_with_values(softmax: fx.Node) -> tuple[fx.Node, list[fx.Node], str] | None:
+    """Forward from the weights: the product with the values, the calls on the way to it, and the
+    name of another reader of the weights ("" if there is none)."""
+    node, odd = softmax, ""
+    walked: list[fx.Node] = []
     for _ in range(8):
         products = [user for user in node.users if _mixes_values(user, node)]
         others = [u for u in node.users if u not in products]
-        if len(products) == 1 and node is not None:
+        if len(products) == 1:
             odd = odd or (op_name(others[0]) or "output" if others else "")
-            return products[0], trimmed, odd, zeroed
+            return products[0], walked, odd
         steps = [u for u in others if _keeps_weights(u)]
         if len(steps) != 1 or products:
             return None
         if len(others) > 1:
             odd = odd or next(op_name(u) or "output" for u in others if u is not steps[0])
-        trimmed = trimmed or op_name(steps[0]) == "getitem"
-        zeroed += steps if op_name(steps[0]) == "masked_fill" else []
+        walked += steps
         node = steps[0]
     return None
 
@@ -315,7 +665,7 @@ def _mixes_values(product: fx.Node, weights: fx.Node) -> bool:
 
 def _keeps_weights(node: fx.Node) -> bool:
     name = op_name(node)
-    if name in _CASTS or folds(node) or unfolds(node):
+    if name in (*_CASTS, *_VIEWS):
         return True
     if name == "dropout":
         probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
@@ -349,8 +699,9 @@ def _fold_add(node: fx.Node, scores: _Scores) -> fx.Node | None:
         return None
     if not isinstance(right, fx.Node):
         return left if isinstance(right, (int, float)) else None  # the same for every key
+    turned = not (_holds_product(left, turned=False) or _holds_product(right, turned=False))
     for inner, mask in ((left, right), (right, left)):
-        if _holds_product(inner) and not _holds_product(mask):
+        if _holds_product(inner, turned) and not _holds_product(mask, turned):
             # Under a soft cap an added term would be capped too: not the one form. What is added as
             # a number may not be taken for a mask that hides.
             if scores.softcap or not fake_value(mask).dtype.is_floating_point:
@@ -445,10 +796,8 @@ def _fold_clamp(node: fx.Node, scores: _Scores) -> fx.Node | None:
 
 
 def _fold_view(node: fx.Node, scores: _Scores) -> fx.Node | None:
-    """A change between (B, Hq, S, T) and (B * Hq, S, T)."""
-    if not folds(node) and not unfolds(node):
-        return None
-    scores.unfolded.append(shape_of(node.args[0] if folds(node) else node))
+    """Another layout of the scores: `lay_out` looks into it."""
+    scores.views.append(node)
     return node.args[0]  # type: ignore[return-value]
 
 
@@ -486,9 +835,13 @@ def _fold_sub(node: fx.Node, scores: _Scores) -> fx.Node | None:
     shape = shape_of(shift)
     if shape is None or (len(shape) and concrete(shape[-1]) != 1):
         return None
+    while op_name(shift) == "detach" and isinstance(shift.args[0], fx.Node):
+        shift = shift.args[0]
     source = shift.args[0] if op_name(shift) == "getitem" and shift.args[1] == 0 else shift
-    is_max = isinstance(source, fx.Node) and op_name(source) in ("max", "amax")
-    return inner if is_max and source.args[0] is inner else None  # type: ignore[union-attr]
+    if not isinstance(source, fx.Node) or op_name(source) not in ("max", "amax"):
+        return None
+    scores.by_keys.append(len(scores.views))
+    return inner if source.args[0] is inner else None
 
 
 def _fold_cat(node: fx.Node, scores: _Scores) -> fx.Node | None:
@@ -503,8 +856,9 @@ def _fold_cat(node: fx.Node, scores: _Scores) -> fx.Node | None:
     shape = shape_of(sinks)
     if scores.factor != 1.0 or scores.softcap or scores.masks or shape is None:
         return None
-    if len(shape) != 4 or dim not in (-1, 3) or concrete(shape[-1]) != 1 or scores.unfolded:
+    if len(shape) != 4 or dim not in (-1, 3) or concrete(shape[-1]) != 1 or scores.views:
         return None
+    scores.by_keys.append(0)
     scores.sinks = _per_head(sinks, concrete(shape[1]))
     if scores.sinks is None:  # another one for each row: subtracted from the scores, it becomes 0
         if scores.floor > float("-inf"):
@@ -525,14 +879,19 @@ def _per_head(node: fx.Node, heads: int | None) -> fx.Node | None:
         source, before = node.args[0], shape_of(node.args[0])
         if op_name(node) == "reshape" and (before is None or len(before) != 1):
             return None
+        if op_name(node) == "reshape" and [concrete(n) for n in shape or ()][1:2] != [heads]:
+            return None  # another one for each token
         if not isinstance(source, fx.Node):
             return None
         node = source
     return None
 
 
-def _holds_product(node: Any) -> bool:
-    """Whether the scores come through this operand: a product lies straight behind it."""
+def _holds_product(node: Any, turned: bool = True) -> bool:
+    """Whether the scores come through this operand: a product lies straight behind it.
+
+    turned: look behind views that turn dimensions, too.
+    """
     if not isinstance(node, fx.Node):
         return False
     for _ in range(16):
@@ -541,9 +900,11 @@ def _holds_product(node: Any) -> bool:
             return True
         if name not in _STEPS or not node.args or not isinstance(node.args[0], fx.Node):
             return False
+        if name in _TURNS and not turned:
+            return False
         inner = [a for a in node.args[:2] if isinstance(a, fx.Node)]
         if len(inner) == 2 and name in (*_ADD, *_MUL, "where"):
-            return any(_holds_product(a) for a in inner)
+            return any(_holds_product(a, turned) for a in inner)
         node = node.args[0]
     return False
 
@@ -554,7 +915,7 @@ _STEPS = {
     **dict.fromkeys(_DIV, _fold_div),
     **dict.fromkeys(_SUB, _fold_sub),
     **dict.fromkeys(_CASTS, _fold_cast),
-    **dict.fromkeys(("reshape", "flatten", "unflatten"), _fold_view),
+    **dict.fromkeys(_VIEWS, _fold_view),
     **dict.fromkeys(("max", "maximum", "clamp", "clamp_min"), _fold_clamp),
     "tanh": _fold_tanh,
     "masked_fill": _fold_fill,

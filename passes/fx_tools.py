@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import string
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,35 @@ def operand(node: fx.Node, name: str, default: Any = None) -> Any:
     if position < len(node.args):
         return node.args[position]
     return node.kwargs.get(name, default)
+
+
+def einsum_terms(node: fx.Node) -> tuple[list[str], list[fx.Node]] | None:
+    """The letters of an einsum's two factors and of its result, and the factors; None for another.
+
+    Each letter stands once in a term, and none for a diagonal or a number. An ellipsis that begins
+    all terms and stands for as many dimensions in both factors is spelled out.
+    """
+    operands: tuple[Any, ...] = node.args
+    equation, *factors = operands or (None,)
+    if len(factors) == 1 and isinstance(factors[0], (list, tuple)):
+        factors = list(factors[0])
+    if node.kwargs or len(factors) != 2 or not isinstance(equation, str):
+        return None
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    terms = [*inputs.split(","), out]
+    if not arrow or len(terms) != 3:
+        return None
+    ranks = [len(shape_of(factor) or ()) for factor in factors]
+    if all(term.startswith("...") for term in terms):
+        terms = [term.removeprefix("...") for term in terms]
+        more = [rank - len(term) for rank, term in zip(ranks, terms, strict=False)]
+        free = [letter for letter in string.ascii_letters if letter not in equation]
+        if more[0] != more[1] or not 0 <= more[0] <= len(free):
+            return None
+        terms = ["".join(free[: more[0]]) + term for term in terms]
+    if not "".join(terms).isalpha() or any(len(set(term)) != len(term) for term in terms):
+        return None
+    return (terms, factors) if ranks == [len(term) for term in terms[:2]] else None
 
 
 def fake_value(node: fx.Node) -> Any:

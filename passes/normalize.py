@@ -3,14 +3,15 @@
 Dynamo keeps what the model wrote: `x.transpose(1, 2)` and `torch.transpose(x, 1, 2)`, `x @ y` and
 `torch.matmul(x, y)`, `torch.concat` and `torch.cat`, `x[:, 0:]` and `x`. Here each becomes a call
 of the method or function that PyTorch documents as the main one, a slice that leaves nothing out
-becomes the tensor, and an `einsum` of two factors that is a matrix product a `matmul`. Meaning
-stays, and results bit for bit but for the order of einsum's sums.
+becomes the tensor, an `einsum` of two factors that is a matrix product a `matmul`, and
+`exp(x - max) / sum` a `softmax`. Meaning stays, and results bit for bit but for the order of
+einsum's sums and the rounding of that softmax.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from loki_compile.passes.fx_tools import (
@@ -18,9 +19,13 @@ from loki_compile.passes.fx_tools import (
     SIGNATURES,
     call,
     copy_of,
+    einsum_terms,
+    fake_value,
+    may_overlap,
     op_name,
     same_size,
     shape_of,
+    writes_of,
 )
 from torch import fx
 
@@ -77,18 +82,10 @@ def _matmul_of_einsum(node: fx.Node) -> fx.Node:
     That is one letter for rows, one for columns and one for what is summed; all others are in both
     factors and in the result. Another einsum stays and is returned.
     """
-    operands: tuple[Any, ...] = node.args
-    equation, *factors = operands
-    if len(factors) == 1 and isinstance(factors[0], (list, tuple)):
-        factors = list(factors[0])
-    if node.kwargs or len(factors) != 2 or not isinstance(equation, str):
+    found = einsum_terms(node)
+    if found is None:
         return node
-    inputs, arrow, out = equation.replace(" ", "").partition("->")
-    letters = inputs.split(",")
-    if not arrow or not (out + "".join(letters)).isalpha() or len(letters) != 2:
-        return node
-    if any(len(set(term)) != len(term) for term in (out, *letters)):
-        return node
+    (*letters, out), factors = found
     only = [[c for c in out if c in letters[i] and c not in letters[1 - i]] for i in (0, 1)]
     if len(only[0]) != 1 or len(only[1]) != 1:
         return node
@@ -102,11 +99,9 @@ def _matmul_of_einsum(node: fx.Node) -> fx.Node:
         sorted(t) != sorted(w) for t, w in zip(letters, wanted, strict=True)
     ):
         return node
-    shapes = [shape_of(factor) for factor in factors]
-    if any(shape is None or len(shape) != len(t) for shape, t in zip(shapes, letters, strict=True)):
-        return node
     sizes = [
-        dict(zip(t, shape or (), strict=True)) for t, shape in zip(letters, shapes, strict=True)
+        dict(zip(t, shape_of(factor) or (), strict=True))
+        for t, factor in zip(letters, factors, strict=True)
     ]
     if not all(same_size(sizes[0][c], sizes[1][c]) for c in (*batch, *summed)):
         return node
@@ -123,6 +118,70 @@ def _matmul_of_einsum(node: fx.Node) -> fx.Node:
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
     return result
+
+
+def _softmax_by_hand(div: fx.Node) -> fx.Node | None:
+    """The difference x - max of e / e.sum(-1, keepdim=True), e being exp(x - max); else None.
+
+    That is the softmax of x as the difference reads it, over the last dimension.
+    """
+    if not _is_call(div, ("div", "truediv", "__truediv__"), 2):
+        return None
+    exp, total = div.args
+    if not _is_call(exp, ("exp",), 1) or not _reduces_last(total, ("sum",), exp):
+        return None
+    shifted = exp.args[0]
+    if not _is_call(shifted, ("sub", "__sub__"), 2):
+        return None
+    scores, most = shifted.args
+    while _is_call(most, ("detach",), 1):
+        (most,) = most.args
+    if _is_call(most, ("getitem",), 2) and most.args[1] == 0:
+        most = most.args[0]
+    if not _reduces_last(most, ("amax", "max"), scores):
+        return None
+    behind = [node for node in (scores, shifted, exp, total) if isinstance(node, fx.Node)]
+    if len({fake_value(node).dtype for node in behind}) > 1:
+        return None
+    order = {node: i for i, node in enumerate(div.graph.nodes)}
+    for write in writes_of(div.graph):
+        between = order[most] < write.position < order[div]
+        if between and any(may_overlap(write.operand, node) for node in behind):
+            return None
+    return shifted
+
+
+def _is_call(node: Any, names: tuple[str, ...], operands: int) -> TypeGuard[fx.Node]:
+    """Whether it is a call of one of these, with so many operands by place and none by name."""
+    if not isinstance(node, fx.Node) or op_name(node) not in names:
+        return False
+    return len(node.args) == operands and not node.kwargs
+
+
+def _reduces_last(node: Any, names: tuple[str, ...], source: Any) -> TypeGuard[fx.Node]:
+    """Whether it reduces the last dimension of `source`, and no other, to one, by one of these."""
+    if not isinstance(node, fx.Node) or op_name(node) not in names or node.args[:1] != (source,):
+        return False
+    operands = dict(zip(("dim", "keepdim"), node.args[1:], strict=False))
+    operands |= {
+        {"axis": "dim", "keepdims": "keepdim"}.get(k, k): v for k, v in node.kwargs.items()
+    }
+    rank, dim = len(shape_of(source) or ()), operands.get("dim")
+    dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+    only = set(operands) == {"dim", "keepdim"} and operands["keepdim"] is True
+    return only and dim in (-1, rank - 1)
+
+
+def _name_softmax(div: fx.Node) -> fx.Node:
+    """Puts a softmax in the place of one by hand, where the scores are read; else `div` stays."""
+    shifted = _softmax_by_hand(div)
+    if shifted is None:
+        return div
+    with div.graph.inserting_before(shifted):
+        weights = call(div.graph, torch.softmax, shifted.args[0], -1, like=div)
+    div.replace_all_uses_with(weights)
+    div.graph.erase_node(div)
+    return weights
 
 
 def _takes_all(node: fx.Node) -> bool:
@@ -174,6 +233,9 @@ def normalize(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node
         if name in _VARIADIC and len(node.args) > 2:
             node.args = (node.args[0], node.args[1:])
         node.op, node.target = "call_function", _FUNCTIONS[name]
+    renamed = {node: _name_softmax(node) for node in list(copy.graph.nodes)}
+    for old, node in mapping.items():
+        mapping[old] = renamed.get(node, node)
     _see_through(copy.graph, mapping)
     copy.graph.lint()
     copy.recompile()

@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass, field
 
 from loki_compile.passes.cache_writes import KeyCache, trace_cache
-from loki_compile.passes.fx_tools import concrete, fake_value, remap, shape_of, writes_of
+from loki_compile.passes.fx_tools import concrete, remap, shape_of, writes_of
 from loki_compile.passes.latent import absorb
-from loki_compile.passes.sites import AttentionSite, MaskTerm, Reason, Skipped
+from loki_compile.passes.sites import AttentionSite, Reason, Skipped
 from torch import fx
 
 Q16 = 1 << 16
@@ -108,7 +108,7 @@ def make_plan(
             continue
         if cache not in caches:
             caches.append(cache)
-        heads_differ = any(_mask_heads(term) != 1 for term in site.masks)
+        heads_differ = any(term.varies(heads) for term in site.masks for heads in "hg")
         each = per_head or heads_differ
         sparse.append(SparseSite(site, caches.index(cache), cache.views, budget, each))
     return Plan(tuple(sparse), tuple(dense), tuple(sites), tuple(caches))
@@ -122,13 +122,6 @@ def _most_keys(site: AttentionSite, cache: KeyCache) -> int | None:
         return None if window is None else window + site.query_tokens
     shape = shape_of(site.key.base)
     return concrete(shape[site.key.order[2]]) if shape is not None else None
-
-
-def _mask_heads(term: MaskTerm) -> int | None:
-    if term.rule is not None:
-        return None if term.rule.per_head else 1
-    shape = fake_value(term.node).shape
-    return concrete(shape[-3]) if len(shape) >= 3 else 1
 
 
 def _selected(site: AttentionSite, number: int, layers: str | tuple[int | str, ...]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from loki_compile.kernels.ops import attend, index_rows, mask_bounds, select
-from loki_compile.passes.cache_writes import CacheWrite, KeyCache
+from loki_compile.passes.cache_writes import CacheWrite, KeyCache, splits_heads
 from loki_compile.passes.fx_tools import (
     call,
     concrete,
@@ -32,10 +33,13 @@ from loki_compile.passes.fx_tools import (
 )
 from loki_compile.passes.plan import Plan, SparseSite
 from loki_compile.passes.sites import (
+    QUERIES,
+    SCORES,
     AttentionSite,
     HeadMaps,
     Heads,
     Latent,
+    Layout,
     MaskRule,
     MaskTerm,
 )
@@ -126,8 +130,6 @@ def rewrite_sparse(
                 graph, sparse, parts, query_basis, masks, bounds, blind,
                 complete.get(sparse.site.node),
             )  # fmt: skip
-            if len(shape_of(sparse.site.node) or ()) == 3:  # batch and heads in one dimension
-                out = call(graph, torch.flatten, out, 0, 1, like=sparse.site.node)
         sparse.site.node.replace_all_uses_with(out)
         if sparse.site.latent is not None:
             _drop_fills(graph, sparse.site.latent)
@@ -147,11 +149,12 @@ def _add_placeholders(
     past = fake_value(cache.past)
     sizes = list(past.shape)
     basis_sizes = [kv_heads, head_dim, layout.rank]
+    each = kv_heads if cache.heads_are_folded else 1
     wanted: list[tuple[str, list[Any], torch.dtype]] = [
-        ("index", [*sizes[:-1], layout.rank], layout.dtype)
+        ("index", [*sizes[:-1], each * layout.rank], layout.dtype)
     ]
     if layout.parts == 2:
-        wanted.append(("index_scale", [*sizes[:-1], 1], torch.float32))
+        wanted.append(("index_scale", [*sizes[:-1], each], torch.float32))
     wanted += [("key_basis", basis_sizes, torch.float32)]
     wanted += [("query_basis", basis_sizes, torch.float32)]
     last = graph.find_nodes(op="placeholder")[-1]
@@ -176,8 +179,13 @@ def project_new_keys(
     """`index_rows` for keys in any layout whose last dimension is head_dim.
 
     source (..., D) with the KV heads at `head_axis` (-1: one head, no such dimension); basis
-    (Hkv, D, R) fp32. Returns rows (..., R) and, for int8, their scales (..., 1).
+    (Hkv, D, R) fp32. Returns rows (..., R) and, for int8, their scales (..., 1). Where `head_axis`
+    is the last dimension it holds heads and head_dim in one, and so do the results.
     """
+    if head_axis == source.ndim - 1:
+        apart = source.unflatten(-1, (basis.shape[0], -1))
+        rows, scale = project_new_keys(apart, basis, head_axis, dtype)
+        return rows.flatten(-2), None if scale is None else scale.flatten(-2)
     heads_first = source.unsqueeze(0) if head_axis < 0 else source.movedim(head_axis, 0)
     flat = heads_first.reshape(1, heads_first.shape[0], -1, heads_first.shape[-1])
     rows, scale = index_rows(flat, basis, dtype)
@@ -276,7 +284,11 @@ def _replay(graph: fx.Graph, views: Sequence[fx.Node], start: fx.Node) -> fx.Nod
     """The same views, from another tensor whose shape differs in the last dimension only."""
     node = start
     for view in views:
-        node = _call_like(graph, view, {view.args[0]: node})  # type: ignore[dict-item]
+        if splits_heads(view):
+            heads = fake_value(view).shape[-2]
+            node = call(graph, torch.unflatten, node, -1, (heads, -1), like=view)
+        else:
+            node = _call_like(graph, view, {view.args[0]: node})  # type: ignore[dict-item]
     return node
 
 
@@ -320,7 +332,7 @@ def _sparse_attention(
     complete: fx.Node | None,
 ) -> fx.Node:
     site, budget = sparse.site, sparse.budget
-    query, sinks = site.query, site.sinks
+    query, sinks = _queries_by_head(graph, site), site.sinks
     for scaled, by in site.query_scales:
         query = call(graph, scaled, query, by, like=site.node)
     if site.row_sinks:
@@ -401,6 +413,31 @@ def _sparse_attention(
     return _strided_like(graph, out, site)
 
 
+def _queries_by_head(graph: fx.Graph, site: AttentionSite) -> fx.Node:
+    if site.query_layout == QUERIES:
+        return site.query
+    return call(graph, queries_by_head, site.query, site.query_layout, like=site.node)
+
+
+def queries_by_head(query: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Queries whose dimensions are the letters of `layout`, as (B, Hq, S, D)."""
+    letters = "".join(layout)
+    for letter in "bhgs":
+        if letter not in letters:
+            query, letters = query.unsqueeze(-1), letters + letter
+    return query.permute([letters.index(letter) for letter in "bhgsd"]).flatten(1, 2)
+
+
+def laid_out(out: torch.Tensor, layout: Layout, apart: int) -> torch.Tensor:
+    """(B, Hq, S, Dv), its heads in blocks of `apart`, in another layout."""
+    out = out.unflatten(1, (-1, apart))
+    sizes = dict(zip("bhgsd", out.shape, strict=True))
+    held = "".join(layout)
+    letters = held + "".join(letter for letter in "bhgsd" if letter not in held)
+    out = out.permute(["bhgsd".index(letter) for letter in letters])
+    return out.reshape([math.prod(sizes[letter] for letter in dim) for dim in layout])
+
+
 def insert_rows(graph: fx.Graph, site: AttentionSite) -> tuple[fx.Node, fx.Node]:
     """In front of a core over latents: its queries (B, Hq, S, D) and its keys (B, 1, T, D), whole.
 
@@ -409,7 +446,7 @@ def insert_rows(graph: fx.Graph, site: AttentionSite) -> tuple[fx.Node, fx.Node]
     latent = site.latent
     assert latent is not None
     with graph.inserting_before(site.node):
-        query = _absorb(graph, site.query, latent, like=site.node)
+        query = _absorb(graph, _queries_by_head(graph, site), latent, like=site.node)
         rows = _canonical(graph, site.key, site)
         if latent.rest is not None:
             rest = _canonical(graph, latent.rest, site)
@@ -515,26 +552,28 @@ def _drop_fills(graph: fx.Graph, latent: Latent) -> None:
 
 
 def _with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
-    """The plan with masks in the terms that `joint_mask` knows: no rules, not folded nor tiled.
+    """The plan with masks in the terms that `joint_mask` knows: no rules, laid out as (B, Hq, S, T)
+    in blocks of heads.
 
     Layers that read the same mask share what is made of it.
     """
     complete = _masks_complete(graph, [s.site for s in plan.sparse])
-    plain: dict[tuple[MaskTerm, int, int, fx.Node], MaskTerm] = {}
+    plain: dict[tuple[Any, ...], MaskTerm] = {}
     sparse = []
     for old in plan.sparse:
         site, terms = old.site, []
+        sizes = (site.query_heads // site.apart, site.apart, site.query_tokens)
         for term in site.masks:
-            heads = site.query_heads if term.folded else 0
             tiles = site.kv_heads if site.tiled else 0
             behind = complete[site.node]
-            key = (term, heads, tiles, behind)
+            key = (term, sizes, tiles, behind)
             if term.rule is not None:
                 terms.append(MaskTerm(_ask(graph, site, term.rule, behind)))
                 continue
-            if (heads or tiles) and key not in plain:
+            if (term.layout != SCORES or tiles) and key not in plain:
+                operands = (term.layout, sizes, tiles)
                 with graph.inserting_after(behind):
-                    node = call(graph, plain_mask, term.node, heads, tiles, like=site.node)
+                    node = call(graph, plain_mask, term.node, *operands, like=site.node)
                 plain[key] = MaskTerm(node, term.factor, term.inverted, term.fill, term.floor)
             terms.append(plain.get(key, term))
         site = dataclasses.replace(site, masks=tuple(terms))
@@ -579,17 +618,37 @@ def visible_by(
     return visible.broadcast_to(torch.broadcast_shapes(visible.shape, (1, 1, 1, sizes[3])))
 
 
-def plain_mask(mask: torch.Tensor, heads: int, tiles: int) -> torch.Tensor:
-    """A mask with so many heads taken out of its first dimension (0: none).
+def plain_mask(
+    mask: torch.Tensor, layout: Layout, sizes: tuple[int, int, int], tiles: int
+) -> torch.Tensor:
+    """A mask for scores in another layout as one that broadcasts to (B, Hq, S, T).
 
-    mask (B * heads, S, T) with heads, else of any shape. `tiles`, if not 0, is the number of KV
-    heads whose tiles its query heads are in: they are brought into blocks.
+    mask: its dimensions are the last ones of `layout`, or of size one. `sizes`: heads, groups and
+    tokens of `layout`. `tiles`, if not 0, is the number of KV heads whose tiles its query heads are
+    in: they are brought into blocks.
     """
-    if heads:
-        mask = mask.unflatten(0, (-1, heads))
+    if layout != SCORES:
+        mask = _by_letters(mask, layout, dict(zip("hgs", sizes, strict=True)))
+        if (mask.shape[1] == 1) != (mask.shape[2] == 1):
+            mask = mask.expand(-1, *sizes[:2], -1, -1)
+        mask = mask.flatten(1, 2)
     if tiles and mask.ndim > 2 and mask.shape[-3] != 1:
         mask = _tiles_to_blocks(mask, mask.ndim - 3, tiles)
     return mask
+
+
+def _by_letters(mask: torch.Tensor, layout: Layout, sizes: dict[str, int]) -> torch.Tensor:
+    """The mask as (B, heads, groups, S, T), each of which may be 1."""
+    mask = mask[(None,) * (len(layout) - mask.ndim)]
+    apart: list[Any] = []
+    for size, letters in zip(mask.shape, layout, strict=True):
+        known = math.prod(sizes.get(letter, 1) for letter in letters)
+        wide = [sizes.get(letter, size // known) for letter in letters]
+        apart += [1] * len(letters) if size == 1 else wide
+    held = "".join(layout)
+    missing = [letter for letter in "bhgst" if letter not in held]
+    mask = mask.reshape(apart)[(..., *[None] * len(missing))]
+    return mask.permute([(held + "".join(missing)).index(letter) for letter in "bhgst"])
 
 
 def _tiles_to_blocks(x: torch.Tensor, dim: int, tile: int) -> torch.Tensor:
@@ -726,12 +785,22 @@ def _capacity(graph: fx.Graph, slots: Any, sparse: SparseSite) -> Any:
 
 
 def _strided_like(graph: fx.Graph, out: fx.Node, site: AttentionSite) -> fx.Node:
-    """Gives `out` (contiguous) the dimension order of the core it replaces, for later `view`s."""
-    if site.query_tokens == 1 or fake_value(site.node).is_contiguous():
+    """`out` (B, Hq, S, Dv), contiguous, with the layout of the core that it replaces and, for later
+    `view`s, with its dimensions in the same order of memory."""
+    value = fake_value(site.node)
+    if site.out_layout != QUERIES:
+        out = call(graph, laid_out, out, site.out_layout, site.apart, like=site.node)
+    elif site.query_tokens == 1 or value.is_contiguous():
         return out
-    swapped = call(graph, torch.transpose, out, 1, 2, like=site.node)
-    swapped = call(graph, torch.Tensor.contiguous, swapped, like=site.node)
-    return call(graph, torch.transpose, swapped, 1, 2, like=site.node)
+    steps = [concrete(step) for step in value.stride()]
+    strides = [math.inf if step is None else step for step in steps]  # no symbol is in the last one
+    order = sorted(range(value.ndim), key=lambda dim: -strides[dim])
+    if value.is_contiguous() or order == list(range(value.ndim)):
+        return call(graph, torch.Tensor.contiguous, out, like=site.node)
+    back = tuple(order.index(d) for d in range(value.ndim))
+    out = call(graph, torch.permute, out, tuple(order), like=site.node)
+    out = call(graph, torch.Tensor.contiguous, out, like=site.node)
+    return call(graph, torch.permute, out, back, like=site.node)
 
 
 def bytes_per_token(site: AttentionSite, layout: IndexLayout) -> int:

@@ -7,6 +7,7 @@ D head_dim of queries and keys, Dv head_dim of values. Analysis only: nothing he
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ class Reason(enum.Enum):
 
     DROPOUT = "dropout is on ({}): run the model in eval() mode"
     CAUSAL_FLAG = "is_causal=True lets a single query token see the first key only; kept as it is"
-    LAYOUT = "queries, keys and values are not 4-D (batch, heads, tokens, head_dim): {}"
+    LAYOUT = "which dimensions are batch, heads, tokens and head_dim cannot be told: {}"
     GROUPS = "query heads do not map onto KV heads in groups: {}"
     PREFILL = "prefill ({} query tokens; up to 8 are rewritten): dense by plan"
     DTYPE = "queries, keys, values and result do not share float32, bfloat16 or float16: {}"
@@ -82,13 +83,24 @@ class Heads:
 
     `order` lists, for each of those four, the dimension of `base`, or -1 where `base` has no
     head dimension because there is one KV head. Every KV head serves `group` query heads: query
-    head h reads KV head h // group, or h % Hkv where `tiled`.
+    head h reads KV head h // group, or h % Hkv where `tiled`. The core multiplies all numbers
+    of `base` with `factor`, which is positive.
     """
 
     base: fx.Node
     order: tuple[int, int, int, int]
     group: int
     tiled: bool = False
+    factor: float = 1.0
+
+
+# What each dimension of a tensor of attention holds, outermost first: "b" batch, "h" heads, "s" new
+# tokens, "t" cached tokens, "d" head_dim. Where each KV head's group of query heads has a dimension
+# of its own, that is "g", and "h" are the KV heads. "bh" is batch and heads in one dimension, "" a
+# dimension of size one; a letter that is missing everywhere has size one, too.
+Layout = tuple[str, ...]
+SCORES: Layout = ("b", "h", "s", "t")
+QUERIES: Layout = ("b", "h", "s", "d")
 
 
 @dataclass(frozen=True)
@@ -111,9 +123,10 @@ class MaskTerm:
     is True if `inverted`), a floating one is added; `factor` multiplies `fill` or what is added.
 
     A finite fill differs from -inf in rows that see no key: there it gives the mean of all values.
-    What a floating node adds is at least `floor`, before the factor. `folded` says that its first
-    dimension is batch and query heads in one, `per_row` that it adds the same to all keys of a row.
-    With a `rule` the mask is not in the graph yet: `node` is the call that applies the rule.
+    What a floating node adds is at least `floor`, before the factor. `layout` is that of the scores
+    that `node` is applied to, its last dimensions being theirs; `per_row` says that it adds the
+    same to all keys of a row. With a `rule` the mask is not in the graph yet: `node` is the call
+    that applies the rule.
     """
 
     node: fx.Node
@@ -121,9 +134,20 @@ class MaskTerm:
     inverted: bool = False
     fill: float = float("-inf")
     floor: float = float("-inf")
-    folded: bool = False
+    layout: Layout = SCORES
     per_row: bool = False
     rule: MaskRule | None = None
+
+    def varies(self, letter: str) -> bool:
+        """Whether the mask differs along a dimension; True where its size is not a constant."""
+        if self.rule is not None:
+            return letter != "h" or self.rule.per_head
+        held = reversed(self.layout)
+        sizes = reversed(shape_of(self.node) or ())
+        return any(
+            letter in letters and concrete(size) != 1
+            for letters, size in zip(held, sizes, strict=False)
+        )
 
 
 @dataclass(frozen=True)
@@ -131,9 +155,11 @@ class Core:
     """An attention core in its one form, before its operands are looked into.
 
     `key` permuted by `key_order` is (B, heads, T, D), `value` by `value_order` (B, heads, T, Dv);
-    `scale` None means 1 / sqrt(D); `grouped` lets fewer KV heads than query heads stand for blocks
-    of them; `causal` masks by position. `reads` names calls that read an operand before `node`:
-    (operand, call). `row_sinks`, `nan_rows` and `query_scales` are as in `AttentionSite`.
+    -1 stands for heads that have no dimension. `query` is laid out by `query_layout`, and what
+    `node` returns by `out_layout`, "d" being Dv there. `scale` None means 1 / sqrt(D); `grouped`
+    lets fewer KV heads than query heads stand for blocks of them; `causal` masks by position.
+    `reads` names calls that read an operand before `node`: (operand, call). `row_sinks`,
+    `nan_rows` and `query_scales` are as in `AttentionSite`.
     """
 
     node: fx.Node
@@ -152,6 +178,8 @@ class Core:
     causal: bool = False
     grouped: bool = False
     query_scales: tuple[tuple[Callable[..., Any], fx.Node], ...] = ()
+    query_layout: Layout = QUERIES
+    out_layout: Layout = QUERIES
 
 
 @dataclass(frozen=True)
@@ -191,8 +219,9 @@ class Latent:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention core: `node` computes softmax(scale * q k^T + masks) v, (B, Hq, S, Dv) or, with
-    batch and heads in one dimension, (B * Hq, S, Dv).
+    """One attention core: `node` computes softmax(scale * q k^T + masks) v, laid out by
+    `out_layout`, from `query`, laid out by `query_layout`; "g" has the size `apart` in them, and
+    query heads are "h" and "g" together.
 
     With `softcap` c the scores are c * tanh(scale * q k^T / c); `sinks` (Hq,) are logits that
     take part in the softmax and have no value. With `row_sinks` each row has a sink logit of its
@@ -227,6 +256,9 @@ class AttentionSite:
     sdpa: bool = True
     query_scales: tuple[tuple[Callable[..., Any], fx.Node], ...] = ()
     latent: Latent | None = None
+    query_layout: Layout = QUERIES
+    out_layout: Layout = QUERIES
+    apart: int = 1
 
 
 def find_sites(
@@ -314,18 +346,26 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         return Skipped(core.node, reason, details, module_path(core.node))
 
     shapes = [shape_of(x) for x in (core.query, core.key, core.value)]
-    if any(shape is None or len(shape) != 4 for shape in shapes):
+    orders = (core.query_layout, core.key_order, core.value_order)
+    if any(
+        shape is None or len(shape) != len(order) - order.count(-1)  # type: ignore[arg-type]
+        for shape, order in zip(shapes, orders, strict=True)
+    ):
         return skip(Reason.LAYOUT, [None if s is None else tuple(s) for s in shapes])
-    q_shape, k_shape, v_shape = (tuple(s) for s in shapes if s is not None)
-    k_shape = tuple(k_shape[d] for d in core.key_order)
-    v_shape = tuple(v_shape[d] for d in core.value_order)
+    sizes = dict(zip(core.query_layout, shapes[0] or (), strict=True))
+    b, h, g, s, d = (sizes.get(letter, 1) for letter in "bhgsd")
+    q_shape = (b, h * g, s, d)
+    k_shape, v_shape = (
+        tuple(1 if d < 0 or shape is None else shape[d] for d in order)
+        for shape, order in zip(shapes[1:], (core.key_order, core.value_order), strict=True)
+    )
     query_tokens = concrete(q_shape[2])
     if max_query_tokens is not None:
         if query_tokens is None or query_tokens > max_query_tokens:
             return skip(Reason.PREFILL, q_shape[2])
         if core.causal:
             return skip(Reason.PREFILL, query_tokens)
-    key = _heads_at(core.key, core.key_order, core, writes)
+    key = _heads_at(core.key, core.key_order, core, writes, scaled=True)
     # Values that are repeated more often than keys stay so: a copy of them is what is attended to.
     value = _heads_at(core.value, core.value_order, core, writes, most=key.group)
     query = _narrow(core.query)
@@ -336,13 +376,16 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         return skip(Reason.DTYPE, ", ".join(sorted(map(str, dtypes))))
     heads, head_dim = concrete(q_shape[1]), concrete(q_shape[3])
     kv_heads, value_dim = concrete(k_shape[1]), concrete(v_shape[3])
-    if heads is None or head_dim is None or kv_heads is None or value_dim is None:
+    apart = concrete(g)
+    if heads is None or head_dim is None or apart is None or kv_heads is None or value_dim is None:
         return skip(Reason.LAYOUT, [q_shape, k_shape, v_shape])
     if not same_size(q_shape[0], k_shape[0]) or not same_size(q_shape[0], v_shape[0]):
         return skip(Reason.LAYOUT, f"batch {[s[0] for s in (q_shape, k_shape, v_shape)]}")
-    # K may already be grouped by views (`repeat_kv`), by the flag, or by broadcasting one head.
+    # K may already be grouped by views (`repeat_kv`), by the flag, by a dimension of its own, or by
+    # broadcasting one head.
     by_flag = heads // kv_heads if kv_heads and heads % kv_heads == 0 else 0
-    if by_flag < 1 or (by_flag > 1 and kv_heads > 1 and not core.grouped):
+    spread = by_flag > apart and kv_heads > 1 and not core.grouped
+    if by_flag < apart or by_flag < 1 or spread:
         return skip(Reason.GROUPS, f"{heads} query heads, {kv_heads} KV heads")
     alike = (key.group, key.tiled) == (value.group, value.tiled)
     if not same_size(k_shape[1], v_shape[1]) or not alike:
@@ -351,8 +394,9 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         return skip(Reason.GROUPS, "KV heads are repeated as tiles of blocks")
     if key.tiled and max_query_tokens is None:  # whoever observes heads takes them to be in blocks
         return skip(Reason.GROUPS, "KV heads are repeated as tiles")
+    sizes = {"b": b, "h": h, "g": g, "s": s, "t": k_shape[2]}
     for term in core.masks:
-        if not _broadcasts(term, q_shape, k_shape):
+        if not _broadcasts(term, sizes):
             return skip(Reason.MASK, tuple(shape_of(term.node) or ()))
     if core.row_sinks and all(term.per_row for term in core.masks):
         return skip(Reason.SOFTMAX, "cat")  # no mask says which keys the sink is subtracted for
@@ -363,7 +407,7 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         key=key,
         value=value,
         masks=core.masks,
-        scale=head_dim**-0.5 if core.scale is None else float(core.scale),
+        scale=(head_dim**-0.5 if core.scale is None else float(core.scale)) * key.factor,
         query_heads=heads,
         kv_heads=heads // group,
         query_tokens=-1 if query_tokens is None else query_tokens,
@@ -378,32 +422,32 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         nan_rows=core.nan_rows,
         sdpa=op_name(core.node) == "scaled_dot_product_attention",
         query_scales=core.query_scales,
+        query_layout=core.query_layout,
+        out_layout=core.out_layout,
+        apart=apart,
     )
 
 
-def _broadcasts(term: MaskTerm, q_shape: tuple[Any, ...], k_shape: tuple[Any, ...]) -> bool:
+def _broadcasts(term: MaskTerm, sizes: dict[str, Any]) -> bool:
     if term.rule is not None:
         return True
     mask, shape = term.node, shape_of(term.node)
-    if shape is None or not 1 <= len(shape) <= 4:
+    if shape is None or not 1 <= len(shape) <= len(term.layout):
         return False
-    if term.folded:
-        if not same_size(shape[0], q_shape[0] * q_shape[1]):
-            return False
-        shape = torch.Size([*q_shape[:2], *shape[1:]])
-    target = (q_shape[0], q_shape[1], q_shape[2], k_shape[2])
     dtype = fake_value(mask).dtype
     if not (dtype == torch.bool or dtype.is_floating_point):
         return False
-    # The key dimension must be whole: a mask that broadcasts over keys says nothing per key.
-    offset = 4 - len(shape)
-    if concrete(shape[-1]) == 1 and concrete(target[3]) != 1 and not term.per_row:
-        return False
-    # Keys and mask may name the same length by different symbols: the op compares real sizes.
-    return all(
-        concrete(size) == 1 or same_size(size, target[offset + i])
-        for i, size in enumerate(shape[:-1])
-    )
+    for size, letters in zip(reversed(shape), reversed(term.layout), strict=False):
+        target = math.prod(sizes[letter] for letter in letters)
+        if "t" in letters and concrete(size) == 1 and concrete(target) != 1 and not term.per_row:
+            return False  # a mask that broadcasts over keys says nothing per key
+        # Keys and mask may name the same length by different symbols: the op compares real sizes.
+        if concrete(size) != 1 and letters != "t" and not same_size(size, target):
+            return False
+        if "b" in letters and "t" in letters and concrete(size) != 1:
+            return False
+    # The key dimension must be whole.
+    return any("t" in letters for letters in term.layout[-len(shape) :])
 
 
 def _heads_at(
@@ -412,13 +456,14 @@ def _heads_at(
     core: Core,
     writes: list[Write],
     most: int | None = None,
+    scaled: bool = False,
 ) -> Heads:
     """`heads_of`, unless what lies behind may be written into before the core reads it.
 
     A repetition or `contiguous` copies: it holds the cache as it was at that point. In attention
     written out the keys are read by the first product, which lies before the core's node.
     """
-    heads = heads_of(node, at, most)
+    heads = heads_of(node, at, most, scaled)
     written = [write for write in writes if may_overlap(write.operand, heads.base)]
     if not written:
         return heads
@@ -427,7 +472,7 @@ def _heads_at(
     while walked is not heads.base:
         if not may_overlap(walked, heads.base):
             frozen.append(walked)
-        walked = walked.args[0]  # type: ignore[assignment]
+        walked = walked.all_input_nodes[0]
     order = {n: i for i, n in enumerate(core.node.graph.nodes)}
     if frozen and any(write.position > min(order[n] for n in frozen) for write in written):
         return Heads(node, at, 1)
@@ -435,7 +480,10 @@ def _heads_at(
 
 
 def heads_of(
-    node: fx.Node, at: tuple[int, int, int, int] = (0, 1, 2, 3), most: int | None = None
+    node: fx.Node,
+    at: tuple[int, int, int, int] = (0, 1, 2, 3),
+    most: int | None = None,
+    scaled: bool = False,
 ) -> Heads:
     """Walks from a core's K or V operand back through permutations and head repetition.
 
@@ -444,33 +492,50 @@ def heads_of(
     reshape, `repeat_interleave`, an expand of one head), one of all KV heads behind each other
     (`repeat`, or expand and reshape) and copies that keep the values. `at` says which dimension of
     `node` is batch, head, token and head_dim; `most` is the largest repetition to look behind.
+    `scaled` says to look behind a product with a positive number too.
     """
-    base, order, group, tiled = node, list(at), 1, False
+    base, order, group, tiled, number = node, list(at), 1, False, 1.0
     while True:
+        times = _times(base) if scaled else None
+        if times is not None:
+            base, number = times[0], number * times[1]
+            continue
         step, tiles = _through(base, order), False
         if step is None and group == 1:
             step, tiles = _through_tiles(base, order), True
         beyond = step is not None and most is not None and group * step[2] > most
         if step is None or beyond or (tiled and step[2] > 1):
-            return Heads(base, (order[0], order[1], order[2], order[3]), group, tiled)
+            return Heads(base, (order[0], order[1], order[2], order[3]), group, tiled, number)
         one_head = order[1] >= 0 and concrete((shape_of(step[0]) or ())[step[1][1]]) == 1
         tiled = tiled or (tiles and not one_head)
         base, order, factor = step
         group *= factor
 
 
+def _times(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """The tensor and the positive number that the call multiplies it with, by `mul` or `div`."""
+    name, divides = op_name(node), op_name(node) in ("div", "truediv", "__truediv__")
+    if not divides and name not in ("mul", "__mul__", "__rmul__"):
+        return None
+    if node.kwargs or len(node.args) != 2:
+        return None
+    tensor, number = node.args
+    if not divides and isinstance(number, fx.Node):
+        tensor, number = number, tensor
+    if not isinstance(tensor, fx.Node) or isinstance(number, bool):
+        return None
+    if not isinstance(number, (int, float)) or not 0 < number < math.inf:
+        return None
+    before, after = fake_value(tensor), fake_value(node)
+    if not isinstance(before, torch.Tensor) or before.dtype != after.dtype:
+        return None
+    return tensor, 1 / number if divides else float(number)
+
+
 def folds(node: fx.Node) -> bool:
     """Whether the call makes (B * H, x, y) of (B, H, x, y)."""
-    return _same_but_for_fold(node, shape_of(node.args[0]) if node.args else None, shape_of(node))
-
-
-def unfolds(node: fx.Node) -> bool:
-    """Whether the call makes (B, H, x, y) of (B * H, x, y)."""
-    return _same_but_for_fold(node, shape_of(node), shape_of(node.args[0]) if node.args else None)
-
-
-def _same_but_for_fold(node: fx.Node, apart: torch.Size | None, folded: torch.Size | None) -> bool:
-    if op_name(node) not in ("reshape", "flatten", "unflatten"):
+    apart, folded = shape_of(node.args[0]) if node.args else None, shape_of(node)
+    if op_name(node) not in ("reshape", "flatten"):
         return False
     if apart is None or folded is None or len(apart) != 4 or len(folded) != 3:
         return False
@@ -496,7 +561,7 @@ def before_fold(
             back = permutation(node)
             order = [back[d] for d in order]
         elif name not in ("contiguous", "detach", "alias") and not (
-            name in ("to", "float") and _widens(node)
+            name in ("to", "float") and widens(node)
         ):
             return None
         node = source
@@ -513,7 +578,7 @@ def _through(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] 
         if name in ("contiguous", "detach", "alias"):
             return source, order, 1
         if name in ("to", "float"):
-            return (source, order, 1) if _widens(node) else None
+            return (source, order, 1) if widens(node) else None
         back = permutation(node)
         return source, [back[d] if d >= 0 else d for d in order], 1
     if name == "repeat_interleave":
@@ -551,7 +616,7 @@ def _through_tiles(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int],
     return (source, order, factor) if isinstance(factor, int) and factor > 0 else None
 
 
-def _widens(node: fx.Node) -> bool:
+def widens(node: fx.Node) -> bool:
     """Whether a cast on one device keeps the dtype or makes it float32, which no value notices.
 
     The ops compute in float32 whatever they are given: a product of widened operands is theirs.
@@ -563,7 +628,7 @@ def _widens(node: fx.Node) -> bool:
 
 def _narrow(query: fx.Node) -> fx.Node:
     """The queries before a cast that only widens them."""
-    while op_name(query) in ("to", "float") and _widens(query):
+    while op_name(query) in ("to", "float") and widens(query):
         query = query.args[0]  # type: ignore[assignment]
     return query
 
@@ -655,12 +720,12 @@ def _through_repeat(
             return None
         if not same_size(wide[dim + (dim >= new)], base[dim]):
             return None
-    if not _only_adds_dim(grown, new):
+    if not only_adds_dim(grown, new):
         return None
     return source, order, group
 
 
-def _only_adds_dim(node: fx.Node, dim: int) -> bool:
+def only_adds_dim(node: fx.Node, dim: int) -> bool:
     """Whether the view does nothing but insert a dimension of size one at `dim`."""
     if op_name(node) == "unsqueeze":
         return operand(node, "dim") % len(shape_of(node) or (0,)) == dim

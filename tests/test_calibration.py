@@ -397,6 +397,33 @@ def test_attention_written_out_is_observed_as_well():
         assert_same_basis(found[1], found[0])
 
 
+class Grouped(Decoder):
+    """Query groups have a dimension of their own; tokens lie in front of heads."""
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        q = self.heads(self.q(x), HEADS).transpose(1, 2).unflatten(2, (KV_HEADS, -1))
+        k = self.heads(self.k(x), KV_HEADS, self.key_norm)
+        v = self.v(x).unflatten(-1, (KV_HEADS, HEAD_DIM))
+        scores = torch.einsum("btkgd,bksd->bkgts", q, k) * HEAD_DIM**-0.5
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
+        out = torch.einsum("bkgts,bskd->btkgd", scores.softmax(-1), v)
+        return out.flatten(2)
+
+
+def test_queries_in_another_layout_are_observed_as_the_same():
+    model, ids = Decoder(whole_halves).eval(), tokens(3, 37)
+    grouped = Grouped(whole_halves).eval()
+    grouped.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(grouped(ids), model(ids))
+    both = [calibrate(m, [ids], kind="score-optimal").bases[0] for m in (model, grouped)]
+    one, other = (basis.key @ basis.query.mT for basis in both)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="use another batch length, or post-rotary calibration"):
+        calibrate(grouped, [ids], calibration="pre-rotary", kind="pca")
+
+
 def test_learned_positions_are_not_a_rotation():
     model, _, _ = build("gpt2", layers=1)
     ids = tokens(2, 27)

@@ -74,7 +74,7 @@ class Layer:
     write: str
     kv_heads: int
     group: str
-    core: str  # of sdpa, matmul, einsum, bmm
+    core: str  # of CORES
     scale: str  # where the scale is applied
     cap: float
     mask: str
@@ -98,6 +98,9 @@ class Layer:
         )
 
 
+CORES = ["sdpa", "matmul", "einsum", "bmm"]
+# Scores (B,Hkv,G,S,T), by matmul and by einsum; (B,S,Hkv,G,T); (B,S,Hq,T); (Hq,B,S,T).
+LAYOUTS = ["groups", "groups by einsum", "groups behind tokens", "heads behind tokens", "turned"]
 HIDING = ["add", "fill", "where", "in place"]
 
 
@@ -111,7 +114,7 @@ def make_layer(draw, new_tokens: int):
     maskable = base.mask is not no_mask or write in ("cat_bhtd", "cat_bthd")
     # A toy that names its cache "growing" or "static" says nothing about masks by itself.
     mask = draw(st.sampled_from(sorted(MASKS))) if maskable else "no_mask"
-    core = draw(st.sampled_from(["sdpa", "sdpa", "matmul", "einsum", "bmm"]))
+    core = draw(st.sampled_from([*CORES, "sdpa", *LAYOUTS]))
     return Layer(
         write=write,
         kv_heads=kv_heads,
@@ -216,7 +219,8 @@ class GeneratedLayer(nn.Module):
 
     def attention(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         layer = self.layer
-        keys, values = self.grouped(keys), self.grouped(values)
+        if not layer.core.startswith("groups"):
+            keys, values = self.grouped(keys), self.grouped(values)
         scale = HEAD_DIM**-0.5
         if layer.scale == "query":
             q = q * scale
@@ -227,29 +231,62 @@ class GeneratedLayer(nn.Module):
             return sdpa(
                 q, keys, values, attn_mask=mask, scale=1.0 if before else None, enable_gqa=True
             )
-        if layer.core == "einsum":
-            scores = torch.einsum("bhsd,bhtd->bhst", q, keys)
-        elif layer.core == "bmm":
-            scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
-            scores = scores.view(q.shape[0], HEADS, q.shape[2], -1)
-        else:
-            scores = q @ keys.transpose(-1, -2)
+        scores = self.scores(q, keys)
         if not before:
             scores = scores / math.sqrt(HEAD_DIM) if layer.scale == "quotient" else scores * scale
         if layer.cap:
             scores = torch.tanh(scores / layer.cap) * layer.cap
         if mask is not None:
-            scores = self.masked(scores, mask)
+            scores = self.masked(scores, self.laid_out(mask))
         if layer.sink:
-            column = self.sink.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+            column = self.laid_out(self.sink.view(1, -1, 1, 1)).expand(*scores.shape[:-1], 1)
             scores = torch.cat((scores, column), dim=-1)
         weights = self.weights(scores)
         if layer.sink:
             weights = weights[..., :-1]
-        weights = F.dropout(weights, 0.0, self.training)
-        if layer.core == "einsum":
+        return self.mixed(F.dropout(weights, 0.0, self.training), values)
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """What is (B,Hq,S,_), or broadcasts to it, like the scores of this core."""
+        core, x = self.layer.core, x[(None,) * (4 - x.ndim)]
+        if core.startswith("groups"):
+            heads = (1, 1) if x.shape[1] == 1 else (self.layer.kv_heads, -1)
+            x = x.unflatten(1, heads)
+            return x.permute(0, 3, 1, 2, 4) if core == "groups behind tokens" else x
+        if core == "heads behind tokens":
+            return x.transpose(1, 2)
+        return x.transpose(0, 1) if core == "turned" else x
+
+    def scores(self, q: Tensor, keys: Tensor) -> Tensor:
+        core = self.layer.core
+        if core == "groups":
+            return self.laid_out(q) @ keys.unsqueeze(2).mT
+        if core == "groups by einsum":
+            return torch.einsum("bkgsd,bktd->bkgst", self.laid_out(q), keys)
+        if core == "groups behind tokens":
+            return torch.einsum("bskgd,bktd->bskgt", self.laid_out(q), keys)
+        if core == "heads behind tokens":
+            return torch.einsum("bshd,bthd->bsht", q.transpose(1, 2), keys.transpose(1, 2))
+        if core == "einsum":
+            return torch.einsum("bhsd,bhtd->bhst", q, keys)
+        if core == "bmm":
+            scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
+            return scores.view(q.shape[0], HEADS, q.shape[2], -1)
+        return self.laid_out(q @ keys.transpose(-1, -2))
+
+    def mixed(self, weights: Tensor, values: Tensor) -> Tensor:
+        core = self.layer.core
+        if core == "groups":
+            return (weights @ values.unsqueeze(2)).flatten(1, 2)
+        if core == "groups by einsum":
+            return torch.einsum("bkgst,bktd->bkgsd", weights, values).flatten(1, 2)
+        if core == "groups behind tokens":
+            return torch.einsum("bskgt,bktd->bkgsd", weights, values).flatten(1, 2)
+        if core == "heads behind tokens":
+            return torch.einsum("bsht,bhtd->bhsd", weights, values)
+        if core == "einsum":
             return torch.einsum("bhst,bhtd->bhsd", weights, values)
-        return weights @ values
+        return (weights.transpose(0, 1) if core == "turned" else weights) @ values
 
     def masked(self, scores: Tensor, mask: Tensor) -> Tensor:
         how = self.layer.masked
@@ -321,11 +358,14 @@ def indexes_mirror_their_caches(talks: list[Conversation]) -> int:
         for (bound, layout), record in runtime._indexes.get(talk.keys, {}).items():
             if record.stamp is None or record.stamp != runtime._stamp(talk.keys):
                 continue
-            axis = talk.spelling.layout.find("h")
-            keys = talk.keys.unsqueeze(0) if axis < 0 else talk.keys.movedim(axis, 0)
+            folded, apart = talk.spelling.layout == "btf", (talk.spelling.kv_heads, -1)
+            axis = 2 if folded else talk.spelling.layout.find("h")
+            keys = talk.keys.unflatten(-1, apart) if folded else talk.keys
+            keys = keys.unsqueeze(0) if axis < 0 else keys.movedim(axis, 0)
             flat = keys.reshape(1, keys.shape[0], -1, keys.shape[-1])
             rows, scale = index_rows(flat, bound.key, layout.dtype)
             for part, now in zip(record.parts, (rows, scale), strict=False):
+                part = part.unflatten(-1, apart) if folded else part
                 held = part.unsqueeze(0) if axis < 0 else part.movedim(axis, 0)
                 held = held.reshape(now.shape)
                 atol = 1.0 if part.dtype == torch.int8 else 1e-4  # a tie in rounding

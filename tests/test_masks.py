@@ -4,9 +4,11 @@ import pytest
 import torch
 from loki_compile.kernels.ops import mask_bounds
 from loki_compile.passes.rewrite import blind_rows, joint_mask, plain_mask, visible_by
+from loki_compile.passes.sites import SCORES
 from torch import nn
 
 BATCH, HEADS, NEW, SLOTS = 2, 6, 3, 11
+SIZES = (HEADS, 1, NEW)
 LOW, HIDDEN = torch.finfo(torch.float32).min, float("-inf")
 
 
@@ -104,7 +106,7 @@ def test_what_was_expanded_is_stored_once():
 
 def test_heads_are_taken_out_of_the_batch():
     mask = added(BATCH * HEADS, NEW, SLOTS)
-    apart = plain_mask(mask, HEADS, 0)
+    apart = plain_mask(mask, ("bh", "s", "t"), (HEADS, 1, NEW), 0)
     assert torch.equal(apart, mask.view(BATCH, HEADS, NEW, SLOTS))
 
 
@@ -113,12 +115,12 @@ def test_tiles_of_heads_become_blocks(shape):
     """Query head h reads KV head h % 2: heads 0 2 4 come first, then 1 3 5."""
     mask = added(*shape)
     heads = torch.tensor([0, 2, 4, 1, 3, 5])
-    assert torch.equal(plain_mask(mask, 0, 2), mask.index_select(-3, heads))
+    assert torch.equal(plain_mask(mask, SCORES, SIZES, 2), mask.index_select(-3, heads))
     alike = added(BATCH, 1, NEW, SLOTS)
-    assert plain_mask(alike, 0, 2) is alike
+    assert plain_mask(alike, SCORES, SIZES, 2) is alike
     both = added(BATCH * HEADS, NEW, SLOTS)
     expected = both.view(BATCH, HEADS, NEW, SLOTS).index_select(1, heads)
-    assert torch.equal(plain_mask(both, HEADS, 2), expected)
+    assert torch.equal(plain_mask(both, ("bh", "s", "t"), SIZES, 2), expected)
 
 
 def test_what_is_added_goes_no_lower_than_the_floor_nor_does_a_sum():

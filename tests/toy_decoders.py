@@ -104,10 +104,64 @@ def cat_not_returned(k, v, ck, cv, pos):
     return keys, values, ()
 
 
+def split_heads(*caches):
+    """(B,Hkv,T,D) of (B,T,Hkv*D)."""
+    return (c.view(*c.shape[:2], -1, HEAD_DIM).transpose(1, 2) for c in caches)
+
+
+def cat_folded(k, v, ck, cv, pos):
+    """The cache holds what the projections give; heads are split behind it."""
+    ck, cv = torch.cat([ck, k.flatten(2)], 1), torch.cat([cv, v.flatten(2)], 1)
+    return *split_heads(ck, cv), (ck, cv)
+
+
+def index_copy_folded(k, v, ck, cv, pos):
+    ck.index_copy_(1, pos, k.flatten(2))
+    cv.index_copy_(1, pos, v.flatten(2))
+    return *split_heads(ck, cv), ()
+
+
+def slice_folded(k, v, ck, cv, pos):
+    """Reads what is filled."""
+    end = pos + k.shape[1]
+    ck[:, pos:end], cv[:, pos:end] = k.flatten(2), v.flatten(2)
+    return *split_heads(ck[:, :end], cv[:, :end]), ()
+
+
+def cat_folded_dims_first(k, v, ck, cv, pos):
+    """Numbers of one dim lie together, those of one head do not."""
+    ck, cv = torch.cat([ck, k.mT.flatten(2)], 1), torch.cat([cv, v.flatten(2)], 1)
+    keys = ck.view(*ck.shape[:2], HEAD_DIM, -1).permute(0, 3, 1, 2)
+    (values,) = split_heads(cv)
+    return keys, values, (ck, cv)
+
+
+def index_copy_through_split(k, v, ck, cv, pos):
+    ck.view(*ck.shape[:2], -1, HEAD_DIM).index_copy_(1, pos, k)
+    cv.view(*cv.shape[:2], -1, HEAD_DIM).index_copy_(1, pos, v)
+    return *split_heads(ck, cv), ()
+
+
 def cat_stored_rotated(k, v, ck, cv, pos):
     """Attention reads the cache after a computation over all of it."""
     keys, values, state = cat_bhtd(k, v, ck, cv, pos)
+    return keys * torch.linspace(1, 2, HEAD_DIM), values, state
+
+
+def cat_scaled(k, v, ck, cv, pos):
+    """Behind the cache all keys are multiplied with one number."""
+    keys, values, state = cat_bhtd(k, v, ck, cv, pos)
     return keys * 1.5, values, state
+
+
+def cat_divided(k, v, ck, cv, pos):
+    keys, values, state = cat_bthd(k, v, ck, cv, pos)
+    return (0.7 * keys) / 1.5, values, state
+
+
+def cat_turned_around(k, v, ck, cv, pos):
+    keys, values, state = cat_bhtd(k, v, ck, cv, pos)
+    return keys * -1.5, values, state
 
 
 def index_copy_method(k, v, ck, cv, pos):
@@ -670,6 +724,11 @@ REWRITTEN = [
     _cat.but(write=cat_behind_whole_slice),
     _cat.but(write=cat_window_read),
     _cat.but(write=cat_cropped),
+    _cat.but(write=cat_folded, layout="btf"),
+    _static.but(write=index_copy_folded, layout="btf"),
+    _static.but(write=slice_folded, layout="btf", mask=no_mask, position="int"),
+    _cat.but(write=cat_scaled),
+    _cat.but(write=cat_divided, layout="bthd", attend=gqa_repeat_kv_bthd),
     _static,
     _static.but(write=index_copy_bthd, layout="bthd"),
     _static.but(write=slice_assignment, position="int"),
@@ -745,6 +804,9 @@ UNTOUCHED = [
     _cat.but(write=cat_then_edited, reason=Reason.WRITE),
     _cat.but(write=past_edited_then_cat, reason=Reason.WRITE),
     _cat.but(write=cat_stored_rotated, reason=Reason.NO_CACHE),
+    _cat.but(write=cat_turned_around, reason=Reason.NO_CACHE),
+    _cat.but(write=cat_folded_dims_first, layout="btf", reason=Reason.OPAQUE_VIEW),
+    _static.but(write=index_copy_through_split, layout="btf", reason=Reason.WRITE),
     _static.but(write=index_copy_heads, reason=Reason.WRITE, mask=no_mask),
     _static.but(write=shift_window, mask=no_mask, reason=Reason.WRITE),
     _static.but(write=index_put_heads_swapped, reason=Reason.WRITE),
@@ -825,6 +887,7 @@ class ToyDecoder(nn.Module):
 def make_cache(layout: str, batch: int, kv_heads: int, slots: int, dtype: torch.dtype) -> Tensor:
     """A cache of random keys in all slots, so that a slot read by mistake shows."""
     sizes = {"b": batch, "h": kv_heads, "t": slots, "d": HEAD_DIM}
+    sizes["f"] = kv_heads * HEAD_DIM  # heads and head_dim in one
     if layout == "strided":  # (B,Hkv,T,D) over memory of (B,Hkv,D,T)
         return make_cache("bhdt", batch, kv_heads, slots, dtype).transpose(2, 3)
     return torch.randn([sizes[letter] for letter in layout], dtype=torch.float64).to(dtype)
