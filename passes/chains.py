@@ -213,6 +213,9 @@ def scores_that_leave(graph: fx.Graph) -> list[Skipped]:
         scores = [product]
         for node in scores:
             scores += [n for n in node.users if _like(n, node) and _goes_on(n)]
+        readers = [user for node in scores for user in node.users]
+        if any(op_name(n) == "softmax" and _product_with_values(n) for n in readers):
+            continue  # the values are read here as well
         left = [node for node in scores if node in returned]
         if left:
             details = (f"leave this graph ({left[0].name})",)

@@ -548,8 +548,8 @@ class CacheMachine(RuleBasedStateMachine):
                 if layer.keys.is_inference():
                     continue
                 rest = layer.values if is_latent(self.model) else None
-                held = runtime.Rows(layer.keys, rest, 2)
-                for (bound, layout), record in runtime._indexes.get(layer.keys, {}).items():
+                held = runtime.Rows(layer.keys, rest, 2, layer.keys)
+                for (bound, layout, _), record in runtime._indexes.get(layer.keys, {}).items():
                     if record.stamp != held.stamp:
                         continue
                     cached = held.narrow(0, layer.keys.shape[2])

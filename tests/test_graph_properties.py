@@ -355,7 +355,7 @@ def indexes_mirror_their_caches(talks: list[Conversation]) -> int:
     """Every index that the runtime would use again equals the projection of its cache's keys."""
     checked = 0
     for talk in talks:
-        for (bound, layout), record in runtime._indexes.get(talk.keys, {}).items():
+        for (bound, layout, _), record in runtime._indexes.get(talk.keys, {}).items():
             if record.stamp is None or record.stamp != runtime._stamp(talk.keys):
                 continue
             folded, apart = talk.spelling.layout == "btf", (talk.spelling.kv_heads, -1)

@@ -778,7 +778,7 @@ def test_the_index_is_the_projection_of_both_caches():
             pair = Pair(form, FEW)
             here = pair.start()
             pair.step(here, steps=5)
-            ((bound, _), record), *others = runtime._indexes[here.caches[0]].items()
+            ((bound, *_), record), *others = runtime._indexes[here.caches[0]].items()
             assert not others
             rows = torch.cat(here.caches, -1) @ bound.key
             torch.testing.assert_close(record.parts[0], rows, rtol=0, atol=1e-5)

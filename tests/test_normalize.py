@@ -204,7 +204,6 @@ def test_an_einsum_of_rows_and_columns_is_a_matmul(equation, sizes, listed):
         ("ij,jk,kl->il", [(3, 4), (4, 5), (5, 6)]),  # three factors
         ("ij->ji", [(3, 4)]),  # one
         ("ij,jk", [(3, 4), (4, 5)]),  # no arrow
-        ("...ij,...jk->...ik", [(2, 3, 4), (2, 4, 5)]),
         ("i,j->ij", [(3,), (4,)]),  # nothing is summed
         ("bij,bj->bi", [(2, 3, 4), (2, 4)]),  # no columns
         ("bj,bkj->bk", [(2, 4), (2, 5, 4)]),  # no rows

@@ -99,7 +99,7 @@ def test_the_index_of_a_moving_window_stays_the_projection_of_its_keys(prompt, k
         every_layer_windowed(), kind, prompt, top_k=8, sink=1, recent=2, index_dtype=index_dtype
     )
     for layer in cache.layers:
-        ((bound, _), record), *others = runtime._indexes[layer.keys].items()
+        ((bound, *_), record), *others = runtime._indexes[layer.keys].items()
         assert not others
         rows = torch.matmul(layer.keys, bound.key)
         if index_dtype == "int8":
