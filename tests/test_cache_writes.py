@@ -86,12 +86,14 @@ def test_the_cache_and_its_writes_are_found(spelling):
     assert cache.past.op == "placeholder" and cache.past.name == "l_ck_"
     assert "ck" in cache.source
     assert shape[cache.token_axis] == (FILLED if spelling.growing else spelling.slots)
-    assert cache.head_axis == -1 or shape[cache.head_axis] == spelling.kv_heads
+    folded = spelling.kv_heads if cache.heads_are_folded else 1  # heads in one dimension's rows
+    heads = spelling.kv_heads * (HEAD_DIM if folded > 1 else 1)
+    assert cache.head_axis == -1 or shape[cache.head_axis] == heads
     assert cache.replaced == (cache.output is not None)
     for write in cache.writes:
         source = write.source.meta["example_value"].shape
-        assert source[-1] == HEAD_DIM
-        assert write.head_axis == -1 or source[write.head_axis] == spelling.kv_heads
+        assert source[-1] == HEAD_DIM * folded
+        assert write.head_axis == -1 or source[write.head_axis] == heads
 
 
 @pytest.mark.parametrize(

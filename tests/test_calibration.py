@@ -355,7 +355,7 @@ def test_the_decode_graph_finds_the_calibrated_basis(name):
     def look(gm, example_inputs):
         normal, _ = normalize(gm)
         config = LokiConfig(basis=fitted)
-        bound.extend(bind_caches(normal, plan_graph(normal, config), example_inputs, config))
+        bound.extend(bind_caches(normal, plan_graph(normal, config), example_inputs, [], config))
         return gm.forward
 
     with torch.no_grad():
