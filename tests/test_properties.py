@@ -754,5 +754,5 @@ def test_this_file_passes_in_the_interpreter(request):
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     for line in done.stdout.splitlines():
         clause, _, number = line.strip().rpartition("  ")
-        if number.strip().isdigit():
+        if number.strip().isdigit() and not clause.startswith("record"):
             count(f"interpreter, {clause.strip()}", int(number))
