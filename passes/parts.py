@@ -19,6 +19,7 @@ from loki_compile.passes.fx_tools import (
     concrete,
     fake_mode_of,
     fake_value,
+    may_overlap,
     op_name,
     operand,
     shape_of,
@@ -53,10 +54,13 @@ def take_parts(gm: fx.GraphModule) -> list[Part]:
     graph = gm.graph
     _select_by_numbers(graph)
     parts: list[Part] = []
-    for place, holder in enumerate(graph.find_nodes(op="placeholder")):
+    inputs = graph.find_nodes(op="placeholder")
+    for place, holder in enumerate(inputs):
         found = _parts_of(holder, ())
-        if not found or found == [(holder, ())]:
+        if not found or found == [(holder, ())] or _overlaps_itself(fake_value(holder)):
             continue
+        if any(other is not holder and may_overlap(other, holder) for other in inputs):
+            continue  # another input is a view of it: AOTAutograd has to see both
         for node, numbers in found:
             node.replace_all_uses_with(_add_input(graph, holder, node, numbers))
             parts.append(Part(place, numbers))
@@ -73,7 +77,7 @@ _Found = list[tuple[fx.Node, tuple[tuple[int, int], ...]]]
 def _parts_of(node: fx.Node, numbers: tuple[tuple[int, int], ...]) -> _Found | None:
     """The parts that a tensor is used by, with their numbers; None where it is used otherwise.
 
-    Parts of a tensor at different numbers of one dimension share no memory.
+    Parts at different numbers of one dimension share no memory, unless the tensor overlaps itself.
     """
     rank = len(shape_of(node) or ())
     if rank <= KEY_DIMS:
@@ -90,6 +94,20 @@ def _parts_of(node: fx.Node, numbers: tuple[tuple[int, int], ...]) -> _Found | N
             return None
         found += inner
     return found
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two places of a tensor may be one in memory, as in what was expanded."""
+    if tensor.is_contiguous():
+        return False
+    known = [(concrete(n), concrete(m)) for n, m in zip(tensor.stride(), tensor.shape, strict=True)]
+    steps = [(step, many) for step, many in known if step is not None and many is not None]
+    reach = 1
+    for step, many in sorted(steps):
+        if many > 1 and step < reach:
+            return True
+        reach = max(reach, step * many)
+    return len(steps) < len(known)
 
 
 def _views_of(node: fx.Node) -> list[fx.Node]:

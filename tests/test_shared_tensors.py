@@ -221,3 +221,23 @@ def test_a_tensor_that_is_used_otherwise_too_stays_one_input(use):
     before = len(gm.graph.find_nodes(op="placeholder"))
     assert take_parts(gm) == []
     assert len(gm.graph.find_nodes(op="placeholder")) == before
+
+
+def test_a_tensor_that_overlaps_itself_or_another_input_stays_one_input():
+    """Parts are taken for apart from everything else in memory."""
+
+    def attends(c, x):
+        c[1, 0, :, :, 3:4] = x
+        return c[1, 0] + 1, c[0, 1] + 1
+
+    cache, x = torch.randn(2, 2, 3, 2, 5, 4), torch.randn(3, 2, 1, 4)
+    assert len(take_parts(normal_graph(attends, cache, x))) == 2
+    tall = torch.randn(2, 2, 3, 2, 9, 4)[:, :, :, :, :5]
+    assert len(take_parts(normal_graph(attends, tall, x))) == 2
+    one = torch.randn(1, 2, 3, 2, 5, 4).expand(2, -1, -1, -1, -1, -1)
+    reads = normal_graph(lambda c: (c[1, 0] + 1, c[0, 1] + 1), one)
+    assert take_parts(reads) == []
+    folded = torch.randn(400).as_strided((2, 2, 3, 2, 5, 4), (100, 50, 20, 20, 4, 1))
+    assert take_parts(normal_graph(lambda c: (c[1, 0] + 1, c[0, 1] + 1), folded)) == []
+    both = normal_graph(lambda c, view: (c[1, 0] + view, c[0, 1] + 1), cache, cache[1, 1])
+    assert take_parts(both) == []
