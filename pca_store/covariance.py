@@ -125,7 +125,7 @@ class KeyCovariance:
             ValueError: no keys or no queries seen yet.
         """
         query_root, query_inverse, key_root, key_inverse = self.score_roots()
-        left, singular, right = torch.linalg.svd(query_root @ key_root)
+        left, singular, right = _svd(query_root @ key_root)
         weight = singular.sqrt().unsqueeze(-2)
         sign = _signs(left)
         query = query_inverse @ left * sign * weight
@@ -150,7 +150,7 @@ class KeyCovariance:
         query_root, query_inverse, key_root, key_inverse = self.score_roots()
         rank = query.shape[-1]
         product = query_root @ query.double() @ key.double().mT @ key_root
-        left, singular, right = torch.linalg.svd(product)
+        left, singular, right = _svd(product)
         left, right, singular = left[..., :rank], right.mT[..., :rank], singular[..., :rank]
         weight = singular.sqrt().unsqueeze(-2)
         sign = _signs(left)
@@ -246,6 +246,17 @@ def _clean(rows: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
     if seen is not None:
         valid = valid & seen.to(device).unsqueeze(-1)
     return rows.masked_fill(~valid, 0), valid.double()
+
+
+def _svd(product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, Vᵀ. LAPACK's divide and conquer now and then fails on large matrices of low rank, as a
+    few keys of many dims give them; the transpose is another problem to it."""
+    try:
+        left, singular, right = torch.linalg.svd(product)
+    except torch.linalg.LinAlgError:
+        left, singular, right = torch.linalg.svd(product.mT.contiguous())
+        left, right = right.mT, left.mT
+    return left, singular, right
 
 
 def _signs(vectors: Tensor) -> Tensor:

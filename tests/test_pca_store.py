@@ -1446,3 +1446,22 @@ def test_a_header_that_reaches_behind_the_end_is_said_to_claim_too_much(missing)
         decode(claimed + text, "short")
     with pytest.raises(BasisFileError, match="__metadata__"):
         decode(len(text).to_bytes(8, "little") + text, "whole, without contents")
+
+
+def test_a_decomposition_that_lapack_gives_up_is_made_of_the_transpose(monkeypatch):
+    keys, queries = torch.randn(1, 2, 30, 16), torch.randn(1, 4, 30, 16)
+    expected = moments(keys, queries).score_optimal()
+    plain, tries = torch.linalg.svd, []
+
+    def gives_up_once(x):
+        tries.append(x)
+        if len(tries) == 1:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return plain(x)
+
+    monkeypatch.setattr(torch.linalg, "svd", gives_up_once)
+    found = moments(keys, queries).score_optimal()
+    assert len(tries) == 2
+    scores = [basis.query @ basis.key.mT for basis in (found, expected)]
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.spectrum, expected.spectrum, rtol=1e-4, atol=1e-6)
