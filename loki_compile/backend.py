@@ -24,7 +24,7 @@ from loki_compile.config import LokiConfig
 from loki_compile.passes.cache_writes import KeyCache, nearest_matrix
 from loki_compile.passes.fx_tools import copy_of, fake_mode_of, fake_value
 from loki_compile.passes.normalize import normalize
-from loki_compile.passes.parts import Part, take_parts
+from loki_compile.passes.parts import Part, take_parts, with_parts
 from loki_compile.passes.plan import Plan, make_plan
 from loki_compile.passes.rewrite import pack_groups
 from loki_compile.passes.sites import Reason, Skipped, find_sites
@@ -78,14 +78,10 @@ def loki(
         return decode
     if config.pack_gqa and any(site.group > 1 for site in plan.sites):
         packed, mapping = copy_of(normal)
-        inputs = [*example_inputs, *(part.of(example_inputs) for part in parts)]
+        inputs = with_parts(example_inputs, parts)
         run = compile_graph(pack_groups(packed, plan.on(mapping).sites), inputs)
-        return functools.partial(_with_parts, run, parts) if parts else run
+        return (lambda *args: run(*with_parts(args, parts))) if parts else run
     return compile_graph(gm, example_inputs)
-
-
-def _with_parts(run: Callable[..., Any], parts: Sequence[Part], *args: Any) -> Any:
-    return run(*args, *(part.of(args) for part in parts))
 
 
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfig) -> GraphReport:
@@ -148,7 +144,7 @@ def _bind_caches(
     """For each cache: where it comes in, which weights make its keys, the basis the user chose."""
     places = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     own = len(example_inputs)
-    example_inputs = [*example_inputs, *(part.of(example_inputs) for part in parts)]
+    example_inputs = with_parts(example_inputs, parts)
     is_parameter = parameter_test(gm, example_inputs)
     bindings = []
     for number, cache in enumerate(plan.caches):

@@ -35,7 +35,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from loki_compile.config import LokiConfig
 from loki_compile.passes.cache_writes import KeyCache
 from loki_compile.passes.fx_tools import copy_of, extract, fake_value
-from loki_compile.passes.parts import Part
+from loki_compile.passes.parts import Part, with_parts
 from loki_compile.passes.plan import Plan
 from loki_compile.passes.rewrite import (
     IndexLayout,
@@ -288,7 +288,7 @@ class DecodeGraph:
         self.building = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
-        args = (*args, *(part.of(args) for part in self.parts))
+        args = with_parts(args, self.parts)
         visible = self.visible_keys(args)
         if self.wants_sparse(visible) and self.prepare_sparse(args, visible):
             assert self.sparse is not None

@@ -45,6 +45,11 @@ class Part:
         return part
 
 
+def with_parts(args: Sequence[Any], parts: Sequence[Part]) -> tuple[Any, ...]:
+    """The inputs of a graph whose parts were taken, given its own."""
+    return (*args, *(part.of(args) for part in parts))
+
+
 def take_parts(gm: fx.GraphModule) -> list[Part]:
     """Adds an input for each part of an input that the graph uses by such parts alone.
 

@@ -371,6 +371,20 @@ def test_an_exported_decoder_decodes_sparse_and_export_itself_sees_no_backend(in
     assert stats()["sparse_steps"] == NEW and set(sparse_sites()) == {2}
 
 
+def decode_beside_eager(model, fast, here, there, ids):
+    """An eager prefill into both caches, then steps whose logits must agree; the sites found."""
+    with torch.no_grad():
+        for past in (here, there):
+            model(ids[:, :PROMPT], past_key_values=past)
+        for at in range(PROMPT, PROMPT + NEW):
+            logits = [
+                step(ids[:, at : at + 1], past_key_values=past).logits
+                for step, past in ((fast, here), (model, there))
+            ]
+            torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+    return [site for report in reports() for site in report.sites]
+
+
 class Int8Layer(cache_utils.QuantizedLayer):
     """Keys and values in 8 bits; the last few as they are."""
 
@@ -393,16 +407,7 @@ def test_quantised_caches_stay_dense_with_a_reason(kind, interpreted):
     ids = prompt(length=PROMPT + NEW)
     fast = torch.compile(model, backend="loki", options=SPARSE)
     here, there = (Cache(layers=[QUANTISED[kind]() for _ in range(2)]) for _ in range(2))
-    with torch.no_grad():
-        for past in (here, there):
-            model(ids[:, :PROMPT], past_key_values=past)
-        for at in range(PROMPT, PROMPT + NEW):
-            logits = [
-                step(ids[:, at : at + 1], past_key_values=past).logits
-                for step, past in ((fast, here), (model, there))
-            ]
-            torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
-    sites = [site for report in reports() for site in report.sites]
+    sites = decode_beside_eager(model, fast, here, there, ids)
     assert sites and all(site.outcome == "dense" and site.reason for site in sites)
     assert stats()["sparse_steps"] == 0
 
@@ -414,16 +419,7 @@ def test_offloaded_caches_equal_eagers(interpreted):
     ids = prompt(length=PROMPT + NEW).cuda()
     fast = torch.compile(model, backend="loki", options=SPARSE)
     here, there = (DynamicCache(config=model.config, offloading=on) for on in (True, False))
-    with torch.no_grad():
-        for past in (here, there):
-            model(ids[:, :PROMPT], past_key_values=past)
-        for at in range(PROMPT, PROMPT + NEW):
-            logits = [
-                step(ids[:, at : at + 1], past_key_values=past).logits
-                for step, past in ((fast, here), (model, there))
-            ]
-            torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
-    sites = [site for report in reports() for site in report.sites]
+    sites = decode_beside_eager(model, fast, here, there, ids)
     assert all(site.outcome != "dense" or site.reason for site in sites)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from loki_compile.passes.parts import take_parts
+from loki_compile.passes.parts import take_parts, with_parts
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from toy_decoders import normal_graph
@@ -202,7 +202,7 @@ def test_parts_become_inputs_and_what_they_are_cut_from_has_no_users():
     holder, given, *new = gm.graph.find_nodes(op="placeholder")
     assert not holder.users and given.users and all(node.users for node in new)
     expected = attends(there := cache.clone(), x)
-    got = gm(cache, x, *(part.of((cache, x)) for part in parts))
+    got = gm(*with_parts((cache, x), parts))
     assert all(map(torch.equal, got, expected)) and torch.equal(cache, there)
 
 
