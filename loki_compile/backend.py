@@ -76,11 +76,9 @@ def loki(
     record_graph(plan, config, bindings, decode)
     if decode is not None:
         return decode
-    if config.pack_gqa and any(site.group > 1 for site in plan.sites):
+    if config.pack_gqa and not parts and any(site.group > 1 for site in plan.sites):
         packed, mapping = copy_of(normal)
-        inputs = with_parts(example_inputs, parts)
-        run = compile_graph(pack_groups(packed, plan.on(mapping).sites), inputs)
-        return (lambda *args: run(*with_parts(args, parts))) if parts else run
+        return compile_graph(pack_groups(packed, plan.on(mapping).sites), example_inputs)
     return compile_graph(gm, example_inputs)
 
 

@@ -159,6 +159,18 @@ def test_inductor_writes_into_the_parts():
     assert stats()["sparse_steps"] == 3 and stats()["rebuilds"] == LAYERS
 
 
+@pytest.mark.parametrize("name", ["numbers", "slices"])
+def test_what_is_dense_by_plan_is_right_under_inductor(name):
+    """Short caches: Inductor gets a graph at once, or its dense variant where sizes are symbols."""
+    x = torch.randn(BATCH, 8, WIDTH)
+    model, fast, here, there = both(LAYOUTS[name], x[:, :5], min_context=1024)
+    got = decode(fast, model, here, x[:, 5:], 5)
+    for a, b in zip(got, decode(model, model, there, x[:, 5:], 5), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    torch.testing.assert_close(here, there, rtol=0, atol=1e-5)
+    assert stats()["sparse_steps"] == 0 and reports()
+
+
 @pytest.mark.parametrize("name", ["numbers", "side by side"])
 def test_a_small_budget_equals_a_fresh_rebuilds_also_after_edits(name, interpreted):
     """Whoever writes into the tensor, in whatever part of it, makes all its indexes old."""
