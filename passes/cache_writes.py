@@ -428,7 +428,7 @@ def _after_index(node: fx.Node, labels: list[Any]) -> list[Any] | None:
     index = operand(node, "index" if op_name(node) == "setitem" else "indices")
     if op_name(node) != "setitem":
         index = _full_slices(index)
-    dims = _indexed_dims(index, shape_of(node.args[0]) or ())  # type: ignore[arg-type]
+    dims = indexed_dims(index, shape_of(node.args[0]) or ())  # type: ignore[arg-type]
     if dims is None:
         return None
     return [None if d is None else labels[d] for d in dims]
@@ -479,7 +479,7 @@ def _view_dims(node: fx.Node) -> list[int | None] | None:
             shape_of(item) is not None or isinstance(item, (list, torch.Tensor)) for item in items
         ):
             return None  # advanced indexing copies
-        dims = _indexed_dims(index, shape_of(source) or ())
+        dims = indexed_dims(index, shape_of(source) or ())
         # A slice of head_dim is not the key any more.
         return dims if dims and dims[-1] == rank - 1 and _whole_last(index, rank) else None
     return None
@@ -498,7 +498,7 @@ def splits_heads(node: fx.Node) -> bool:
     )
 
 
-def _indexed_dims(index: Any, shape: Sequence[Any]) -> list[int | None] | None:
+def indexed_dims(index: Any, shape: Sequence[Any]) -> list[int | None] | None:
     """NumPy's rule: the input dimension behind each dimension of `x[index]`, None where new."""
     items, rank = list(index) if isinstance(index, tuple) else [index], len(shape)
     consumed = sum(1 for i in items if i is not None and i is not Ellipsis)

@@ -233,12 +233,17 @@ def may_overlap(a: fx.Node, b: fx.Node) -> bool:
     x, y = fake_value(a), fake_value(b)
     if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
         return False
-    if _storage(x) != _storage(y):
+    if not share_memory(x, y):
         return False
     first, second = _extent(x), _extent(y)
     if first is None or second is None:
         return True
     return first[0] < second[1] and second[0] < first[1]
+
+
+def share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors have one storage, wherever in it they lie."""
+    return _storage(x) == _storage(y)
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from loki_compile.passes.fx_tools import op_name
 from loki_compile.passes.parts import take_parts, with_parts
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -70,13 +71,44 @@ def values_only_apart(cache, layer, k, v, pos, at):
     return cache[0][layer], cache[1][layer]
 
 
+def both_at_once(cache, layer, k, v, pos, at):
+    """One write for keys and values, as flash-attn's inference cache has it."""
+    end = at + k.shape[2]
+    kv = cache[layer]
+    kv[:BATCH, at:end, ...] = torch.stack([k, v], 2).transpose(1, 3)
+    k, v = kv[:BATCH, :end].unbind(2)
+    return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def both_at_positions(cache, layer, k, v, pos, at):
+    kv = cache[layer].index_copy_(3, pos, torch.stack([k, v]))
+    return kv[0], kv[1]
+
+
+def both_copied(cache, layer, k, v, pos, at):
+    cache[layer][:, :, :, at : at + k.shape[2]].copy_(torch.stack((k, v), dim=0))
+    return cache[layer, 0], cache[layer][-1]
+
+
+def both_turned(cache, layer, k, v, pos, at):
+    kv = cache[layer]
+    kv[:, pos] = torch.stack([k.transpose(1, 2), v.transpose(1, 2)], dim=2)
+    kv = kv.permute(2, 0, 3, 1, 4)
+    return kv[0], kv[1]
+
+
 _HEADS_FIRST = (LAYERS, 2, BATCH, KV_HEADS, SLOTS, HEAD_DIM)
+_TOKENS_FIRST = (LAYERS, BATCH, SLOTS, 2, KV_HEADS, HEAD_DIM)
 LAYOUTS = {
     "numbers": Layout(_HEADS_FIRST, by_numbers),
     "slices": Layout(_HEADS_FIRST, by_slices),
     "views": Layout(_HEADS_FIRST, by_views),
     "select": Layout(_HEADS_FIRST, by_select),
-    "side by side": Layout((LAYERS, BATCH, SLOTS, 2, KV_HEADS, HEAD_DIM), side_by_side),
+    "side by side": Layout(_TOKENS_FIRST, side_by_side),
+    "both at once": Layout(_TOKENS_FIRST, both_at_once),
+    "both at positions": Layout(_HEADS_FIRST, both_at_positions),
+    "both copied": Layout(_HEADS_FIRST, both_copied),
+    "both turned": Layout(_TOKENS_FIRST, both_turned),
     "keys, then values": Layout((2, LAYERS, *_HEADS_FIRST[2:]), values_only_apart),
 }
 
@@ -84,6 +116,24 @@ LAYOUTS = {
 def whole_scaled(cache, layer, k, v, pos, at):
     found = by_numbers(cache, layer, k, v, pos, at)
     cache.mul_(1.0)
+    return found
+
+
+def written_through_a_reshape(cache, layer, k, v, pos, at):
+    found = by_numbers(cache, layer, k, v, pos, at)
+    cache[layer, 0].view(BATCH * KV_HEADS, SLOTS, HEAD_DIM).mul_(1.1)
+    return found
+
+
+def written_through_a_diagonal(cache, layer, k, v, pos, at):
+    found = by_numbers(cache, layer, k, v, pos, at)
+    cache[layer, 0].split(KV_HEADS // 2, dim=1)[0].diagonal(0, 2, 3).mul_(1.1)
+    return found
+
+
+def keys_moved(cache, layer, k, v, pos, at):
+    found = by_numbers(cache, layer, k, v, pos, at)
+    cache[layer, 0, :, :, 1:2] = cache[layer, 0, :, :, :1]
     return found
 
 
@@ -198,6 +248,20 @@ def test_a_tensor_that_is_written_otherwise_too_stays_dense(step, interpreted):
     assert sites and all("more than this layer" in site.reason for site in sites)
 
 
+@pytest.mark.parametrize(
+    "step", [written_through_a_reshape, written_through_a_diagonal, keys_moved]
+)
+def test_a_part_that_is_written_otherwise_too_stays_dense(step, interpreted):
+    """Its views share the part's memory, in whatever way they were made."""
+    x = torch.randn(BATCH, 5 + STEPS, WIDTH)
+    model, fast, here, there = both(Layout(_HEADS_FIRST, step), x[:, :5], top_k=1.0)
+    got = decode(fast, model, here, x[:, 5:], 5)
+    for a, b in zip(got, decode(model, model, there, x[:, 5:], 5), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    sites = [site for report in reports() for site in report.sites]
+    assert sites and all("cannot be mirrored" in site.reason for site in sites)
+
+
 def test_parts_become_inputs_and_what_they_are_cut_from_has_no_users():
     def attends(c, x):
         c[1, 0, :, :, 3:4] = x
@@ -226,6 +290,8 @@ def test_parts_become_inputs_and_what_they_are_cut_from_has_no_users():
         lambda c: c[0] + 1,  # keys and values at once
         lambda c: (c[0, 1] + 1, c[0]),  # a view of two parts is returned
         lambda c: c[torch.tensor(1), 0] + 1,  # a number that only the running model knows
+        lambda c: c[:1][0, 0] + c[0, 1],  # a slice cuts what the numbers count
+        lambda c: c[:, :1].transpose(0, 1)[0] + c[0, 1],
     ],
 )
 def test_a_tensor_that_is_used_otherwise_too_stays_one_input(use):
@@ -233,6 +299,80 @@ def test_a_tensor_that_is_used_otherwise_too_stays_one_input(use):
     before = len(gm.graph.find_nodes(op="placeholder"))
     assert take_parts(gm) == []
     assert len(gm.graph.find_nodes(op="placeholder")) == before
+
+
+def parts_of(attends, c, *others, holder=0):
+    """What `take_parts` finds in c; the graph that is left does what the function did."""
+    gm = normal_graph(attends, c, *others)
+    parts = take_parts(gm)
+    placeholders = gm.graph.find_nodes(op="placeholder")[: (len(parts) and -len(parts)) or None]
+    there = [t.clone() for t in (c, *others)]
+    expected = attends(*there)
+    own = {f"l_{name}_": t.clone() for name, t in zip("cxyz", (c, *others), strict=False)}
+    args = [own[node.name] for node in placeholders]
+    assert all(map(torch.equal, gm(*with_parts(args, parts)), expected))
+    assert all(map(torch.equal, own.values(), there))
+    names = [node.name for node in placeholders]
+    return gm, [part.numbers for part in parts if names[part.holder] == "l_c_"]
+
+
+def stores(index):
+    """With the first and second tensor that it is given in the place of 'y' and 'z'."""
+
+    def attends(c, x, y, z):
+        c[tuple(y if i == "y" else z if i == "z" else i for i in index)] = x
+        return c[:, :, 0] + y[0], c[:, :, 1] + z[0]
+
+    return attends, torch.randn(2, 3, 2, 5, 4), torch.tensor([0, 2]), torch.tensor([4, 1])
+
+
+ALL = slice(None)
+
+
+@pytest.mark.parametrize(
+    "index, sizes",
+    [
+        ((ALL, slice(1, 2)), (2, 1, 2, 5, 4)),
+        ((ALL, slice(1, 2)), (1, 2, 5, 4)),  # broadcast
+        ((Ellipsis, slice(2, 4), ALL), (2, 3, 2, 2, 4)),
+        ((ALL, "y"), (2, 2, 2, 5, 4)),
+        ((ALL, ALL, ALL, "z"), (2, 3, 2, 2, 4)),
+        ((ALL, None, slice(1, 2)), (2, 1, 1, 2, 5, 4)),
+    ],
+)
+def test_one_write_of_all_parts_is_one_for_each(index, sizes):
+    attends, cache, *indices = stores(index)
+    gm, parts = parts_of(attends, cache, torch.randn(sizes), *indices)
+    assert parts == [((2, 0),), ((2, 1),)]
+    writes = [node for node in gm.graph.nodes if op_name(node) == "setitem"]
+    assert len(writes) == 2 and {write.args[0].op for write in writes} == {"placeholder"}
+
+
+@pytest.mark.parametrize(
+    "index, sizes",
+    [
+        ((ALL, slice(1, 2), slice(0, 1)), (2, 1, 1, 5, 4)),  # of one part only
+        ((ALL, slice(1, 2)), (2, 1, 1, 5, 4)),  # the same for both
+        ((ALL, slice(1, 2)), (5, 4)),
+        ((1, "y"), (2, 2, 5, 4)),  # numbers of two dimensions cross
+        ((ALL, "y", ALL, "z"), (2, 2, 2, 4)),  # indices that it keeps apart
+    ],
+)
+def test_another_write_of_all_parts_stays_one(index, sizes):
+    attends, cache, *indices = stores(index)
+    assert parts_of(attends, cache, torch.randn(sizes), *indices)[1] == []
+
+
+def test_what_is_written_after_it_was_stacked_is_not_seen_through():
+    def attends(c, x, y):
+        kv = torch.stack([x, y], 2)
+        x.mul_(2)
+        c[:, 1:2] = kv
+        return c[:, :, 0] + 1, c[:, :, 1] + 1
+
+    sizes = (2, 1, 5, 4)
+    _, parts = parts_of(attends, torch.randn(2, 3, 2, 5, 4), torch.randn(sizes), torch.randn(sizes))
+    assert len(parts) == 2
 
 
 def test_a_tensor_that_overlaps_itself_or_another_input_stays_one_input():
