@@ -56,6 +56,11 @@ _PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")
 _TURNS = ("transpose", "permute", "movedim")
 _VIEWS = (*_TURNS, "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 
+# A key whose logit is set to this has no weight beside any other: no visible logit is as low.
+_HIDES = -1e7
+# float32 keeps nothing of a score that is added to this.
+_ABSORBS = -1e30
+
 
 class _Scores:
     """What has been understood of the way from the product to the softmax, walking back."""
@@ -176,6 +181,9 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
             return skip(Reason.SOFTMAX, op_name(weights))
         read = steps[-1] if steps else softmax
         second = _weights_by_values(node, read, weights, first.sizes, scores)
+    masks = _with_deep_fills(scores.masks)
+    if masks is None:
+        return skip(Reason.SOFTMAX, "a fill beside other masks")
     if first is None or second is None:
         if not _is_batched(product) and any(op_name(step) in _VIEWS for step in steps):
             return None
@@ -187,7 +195,7 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
         query=first.query,
         key=first.key,
         value=second.value,
-        masks=tuple(reversed(scores.masks)),
+        masks=tuple(reversed(masks)),
         scale=scores.factor,
         query_scales=tuple(scores.query_scales),
         key_order=first.key_order,
@@ -767,21 +775,26 @@ def _fold_cast(node: fx.Node, scores: _Scores) -> fx.Node | None:
 
 
 def _fold_fill(node: fx.Node, scores: _Scores) -> fx.Node | None:
-    """masked_fill(mask, very low) and where(mask, scores, very low)."""
+    """masked_fill(mask, very low), where(mask, scores, very low), where(mask, very low, scores)."""
     if op_name(node) == "where":
         if len(node.args) != 3:
             return None
-        mask, inner, fill, inverted = node.args[0], node.args[1], node.args[2], False
+        mask, inner, fill = node.args
+        inverted = _number(inner) is not None
+        inner, fill = (fill, inner) if inverted else (inner, fill)
     else:
         inner, mask, fill = node.args[0], node.args[1], node.args[2]
         inverted = True
     if not isinstance(inner, fx.Node) or not isinstance(mask, fx.Node) or scores.softcap:
         return None
     value = fake_value(mask)
-    low = _very_low(fill)
-    if value is None or str(value.dtype) != "torch.bool" or low is None:
+    number = _number(fill)
+    if value is None or str(value.dtype) != "torch.bool" or number is None:
         return None
-    scores.add_mask(mask, node, inverted=inverted, fill=low)
+    lowest = torch.finfo(fake_value(node).dtype).min
+    if number > lowest and number * scores.factor > _HIDES:
+        return None
+    scores.add_mask(mask, node, inverted=inverted, fill=number)
     return inner
 
 
@@ -804,10 +817,29 @@ def _fold_view(node: fx.Node, scores: _Scores) -> fx.Node | None:
     return node.args[0]  # type: ignore[return-value]
 
 
-def _very_low(fill: Any) -> float | None:
-    """The number, if it hides a key from the softmax."""
-    number = _number(fill)
-    return number if number is not None and number <= -1e37 else None
+def _with_deep_fills(masks: list[MaskTerm]) -> list[MaskTerm] | None:
+    """The same masks with fills that no score changes when it is added to them, near the lowest
+    number of float32.
+
+    In a row that sees no key such a fill is all that counts. Fills that are less deep keep their
+    meaning if they are one number and nothing is added to it; else None.
+    """
+    fills = {term.fill * term.factor for term in masks if term.fill > float("-inf")}
+    if all(fill <= _ABSORBS for fill in fills):
+        return masks
+    if len(fills) > 1 or any(fake_value(term.node).dtype != torch.bool for term in masks):
+        return None
+    (fill,) = fills
+    deeper = 2.0 ** (127 - math.floor(math.log2(-fill)))  # exact, so that equal fills stay equal
+    if fill * deeper < torch.finfo(torch.float32).min:
+        return None
+    return [dataclasses.replace(term, fill=term.fill * deeper) for term in masks]
+
+
+def _very_low(bound: Any) -> float | None:
+    """The number, if it is so low that no score reaches it or changes it."""
+    number = _number(bound)
+    return number if number is not None and number <= _ABSORBS else None
 
 
 def _number(value: Any) -> float | None:
@@ -905,8 +937,8 @@ def _holds_product(node: Any, turned: bool = True) -> bool:
             return False
         if name in _TURNS and not turned:
             return False
-        inner = [a for a in node.args[:2] if isinstance(a, fx.Node)]
-        if len(inner) == 2 and name in (*_ADD, *_MUL, "where"):
+        inner = [a for a in node.args[: 2 + (name == "where")] if isinstance(a, fx.Node)]
+        if len(inner) > 1 and name in (*_ADD, *_MUL, "where"):
             return any(_holds_product(a, turned) for a in inner)
         node = node.args[0]
     return False

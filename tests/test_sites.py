@@ -357,6 +357,31 @@ def low_and_zeroed_behind(q, keys, values, mask):
     return torch.softmax(scores, dim=-1).masked_fill(~mask, 0.0) @ repeat_kv(values)
 
 
+def filled(q, keys, values, mask):
+    """Scores so large that -1e9 would not swallow them; one row sees nothing."""
+    scores = (q * 200) @ repeat_kv(keys).transpose(2, 3)
+    return chain(scores.masked_fill(mask == 0, -1e9) / math.sqrt(HEAD_DIM), repeat_kv(values))
+
+
+def filled_twice(q, keys, values, mask):
+    scores = (q * 200) @ repeat_kv(keys).transpose(2, 3)
+    early = torch.arange(keys.shape[2]) < 2
+    scores = torch.where(early & mask[1:], -2e9, scores) * 0.5
+    return chain(torch.where(mask, scores, torch.tensor(-1e9)), repeat_kv(values))
+
+
+def filled_and_hidden(q, keys, values, mask):
+    """A row that sees nothing has equal weights for what the second fill hides."""
+    scores = (q * 200) @ repeat_kv(keys).transpose(2, 3)
+    scores = scores.masked_fill(torch.arange(keys.shape[2]) < 1, -torch.inf)
+    return chain(scores.masked_fill(~mask & (mask.sum(-1, True) > 1), -1e8), repeat_kv(values))
+
+
+def filled_and_zeroed_behind(q, keys, values, mask):
+    scores = (q @ repeat_kv(keys).transpose(2, 3)).masked_fill(~mask, -1e9)
+    return torch.softmax(scores, dim=-1).masked_fill(~mask, 0.0) @ repeat_kv(values)
+
+
 def einsum_products(q, keys, values, mask):
     scores = torch.einsum("bhqd,bhkd->bhqk", q * 0.3, repeat_kv(keys)) + mask
     return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(scores, dim=-1), repeat_kv(values))
@@ -410,6 +435,11 @@ CHAINS = [
     (sinks_of_rows, nothing_seen_by_first_inf),
     (zeroed_behind, nothing_seen_by_first),
     (low_and_zeroed_behind, nothing_seen_by_first),
+    (filled, causal),
+    (filled, nothing_seen_by_first),
+    (filled_twice, nothing_seen_by_first),
+    (filled_and_hidden, nothing_seen_by_first),
+    (filled_and_zeroed_behind, nothing_seen_by_first),
 ]
 
 
@@ -896,6 +926,31 @@ def not_very_low(q, keys, values, mask):
     return chain(scores.masked_fill(~mask.isfinite(), -5.0), repeat_kv(values))
 
 
+def not_low_enough(q, keys, values, mask):
+    """A logit of -10000 has been seen; of a row that sees nothing it is all there is."""
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3
+    return chain(scores.masked_fill(~mask.isfinite(), -10000.0), repeat_kv(values))
+
+
+def low_before_a_small_scale(q, keys, values, mask):
+    scores = (q @ repeat_kv(keys).transpose(2, 3)).masked_fill(~mask.isfinite(), -1e9)
+    return chain(scores * 1e-8, repeat_kv(values))
+
+
+def two_fills(q, keys, values, mask):
+    """A row that sees nothing attends to what the first fill hides alone."""
+    scores = q @ repeat_kv(keys).transpose(2, 3) * 0.3
+    scores = scores.masked_fill(torch.arange(keys.shape[2]) < 2, -1e9)
+    hidden = ~mask.isfinite() & (torch.arange(keys.shape[2]) >= 2)
+    return chain(scores.masked_fill(hidden, -1e12), repeat_kv(values))
+
+
+def filled_and_added(q, keys, values, mask):
+    """What is added to a fill orders the keys of a row that sees nothing."""
+    scores = (q @ repeat_kv(keys).transpose(2, 3)).masked_fill(~mask.isfinite(), -1e9)
+    return chain(scores - torch.arange(keys.shape[2]) * 100.0, repeat_kv(values))
+
+
 def keys_as_router(q, keys, values, mask):
     """A softmax over a product, but nothing is mixed by it."""
     weights = F.softmax(q @ repeat_kv(keys).transpose(2, 3) + mask, dim=-1)
@@ -987,7 +1042,8 @@ def mask_edited_between_the_products(q, keys, values, mask):
         scale_edited_between_the_products, scale_of_each_key, masked_then_divided_by_a_tensor,
         multiplied_by_scores,
         max_over_heads, floored, scaled_mask, negative_scale, masked_then_capped,
-        weights_read_twice, over_heads, weights_scaled, not_very_low, keys_as_router,
+        weights_read_twice, over_heads, weights_scaled, not_very_low, not_low_enough,
+        low_before_a_small_scale, two_fills, filled_and_added, keys_as_router,
     ],
     ids=lambda f: f.__name__,
 )  # fmt: skip
