@@ -256,13 +256,13 @@ def _part_behind_views(
 
 def _is_view(node: fx.Node) -> bool:
     """Whether the call turns a tensor of several layers, or takes slices of it."""
-    if len(shape_of(node) or ()) <= KEY_DIMS or not isinstance(node.args[0], fx.Node):
+    source = node.args[0] if node.args else None
+    if len(shape_of(node) or ()) <= KEY_DIMS or not isinstance(source, fx.Node):
         return False
     if op_name(node) in ("transpose", "permute", "movedim"):
         return True
-    rank = len(shape_of(node.args[0]) or ())
     return op_name(node) == "getitem" and all(
-        isinstance(item, slice) for item in _items(node.args[1], rank)
+        isinstance(item, slice) for item in _items(node.args[1], len(shape_of(source) or ()))
     )
 
 
@@ -369,10 +369,8 @@ def _select_of(source: fx.Node, dim: int, number: int, reader: fx.Node) -> fx.No
     """`source.select(dim, number)`, which of a stack is what was stacked."""
     if op_name(source) == "stack":
         tensors: Any = source.args[0]
-        rank, along = (
-            len(shape_of(source) or ()),
-            (*source.args[1:], source.kwargs.get("dim", 0))[0],
-        )
+        rank = len(shape_of(source) or ())
+        along: Any = (*source.args[1:], source.kwargs.get("dim", 0))[0]
         still = not any(
             may_overlap(write.operand, node)
             for write in writes_of(source.graph)
