@@ -416,7 +416,7 @@ def _queries_by_keys(query: Any, key: Any, product: fx.Node, scores: _Scores) ->
     keys = _operand(key, (0, 1, 3, 2), product, scores)
     if queries is None or keys is None:
         return None
-    sizes = dict(zip("bhsd", shape_of(queries) or (), strict=True))
+    sizes = dict(zip(queries[1], shape_of(queries[0]) or (), strict=True))
     sizes["t"] = shapes[2][-1]
     layout: Layout = SCORES if rank == 4 else ("bh", "s", "t")
     if len(layout) != rank or any(
@@ -424,7 +424,7 @@ def _queries_by_keys(query: Any, key: Any, product: fx.Node, scores: _Scores) ->
         for held, size in zip(layout, shapes[2], strict=True)
     ):
         return None
-    return _First(queries, ("b", "h", "s", "d"), *keys, layout, sizes)
+    return _First(*queries, *keys, layout, sizes)
 
 
 def _einsum_of_keys(product: fx.Node, scores: _Scores) -> _First | None:
@@ -577,21 +577,21 @@ def _adds_dim(node: fx.Node, dim: int, before: Any, after: Any) -> bool:
     return concrete(after[dim]) == 1 and all(map(same_size, rest, before))
 
 
-def _queries(query: Any, reader: fx.Node, scores: _Scores) -> fx.Node | None:
+def _queries(query: Any, reader: fx.Node, scores: _Scores) -> tuple[fx.Node, Layout] | None:
     """The 4-D queries behind an operand of the product; scaling on the way goes to `scores`."""
+    order = (0, 1, 2, 3)
     while isinstance(query, fx.Node) and len(shape_of(query) or ()) == 3:
         found = before_fold(query, (0, 1, 2))
         if found is not None:
             query, order, reader = found
-            if order != (0, 1, 2, 3):
-                return None
             break
         scales = _STEPS.get(op_name(query)) if op_name(query) in (*_MUL, *_DIV) else None
         query = scales(query, scores) if scales else None
     if not isinstance(query, fx.Node) or len(shape_of(query) or ()) != 4:
         return None
     scores.reads.append((query, reader))
-    return query
+    letters = dict(zip(order, "bhsd", strict=True))
+    return query, tuple(letters[dim] for dim in range(4))
 
 
 def _operand(

@@ -532,14 +532,15 @@ def _times(node: fx.Node) -> tuple[fx.Node, float] | None:
     return tensor, 1 / number if divides else float(number)
 
 
-def folds(node: fx.Node) -> bool:
-    """Whether the call makes (B * H, x, y) of (B, H, x, y)."""
+def folds(node: fx.Node, at: int) -> bool:
+    """Whether the call makes one dimension, `at`, of two of a 4-D tensor: (B * H, x, y), or
+    (x, B * H, y)."""
     apart, folded = shape_of(node.args[0]) if node.args else None, shape_of(node)
-    if op_name(node) not in ("reshape", "flatten"):
+    if op_name(node) not in ("reshape", "flatten") or at > 1:
         return False
     if apart is None or folded is None or len(apart) != 4 or len(folded) != 3:
         return False
-    expected = (apart[0] * apart[1], apart[2], apart[3])
+    expected = (*apart[:at], apart[at] * apart[at + 1], *apart[at + 2 :])
     return all(same_size(a, b) for a, b in zip(expected, folded, strict=True))
 
 
@@ -554,9 +555,9 @@ def before_fold(
     order = list(at)
     while node.args and isinstance(node.args[0], fx.Node):
         name, source = op_name(node), node.args[0]
-        if folds(node):
-            fold, tokens, last = order
-            return (source, (0, 1, tokens + 1, last + 1), node) if fold == 0 else None
+        fold, tokens, last = order
+        if folds(node, fold):
+            return source, (fold, fold + 1, tokens + (tokens > fold), last + (last > fold)), node
         if name in ("transpose", "permute", "movedim"):
             back = permutation(node)
             order = [back[d] for d in order]

@@ -357,6 +357,21 @@ def low_and_zeroed_behind(q, keys, values, mask):
     return torch.softmax(scores, dim=-1).masked_fill(~mask, 0.0) @ repeat_kv(values)
 
 
+def tokens_in_front(q, keys, values, mask):
+    """(S, B * H, D), as Megatron has it, and scores (B * H, S, T)."""
+    batch, heads, new, dims = q.shape
+    q, keys, values = (
+        x.permute(2, 0, 1, 3).reshape(-1, batch * heads, dims)
+        for x in (q, repeat_kv(keys), repeat_kv(values))
+    )
+    empty = torch.empty(batch * heads, new, keys.shape[0])
+    keys = keys.transpose(0, 1).transpose(1, 2)
+    scores = torch.baddbmm(empty, q.transpose(0, 1), keys, beta=0.0, alpha=0.3)
+    scores = scores.view(batch, heads, new, -1).masked_fill(~mask, -10000.0 * 1e30)
+    weights = torch.softmax(scores, dim=-1).view(batch * heads, new, -1)
+    return torch.bmm(weights, values.transpose(0, 1)).view(batch, heads, new, dims)
+
+
 def filled(q, keys, values, mask):
     """Scores so large that -1e9 would not swallow them; one row sees nothing."""
     scores = (q * 200) @ repeat_kv(keys).transpose(2, 3)
@@ -435,6 +450,7 @@ CHAINS = [
     (sinks_of_rows, nothing_seen_by_first_inf),
     (zeroed_behind, nothing_seen_by_first),
     (low_and_zeroed_behind, nothing_seen_by_first),
+    (tokens_in_front, causal),
     (filled, causal),
     (filled, nothing_seen_by_first),
     (filled_twice, nothing_seen_by_first),
