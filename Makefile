@@ -29,16 +29,13 @@ SOAK := tests/test_properties.py tests/test_graph_properties.py tests/test_cache
 soak: $(STAMP)
 	$(WORKERS) --hypothesis-profile=soak --timeout=0 -m "slow or not slow" $(SOAK) $(TEST_FLAGS)
 
-# Lines and branches of passes/, pca_store/ and the runtime, by workers that coverage follows.
+# Lines and branches of passes/, pca_store/ and the runtime.
 COVERING := sites cache_writes normalize fx_tools plan rotary masks rewrite undo flex latent runtime faults backend shared_tensors \
   odd_spellings graph_properties cache_machine windows other_decoders end_to_end config calibration \
   attention_fit pca_store
 coverage: $(STAMP)
-	$(BIN)/coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n auto --maxprocesses=8 --timeout=1800 \
-	  --hypothesis-profile=brief $(COVERING:%=tests/test_%.py) $(TEST_FLAGS)
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report --fail-under=95
+	$(WORKERS) --timeout=1800 --hypothesis-profile=brief --cov --cov-branch \
+	  --cov-report=term-missing --cov-fail-under=95 $(COVERING:%=tests/test_%.py) $(TEST_FLAGS)
 
 # Small changes to a file that some test should notice: make mutants FILE=passes/plan.py SAMPLE=30
 FILE ?= passes/plan.py

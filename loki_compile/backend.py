@@ -147,6 +147,7 @@ def _bind_caches(
     bindings = []
     for number, cache in enumerate(plan.caches):
         site = next(s.site for s in plan.sparse if s.cache == number)
+        maps = site.latent.keys if site.latent is not None else None
         weight = nearest_matrix(cache.new_keys, is_parameter)
         bindings.append(
             CacheBinding(
@@ -160,7 +161,7 @@ def _bind_caches(
                 new_tokens=_new_tokens(cache, site.query_tokens),
                 beside=places[cache.beside.past] if cache.beside is not None else None,
                 latent=site.latent,
-                map=places.get(site.latent.keys.weight) if site.latent is not None else None,
+                map=places.get(maps.weight) if maps is not None else None,
                 query_heads=site.query_heads,
             )
         )

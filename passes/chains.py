@@ -73,6 +73,7 @@ class _Scores:
         self.query_scales: list[tuple[Callable[..., Any], fx.Node]] = []
         self.sinks: fx.Node | None = None
         self.row_sinks = False
+        self.added: fx.Node | None = None  # a second product
         self.reads: list[tuple[fx.Node, fx.Node]] = []
         self.views: list[fx.Node] = []
         # How many of the views lie behind: each mask, and each step that goes by the last dimension
@@ -169,11 +170,15 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
         return skip(Reason.SOFTMAX, factors)
     first = _queries_by_keys(*factors, product, scores)
     second: _Second | None = None
+    beside = None
     if first is not None:
         layout = scores.lay_out(first.layout, first.sizes, axis)
         if isinstance(layout, str):
             return skip(Reason.SOFTMAX, layout)
         over_keys = True
+        beside = _second_product(scores, first)
+        if (beside is None) != (scores.added is None):
+            return skip(Reason.SOFTMAX, "add")
         first = _named(dataclasses.replace(first, layout=layout), scores)
     if first is not None:
         weights = _weights(first.layout, steps, scores, first.sizes)
@@ -207,7 +212,23 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
         reads=tuple(scores.reads),
         query_layout=first.query_layout,
         out_layout=second.layout,
+        beside=beside,
     )
+
+
+def _second_product(
+    scores: _Scores, first: _First
+) -> tuple[fx.Node, fx.Node, tuple[int, int, int, int]] | None:
+    """Queries, keys and their order of the product that is added, if it is laid out alike."""
+    if scores.added is None:
+        return None
+    operands = [*scores.added.args[:2], None]
+    other = _queries_by_keys(operands[0], operands[1], scores.added, scores)
+    if other is None or (other.query_layout, other.layout) != (first.query_layout, first.layout):
+        return None
+    if any(not same_size(first.sizes[c], n) for c, n in other.sizes.items() if c != "d"):
+        return None
+    return other.query, other.key, other.key_order
 
 
 def scores_that_leave(graph: fx.Graph) -> list[Skipped]:
@@ -710,6 +731,9 @@ def _fold_add(node: fx.Node, scores: _Scores) -> fx.Node | None:
         return None
     if not isinstance(right, fx.Node):
         return left if isinstance(right, (int, float)) else None  # the same for every key
+    if scores.added is None and all(op_name(x) in ("einsum", "matmul") for x in (left, right)):
+        scores.added = right
+        return left
     turned = not (_holds_product(left, turned=False) or _holds_product(right, turned=False))
     for inner, mask in ((left, right), (right, left)):
         if _holds_product(inner, turned) and not _holds_product(mask, turned):

@@ -83,7 +83,7 @@ def absorb(
     writes: `writes_of` the site's graph; dims: the latent's, for the reason.
     """
     try:
-        found = _Absorption(site, writes).result()
+        found = site if site.latent is not None else _Absorption(site, writes).result()
         return found, _cache_of(found, writes)
     except _No as no:
         return Skipped(site.node, Reason.LATENT, (dims, str(no)), site.path)
@@ -91,6 +91,8 @@ def absorb(
 
 def over_rows(site: AttentionSite, writes: list[Write]) -> AttentionSite | None:
     """The site over the rows that its keys and values are expanded from, cached or not."""
+    if site.latent is not None:
+        return site
     try:
         return _Absorption(site, writes).result()
     except _No:

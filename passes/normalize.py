@@ -3,9 +3,9 @@
 Dynamo keeps what the model wrote: `x.transpose(1, 2)` and `torch.transpose(x, 1, 2)`, `x @ y` and
 `torch.matmul(x, y)`, `torch.concat` and `torch.cat`, `x[:, 0:]` and `x`. Here each becomes a call
 of the method or function that PyTorch documents as the main one, a slice that leaves nothing out
-becomes the tensor, an `einsum` of two factors that is a matrix product a `matmul`, and
-`exp(x - max) / sum` a `softmax`. Meaning stays, and results bit for bit but for the order of
-einsum's sums and the rounding of that softmax.
+becomes the tensor, of equal views one is left, an `einsum` of two factors that is a matrix
+product a `matmul`, and `exp(x - max) / sum` a `softmax`. Meaning stays, and results bit for
+bit but for the order of einsum's sums and the rounding of that softmax.
 """
 
 from __future__ import annotations
@@ -215,6 +215,35 @@ def _see_through(graph: fx.Graph, mapping: dict[fx.Node, fx.Node]) -> None:
         mapping[old] = stands_for.get(new, new)
 
 
+_VIEWS = ("getitem", "select", "narrow", "transpose", "permute", "unsqueeze")
+
+
+def _merge_views(graph: fx.Graph, mapping: dict[fx.Node, fx.Node]) -> None:
+    """Of views that are taken twice alike, the first is read by all, save where one is returned."""
+    first: dict[Any, fx.Node] = {}
+    stands_for: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        if op_name(node) not in _VIEWS or not may_overlap(node, node.args[0]):
+            continue
+        one = first.setdefault(_key((node.target, node.args, tuple(node.kwargs.items()))), node)
+        if one is not node:
+            node.replace_all_uses_with(one, delete_user_cb=lambda user: user.op != "output")
+        if not node.users:
+            stands_for[node] = one
+            graph.erase_node(node)
+    for old, new in mapping.items():
+        mapping[old] = stands_for.get(new, new)
+
+
+def _key(value: Any) -> Any:
+    """Something hashable that is equal for equal operands of one type."""
+    if isinstance(value, (tuple, list)):
+        return (type(value), *map(_key, value))
+    if isinstance(value, slice):
+        return slice, _key(value.start), _key(value.stop), _key(value.step)
+    return type(value), value
+
+
 def normalize(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """Returns a copy of `gm` in one spelling, and the map from its nodes to the copy's."""
     copy, mapping = copy_of(gm)
@@ -237,6 +266,7 @@ def normalize(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node
     for old, node in mapping.items():
         mapping[old] = renamed.get(node, node)
     _see_through(copy.graph, mapping)
+    _merge_views(copy.graph, mapping)
     copy.graph.lint()
     copy.recompile()
     return copy, mapping

@@ -95,9 +95,10 @@ def make_plan(
         if not _selected(site, number, layers):
             dense.append(Skipped(site.node, Reason.LAYER_OFF, (layers,), site.path))
             continue
-        cache = trace_cache(site, writes)
-        if isinstance(cache, Skipped) and cache.reason is Reason.LATENT:
-            absorbed = absorb(site, writes, cache.details[0])
+        cache = trace_cache(site, writes) if site.latent is None else None
+        if cache is None or (isinstance(cache, Skipped) and cache.reason is Reason.LATENT):
+            dims = site.value_dim if cache is None else cache.details[0]
+            absorbed = absorb(site, writes, dims)
             site, cache = absorbed if isinstance(absorbed, tuple) else (site, absorbed)
         if isinstance(cache, Skipped):
             dense.append(cache)

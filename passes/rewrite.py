@@ -405,7 +405,7 @@ def _sparse_attention(
     )
     if site.nan_rows and mask is not None:
         out = call(graph, torch.masked_fill, out, blind[mask], float("nan"), like=site.node)
-    if latent is not None:
+    if latent is not None and latent.values is not None:
         weight, maps = latent.values.weight, _numbers(latent.values)
         out = call(graph, expanded_values, out, weight, maps, like=site.node)
     if site.tiled:
@@ -414,9 +414,11 @@ def _sparse_attention(
 
 
 def _queries_by_head(graph: fx.Graph, site: AttentionSite) -> fx.Node:
-    if site.query_layout == QUERIES:
-        return site.query
-    return call(graph, queries_by_head, site.query, site.query_layout, like=site.node)
+    parts = [node for node in (site.query, site.query_rest) if node is not None]
+    if site.query_layout != QUERIES:
+        layout = site.query_layout
+        parts = [call(graph, queries_by_head, part, layout, like=site.node) for part in parts]
+    return parts[0] if len(parts) == 1 else call(graph, torch.cat, parts, -1, like=site.node)
 
 
 def queries_by_head(query: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -458,6 +460,7 @@ def unit_queries(weight: torch.Tensor, latent: Latent, heads: int) -> torch.Tens
     """(1, heads, D, row dims): what cached rows meet when each head asks for each of the D dims of
     expanded keys in turn. `weight` is the tensor of `latent.keys`.
     """
+    assert latent.keys is not None
     dims = latent.keys.dims + latent.kept
     unit = torch.eye(dims, dtype=weight.dtype, device=weight.device).expand(1, heads, dims, dims)
     kept = (latent.kept_at, latent.kept)
@@ -466,6 +469,8 @@ def unit_queries(weight: torch.Tensor, latent: Latent, heads: int) -> torch.Tens
 
 
 def _absorb(graph: fx.Graph, query: fx.Node, latent: Latent, *, like: fx.Node) -> fx.Node:
+    if latent.keys is None:  # the model did
+        return query
     return call(
         graph,
         absorbed_queries,

@@ -158,8 +158,9 @@ class Core:
     -1 stands for heads that have no dimension. `query` is laid out by `query_layout`, and what
     `node` returns by `out_layout`, "d" being Dv there. `scale` None means 1 / sqrt(D); `grouped`
     lets fewer KV heads than query heads stand for blocks of them; `causal` masks by position.
-    `reads` names calls that read an operand before `node`: (operand, call). `row_sinks`,
-    `nan_rows` and `query_scales` are as in `AttentionSite`.
+    `reads` names calls that read an operand before `node`: (operand, call). `beside` has queries,
+    laid out as `query`, keys and their order of a second product, which is added to the first.
+    `row_sinks`, `nan_rows` and `query_scales` are as in `AttentionSite`.
     """
 
     node: fx.Node
@@ -180,6 +181,7 @@ class Core:
     query_scales: tuple[tuple[Callable[..., Any], fx.Node], ...] = ()
     query_layout: Layout = QUERIES
     out_layout: Layout = QUERIES
+    beside: tuple[fx.Node, fx.Node, tuple[int, int, int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -203,11 +205,12 @@ class Latent:
     of its own, or in the latent's (`rest` None; then the latent begins at dim `at` of a row), or
     does not exist (`kept` 0). Of a query's dims, the `keys.dims` from `absorbed_at` meet what is
     expanded from the latent, the `kept` from `kept_at` meet the rest. `fills` are the calls that
-    put expanded keys together.
+    put expanded keys together. Where the model itself absorbs the maps, both are None: queries meet
+    the rows as they are, and weighted latents are what the core returns.
     """
 
-    keys: HeadMaps
-    values: HeadMaps
+    keys: HeadMaps | None
+    values: HeadMaps | None
     dims: int
     absorbed_at: int
     kept_at: int
@@ -232,7 +235,8 @@ class AttentionSite:
     h // group. `query_scales`: tensors of one number that the scores are multiplied with
     (`operator.mul`) or divided by (`operator.truediv`) beside `scale`. With `latent`, one KV head
     of cached rows stands for the keys that the core reads: `key` and `value` are the rows (without
-    their `rest`), `head_dim` is that of a whole row and `value_dim` that of the latent.
+    their `rest`), `head_dim` is that of a whole row and `value_dim` that of the latent. Then the
+    dims of queries that meet the rest may be a tensor of their own, `query_rest`.
     """
 
     node: fx.Node
@@ -256,6 +260,7 @@ class AttentionSite:
     sdpa: bool = True
     query_scales: tuple[tuple[Callable[..., Any], fx.Node], ...] = ()
     latent: Latent | None = None
+    query_rest: fx.Node | None = None
     query_layout: Layout = QUERIES
     out_layout: Layout = QUERIES
     apart: int = 1
@@ -401,6 +406,13 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
     if core.row_sinks and all(term.per_row for term in core.masks):
         return skip(Reason.SOFTMAX, "cat")  # no mask says which keys the sink is subtracted for
     group = by_flag * key.group
+    query_rest, latent = None, None
+    if core.beside is not None:
+        rows = _rows_beside(core, (query, key), value, writes)
+        if rows is None or kv_heads != 1 or value_dim != rows[3].dims:
+            return skip(Reason.SOFTMAX, "add")
+        query, key, query_rest, latent = rows
+        head_dim = latent.dims + latent.kept
     return AttentionSite(
         node=core.node,
         query=query,
@@ -422,10 +434,41 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         nan_rows=core.nan_rows,
         sdpa=op_name(core.node) == "scaled_dot_product_attention",
         query_scales=core.query_scales,
+        latent=latent,
+        query_rest=query_rest,
         query_layout=core.query_layout,
         out_layout=core.out_layout,
         apart=apart,
     )
+
+
+def _rows_beside(
+    core: Core, first: tuple[fx.Node, Heads], value: Heads, writes: list[Write]
+) -> tuple[fx.Node, Heads, fx.Node, Latent] | None:
+    """Queries and rows of a latent that is the values too, and queries and rows of what lies beside
+    it, for a core of two products; None where their keys are no such rows of the same tokens."""
+    assert core.beside is not None
+    query, key, order = core.beside
+    pairs = [first, (_narrow(query), _heads_at(key, order, core, writes, scaled=True))]
+    if pairs[0][1].base is not value.base:
+        pairs.reverse()
+    (query, key_), (query_rest, rest) = pairs
+    if (key_.base, key_.order) != (value.base, value.order):
+        return None
+    if any(heads.group != 1 or heads.factor != 1.0 or heads.tiled for heads in (key_, rest)):
+        return None
+    shapes = [_ordered_shape(heads) for heads in (key_, rest)]
+    dims, kept = concrete(shapes[0][3]), concrete(shapes[1][3])
+    alike = all(map(same_size, shapes[0][:3], shapes[1][:3]))
+    dtypes = {fake_value(x).dtype for x in (query, query_rest, key_.base, rest.base)}
+    if not alike or concrete(shapes[0][1]) != 1 or dims is None or kept is None or len(dtypes) > 1:
+        return None
+    return query, key_, query_rest, Latent(None, None, dims, 0, dims, kept, rest)
+
+
+def _ordered_shape(heads: Heads) -> tuple[Any, ...]:
+    shape = shape_of(heads.base) or ()
+    return tuple(1 if dim < 0 else shape[dim] for dim in heads.order)
 
 
 def _broadcasts(term: MaskTerm, sizes: dict[str, Any]) -> bool:

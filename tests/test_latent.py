@@ -306,6 +306,77 @@ def written_out(q, keys, values, mask):
     return torch.matmul(weights, values)
 
 
+# --- models that absorb the maps themselves: scores are the sum of two products
+
+
+def absorbed(m, latents, shared):
+    """Attention gets the module, the latents (B,T,dims) and the shared parts instead."""
+    if latents.ndim == 4:
+        latents, shared = latents[:, 0], shared[:, 0]
+    return (m, latents, shared), None
+
+
+def by_einsum(q, cached, _, mask):
+    """As DeepSeek's reference code has it."""
+    m, latents, shared = cached
+    maps = m.expand.weight.unflatten(0, (HEADS, -1))
+    q = q.transpose(1, 2)
+    asked = torch.einsum("bshd,hdc->bshc", q[..., :OWN], maps[:, :OWN])
+    scores = torch.einsum("bshc,btc->bsht", asked, latents)
+    scores = (scores + torch.einsum("bshr,btr->bsht", q[..., OWN:], shared)) * 0.3
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, 0, :, None], float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).type_as(q)
+    found = torch.einsum("bsht,btc->bshc", weights, latents)
+    return torch.einsum("bshc,hdc->bshd", found, maps[:, OWN:]).transpose(1, 2)
+
+
+def _asked(m, q):
+    return torch.einsum(
+        "bhsd,hdc->bhsc", q[..., :OWN], m.expand.weight.view(HEADS, -1, LATENT)[:, :OWN]
+    )
+
+
+def _weighted(scores, mask, m, latents):
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    found = torch.softmax(scores, -1) @ latents
+    return found @ m.expand.weight.view(HEADS, -1, LATENT)[:, OWN:].mT
+
+
+def by_matmul(q, cached, _, mask):
+    """The shared part's product comes first; a dimension of one KV head."""
+    m, latents, shared = cached[0], cached[1][:, None], cached[2][:, None]
+    scores = q[..., OWN:] @ shared.transpose(-1, -2) + _asked(m, q) @ latents.transpose(-1, -2)
+    return _weighted(scores * 0.3, mask, m, latents)
+
+
+def with_other_values(q, cached, _, mask):
+    m, latents, shared = cached[0], cached[1][:, None], cached[2][:, None]
+    scores = q[..., OWN:] @ shared.transpose(-1, -2) + _asked(m, q) @ latents.transpose(-1, -2)
+    return _weighted(scores * 0.3, mask, m, latents * 1.5)
+
+
+def with_a_half(q, cached, _, mask):
+    m, latents, shared = cached[0], cached[1][:, None], cached[2][:, None]
+    scores = q[..., OWN:] @ shared.mT * 0.5 + _asked(m, q) @ latents.mT
+    return _weighted(scores * 0.3, mask, m, latents)
+
+
+def with_three_products(q, cached, _, mask):
+    m, latents, shared = cached[0], cached[1][:, None], cached[2][:, None]
+    scores = q[..., OWN:] @ shared.mT + _asked(m, q) @ latents.mT + q[..., :SHARED] @ shared.mT
+    return _weighted(scores * 0.3, mask, m, latents)
+
+
+def with_positions(q, cached, _, mask):
+    """Relative positions: the second factor is no cache."""
+    m, latents = cached[0], cached[1][:, None]
+    at = torch.arange(latents.shape[2])[:, None].expand(-1, SHARED).sin().expand(BATCH, 1, -1, -1)
+    scores = q[..., OWN:] @ at.mT + _asked(m, q) @ latents.mT
+    return _weighted(scores * 0.3, mask, m, latents)
+
+
 @dataclass(frozen=True)
 class Form:
     """`caches` names the dimensions of both; `position` is "tensor" (S,) or "int". A `growing`
@@ -354,6 +425,11 @@ REWRITTEN = [
     _one.but(expand=assigned, new_tokens=2),
     _cat.but(write=one_tensor_shared_first, caches="btd", sizes=(LATENT + SHARED, 1)),
     Form(windows, joined, window=True),
+    Form(slices_3d, absorbed, by_einsum, caches="btd", position="int", prefix=True),
+    _static.but(expand=absorbed, attend=by_einsum, new_tokens=2),
+    _static.but(expand=absorbed, attend=by_matmul),
+    _cat.but(expand=absorbed, attend=by_matmul),
+    _cat.but(write=cats_3d, caches="btd", expand=absorbed, attend=by_einsum),
 ]
 
 _latent = {"reason": Reason.LATENT}
@@ -380,6 +456,11 @@ UNTOUCHED = [
     _static.but(write=shared_elsewhere, **_latent),
     _static.but(write=shared_accumulated, **_latent),
     Form(one_wider_tensor, joined, caches="btd", sizes=(LATENT + SHARED + 1, 1), **_latent),
+    _static.but(write=shared_elsewhere, expand=absorbed, attend=by_einsum, **_latent),
+    _static.but(expand=absorbed, attend=with_positions, **_latent),
+    _static.but(expand=absorbed, attend=with_other_values, reason=Reason.SOFTMAX),
+    _static.but(expand=absorbed, attend=with_a_half, reason=Reason.SOFTMAX),
+    _static.but(expand=absorbed, attend=with_three_products, reason=Reason.SOFTMAX),
 ]
 
 
