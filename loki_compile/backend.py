@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from loki_compile.config import LokiConfig
-from loki_compile.passes.cache_writes import KeyCache, nearest_matrix
+from loki_compile.passes.cache_writes import nearest_matrix
 from loki_compile.passes.fx_tools import copy_of, fake_mode_of, fake_value
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.parts import Part, take_parts, with_parts
@@ -32,7 +32,7 @@ from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from loki_compile.pca_store.store import Store
 from loki_compile.report import GraphReport, describe, record_graph
-from loki_compile.runtime import CacheBinding, DecodeGraph, Variant
+from loki_compile.runtime import CacheBinding, DecodeGraph, Variant, token_count
 
 log = logging.getLogger("loki_compile")
 
@@ -158,7 +158,7 @@ def _bind_caches(
                 layer=site.path or cache.source,
                 kv_heads=site.kv_heads,
                 head_dim=site.head_dim,
-                new_tokens=_new_tokens(cache, site.query_tokens),
+                new_tokens=token_count(gm.graph, site) if cache.writes else 0,
                 beside=places[cache.beside.past] if cache.beside is not None else None,
                 latent=site.latent,
                 map=places.get(maps.weight) if maps is not None else None,
@@ -174,10 +174,6 @@ def parameter_test(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callabl
     """Tells whether a placeholder of the graph brings in a parameter of the model."""
     inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     return lambda node: isinstance(inputs[node], torch.nn.Parameter)
-
-
-def _new_tokens(cache: KeyCache, query_tokens: int) -> int:
-    return query_tokens if cache.writes else 0
 
 
 def _choose_bases(bindings: list[CacheBinding], config: LokiConfig) -> None:

@@ -34,7 +34,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from loki_compile.config import LokiConfig
 from loki_compile.passes.cache_writes import KeyCache
-from loki_compile.passes.fx_tools import copy_of, extract, fake_value
+from loki_compile.passes.fx_tools import copy_of, extract, fake_value, place_of
 from loki_compile.passes.parts import Part, with_parts
 from loki_compile.passes.plan import Plan
 from loki_compile.passes.rewrite import (
@@ -44,7 +44,7 @@ from loki_compile.passes.rewrite import (
     rewrite_sparse,
     unit_queries,
 )
-from loki_compile.passes.sites import Latent
+from loki_compile.passes.sites import MAX_QUERY_TOKENS, AttentionSite, Latent
 from loki_compile.passes.undo import what_to_save
 from loki_compile.pca_store.basis import Basis
 from loki_compile.pca_store.covariance import KeyCovariance
@@ -179,15 +179,37 @@ class Rows:
         return torch.cat((take(self.past), take(self.rest)), -1)
 
 
+@dataclass(frozen=True)
+class GivenSize:
+    """A size that each call brings: of dimension `dim` of an argument, or that argument itself."""
+
+    argument: int
+    dim: int | None
+
+    def of(self, args: Sequence[Any]) -> int:
+        given = args[self.argument]
+        return int(given if self.dim is None else given.shape[self.dim])
+
+
+def token_count(graph: fx.Graph, site: AttentionSite) -> int | GivenSize:
+    """The site's new tokens, or where each call brings their number."""
+    if site.query_tokens > 0:
+        return site.query_tokens
+    place = place_of(graph, site.tokens)
+    assert place is not None  # the plan has looked
+    return GivenSize(*place)
+
+
 @dataclass
 class CacheBinding:
     """What the runtime knows of one cache of the plan.
 
     `argument` is the position of its past tensor among the graph's arguments; `beside` that of the
     tensor whose rows continue its rows, if there is one; `weights` the fingerprint of the weights
-    that make its keys ("" if none was found). `latent` says how rows are expanded, if they are, by
-    the weight at position `map` (None where the graph computes it), for `query_heads`. A set of
-    bases need not hold one for such rows, which `calibrate` may not have seen: it is fitted then.
+    that make its keys ("" if none was found); each call stores `new_tokens`. `latent` says how rows
+    are expanded, if they are, by the weight at position `map` (None where the graph computes it),
+    for `query_heads`. A set of bases need not hold one for such rows, which `calibrate` may not
+    have seen: it is fitted then.
     `part` says where the past tensor was cut out, if it is a part of another one.
     """
 
@@ -197,7 +219,7 @@ class CacheBinding:
     layer: str
     kv_heads: int
     head_dim: int
-    new_tokens: int
+    new_tokens: int | GivenSize
     beside: int | None = None
     latent: Latent | None = None
     map: int | None = None
@@ -211,6 +233,11 @@ class CacheBinding:
         """The tensor that the caller keeps: the cache's, or the one that it is a part of."""
         holder: Tensor = args[self.argument if self.part is None else self.part.holder]
         return holder
+
+    def stored(self, args: Sequence[Any]) -> int:
+        """New tokens that this call stores."""
+        count = self.new_tokens
+        return count if isinstance(count, int) else count.of(args)
 
     def rows(self, args: Sequence[Any]) -> Rows:
         """What the cache holds, given the graph's arguments."""
@@ -275,6 +302,8 @@ class DecodeGraph:
         self.bindings = bindings
         self.parts = parts
         self.compile_graph = compile_graph
+        counts = {token_count(gm.graph, sparse.site) for sparse in plan.sparse}
+        self.token_counts = [count for count in counts if not isinstance(count, int)]
         self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self.undo = what_to_save(gm.graph)
         self.fill_graph = _fill_graph(gm, bindings)
@@ -290,7 +319,8 @@ class DecodeGraph:
     def __call__(self, *args: Any) -> Any:
         args = with_parts(args, self.parts)
         visible = self.visible_keys(args)
-        if self.wants_sparse(visible) and self.prepare_sparse(args, visible):
+        few = all(count.of(args) <= MAX_QUERY_TOKENS for count in self.token_counts)
+        if few and self.wants_sparse(visible) and self.prepare_sparse(args, visible):
             assert self.sparse is not None
             return self.run_sparse(self.sparse, args, visible)
         return self.run_dense(args, visible)
@@ -319,13 +349,13 @@ class DecodeGraph:
         cache, holder = binding.cache, binding.holder(args)
         slots = args[binding.argument].shape[cache.token_axis]
         if cache.grows:
-            return slots + binding.new_tokens
+            return slots + binding.stored(args)
         # Counting costs nothing; reading the position costs a sync where it lies on a device.
         stamp, filled = _filled.get(holder, (None, 0))
         on_device = holder.device.type != "cpu"
         counted = on_device and not holder.is_inference() and stamp == _stamp(holder)
         if counted:
-            return min(slots, filled + binding.new_tokens)
+            return min(slots, filled + binding.stored(args))
         if self.fill_graph is None:
             return slots
         if binding is not self.fill_graph.binding:
@@ -344,7 +374,7 @@ class DecodeGraph:
         if self.sparse is not None:
             return True
         for binding in self.bindings:
-            if binding.basis is None and _cached(binding, args[binding.argument], visible) < 1:
+            if binding.basis is None and _cached(binding, args, visible) < 1:
                 return False  # nothing to fit a basis from yet
         with self.building:
             if self.sparse is not None:
@@ -385,7 +415,9 @@ class DecodeGraph:
     def _bind(self, binding: CacheBinding, args: Sequence[Any], visible: int) -> None:
         rows = binding.rows(args)
         if binding.basis is None:
-            binding.basis = _fit(binding, rows, binding.queries(args), visible)
+            binding.basis = _fit(
+                binding, rows, binding.queries(args), _cached(binding, args, visible)
+            )
         rank = binding.basis.rank_for(self.config.rank)
         binding.bound = bind(binding.basis, rank, rows.past.device)
         dtype = torch.int8 if self.config.index_dtype == "int8" else rows.past.dtype
@@ -416,7 +448,7 @@ class DecodeGraph:
             with torch.inference_mode(False), torch.no_grad():
                 saved = Saved([args[place] for place in places])
                 for binding in self.bindings:
-                    record, fresh = self._index(binding, binding.rows(args), visible, most)
+                    record, fresh = self._index(binding, args, visible, most)
                     records.append(record)
                     rebuilt += fresh
         except Exception as error:  # out of memory, most likely; nothing is written yet
@@ -511,17 +543,19 @@ class DecodeGraph:
                     _filled[tensor] = (_stamp(tensor), visible)
 
     def _index(
-        self, binding: CacheBinding, rows: Rows, visible: int, most: int
+        self, binding: CacheBinding, args: Sequence[Any], visible: int, most: int
     ) -> tuple[IndexRecord, bool]:
         """The cache's index, and whether it had to be built from the cache.
 
         `most` is what `visible` can be at these sizes: windows are full before other caches are.
         """
+        rows = binding.rows(args)
         with _lock:
             record = _indexes.get(rows.holder, {}).get(binding.identity)
-        if record is not None and self._belongs(binding, record, rows, visible, most):
-            return record, False
         if record is not None:
+            follows = visible == min(most, record.filled + binding.stored(args))
+            if self._belongs(binding, record, rows, follows):
+                return record, False
             record.stamp = None  # its memory is written over, and that may fail half way
         record = IndexRecord(self._project(binding, rows, record), rows.stamp, visible)
         with _lock:
@@ -530,14 +564,13 @@ class DecodeGraph:
         return record, True
 
     def _belongs(
-        self, binding: CacheBinding, record: IndexRecord, rows: Rows, visible: int, most: int
+        self, binding: CacheBinding, record: IndexRecord, rows: Rows, follows: bool
     ) -> bool:
         stamp = rows.stamp
         if record.stamp != stamp:
             return False
         if stamp[-1] is not None:
             return True
-        follows = visible == min(most, record.filled + binding.new_tokens)
         if binding.cache.writes and not binding.cache.replaced and not follows:
             return False
         return self._spot_check(binding, record, rows)
@@ -649,16 +682,17 @@ def _fill_graph(gm: fx.GraphModule, bindings: Sequence[CacheBinding]) -> FillGra
 def _slots_after(binding: CacheBinding, args: Sequence[Any]) -> int:
     """Slots that a cache has after this step."""
     slots = args[binding.argument].shape[binding.cache.token_axis]
-    return slots + binding.new_tokens if binding.cache.grows else slots
+    return slots + binding.stored(args) if binding.cache.grows else slots
 
 
-def _cached(binding: CacheBinding, past: Tensor, visible: int) -> int:
+def _cached(binding: CacheBinding, args: Sequence[Any], visible: int) -> int:
     """Keys that a cache holds before the step after which `visible` are there."""
-    return min(visible - binding.new_tokens, past.shape[binding.cache.token_axis])
+    slots = args[binding.argument].shape[binding.cache.token_axis]
+    return min(visible - binding.stored(args), slots)
 
 
-def _fit(binding: CacheBinding, rows: Rows, queries: Tensor | None, visible: int) -> Basis:
-    """PCA of the keys in a cache, once per set of weights; the new keys are not in it yet.
+def _fit(binding: CacheBinding, rows: Rows, queries: Tensor | None, filled: int) -> Basis:
+    """PCA of the `filled` keys in a cache, once per set of weights; the new keys are not in it yet.
 
     Where no weights of the graph make the keys (cross-attention), once per cache tensor. Rows that
     are expanded to keys are fitted for the scores of `queries`, which is PCA of what they expand
@@ -671,7 +705,7 @@ def _fit(binding: CacheBinding, rows: Rows, queries: Tensor | None, visible: int
         known = _fitted.get(identity) if binding.weights else here.get(binding.numbers)
     if known is not None:
         return known
-    cache, filled = binding.cache, _cached(binding, past, visible)
+    cache = binding.cache
     if filled > FIT_TOKENS:
         keys = rows.at(torch.linspace(0, filled - 1, FIT_TOKENS, device=past.device).long())
     else:

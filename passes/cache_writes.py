@@ -306,12 +306,13 @@ def _mirrorable(
     head_axis = _head_axis(source, target, site)
     if head_axis is None:
         return _No((Reason.WRITE, name, "the new keys do not line up with the cache"))
-    if name == "copy_" and not views:
+    if name == "copy_" and not views and site.query_tokens > 0:
         moved = _moved_rows(source, node, labels, site)
         if moved:
             return CacheWrite(node, source, head_axis, moved=moved)
     rows = _rows(source, target)
-    if rows is None or rows > MAX_QUERY_TOKENS:
+    known = concrete(rows)
+    if (known is None and not same_size(rows, site.tokens)) or (known or 0) > MAX_QUERY_TOKENS:
         return _No((Reason.WRITE, name, "it writes more rows than there are new tokens"))
     return CacheWrite(node, source, head_axis, views, fill)
 
@@ -367,11 +368,11 @@ def _scatters_rows(node: fx.Node, labels: list[Any]) -> bool:
     return alike and concrete(fake_value(index).stride(-1)) == 0
 
 
-def _rows(source: Any, target: list[Any] | None) -> int | None:
-    """Key rows that a write stores per head, where that is a constant."""
+def _rows(source: Any, target: list[Any] | None) -> Any:
+    """Key rows that a write stores per head."""
     shape = shape_of(source) or ()
     axis = target.index("T") - (len(target) - len(shape)) if target and "T" in target else -1
-    return concrete(shape[axis]) if axis >= 0 else 1
+    return shape[axis] if axis >= 0 else 1
 
 
 def _fill_of_index(index: Any, labels: list[Any]) -> tuple[Any, int] | None:

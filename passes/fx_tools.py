@@ -177,6 +177,27 @@ def concrete(size: Any) -> int | None:
     return None
 
 
+def hint_of(size: Any) -> int | None:
+    """The size in the call that was traced, where the size is a symbol; None if that is not known.
+
+    Private API, checked on torch 2.11 and 2.13: `SymNode.hint`.
+    """
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def place_of(graph: fx.Graph, size: Any) -> tuple[int, int | None] | None:
+    """Where a call brings a size that is a symbol: the number of the input, and its dimension, or
+    None where the input is that number."""
+    for place, node in enumerate(graph.find_nodes(op="placeholder")):
+        value = fake_value(node)
+        if isinstance(value, torch.SymInt) and same_size(value, size):
+            return place, None
+        for dim, n in enumerate(shape_of(node) or ()):
+            if same_size(n, size):
+                return place, dim
+    return None
+
+
 def mutates(node: fx.Node) -> bool:
     """Whether the call writes into its first operand and returns it, as PyTorch's own calls do.
 

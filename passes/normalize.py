@@ -3,13 +3,14 @@
 Dynamo keeps what the model wrote: `x.transpose(1, 2)` and `torch.transpose(x, 1, 2)`, `x @ y` and
 `torch.matmul(x, y)`, `torch.concat` and `torch.cat`, `x[:, 0:]` and `x`. Here each becomes a call
 of the method or function that PyTorch documents as the main one, a slice that leaves nothing out
-becomes the tensor, of equal views one is left, an `einsum` of two factors that is a matrix
-product a `matmul`, and `exp(x - max) / sum` a `softmax`. Meaning stays, and results bit for
-bit but for the order of einsum's sums and the rounding of that softmax.
+becomes the tensor, new dimensions follow slices, of equal views one is left, an `einsum` of two
+factors that is a matrix product becomes a `matmul`, and `exp(x - max) / sum` a `softmax`. Meaning
+stays, and results bit for bit but for the order of einsum's sums and the rounding of that softmax.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
@@ -201,6 +202,27 @@ def _takes_all(node: fx.Node) -> bool:
     )
 
 
+def _new_dims_apart(node: fx.Node) -> fx.Node:
+    """Makes `x[a:b][:, None]` of `x[a:b, None]`; returns the last call."""
+    index = node.args[1] if op_name(node) == "getitem" and shape_of(node.args[0]) else None
+    items = list(index) if isinstance(index, tuple) else []
+    whole = [i for i in items if i is not None and i is not Ellipsis and i != slice(None)]
+    if not whole or not any(i is None for i in items):
+        return node
+    if not all(isinstance(i, slice) or type(i) is int for i in whole):
+        return node  # advanced indexing
+    taken = tuple(i for i in items if i is not None)
+    new = tuple(
+        i if i is None or i is Ellipsis else slice(None) for i in items if type(i) is not int
+    )
+    with node.graph.inserting_before(node):
+        part = call(node.graph, operator.getitem, node.args[0], taken, like=node)
+        grown = call(node.graph, operator.getitem, part, new, like=node)
+    node.replace_all_uses_with(grown)
+    node.graph.erase_node(node)
+    return grown
+
+
 def _see_through(graph: fx.Graph, mapping: dict[fx.Node, fx.Node]) -> None:
     """Puts tensors in the place of their whole slices, save where such a view is returned."""
     stands_for: dict[fx.Node, fx.Node] = {}
@@ -250,6 +272,9 @@ def normalize(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node
     for old, node in mapping.items():
         if op_name(node) == "einsum":
             mapping[old] = _matmul_of_einsum(node)
+            continue
+        if op_name(node) == "getitem":
+            mapping[old] = _new_dims_apart(node)
             continue
         _name_operands(node)
         if node.target is getattr and node.args[1] == "mT":

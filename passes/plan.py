@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 
 from loki_compile.passes.cache_writes import KeyCache, trace_cache
-from loki_compile.passes.fx_tools import concrete, remap, shape_of, writes_of
+from loki_compile.passes.fx_tools import concrete, place_of, remap, shape_of, writes_of
 from loki_compile.passes.latent import absorb
 from loki_compile.passes.sites import AttentionSite, Reason, Skipped
 from torch import fx
@@ -103,6 +103,9 @@ def make_plan(
         if isinstance(cache, Skipped):
             dense.append(cache)
             continue
+        if site.query_tokens < 0 and not _counts_tokens(site, cache):
+            dense.append(Skipped(site.node, Reason.PREFILL, (site.tokens,), site.path))
+            continue
         slots = _most_keys(site, cache)
         if slots is not None and min_context and slots <= min_context:
             dense.append(Skipped(site.node, Reason.SHORT_CACHE, (slots, min_context), site.path))
@@ -113,6 +116,12 @@ def make_plan(
         each = per_head or heads_differ
         sparse.append(SparseSite(site, caches.index(cache), cache.views, budget, each))
     return Plan(tuple(sparse), tuple(dense), tuple(sites), tuple(caches))
+
+
+def _counts_tokens(site: AttentionSite, cache: KeyCache) -> bool:
+    """Whether a number of new tokens that each call brings can be told when it runs, and no window
+    of the cache depends on it."""
+    return not cache.leaves and place_of(site.node.graph, site.tokens) is not None
 
 
 def _most_keys(site: AttentionSite, cache: KeyCache) -> int | None:

@@ -27,6 +27,7 @@ from loki_compile.passes.fx_tools import (
     may_overlap,
     op_name,
     operand,
+    place_of,
     shape_of,
     writes_of,
     written_operands,
@@ -567,7 +568,7 @@ def _with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
     sparse = []
     for old in plan.sparse:
         site, terms = old.site, []
-        sizes = (site.query_heads // site.apart, site.apart, site.query_tokens)
+        sizes = (site.query_heads // site.apart, site.apart, _tokens(graph, site))
         for term in site.masks:
             tiles = site.kv_heads if site.tiled else 0
             behind = complete[site.node]
@@ -584,6 +585,18 @@ def _with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
         site = dataclasses.replace(site, masks=tuple(terms))
         sparse.append(dataclasses.replace(old, site=site))
     return dataclasses.replace(plan, sparse=tuple(sparse))
+
+
+def _tokens(graph: fx.Graph, site: AttentionSite) -> Any:
+    """The number of new tokens, or a node behind the inputs that computes it."""
+    place = place_of(graph, site.tokens)
+    if site.query_tokens > 0 or place is None:
+        return site.query_tokens
+    inputs = graph.find_nodes(op="placeholder")
+    if place[1] is None:
+        return inputs[place[0]]
+    with graph.inserting_after(inputs[-1]):
+        return call(graph, torch.ops.aten.sym_size.int, inputs[place[0]], place[1], like=site.node)
 
 
 def _ask(graph: fx.Graph, site: AttentionSite, rule: MaskRule, behind: fx.Node) -> fx.Node:

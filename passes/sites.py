@@ -17,6 +17,7 @@ from loki_compile.passes.fx_tools import (
     Write,
     concrete,
     fake_value,
+    hint_of,
     may_overlap,
     module_path,
     op_name,
@@ -230,8 +231,8 @@ class AttentionSite:
     take part in the softmax and have no value. With `row_sinks` each row has a sink logit of its
     own: it is subtracted from the scores by a mask that is `per_row`, and is 0 then. A row whose
     keys are all masked with -inf is NaN with `nan_rows`, else zero. `sdpa` says
-    that the core is the SDPA call itself. `query_tokens` is S, or -1 where it is not a constant
-    (only with `max_query_tokens=None`). `tiled`: query head h reads KV head h % Hkv instead of
+    that the core is the SDPA call itself. `query_tokens` is S, or -1 where each call has its own
+    (`tokens`). `tiled`: query head h reads KV head h % Hkv instead of
     h // group. `query_scales`: tensors of one number that the scores are multiplied with
     (`operator.mul`) or divided by (`operator.truediv`) beside `scale`. With `latent`, one KV head
     of cached rows stands for the keys that the core reads: `key` and `value` are the rows (without
@@ -265,14 +266,19 @@ class AttentionSite:
     out_layout: Layout = QUERIES
     apart: int = 1
 
+    @property
+    def tokens(self) -> Any:
+        """S, which may be a symbol."""
+        return dict(zip(self.query_layout, shape_of(self.query) or (), strict=True)).get("s", 1)
+
 
 def find_sites(
     graph: fx.Graph, *, max_query_tokens: int | None = MAX_QUERY_TOKENS
 ) -> tuple[list[AttentionSite], list[Skipped]]:
     """Every attention core of the graph, in order, as a site or with a reason.
 
-    Cores with more than `max_query_tokens` are skipped as prefill; None takes any number, and
-    cores with `is_causal=True` as well: calibration observes prefills.
+    Cores with more than `max_query_tokens`, now or when they were traced, are skipped as prefill;
+    None takes any number, and cores with `is_causal=True` as well: calibration observes prefills.
     """
     from loki_compile.passes.chains import chain_core, scores_that_leave
     from loki_compile.passes.flex import flex_core
@@ -366,7 +372,8 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
     )
     query_tokens = concrete(q_shape[2])
     if max_query_tokens is not None:
-        if query_tokens is None or query_tokens > max_query_tokens:
+        seen = hint_of(q_shape[2])
+        if seen is None or seen > max_query_tokens:
             return skip(Reason.PREFILL, q_shape[2])
         if core.causal:
             return skip(Reason.PREFILL, query_tokens)

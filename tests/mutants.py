@@ -59,6 +59,7 @@ ORACLES = {
     "passes/fx_tools.py": ("fx_tools", "cache_writes", "undo"),
     "passes/latent.py": LATENT_FORMS,
     "passes/normalize.py": ("normalize", "sites"),
+    "passes/parts.py": ("shared_tensors",),
     "passes/plan.py": ("plan", "config"),
     "passes/rewrite.py": ("masks", "rewrite", LATENT_ROWS, LATENT_BASES, "sites"),
     "passes/rotary.py": ("rotary",),

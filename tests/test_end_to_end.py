@@ -300,6 +300,7 @@ def test_assisted_decoding_equals_eagers(interpreted):
     model.compile(backend="loki", options=SPARSE)
     tokens = generate(model, ids, "dynamic", assistant_model=assistant)
     assert tokens.tolist() == expected.tolist()
+    assert stats()["sparse_steps"] > 0 and stats()["dense_steps"] == 0
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])

@@ -18,8 +18,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loki_compile.kernels import reference
-from loki_compile.passes.fx_tools import writes_of
+from loki_compile.passes.fx_tools import fake_value, writes_of
+from loki_compile.passes.latent import over_rows
 from loki_compile.passes.plan import Budget, make_plan
+from loki_compile.passes.rewrite import insert_rows
 from loki_compile.passes.sites import Reason, find_sites
 from loki_compile.pca_store.basis import BasisSet, random_basis
 from loki_compile.pca_store.covariance import KeyCovariance
@@ -930,6 +932,21 @@ def test_calibration_sees_the_rows_that_decoding_ranks(kind):
     used = {site.basis for report in reports() for site in report.sites}
     assert used == {f"{kind}, 160 tokens"} and stats()["fitted_bases"] == 0
     assert stats()["sparse_steps"] == 1
+
+
+@pytest.mark.parametrize("attend", [by_einsum, by_matmul])
+def test_calibration_sees_whole_rows_also_where_the_model_absorbs_the_maps(attend):
+    form = _cat.but(expand=absorbed, attend=attend, new_tokens=11)
+    module = LatentDecoder(form).eval()
+    caches = Conversation.start(form).caches
+    mask = torch.ones(11, FILLED + 11, dtype=torch.bool).tril(FILLED)[None, None]
+    graph = normal_graph(module, torch.randn(BATCH, 11, HIDDEN), *caches, None, mask).graph
+    ((site,), _) = find_sites(graph, max_query_tokens=None)
+    assert over_rows(site, writes_of(graph)) is site
+    assert (site.head_dim, site.value_dim) == (LATENT + SHARED, LATENT)
+    query, rows = (fake_value(node).shape for node in insert_rows(graph, site))
+    assert query == (BATCH, HEADS, 11, LATENT + SHARED)
+    assert rows == (BATCH, 1, FILLED + 11, LATENT + SHARED)
 
 
 def test_a_named_basis_without_the_rows_is_fitted_instead_of_refused():
