@@ -102,6 +102,66 @@ def test_a_slice_that_leaves_nothing_out_is_the_tensor():
     assert product.args[0].op == "placeholder"
 
 
+def names_of(function, *args):
+    """The names of what is left of a function, which still does the same."""
+    gm = capture(function, *(x.clone() for x in args))
+    normal, mapping = normalize(gm)
+    got, expected = normal(*(x.clone() for x in args)), function(*(x.clone() for x in args))
+    assert all(map(torch.equal, got, expected))
+    assert set(mapping) == set(gm.graph.nodes) and set(mapping.values()) <= set(normal.graph.nodes)
+    return [op_name(node) for node in normal.graph.nodes]
+
+
+def test_of_equal_views_one_is_left():
+    def function(x):
+        end = x.shape[1] - 1
+        a = x[:, :end].mT * 2 + x[:, :end].mT
+        x[:, 0] = 7.0  # views see what is written behind them
+        return a, x[:, :end].mT * 3, x[:, 1:].mT * 3, x[:, 0] * 1, x.select(1, 0) * 1
+
+    names = names_of(function, X)
+    assert names.count("getitem") == 3 and names.count("transpose") == 2
+
+
+def test_equal_calls_that_copy_or_are_returned_stay():
+    at = torch.tensor([0, 2])
+
+    def function(x, at):
+        return x[:, at] * 2, x[:, at] * 3, x[:, 1:], x[:, 1:], x.reshape(-1) * 2
+
+    assert names_of(function, X, at).count("getitem") >= 3
+    first, second = normalize(capture(lambda x: (x[:, 1:], x[:, 1:]), X))[0](X)
+    assert first is not second
+
+
+def test_numbers_of_other_types_are_not_equal():
+    def function(x):
+        return x[0] * 2, x[False] * 2, x[:, 1] * 2, x[:, True] * 2
+
+    assert names_of(function, X).count("getitem") == 4
+
+
+def test_new_dimensions_follow_slices():
+    def function(x):
+        return (
+            x[:, 1:, None] * 2, x[None, 0] * 2, x[..., None, 1:] * 2, x[0, None, :, None, 1] * 2,
+            x[:, None] * 2,
+        )  # fmt: skip
+
+    gm, _ = normalize(capture(function, X))
+    indices = [node.args[1] for node in gm.graph.nodes if op_name(node) == "getitem"]
+    for index in indices:
+        items = index if isinstance(index, tuple) else (index,)
+        whole = all(i is None or i is Ellipsis or i == slice(None) for i in items)
+        assert whole or not any(i is None for i in items)
+    assert len(indices) == 9 and len(names_of(function, X)) == len(gm.graph.nodes)
+
+
+def test_new_dimensions_beside_tensors_stay():
+    at = torch.tensor([0, 2])
+    assert names_of(lambda x, at: (x[:, at, None] * 2,), X, at).count("getitem") == 1
+
+
 def test_a_whole_slice_that_is_returned_stays_a_view():
     normal, _ = normalize(capture(lambda x: (x[:], x * 2), X))
     view, _ = normal(X)
