@@ -4,24 +4,21 @@ From each softmax the chain is followed back to the product of queries and keys 
 product with the values. What lies between is folded into the one form of a core: a scale, a soft
 cap, masks and sink logits. Scores may be laid out in any way (`sites.Layout`): views on the way
 are followed letter by letter. A softmax without both products (a router, a residual mixer) is no
-attention. Analysis only: nothing here edits a graph.
+attention. The products themselves are `products`' to read. Analysis only.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from loki_compile.passes.fx_tools import (
     Write,
     concrete,
-    einsum_terms,
     fake_value,
     may_overlap,
     module_path,
@@ -31,6 +28,17 @@ from loki_compile.passes.fx_tools import (
     shape_of,
     writes_of,
 )
+from loki_compile.passes.products import (
+    TURNS,
+    VIEWS,
+    ScoreProduct,
+    ValueProduct,
+    after_view,
+    is_batched,
+    queries_by_keys,
+    weights_by_values,
+    without_ones,
+)
 from loki_compile.passes.sites import (
     SCORES,
     Core,
@@ -38,10 +46,6 @@ from loki_compile.passes.sites import (
     MaskTerm,
     Reason,
     Skipped,
-    before_fold,
-    only_adds_dim,
-    permutation,
-    widens,
 )
 from torch import fx
 
@@ -53,8 +57,6 @@ _PURE = ("eq", "ne", "__eq__", "__ne__", "lt", "le", "gt", "ge", "logical_not", 
          "bitwise_not", "reshape", "unsqueeze", "tensor", "to", "bool")  # fmt: skip
 _CASTS = ("to", "float", "type", "contiguous", "clone")
 _PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")
-_TURNS = ("transpose", "permute", "movedim")
-_VIEWS = (*_TURNS, "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 
 # A key whose logit is set to this has no weight beside any other: no visible logit is as low.
 _HIDES = -1e7
@@ -104,13 +106,13 @@ class _Scores:
         """
         layouts = [product]
         for view in reversed(self.views):
-            after = _after_view(layouts[-1], view, sizes)
+            after = after_view(layouts[-1], view, sizes)
             if after is None:
                 return op_name(view)
             layouts.append(after)
         layouts.reverse()
         summed = [layouts[0][axis], *(layouts[number][-1] for number in self.by_keys)]
-        if any(_held(letters, sizes) != "t" for letters in summed):
+        if any(without_ones(letters, sizes) != "t" for letters in summed):
             return op_name(self.views[-1]) if self.views else "softmax"
         if self.sinks is not None and layouts[0] != SCORES:
             return "cat"
@@ -119,6 +121,11 @@ class _Scores:
             for term, number in zip(self.masks, self.behind, strict=True)
         ]
         return layouts[0]
+
+    def unscaled(self, query: fx.Node) -> fx.Node | None:
+        """Queries before a call that scales them, which is noted; None for another call."""
+        step = _STEPS[op_name(query)] if op_name(query) in (*_MUL, *_DIV) else None
+        return step(query, self) if step else None
 
     def hide(self, fill: fx.Node, layout: Layout) -> bool:
         """Notes that `fill` sets weights in `layout` to zero; False unless a mask hides the same.
@@ -168,8 +175,8 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
     factors = _factors(product, scores)
     if isinstance(factors, str):
         return skip(Reason.SOFTMAX, factors)
-    first = _queries_by_keys(*factors, product, scores)
-    second: _Second | None = None
+    first = queries_by_keys(*factors, product, scores.reads, scores.unscaled)
+    second: ValueProduct | None = None
     beside = None
     if first is not None:
         layout = scores.lay_out(first.layout, first.sizes, axis)
@@ -185,12 +192,12 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
         if isinstance(weights, fx.Node):
             return skip(Reason.SOFTMAX, op_name(weights))
         read = steps[-1] if steps else softmax
-        second = _weights_by_values(node, read, weights, first.sizes, scores)
+        second = weights_by_values(node, read, weights, first.sizes, scores.reads)
     masks = _with_deep_fills(scores.masks)
     if masks is None:
         return skip(Reason.SOFTMAX, "a fill beside other masks")
     if first is None or second is None:
-        if not _is_batched(product) and any(op_name(step) in _VIEWS for step in steps):
+        if not is_batched(product) and any(op_name(step) in VIEWS for step in steps):
             return None
         return skip(Reason.LAYOUT, f"{op_name(product)} of {tuple(shape_of(product) or ())}")
     # A softmax of nothing but -inf is NaN, unless a sink takes part or the weights are zeroed.
@@ -217,13 +224,13 @@ def chain_core(softmax: fx.Node) -> Core | Skipped | None:
 
 
 def _second_product(
-    scores: _Scores, first: _First
+    scores: _Scores, first: ScoreProduct
 ) -> tuple[fx.Node, fx.Node, tuple[int, int, int, int]] | None:
     """Queries, keys and their order of the product that is added, if it is laid out alike."""
     if scores.added is None:
         return None
-    operands = [*scores.added.args[:2], None]
-    other = _queries_by_keys(operands[0], operands[1], scores.added, scores)
+    query, key = (*scores.added.args, None)[:2]
+    other = queries_by_keys(query, key, scores.added, scores.reads, scores.unscaled)
     if other is None or (other.query_layout, other.layout) != (first.query_layout, first.layout):
         return None
     if any(not same_size(first.sizes[c], n) for c, n in other.sizes.items() if c != "d"):
@@ -295,43 +302,7 @@ def _is_zeros(node: Any) -> bool:
     return isinstance(node, fx.Node) and op_name(node) == "zeros" and len(node.users) == 1
 
 
-@dataclass(frozen=True)
-class _First:
-    """The product of queries and keys, with the layout of its result. `key_order` as in `Core`.
-
-    Of two letters that only queries have, "x" and "y" in that order, one is new tokens and the
-    other a group of heads; `group` is the one that must be the group, if it can be told.
-    """
-
-    query: fx.Node
-    query_layout: Layout
-    key: fx.Node
-    key_order: tuple[int, int, int, int]
-    layout: Layout
-    sizes: dict[str, Any]
-    group: str = ""
-
-    def names(self, masks: Sequence[MaskTerm]) -> dict[str, str] | None:
-        """What "x" and "y" are; None if that cannot be told, or masks say otherwise."""
-        if "x" not in self.sizes:
-            return {}
-        varying = [c for c in "xy" if any(term.varies(c) for term in masks)]
-        single = [c for c in "xy" if concrete(self.sizes[c]) == 1]
-        if self.group:
-            tokens = "y" if self.group == "x" else "x"
-        elif len(single) == 1:
-            (tokens,) = single
-        elif len(varying) == 1:  # a mask that says the same of all tokens has none to hide
-            (tokens,) = varying
-        else:
-            return None
-        group = "y" if tokens == "x" else "x"
-        if varying == [group] and tokens not in single:
-            return None
-        return {tokens: "s", group: "g"}
-
-
-def _named(first: _First, scores: _Scores) -> _First | None:
+def _named(first: ScoreProduct, scores: _Scores) -> ScoreProduct | None:
     """The same with "s" and "g" for "x" and "y", in the masks of `scores` too.
 
     None where these cannot be told.
@@ -352,287 +323,21 @@ def _named(first: _First, scores: _Scores) -> _First | None:
     )
 
 
-@dataclass(frozen=True)
-class _Second:
-    """The product of weights and values, with the layout of its result."""
-
-    value: fx.Node
-    value_order: tuple[int, int, int, int]
-    layout: Layout
-
-
-def _held(letters: str, sizes: dict[str, Any]) -> str:
-    """The letters without those of size one, which may be anywhere."""
-    return "".join(letter for letter in letters if concrete(sizes[letter]) != 1)
-
-
-def _after_view(layout: Layout, view: fx.Node, sizes: dict[str, Any]) -> Layout | None:
-    """The layout behind a call that turns, splits or joins dimensions; None if it mixes them."""
-    if op_name(view) in _TURNS:
-        return tuple(layout[d] for d in permutation(view))
-    left = list("".join(layout))
-    after = []
-    for size in shape_of(view) or ():
-        held = ""
-        while left and not (held and same_size(math.prod(sizes[c] for c in held), size)):
-            if concrete(size) == 1 and concrete(sizes[left[0]]) != 1:
-                break
-            held += left.pop(0)
-        if not same_size(math.prod(sizes[c] for c in held), size):
-            return None
-        after.append(held)
-    if any(concrete(sizes[c]) != 1 for c in left):
-        return None
-    return (*after[:-1], after[-1] + "".join(left))
-
-
 def _weights(
     layout: Layout, steps: list[fx.Node], scores: _Scores, sizes: dict[str, Any]
 ) -> Layout | fx.Node:
     """The layout of the weights behind `steps`, or the step that was not understood."""
     for step in steps:
-        if op_name(step) in _VIEWS:
-            after = _after_view(layout, step, sizes)
+        if op_name(step) in VIEWS:
+            after = after_view(layout, step, sizes)
             if after is None:
                 return step
             layout = after
-        if op_name(step) == "getitem" and _held(layout[-1], sizes) != "t":
+        if op_name(step) == "getitem" and without_ones(layout[-1], sizes) != "t":
             return step
         if op_name(step) == "masked_fill" and not scores.hide(step, layout):
             return step
     return layout
-
-
-def _queries_by_keys(query: Any, key: Any, product: fx.Node, scores: _Scores) -> _First | None:
-    """The product's queries and keys, before they are folded or given a dimension for groups."""
-    if op_name(product) == "einsum":
-        return _einsum_of_keys(product, scores)
-    if not isinstance(query, fx.Node) or not isinstance(key, fx.Node):
-        return None
-    shapes = [tuple(shape_of(node) or ()) for node in (query, key, product)]
-    rank = len(shapes[2])
-    if len(shapes[1]) != rank:
-        return None
-    if rank == 5 and len(shapes[0]) == rank:
-        found = _before_group(key)
-        if found is None or found[1].index(-1) > 2:
-            return None
-        source, order = found
-        at = [d for d in range(3) if order[d] >= 0]
-        batch = ["g"] * 3
-        batch[at[0]], batch[at[1]] = "b", "h"
-        sizes = dict(zip((*batch, "s", "d"), shapes[0], strict=True))
-        if not all(map(same_size, shapes[0][:4], shapes[2][:4])):
-            return None
-        scores.reads += [(query, product), (source, product)]
-        return _First(
-            query=query,
-            query_layout=(*batch, "s", "d"),
-            key=source,
-            key_order=(order[at[0]], order[at[1]], order[4], order[3]),
-            layout=(*batch, "s", "t"),
-            sizes={**sizes, "t": shapes[2][4]},
-        )
-    queries = _queries(query, product, scores)
-    keys = _operand(key, (0, 1, 3, 2), product, scores)
-    if queries is None or keys is None:
-        return None
-    sizes = dict(zip(queries[1], shape_of(queries[0]) or (), strict=True))
-    sizes["t"] = shapes[2][-1]
-    layout: Layout = SCORES if rank == 4 else ("bh", "s", "t")
-    if len(layout) != rank or any(
-        not same_size(math.prod(sizes[c] for c in held), size)
-        for held, size in zip(layout, shapes[2], strict=True)
-    ):
-        return None
-    return _First(*queries, *keys, layout, sizes)
-
-
-def _einsum_of_keys(product: fx.Node, scores: _Scores) -> _First | None:
-    """A product whose keys lack letters that the queries have, or all rows of queries."""
-    found = einsum_terms(product)
-    if found is None:
-        return None
-    (*terms, out), factors = found
-    keys = 0 if out[-1] in terms[0] else 1
-    q_term, k_term = terms[1 - keys], terms[keys]
-    query, key = factors[1 - keys], factors[keys]
-    batch = [c for c in k_term if c in q_term and c in out]
-    tokens = [c for c in k_term if c not in q_term]
-    summed = [c for c in q_term if c in k_term and c not in out]
-    rows = [c for c in q_term if c not in k_term]
-    if tokens != [out[-1]] or len(summed) != 1 or len(batch) not in (1, 2) or len(rows) > 2:
-        return None
-    if sorted(out) != sorted([*batch, *rows, *tokens]) or (len(batch) == 1 and len(rows) < 2):
-        return None
-    name = dict(zip((*batch, *summed, *tokens), "bhdt"[: len(batch)] + "dt", strict=True))
-    name |= dict(zip(rows, "s" if len(rows) == 1 else "xy", strict=False))
-    layouts = [tuple(name[c] for c in term) for term in (q_term, k_term, out)]
-    sizes = dict(zip(layouts[1], shape_of(key) or (), strict=True))
-    for letter, size in zip(layouts[0], shape_of(query) or (), strict=True):
-        if not same_size(sizes.setdefault(letter, size), size):
-            return None
-    group = ""
-    if len(rows) == 2 and len(batch) == 2:  # heads are split into KV heads and their groups
-        at = layouts[0].index("h")
-        beside = [*layouts[0][at + 1 : at + 2], *layouts[0][max(at - 1, 0) : at]]
-        group = next((c for c in beside if c in "xy"), "")
-        if not group:
-            return None
-    scores.reads += [(query, product), (key, product)]
-    b, h, t, d = (layouts[1].index(c) if c in layouts[1] else -1 for c in "bhtd")
-    return _First(query, layouts[0], key, (b, h, t, d), layouts[2], sizes, group)
-
-
-def _weights_by_values(
-    product: fx.Node, read: fx.Node, weights: Layout, sizes: dict[str, Any], scores: _Scores
-) -> _Second | None:
-    """The values of the last product, which reads the weights `read`, and how its result is laid
-    out."""
-    if op_name(product) == "einsum":
-        return _einsum_of_values(product, read, weights, sizes, scores)
-    held = [_held(letters, sizes) for letters in weights]
-    value = product.args[1] if len(product.args) > 1 else None
-    rank = len(weights)
-    if op_name(product) not in ("matmul", "bmm") or not isinstance(value, fx.Node):
-        return None
-    if len(shape_of(value) or ()) != rank or rank not in (3, 4, 5) or held[-1] != "t":
-        return None
-    out = (*weights[:-1], "d")
-    batch = held[:-2]
-    if rank == 3:
-        found = _operand(value, (0, 1, 2, 3), product, scores)
-        if found is None or batch != [_held("bh", sizes)]:
-            return None
-        return _Second(*found, out)
-    # One KV head may have the group's dimension of size one.
-    heads = ("bh", "bg") if rank == 4 else ("bhg",)
-    for letters in (order for term in heads for order in itertools.permutations(term)):
-        if batch != [_held(c, sizes) if c in sizes else "" for c in letters]:
-            continue
-        source, order = value, list(range(rank))
-        if rank == 5:
-            before = _before_group(value)
-            if before is None or before[1][letters.index("g")] != -1:
-                continue
-            source, order = before
-        at = dict(zip((*letters, "t", "d"), order, strict=True))
-        if "h" not in at and concrete((shape_of(value) or ())[at["g"]]) != 1:
-            continue
-        scores.reads.append((source, product))
-        return _Second(source, (at["b"], at.get("h", at.get("g", -1)), at["t"], at["d"]), out)
-    return None
-
-
-def _einsum_of_values(
-    product: fx.Node, read: fx.Node, weights: Layout, sizes: dict[str, Any], scores: _Scores
-) -> _Second | None:
-    found = einsum_terms(product)
-    if found is None:
-        return None
-    (*terms, out), factors = found
-    at = factors.index(read)
-    value, term = factors[1 - at], terms[1 - at]
-    held = dict(zip(terms[at], weights, strict=True))
-    summed = [c for c in terms[at] if c not in out]
-    dims = [c for c in term if c not in held]
-    if value is read or len(summed) != 1 or len(dims) != 1 or dims[0] not in out:
-        return None
-    if summed[0] not in term or _held(held[summed[0]], sizes) != "t":
-        return None
-    held |= {summed[0]: "t", dims[0]: "d"}
-    order = {held[c]: place for place, c in enumerate(term)}
-    if set(order) - {"b", "h", "t", "d"} or len(order) < len(term) or "b" not in order:
-        return None
-    shape = shape_of(value) or ()
-    if any(c in order and not same_size(shape[order[c]], sizes[c]) for c in "bh"):
-        return None
-    scores.reads.append((value, product))
-    return _Second(
-        value,
-        (order["b"], order.get("h", -1), order["t"], order["d"]),
-        tuple(held[c] for c in out),
-    )
-
-
-def _is_batched(product: fx.Node) -> bool:
-    """Whether the second factor differs between sequences, as keys do, and no weights."""
-    factors = einsum_terms(product)
-    second = factors[1][1] if factors else product.args[-1]
-    return len(shape_of(second) or ()) > 2
-
-
-def _before_group(node: fx.Node) -> tuple[fx.Node, list[int]] | None:
-    """Behind a 5-D operand that has a dimension for groups: the 4-D tensor without it, and the
-    dimension there of each of the five, -1 for the group's."""
-    order: list[int] = list(range(5))
-    grown: set[int] = set()
-    while node.args and isinstance(node.args[0], fx.Node):
-        name, source = op_name(node), node.args[0]
-        before, after = shape_of(source) or (), shape_of(node) or ()
-        if name in _TURNS:
-            back = permutation(node)
-            order = [back[d] for d in order]
-            grown = {back[d] for d in grown}
-        elif name == "expand" and len(before) == 5:
-            grown |= {d for d in range(5) if not same_size(before[d], after[d])}
-        elif name in ("unsqueeze", "getitem", "reshape") and len(before) == 4:
-            new = [d for d in range(5) if _adds_dim(node, d, before, after)]
-            # Of several, all are of size one: any will do.
-            if not new or grown - {new[0]}:
-                return None
-            return source, [-1 if d == new[0] else d - (d > new[0]) for d in order]
-        elif name not in ("contiguous", "detach", "alias") and not (
-            name in ("to", "float") and widens(node)
-        ):
-            return None
-        node = source
-    return None
-
-
-def _adds_dim(node: fx.Node, dim: int, before: Any, after: Any) -> bool:
-    """Whether the view does nothing but insert a dimension of size one at `dim`."""
-    if op_name(node) != "reshape":
-        return only_adds_dim(node, dim)
-    rest = (*after[:dim], *after[dim + 1 :])
-    return concrete(after[dim]) == 1 and all(map(same_size, rest, before))
-
-
-def _queries(query: Any, reader: fx.Node, scores: _Scores) -> tuple[fx.Node, Layout] | None:
-    """The 4-D queries behind an operand of the product; scaling on the way goes to `scores`."""
-    order = (0, 1, 2, 3)
-    while isinstance(query, fx.Node) and len(shape_of(query) or ()) == 3:
-        found = before_fold(query, (0, 1, 2))
-        if found is not None:
-            query, order, reader = found
-            break
-        scales = _STEPS.get(op_name(query)) if op_name(query) in (*_MUL, *_DIV) else None
-        query = scales(query, scores) if scales else None
-    if not isinstance(query, fx.Node) or len(shape_of(query) or ()) != 4:
-        return None
-    scores.reads.append((query, reader))
-    letters = dict(zip(order, "bhsd", strict=True))
-    return query, tuple(letters[dim] for dim in range(4))
-
-
-def _operand(
-    node: Any, at: tuple[int, int, int, int], reader: fx.Node, scores: _Scores
-) -> tuple[fx.Node, tuple[int, int, int, int]] | None:
-    """The 4-D keys or values behind an operand of a product, and where their dimensions are.
-
-    at: the dimensions of batch, heads, tokens and head_dim where the operand is 4-D.
-    """
-    if not isinstance(node, fx.Node):
-        return None
-    rank = len(shape_of(node) or ())
-    if rank == 4:
-        scores.reads.append((node, reader))
-        return node, at
-    found = before_fold(node, (0, at[2] - 1, at[3] - 1)) if rank == 3 else None
-    if found is None:
-        return None
-    scores.reads.append((found[0], found[2]))
-    return found[0], found[1]
 
 
 def _like(node: fx.Node, scores: fx.Node) -> bool:
@@ -697,7 +402,7 @@ def _mixes_values(product: fx.Node, weights: fx.Node) -> bool:
 
 def _keeps_weights(node: fx.Node) -> bool:
     name = op_name(node)
-    if name in (*_CASTS, *_VIEWS):
+    if name in (*_CASTS, *VIEWS):
         return True
     if name == "dropout":
         probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
@@ -959,7 +664,7 @@ def _holds_product(node: Any, turned: bool = True) -> bool:
             return True
         if name not in _STEPS or not node.args or not isinstance(node.args[0], fx.Node):
             return False
-        if name in _TURNS and not turned:
+        if name in TURNS and not turned:
             return False
         inner = [a for a in node.args[: 2 + (name == "where")] if isinstance(a, fx.Node)]
         if len(inner) > 1 and name in (*_ADD, *_MUL, "where"):
@@ -974,7 +679,7 @@ _STEPS = {
     **dict.fromkeys(_DIV, _fold_div),
     **dict.fromkeys(_SUB, _fold_sub),
     **dict.fromkeys(_CASTS, _fold_cast),
-    **dict.fromkeys(_VIEWS, _fold_view),
+    **dict.fromkeys(VIEWS, _fold_view),
     **dict.fromkeys(("max", "maximum", "clamp", "clamp_min"), _fold_clamp),
     "tanh": _fold_tanh,
     "masked_fill": _fold_fill,

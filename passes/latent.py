@@ -252,7 +252,7 @@ class _Absorption:
         return HeadMaps(weight, columns, start, block, inside, size)
 
     def _refuse_other_dtypes(self, latent: Latent, heads: Heads) -> None:
-        tensors = [heads.base, latent.keys.weight, latent.values.weight]
+        tensors = [heads.base, *(m.weight for m in (latent.keys, latent.values) if m is not None)]
         tensors += [latent.rest.base] if latent.rest is not None else []
         if {fake_value(node).dtype for node in tensors} != {fake_value(self.site.query).dtype}:
             raise _No("it is cached in another dtype than that of attention")

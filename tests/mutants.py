@@ -60,6 +60,7 @@ ORACLES = {
     "passes/latent.py": LATENT_FORMS,
     "passes/normalize.py": ("normalize", "sites"),
     "passes/parts.py": ("shared_tensors",),
+    "passes/products.py": ("sites", "odd_spellings"),
     "passes/plan.py": ("plan", "config"),
     "passes/rewrite.py": ("masks", "rewrite", LATENT_ROWS, LATENT_BASES, "sites"),
     "passes/rotary.py": ("rotary",),

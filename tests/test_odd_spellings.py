@@ -209,7 +209,7 @@ ATTENTION = {
                 @ folded(k).transpose(1, 2)
             ).unflatten(0, (-1, HEADS))
         ),
-        Reason.LAYOUT),
+        REWRITTEN),
     "keys folded, then scaled": (
         written_out(
             product=lambda q, k: (folded(q) @ (folded(k) * 0.3).transpose(1, 2)).unflatten(
@@ -237,7 +237,7 @@ ATTENTION = {
     "tokens repeated": (through(tokens_repeated), Reason.OPAQUE_VIEW),
     "heads folded into tokens": (through(heads_into_tokens), Reason.OPAQUE_VIEW),
     "a stack expanded": (through(halves_flipped), Reason.NO_CACHE),
-    "a slice repeated": (through(last_keys_doubled), Reason.OPAQUE_VIEW),
+    "a slice repeated": (through(last_keys_doubled), REWRITTEN),
 }  # fmt: skip
 
 
