@@ -248,8 +248,9 @@ def _merge_views(graph: fx.Graph, mapping: dict[fx.Node, fx.Node]) -> None:
         if op_name(node) not in _VIEWS or not may_overlap(node, node.args[0]):
             continue
         one = first.setdefault(_key((node.target, node.args, tuple(node.kwargs.items()))), node)
-        if one is not node:
-            node.replace_all_uses_with(one, delete_user_cb=lambda user: user.op != "output")
+        if one is node:
+            continue
+        node.replace_all_uses_with(one, delete_user_cb=lambda user: user.op != "output")
         if not node.users:
             stands_for[node] = one
             graph.erase_node(node)

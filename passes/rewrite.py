@@ -589,9 +589,10 @@ def _with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
 
 def _tokens(graph: fx.Graph, site: AttentionSite) -> Any:
     """The number of new tokens, or a node behind the inputs that computes it."""
-    place = place_of(graph, site.tokens)
-    if site.query_tokens > 0 or place is None:
+    if site.query_tokens > 0:
         return site.query_tokens
+    place = place_of(graph, site.tokens)
+    assert place is not None  # the plan has looked
     inputs = graph.find_nodes(op="placeholder")
     if place[1] is None:
         return inputs[place[0]]

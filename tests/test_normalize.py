@@ -123,6 +123,18 @@ def test_of_equal_views_one_is_left():
     assert names.count("getitem") == 3 and names.count("transpose") == 2
 
 
+def test_a_view_that_nothing_reads_may_come_first():
+    gm = capture(lambda x: (x[:, 1:] * 2, x[:, 1:] * 3), X)
+    first, second = (node for node in gm.graph.nodes if op_name(node) == "getitem")
+    second.replace_all_uses_with(first)
+    for user in list(first.users):
+        user.replace_input_with(first, second)
+    first.append(second)  # the first has no users any more
+    normal, mapping = normalize(gm)
+    assert all(map(torch.equal, normal(X), (X[:, 1:] * 2, X[:, 1:] * 3)))
+    assert set(mapping.values()) <= set(normal.graph.nodes)
+
+
 def test_equal_calls_that_copy_or_are_returned_stay():
     at = torch.tensor([0, 2])
 
