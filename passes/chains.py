@@ -123,9 +123,12 @@ class _Scores:
         return layouts[0]
 
     def unscaled(self, query: fx.Node) -> fx.Node | None:
-        """Queries before a call that scales them, which is noted; None for another call."""
-        step = _STEPS[op_name(query)] if op_name(query) in (*_MUL, *_DIV) else None
-        return step(query, self) if step else None
+        """Queries before a call that scales them, which is noted; None for another call.
+
+        Of two products each would have a scale of its own.
+        """
+        scales = op_name(query) in (*_MUL, *_DIV) and self.added is None
+        return _STEPS[op_name(query)](query, self) if scales else None
 
     def hide(self, fill: fx.Node, layout: Layout) -> bool:
         """Notes that `fill` sets weights in `layout` to zero; False unless a mask hides the same.

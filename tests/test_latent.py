@@ -949,6 +949,21 @@ def test_calibration_sees_whole_rows_also_where_the_model_absorbs_the_maps(atten
     assert rows == (BATCH, 1, FILLED + 11, LATENT + SHARED)
 
 
+@pytest.mark.parametrize("scales, found", [((1, 1), 1), ((0.5, 1), 0), ((1, 0.5), 0)])
+def test_a_scale_of_one_of_two_products_is_not_that_of_both(scales, found):
+    """One head, folded into the batch, whose queries are scaled behind that."""
+
+    def attends(q, q_rest, latents, shared):
+        q, q_rest, latents, shared = (x.flatten(0, 1) for x in (q, q_rest, latents, shared))
+        q, q_rest = (x if n == 1 else x * n for x, n in zip((q, q_rest), scales, strict=True))
+        scores = q @ latents.transpose(1, 2) + q_rest @ shared.transpose(1, 2)
+        return torch.softmax(scores * 0.3, -1) @ latents
+
+    shapes = [(2, 1, 1, LATENT), (2, 1, 1, SHARED), (2, 1, 9, LATENT), (2, 1, 9, SHARED)]
+    sites, skipped = find_sites(normal_graph(attends, *map(torch.randn, shapes)).graph)
+    assert len(sites) == found and len(skipped) == 1 - found
+
+
 def test_a_named_basis_without_the_rows_is_fitted_instead_of_refused():
     other = BasisSet((random_basis(2, 10, seed=0, weights="0123456789abcdef", layer="other"),))
     module = LatentDecoder(_static).eval()
