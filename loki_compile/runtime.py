@@ -34,7 +34,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from loki_compile.config import LokiConfig
 from loki_compile.passes.cache_writes import KeyCache
-from loki_compile.passes.fx_tools import copy_of, extract, fake_value, place_of
+from loki_compile.passes.fx_tools import copy_of, extract, fake_value, input_of
 from loki_compile.passes.parts import Part, with_parts
 from loki_compile.passes.plan import Plan
 from loki_compile.passes.rewrite import (
@@ -181,23 +181,21 @@ class Rows:
 
 @dataclass(frozen=True)
 class GivenSize:
-    """A size that each call brings: of dimension `dim` of an argument, or that argument itself."""
+    """A size that each call brings as an argument."""
 
     argument: int
-    dim: int | None
 
     def of(self, args: Sequence[Any]) -> int:
-        given = args[self.argument]
-        return int(given if self.dim is None else given.shape[self.dim])
+        return int(args[self.argument])
 
 
 def token_count(graph: fx.Graph, site: AttentionSite) -> int | GivenSize:
     """The site's new tokens, or where each call brings their number."""
     if site.query_tokens > 0:
         return site.query_tokens
-    place = place_of(graph, site.tokens)
+    place = input_of(graph, site.tokens)
     assert place is not None  # the plan has looked
-    return GivenSize(*place)
+    return GivenSize(place)
 
 
 @dataclass

@@ -185,16 +185,12 @@ def hint_of(size: Any) -> int | None:
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
-def place_of(graph: fx.Graph, size: Any) -> tuple[int, int | None] | None:
-    """Where a call brings a size that is a symbol: the number of the input, and its dimension, or
-    None where the input is that number."""
+def input_of(graph: fx.Graph, size: Any) -> int | None:
+    """The number of the input that brings a size that is a symbol: Dynamo adds one for each."""
     for place, node in enumerate(graph.find_nodes(op="placeholder")):
         value = fake_value(node)
         if isinstance(value, torch.SymInt) and same_size(value, size):
-            return place, None
-        for dim, n in enumerate(shape_of(node) or ()):
-            if same_size(n, size):
-                return place, dim
+            return place
     return None
 
 

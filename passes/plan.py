@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 
 from loki_compile.passes.cache_writes import KeyCache, trace_cache
-from loki_compile.passes.fx_tools import concrete, place_of, remap, shape_of, writes_of
+from loki_compile.passes.fx_tools import concrete, input_of, remap, shape_of, writes_of
 from loki_compile.passes.latent import absorb
 from loki_compile.passes.sites import AttentionSite, Reason, Skipped
 from torch import fx
@@ -121,7 +121,7 @@ def make_plan(
 def _counts_tokens(site: AttentionSite, cache: KeyCache) -> bool:
     """Whether a number of new tokens that each call brings can be told when it runs, and no window
     of the cache depends on it."""
-    return not cache.leaves and place_of(site.node.graph, site.tokens) is not None
+    return not cache.leaves and input_of(site.node.graph, site.tokens) is not None
 
 
 def _most_keys(site: AttentionSite, cache: KeyCache) -> int | None:

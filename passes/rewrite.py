@@ -24,10 +24,10 @@ from loki_compile.passes.fx_tools import (
     fake_mode_of,
     fake_value,
     finish,
+    input_of,
     may_overlap,
     op_name,
     operand,
-    place_of,
     shape_of,
     writes_of,
     written_operands,
@@ -588,16 +588,12 @@ def _with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
 
 
 def _tokens(graph: fx.Graph, site: AttentionSite) -> Any:
-    """The number of new tokens, or a node behind the inputs that computes it."""
+    """The number of new tokens, or the input that brings it."""
     if site.query_tokens > 0:
         return site.query_tokens
-    place = place_of(graph, site.tokens)
+    place = input_of(graph, site.tokens)
     assert place is not None  # the plan has looked
-    inputs = graph.find_nodes(op="placeholder")
-    if place[1] is None:
-        return inputs[place[0]]
-    with graph.inserting_after(inputs[-1]):
-        return call(graph, torch.ops.aten.sym_size.int, inputs[place[0]], place[1], like=site.node)
+    return graph.find_nodes(op="placeholder")[place]
 
 
 def _ask(graph: fx.Graph, site: AttentionSite, rule: MaskRule, behind: fx.Node) -> fx.Node:
