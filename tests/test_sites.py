@@ -1269,3 +1269,66 @@ def test_values_are_looked_behind_as_far_as_keys_are_repeated():
     assert not skipped and site.group == site.value.group == 2
     assert site.key.base.op == "placeholder"
     assert site.value.base.meta["example_value"].shape[1] == KV_HEADS
+
+
+# --- products that only look like those of attention
+
+
+def odd_products():
+    """Functions of q (2,6,3,8), keys and values (2,6,9,8) that no core is made of."""
+
+    def two_token_letters(q, k, v):
+        scores = torch.einsum("bhsd,bhtud->bhstu", q, k.unflatten(2, (3, 3)))
+        return torch.einsum("bhstu,bhtud->bhsd", scores.softmax(-1), v.unflatten(2, (3, 3)))
+
+    def three_rows(q, k, v):
+        scores = torch.einsum("bgxsd,btd->bgxst", q.unflatten(1, (3, 2)), k[:, 0])
+        return torch.einsum("bgxst,btd->bgxsd", scores.softmax(-1), v[:, 0])
+
+    def values_by_rows(q, k, v):
+        weights = torch.einsum("bhsd,bhtd->bhst", q, k).softmax(-1)
+        return torch.einsum("bhst,bhsd->bhtd", weights, v[:, :, :3])
+
+    def values_of_two_dims(q, k, v):
+        weights = (q @ k.mT).softmax(-1)
+        return torch.einsum("bhst,bhtde->bhsde", weights, v.unflatten(3, (4, 2)))
+
+    def values_of_other_heads(q, k, v):
+        return torch.einsum("bhst,bgtd->bhgsd", (q @ k.mT).softmax(-1), v)
+
+    def keys_of_each_group(q, k, v):
+        q, k, v = (x.unflatten(1, (3, 2)) for x in (q, k, v))
+        return (q @ k.mT).softmax(-1) @ v
+
+    def never_folded(q, k, v):
+        q, k, v = q[:, 0], k[:, 0], v[:, 0]
+        return torch.bmm(torch.bmm(q, k.mT).softmax(-1), v)
+
+    def heads_and_tokens_joined(q, k, v):
+        weights = (q @ k.mT).flatten(1, 2).softmax(-1)
+        return weights @ v[:, 0]
+
+    def tokens_and_keys_mixed(q, k, v):
+        scores = (q @ k.mT).flatten(2, 3).unflatten(2, (9, 3))
+        return scores.softmax(-1) @ v[:, :, :3]
+
+    def over_rows_and_keys(q, k, v):
+        return (q @ k.mT).flatten(2).softmax(-1).unflatten(2, (3, 9)) @ v
+
+    def which_letter_is_the_group(q, k, v):
+        scores = torch.einsum("bxyd,btd->bxyt", q, k[:, 0])
+        return torch.einsum("bxyt,btd->bxyd", scores.softmax(-1), v[:, 0])
+
+    def queries_of_two_dims(q, k, v):
+        scores = torch.einsum("bhsde,bhtde->bhst", *(x.unflatten(3, (4, 2)) for x in (q, k)))
+        return scores.softmax(-1) @ v
+
+    return [function for function in locals().values() if callable(function)]
+
+
+@pytest.mark.parametrize("function", odd_products(), ids=lambda f: f.__name__)
+def test_products_that_are_not_those_of_attention_make_no_core(function):
+    graph = normal_graph(function, *(torch.randn(2, 6, n, 8) for n in (3, 9, 9))).graph
+    sites, skipped = find_sites(graph)
+    assert not sites
+    assert {skip.reason for skip in skipped} <= {Reason.LAYOUT, Reason.SOFTMAX, Reason.GROUPS}
