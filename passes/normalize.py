@@ -11,7 +11,7 @@ stays, and results bit for bit but for the order of einsum's sums and the roundi
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 import torch
@@ -223,37 +223,36 @@ def _new_dims_apart(node: fx.Node) -> fx.Node:
     return grown
 
 
-def _see_through(graph: fx.Graph, mapping: dict[fx.Node, fx.Node]) -> None:
-    """Puts tensors in the place of their whole slices, save where such a view is returned."""
-    stands_for: dict[fx.Node, fx.Node] = {}
+def _whole_slices(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Slices that leave nothing out, and what they are slices of."""
     for node in filter(_takes_all, list(graph.nodes)):
-        whole = node.args[0]
-        assert isinstance(whole, fx.Node)
-        node.replace_all_uses_with(whole, delete_user_cb=lambda user: user.op != "output")
-        if not node.users:
-            stands_for[node] = whole
-            graph.erase_node(node)
-    for old, new in mapping.items():
-        mapping[old] = stands_for.get(new, new)
+        yield node, node.args[0]  # type: ignore[misc]
 
 
 _VIEWS = ("getitem", "select", "narrow", "transpose", "permute", "unsqueeze")
 
 
-def _merge_views(graph: fx.Graph, mapping: dict[fx.Node, fx.Node]) -> None:
-    """Of views that are taken twice alike, the first is read by all, save where one is returned."""
+def _equal_views(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Views that were taken before, and the first one that is equal."""
     first: dict[Any, fx.Node] = {}
-    stands_for: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if op_name(node) not in _VIEWS or not may_overlap(node, node.args[0]):
             continue
         one = first.setdefault(_key((node.target, node.args, tuple(node.kwargs.items()))), node)
-        if one is node:
-            continue
-        node.replace_all_uses_with(one, delete_user_cb=lambda user: user.op != "output")
+        if one is not node:
+            yield node, one
+
+
+def _read_instead(
+    pairs: Iterator[tuple[fx.Node, fx.Node]], mapping: dict[fx.Node, fx.Node]
+) -> None:
+    """Puts the second of each pair in the place of the first, save where that one is returned."""
+    stands_for: dict[fx.Node, fx.Node] = {}
+    for node, other in pairs:
+        node.replace_all_uses_with(other, delete_user_cb=lambda user: user.op != "output")
         if not node.users:
-            stands_for[node] = one
-            graph.erase_node(node)
+            stands_for[node] = other
+            node.graph.erase_node(node)
     for old, new in mapping.items():
         mapping[old] = stands_for.get(new, new)
 
@@ -291,8 +290,8 @@ def normalize(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node
     renamed = {node: _name_softmax(node) for node in list(copy.graph.nodes)}
     for old, node in mapping.items():
         mapping[old] = renamed.get(node, node)
-    _see_through(copy.graph, mapping)
-    _merge_views(copy.graph, mapping)
+    _read_instead(_whole_slices(copy.graph), mapping)
+    _read_instead(_equal_views(copy.graph), mapping)
     copy.graph.lint()
     copy.recompile()
     return copy, mapping
