@@ -722,46 +722,36 @@ def test_graphs_of_one_and_of_several_tokens_hand_the_index_over(spelling):
     assert stats()["rebuilds"] == 1 and stats()["sparse_steps"] == 5
 
 
+def takes_tokens(spelling: Spelling, options: dict, counts: tuple[int, ...]) -> None:
+    """One conversation, so many new tokens at a time: outputs are by definition."""
+    with torch.no_grad():
+        pair = Pair(spelling.but(mask=causal), options)
+        here, there = pair.start()
+        for new in counts:
+            x = torch.randn(BATCH, new, HIDDEN)
+            out, expected = here.step(pair.fast, x), pair.expected(there, x)
+            torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
+
+
 @BOTH
 @pytest.mark.parametrize("options", [EVERYTHING, FEW], ids=["everything", "few"])
 def test_one_graph_takes_any_few_tokens(spelling, options):
     """Assisted decoding as it is: Dynamo makes the number of tokens symbolic when it changes."""
-    spelling = spelling.but(mask=causal)
-    with torch.no_grad():
-        pair = Pair(spelling, options)
-        here, there = pair.start()
-        for new in (1, 3, 2, 5, 1, 8, 2):
-            x = torch.randn(BATCH, new, HIDDEN)
-            out, expected = here.step(pair.fast, x), pair.expected(there, x)
-            torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
+    takes_tokens(spelling, options, (1, 3, 2, 5, 1, 8, 2))
     assert stats()["rebuilds"] == 1 and stats()["sparse_steps"] == 7
     assert len(reports()) < 4  # one token; several; several in a cache that grows
 
 
 @BOTH
 def test_many_tokens_are_dense_in_a_graph_that_was_traced_with_few(spelling):
-    spelling = spelling.but(mask=causal)
-    with torch.no_grad():
-        pair = Pair(spelling, EVERYTHING)
-        here, there = pair.start()
-        for new in (1, 3, 9, 1, 4):
-            x = torch.randn(BATCH, new, HIDDEN)
-            out, expected = here.step(pair.fast, x), pair.expected(there, x)
-            torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
+    takes_tokens(spelling, EVERYTHING, (1, 3, 9, 1, 4))
     assert stats()["dense_steps"] == 1 and stats()["sparse_steps"] == 4
     assert stats()["rebuilds"] == 2
 
 
 @BOTH
 def test_few_tokens_are_dense_by_plan_in_a_graph_that_was_traced_with_many(spelling):
-    spelling = spelling.but(mask=causal)
-    with torch.no_grad():
-        pair = Pair(spelling, EVERYTHING)
-        here, there = pair.start()
-        for new in (1, 9, 3):
-            x = torch.randn(BATCH, new, HIDDEN)
-            out, expected = here.step(pair.fast, x), pair.expected(there, x)
-            torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
+    takes_tokens(spelling, EVERYTHING, (1, 9, 3))
     prefills = [s.reason for report in reports() for s in report.sites if s.outcome != "sparse"]
     assert prefills and all("prefill" in reason for reason in prefills)
 
