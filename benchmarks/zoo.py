@@ -333,7 +333,7 @@ def _compiled(model: Any, case: Case, tokens: Any, truth: Any, heard: _Warnings)
     import torch
 
     from loki_compile.report import clear_reports, reports
-    from loki_compile.runtime import reset_stats, stats
+    from loki_compile.counts import reset_stats, stats
 
     found: dict[str, Any] = {"plain": _plain(model, case, tokens, truth, "eager")}
     engine(case.engine)

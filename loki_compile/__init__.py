@@ -7,9 +7,9 @@ of it (`reports`), what Dynamo did not compile (`given_up`), what ran (`stats`).
 
 from loki_compile.calibration import calibrate
 from loki_compile.config import LokiConfig
+from loki_compile.counts import reset_stats, stats
 from loki_compile.explanation import explain
 from loki_compile.report import GraphReport, SiteReport, given_up, reports
-from loki_compile.runtime import reset_stats, stats
 
 __all__ = [
     "GraphReport",

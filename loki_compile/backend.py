@@ -21,6 +21,8 @@ import torch
 from torch import fx
 
 from loki_compile.config import LokiConfig
+from loki_compile.counts import Tally, say_once, tally_of
+from loki_compile.indexes import CacheBinding, token_count
 from loki_compile.passes.cache_writes import nearest_matrix
 from loki_compile.passes.fx_tools import copy_of, fake_mode_of, fake_value
 from loki_compile.passes.normalize import normalize
@@ -32,7 +34,7 @@ from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from loki_compile.pca_store.store import Store
 from loki_compile.report import GraphReport, describe, record_graph
-from loki_compile.runtime import CacheBinding, DecodeGraph, Variant, token_count
+from loki_compile.runtime import DecodeGraph, Variant
 
 log = logging.getLogger("loki_compile")
 
@@ -65,17 +67,23 @@ def loki(
     if config.strict:
         _refuse_dense(plan)
     bindings = _bind_caches(normal, plan, example_inputs, parts, config)
+    tally = tally_of(gm, example_inputs)
     decode = None
     if plan.sparse:
         late = functools.partial(
             _compile_late,
             compile_graph=compile_graph,
             known=len(fake_mode_of(normal.graph).shape_env.guards),
+            tally=tally,
+            sites=len(plan.sites),
         )
-        decode = DecodeGraph(normal, plan, config, bindings, parts, late)
+        decode = DecodeGraph(normal, plan, config, bindings, parts, late, tally)
     record_graph(plan, config, bindings, decode)
+    _say_what_stays_dense(plan, config, tally)
     if decode is not None:
         return decode
+    if plan.dense:
+        _say_compiling(tally, "a graph that stays dense", len(plan.dense))
     if config.pack_gqa and not parts and any(site.group > 1 for site in plan.sites):
         packed, mapping = copy_of(normal)
         return compile_graph(pack_groups(packed, plan.on(mapping).sites), example_inputs)
@@ -129,6 +137,40 @@ def _refuse_dense(plan: Plan) -> None:
         raise RuntimeError(
             "strict=True, and this graph has no attention to rewrite. Compile a model that "
             "decodes with a key/value cache, or set strict=False."
+        )
+
+
+def _say_compiling(tally: Tally, what: str, sites: int) -> None:
+    say_once(
+        (tally.model, what, sites),
+        f"{tally.model}: compiling {what} ({sites} attention sites). A large model takes minutes; "
+        "later calls reuse it.",
+    )
+
+
+def _say_what_stays_dense(plan: Plan, config: LokiConfig, tally: Tally) -> None:
+    """Says once where options or the model leave nothing of a decode step to be sparse."""
+    why = {skip.reason for skip in plan.dense}
+    if plan.sparse:
+        if config.min_context and config.top_k == 1.0:
+            say_once(
+                (tally.model, "top_k"),
+                f"{tally.model}: top_k={config.top_k} reads every key of any context, so all "
+                "steps run dense: lower top_k to decode sparsely.",
+            )
+    elif Reason.SHORT_CACHE in why:
+        skip = next(skip for skip in plan.dense if skip.reason is Reason.SHORT_CACHE)
+        say_once(
+            (tally.model, "short"),
+            f"{tally.model}: nothing is sparse: {skip.sentence()}. Lower min_context, or decode "
+            "with a longer cache.",
+        )
+    elif Reason.PREFILL not in why and not all(skip.by_plan for skip in plan.dense):
+        skip = next(skip for skip in plan.dense if not skip.by_plan)
+        say_once(
+            (tally.model, "dense"),
+            f"{tally.model}: no attention site of a graph with {len(plan.dense)} became sparse, "
+            f"the first since {skip.sentence()}. loki_compile.reports() lists all.",
         )
 
 
@@ -262,9 +304,12 @@ def _inductor(
 
 def _compile_late(
     gm: fx.GraphModule,
+    which: str,
     *,
     compile_graph: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
     known: int,
+    tally: Tally,
+    sites: int,
 ) -> Variant:
     """Compiles a variant after Dynamo has returned, under the fake mode it traced with.
 
@@ -272,6 +317,7 @@ def _compile_late(
     `ShapeEnv`. Dynamo's guards exist already, so a guard that Inductor adds now must be checked by
     us; where it does not hold, the same graph runs node by node.
     """
+    _say_compiling(tally, f"the {which} variant of a decode graph", sites)
     values = _fakes(gm)
     fake_mode = fake_mode_of(gm.graph)
     shape_env = fake_mode.shape_env
@@ -289,6 +335,7 @@ def _compile_late(
         sizes = [args[place] for place in places]
         if code is None or shape_env.evaluate_guards_expression(code, sizes):
             return run(*args)
+        tally.add("interpreted_steps")
         return gm(*args)
 
     return run_or_interpret

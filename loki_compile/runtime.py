@@ -2,65 +2,44 @@
 
 A `DecodeGraph` stands where Dynamo expects the compiled function. It owns two variants of one
 graph, each compiled when it is first needed: the dense one, and the sparse one whose extra inputs
-are the key indexes and bases. Indexes belong to cache tensors, not to graphs: recompilation, a
-second graph over the same cache, and interleaved conversations all find theirs.
-
-Provenance. An index is valid for a cache tensor if that tensor is the very one that the sparse
-variant last wrote: same storage, address, shape, strides and version counter. Anything else
-rebuilds the index from the cache. (What PyTorch itself does not count escapes: a write through
-`.data` or NumPy.) Tensors made under `torch.inference_mode` have no version counter; for them the
-number of filled slots must continue where the last step ended, and a sample of rows is compared
-with its projection at every step (an edit of a few old keys between two steps can escape that, so
-edit caches under `torch.no_grad`). A stale index can only misrank: attention itself always reads
-the cache's own keys and values.
+are the key indexes and bases. Which of the two runs is a matter of speed alone: a row that sees
+fewer than `min_context` keys reads all of them in either.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
-import weakref
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.utils import counters
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from loki_compile import indexes
 from loki_compile.config import LokiConfig
-from loki_compile.passes.cache_writes import KeyCache
-from loki_compile.passes.fx_tools import copy_of, extract, fake_value, input_of
+from loki_compile.counts import Because, Tally, say_once
+from loki_compile.indexes import Build, Cached, CacheBinding, IndexRecord, Watch, token_count
+from loki_compile.passes.fx_tools import copy_of, extract
 from loki_compile.passes.parts import Part, with_parts
 from loki_compile.passes.plan import Plan
-from loki_compile.passes.rewrite import (
-    IndexLayout,
-    pack_groups,
-    project_new_keys,
-    rewrite_sparse,
-    unit_queries,
-)
-from loki_compile.passes.sites import MAX_QUERY_TOKENS, AttentionSite, Latent
+from loki_compile.passes.rewrite import IndexLayout, pack_groups, rewrite_sparse
+from loki_compile.passes.sites import MAX_QUERY_TOKENS
 from loki_compile.passes.undo import what_to_save
-from loki_compile.pca_store.basis import Basis
-from loki_compile.pca_store.covariance import KeyCovariance
 
 log = logging.getLogger("loki_compile")
 
-# Tokens projected at a time when an index is rebuilt: bounds the fp32 copy of the keys.
-REBUILD_TOKENS = 8192
-# Keys that an automatic basis is fitted from, evenly spread: PCA of D dims needs no more.
-FIT_TOKENS = 16384
-# Rows compared per step where a cache tensor has no version counter.
-SPOT_ROWS = 16
-# A cache that is a new tensor at every step (beam search) is rebuilt at every step. After this
-# many rebuilds in a row dense is tried for the steps that follow, since a rebuild reads all keys.
-MAX_REBUILDS_IN_A_ROW = 8
-DENSE_STEPS_AFTER = 64
+# A cache that is a new tensor at every step (beam search) would be read whole at every step to
+# build its index. After so many builds in a row that served one step each, calls which need another
+# build are dense, so many of them; calls whose indexes are true stay sparse.
+WASTED_BUILDS = 8
+HELD_BACK_CALLS = 64
+# Dense steps after a first shortage of memory, before an index is tried again; twice as many after
+# each further one, up to the second number.
+SHORTAGE_CALLS = 64
+SHORTAGE_CALLS_MOST = 1 << 14
 # What a step may save of tensors that it does not only append to (windows that move, recurrent
 # states): so many bytes in the first sparse step of a graph, which is where most breaks; in each
 # one behind it so few, or one part in so many of all that the graph is given.
@@ -68,218 +47,18 @@ SAVED_BYTES = 1 << 30
 SAVED_EACH_STEP = 1 << 18
 SAVED_PART = 128
 
-_stats: Counter[str] = Counter()
-
-
-def stats() -> dict[str, int]:
-    """Counts since import or `reset_stats`, as in `torch._dynamo.utils.counters["loki"]`.
-
-    sparse_steps, dense_steps: calls of rewritten graphs by variant; rebuilds: indexes projected
-    anew from a cache; fitted_bases: bases fitted because none was stored; index_bytes: memory of
-    the indexes alive now.
-    """
-    names = ("sparse_steps", "dense_steps", "rebuilds", "fitted_bases")
-    return {**{name: _stats[name] for name in names}, "index_bytes": index_bytes()}
-
-
-def reset_stats() -> None:
-    """Sets the counts of `stats` back to zero; indexes and bases stay."""
-    _stats.clear()
-    counters["loki"].clear()
-
-
-def index_bytes() -> int:
-    """Bytes of all key indexes that are alive."""
-    with _lock:
-        records = [record for held in _indexes.values() for record in held.values()]
-    return sum(part.nbytes for record in records for part in record.parts)
-
-
-def _count(name: str, amount: int = 1) -> None:
-    with _lock:
-        _stats[name] += amount
-        counters["loki"][name] += amount
-
-
-@dataclass(frozen=True, eq=False)
-class BoundBasis:
-    """A basis cut to a rank, on a device: what graphs take as input. Each (Hkv, D, R) fp32."""
-
-    query: Tensor
-    key: Tensor
-
-
-@dataclass
-class IndexRecord:
-    """The index of one cache tensor: `parts` mirror it while `stamp` is the tensor's stamp."""
-
-    parts: list[Tensor]
-    stamp: tuple[Any, ...] | None
-    filled: int
-
-
-_lock = threading.RLock()
-_indexes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_filled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_bound: weakref.WeakKeyDictionary[Basis, dict[Any, BoundBasis]] = weakref.WeakKeyDictionary()
-_fitted: dict[tuple[Any, ...], Basis] = {}
-_fitted_here: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _stamp(tensor: Tensor) -> tuple[Any, ...]:
-    version = None if tensor.is_inference() else tensor._version
-    # `x.data = y` counts as no write, and a new storage may lie where one before it lay: while a
-    # weak reference to that is held, the two are not taken for one.
-    storage = StorageWeakRef(tensor.untyped_storage())
-    return storage, tensor.data_ptr(), tensor.shape, tensor.stride(), version
-
-
-def bind(basis: Basis, rank: int, device: torch.device) -> BoundBasis:
-    """The basis' first `rank` columns on `device`, the same tensors at every call."""
-    with _lock:
-        held = _bound.setdefault(basis, {})
-        key = (rank, device)
-        if key not in held:
-            query, key_side = basis.truncate(rank)
-            held[key] = BoundBasis(query.to(device), key_side.to(device))
-        return held[key]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a cache: a tensor, and another whose rows continue those, if there is one.
-
-    `holder` is the tensor that the caller keeps: `past` itself, or one that it is a part of.
-    """
-
-    past: Tensor
-    rest: Tensor | None
-    token_axis: int
-    holder: Tensor
-
-    @property
-    def stamp(self) -> tuple[Any, ...]:
-        """Equal while neither tensor is another, nor written; None last where that is not known."""
-        if self.rest is None:
-            return _stamp(self.past)
-        own, more = _stamp(self.past), _stamp(self.rest)
-        return (*own[:-1], more, None if None in (own[-1], more[-1]) else own[-1])
-
-    def narrow(self, start: int, length: int) -> Tensor:
-        """So many whole rows; a copy where they lie in two tensors."""
-        return self._both(lambda x: x.narrow(self.token_axis, start, length))
-
-    def at(self, tokens: Tensor) -> Tensor:
-        """The whole rows of these tokens (N,)."""
-        return self._both(lambda x: x.index_select(self.token_axis, tokens))
-
-    def _both(self, take: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.rest is None:
-            return take(self.past)
-        return torch.cat((take(self.past), take(self.rest)), -1)
-
-
-@dataclass(frozen=True)
-class GivenSize:
-    """A size that each call brings as an argument."""
-
-    argument: int
-
-    def of(self, args: Sequence[Any]) -> int:
-        return int(args[self.argument])
-
-
-def token_count(graph: fx.Graph, site: AttentionSite) -> int | GivenSize:
-    """The site's new tokens, or where each call brings their number."""
-    if site.query_tokens > 0:
-        return site.query_tokens
-    place = input_of(graph, site.tokens)
-    assert place is not None  # the plan has looked
-    return GivenSize(place)
-
-
-@dataclass
-class CacheBinding:
-    """What the runtime knows of one cache of the plan.
-
-    `argument` is the position of its past tensor among the graph's arguments; `beside` that of the
-    tensor whose rows continue its rows, if there is one; `weights` the fingerprint of the weights
-    that make its keys ("" if none was found); each call stores `new_tokens`. `latent` says how rows
-    are expanded, if they are, by the weight at position `map` (None where the graph computes it),
-    for `query_heads`. A set of bases need not hold one for such rows, which `calibrate` may not
-    have seen: it is fitted then.
-    `part` says where the past tensor was cut out, if it is a part of another one.
-    """
-
-    cache: KeyCache
-    argument: int
-    weights: str
-    layer: str
-    kv_heads: int
-    head_dim: int
-    new_tokens: int | GivenSize
-    beside: int | None = None
-    latent: Latent | None = None
-    map: int | None = None
-    part: Part | None = None
-    query_heads: int = 0
-    basis: Basis | None = None
-    bound: BoundBasis | None = None
-    layout: IndexLayout | None = None
-
-    def holder(self, args: Sequence[Any]) -> Tensor:
-        """The tensor that the caller keeps: the cache's, or the one that it is a part of."""
-        holder: Tensor = args[self.argument if self.part is None else self.part.holder]
-        return holder
-
-    def stored(self, args: Sequence[Any]) -> int:
-        """New tokens that this call stores."""
-        count = self.new_tokens
-        return count if isinstance(count, int) else count.of(args)
-
-    def rows(self, args: Sequence[Any]) -> Rows:
-        """What the cache holds, given the graph's arguments."""
-        rest = None if self.beside is None else args[self.beside]
-        return Rows(args[self.argument], rest, self.cache.token_axis, self.holder(args))
-
-    def queries(self, args: Sequence[Any]) -> Tensor | None:
-        """What the rows meet, where that is known before any query: see `unit_queries`."""
-        if self.latent is None or self.map is None:
-            return None
-        return unit_queries(args[self.map].detach(), self.latent, self.query_heads)
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        """What tells one index of a tensor from another: its basis, its layout, its part."""
-        return self.bound, self.layout, self.numbers
-
-    @property
-    def numbers(self) -> tuple[tuple[int, int], ...]:
-        """Which part of its holder the cache is: () where it is all of it."""
-        return self.part.numbers if self.part is not None else ()
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of one number in the cache."""
-        return fake_value(self.cache.past).element_size()
-
-    def rank(self, spec: int | float | str) -> int | None:
-        """Dims of the index, or None where they depend on a basis that is not fitted yet."""
-        if self.basis is not None:
-            return self.basis.rank_for(spec)
-        if isinstance(spec, str):
-            return None
-        return spec if isinstance(spec, int) else max(1, math.ceil(round(spec * self.head_dim, 6)))
-
-    def basis_name(self) -> str:
-        """Where the basis comes from, for reports."""
-        if self.basis is None:
-            return "auto (fitted from the first long prompt)"
-        return f"{self.basis.kind}, {self.basis.tokens} tokens"
-
-
 # One compiled form of the graph, made at first use.
 Variant = Callable[..., Any]
+
+
+@dataclass
+class Step:
+    """One call: its arguments, its caches in the plan's order, and how many keys are visible behind
+    it, the most of any cache."""
+
+    args: Sequence[Any]
+    caches: list[Cached]
+    visible: int
 
 
 class DecodeGraph:
@@ -292,143 +71,111 @@ class DecodeGraph:
         config: LokiConfig,
         bindings: list[CacheBinding],
         parts: Sequence[Part],
-        compile_graph: Callable[[fx.GraphModule], Variant],
+        compile_graph: Callable[[fx.GraphModule, str], Variant],
+        tally: Tally,
     ) -> None:
+        """compile_graph: makes a variant of a graph; its second argument says which, in words."""
         self.gm = gm
         self.plan = plan
         self.config = config
         self.bindings = bindings
         self.parts = parts
         self.compile_graph = compile_graph
+        self.tally = tally
         counts = {token_count(gm.graph, sparse.site) for sparse in plan.sparse}
         self.token_counts = [count for count in counts if not isinstance(count, int)]
         self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self.undo = what_to_save(gm.graph)
         self.fill_graph = _fill_graph(gm, bindings)
         self.dense: Variant | None = None
-        self.sparse: Variant | None = None
-        self.sparse_failure: str | None = None
+        self.sparse: dict[tuple[IndexLayout, ...], Variant] = {}
+        self.gave_up: str | None = None
         self.sparse_ran = False
         self.given_bytes = 0
-        self.rebuilds_in_a_row = 0
-        self.dense_steps_left = 0
+        self.turn = 0
+        self.watch = Watch()
+        self.held_back = 0  # calls that need a build and will be dense
+        self.short_of_memory = 0  # calls that will be dense
+        self.shortages = 0
         self.building = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
         args = with_parts(args, self.parts)
-        visible = self.visible_keys(args)
-        few = all(count.of(args) <= MAX_QUERY_TOKENS for count in self.token_counts)
-        if few and self.wants_sparse(visible) and self.prepare_sparse(args, visible):
-            assert self.sparse is not None
-            return self.run_sparse(self.sparse, args, visible)
-        return self.run_dense(args, visible)
+        caches = [binding.at(args) for binding in self.bindings]
+        step = Step(args, caches, self.visible_keys(args, caches))
+        why = self.why_dense(step)
+        return self.run_sparse(step) if why is None else self.run_dense(step, why)
 
-    def wants_sparse(self, visible: int) -> bool:
+    def state(self) -> str:
+        """What differs now from the plan, in words: "" if nothing does."""
+        if self.gave_up is not None:
+            return f"{Because.GAVE_UP.value}: {self.gave_up}"
+        if self.short_of_memory:
+            return f"no memory for an index: tried again in {self.short_of_memory} steps"
+        if self.held_back:
+            return (
+                f"held back: {self.held_back} more calls that need a new index run dense, since "
+                f"{WASTED_BUILDS} indexes in a row served one step each"
+            )
+        return ""
+
+    # -- which variant
+
+    def why_dense(self, step: Step) -> Because | None:
         """The one decision: sparse from `min_context` visible keys on, unless it would read all.
 
         `min_context=0` forces the sparse variant at every length, also where the budget covers all.
         """
-        if self.sparse_failure is not None:
-            return False
-        if self.config.min_context == 0:
-            return True
-        if visible < self.config.min_context or self.config.budget.covers(visible):
-            return False
-        if self.dense_steps_left:
-            self.dense_steps_left -= 1
-            return False
-        return True
+        if any(count.of(step.args) > MAX_QUERY_TOKENS for count in self.token_counts):
+            return Because.PREFILL
+        if self.gave_up is not None:
+            return Because.GAVE_UP
+        if self.config.min_context:
+            if step.visible < self.config.min_context:
+                return Because.SHORT
+            if self.config.budget.covers(step.visible):
+                return Because.COVERED
+        if self.short_of_memory:
+            self.short_of_memory -= 1
+            return Because.SHORTAGE
+        for binding, cached in zip(self.bindings, step.caches, strict=True):
+            if binding.basis is None and indexes.tokens_before(cached, step.visible) < 1:
+                return Because.EMPTY
+        return None
 
-    def visible_keys(self, args: Sequence[Any]) -> int:
+    def visible_keys(self, args: Sequence[Any], caches: Sequence[Cached]) -> int:
         """Filled slots after this step, the most of any cache; no device sync in steady state."""
-        return max(self._filled_after(binding, args) for binding in self.bindings)
+        pairs = zip(self.bindings, caches, strict=True)
+        return max(self._filled_after(args, *pair) for pair in pairs)
 
-    def _filled_after(self, binding: CacheBinding, args: Sequence[Any]) -> int:
-        cache, holder = binding.cache, binding.holder(args)
-        slots = args[binding.argument].shape[cache.token_axis]
-        if cache.grows:
-            return slots + binding.stored(args)
+    def _filled_after(self, args: Sequence[Any], binding: CacheBinding, cached: Cached) -> int:
+        slots = cached.slots
+        if binding.grows:
+            return slots + cached.stored
         # Counting costs nothing; reading the position costs a sync where it lies on a device.
-        stamp, filled = _filled.get(holder, (None, 0))
-        on_device = holder.device.type != "cpu"
-        counted = on_device and not holder.is_inference() and stamp == _stamp(holder)
-        if counted:
-            return min(slots, filled + binding.stored(args))
+        if cached.holder.device.type != "cpu":
+            filled = indexes.filled_before(cached)
+            if filled is not None:
+                return min(slots, filled + cached.stored)
         if self.fill_graph is None:
             return slots
         if binding is not self.fill_graph.binding:
             return 0
-        filled = self.fill_graph.read(args)
+        filled = int(self.fill_graph.read(args))
         return min(slots, filled) if filled > 0 else slots  # positions counted from the end
 
-    def prepare_sparse(self, args: Sequence[Any], visible: int) -> bool:
-        """Builds the sparse variant at its first use. False: stay dense."""
-        # Bases outlive a call: a tensor made under inference mode could not be used outside it.
-        with torch.inference_mode(False), torch.no_grad():
-            return self.build_sparse(args, visible)
+    # -- the dense variant
 
-    def build_sparse(self, args: Sequence[Any], visible: int) -> bool:
-        """Bases, layouts and the compiled sparse variant, at its first use. False: stay dense."""
-        if self.sparse is not None:
-            return True
-        for binding in self.bindings:
-            if binding.basis is None and _cached(binding, args, visible) < 1:
-                return False  # nothing to fit a basis from yet
-        with self.building:
-            if self.sparse is not None:
-                return True
-            if self.sparse_failure is not None:
-                return False
-            try:
-                for binding in self.bindings:
-                    self._bind(binding, args, visible)
-                layouts = [b.layout for b in self.bindings if b.layout is not None]
-                gm, mapping = copy_of(self.gm)
-                plan = self.plan.on(mapping)
-                sparse_sites = {s.site.node for s in plan.sparse}
-                gm = rewrite_sparse(gm, plan, layouts)
-                if self.config.pack_gqa:
-                    left = [site for site in plan.sites if site.node not in sparse_sites]
-                    gm = pack_groups(gm, left)
-                self.sparse = self.compile_graph(gm)
-            except Exception as error:
-                if self.config.strict:
-                    raise
-                self.give_up("the sparse variant could not be built", error)
-                return False
-        return True
-
-    def give_up(self, what: str, error: Exception) -> None:
-        """Dense from now on, which is said once."""
-        if self.sparse_failure is not None:
-            return
-        self.sparse_failure = f"{type(error).__name__}: {error}"
-        log.warning(
-            "%s and decoding stays dense: %s. Set strict=True to raise instead.",
-            what,
-            self.sparse_failure,
-            exc_info=log.isEnabledFor(logging.DEBUG),
-        )
-
-    def _bind(self, binding: CacheBinding, args: Sequence[Any], visible: int) -> None:
-        rows = binding.rows(args)
-        if binding.basis is None:
-            binding.basis = _fit(
-                binding, rows, binding.queries(args), _cached(binding, args, visible)
-            )
-        rank = binding.basis.rank_for(self.config.rank)
-        binding.bound = bind(binding.basis, rank, rows.past.device)
-        dtype = torch.int8 if self.config.index_dtype == "int8" else rows.past.dtype
-        binding.layout = IndexLayout(rank, dtype)
-
-    def run_dense(self, args: Sequence[Any], visible: int) -> Any:
+    def run_dense(self, step: Step, why: Because) -> Any:
+        if why in (Because.GAVE_UP, Because.SHORTAGE):
+            indexes.forget(self.bindings)
         if self.dense is None:
             with self.building:
                 if self.dense is None:
-                    self.dense = self.compile_graph(self._dense_graph())
-        outputs = self.dense(*args)
-        _count("dense_steps")
-        self._remember_filled(args, outputs, visible)
+                    self.dense = self.compile_graph(self._dense_graph(), "dense")
+        outputs = self.dense(*step.args)
+        self.tally.dense(why)
+        self._remember_filled(step, outputs)
         return outputs
 
     def _dense_graph(self) -> fx.GraphModule:
@@ -437,54 +184,235 @@ class DecodeGraph:
             gm = pack_groups(gm, self.plan.on(mapping).sites)
         return gm
 
-    def run_sparse(self, variant: Variant, args: Sequence[Any], visible: int) -> Any:
-        records, rebuilt = [], 0
-        most = max(_slots_after(binding, args) for binding in self.bindings)
-        whole = self._saves_all(args)
+    # -- the sparse variant
+
+    def run_sparse(self, step: Step) -> Any:
+        held = self._true_indexes(step)
+        if self._hold_back(held):
+            return self.run_dense(step, Because.HELD_BACK)
+        layouts = self._layouts(step)
+        # Compiled first where that is possible: no keys are read for an index that nothing uses.
+        if layouts is not None and self._variant(layouts) is None:
+            return self.run_dense(step, Because.GAVE_UP)
+        whole = self._saves_all(step.args)
         places = self.undo.small + self.undo.large if whole else self.undo.small
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                saved = Saved([args[place] for place in places])
-                for binding in self.bindings:
-                    record, fresh = self._index(binding, args, visible, most)
-                    records.append(record)
-                    rebuilt += fresh
+            with _ordinary_tensors():
+                saved = Saved([step.args[place] for place in places])
+                records = self._build_missing(step, held)
         except Exception as error:  # out of memory, most likely; nothing is written yet
-            if self.config.strict:
-                raise
-            self.give_up("a key index could not be built", error)
-            return self.run_dense(args, visible)
-        self._watch_rebuilds(rebuilt)
+            return self._after(error, step, "a key index could not be built")
+        variant = self._variant(tuple(record.layout for record in records))
+        if variant is None:
+            return self.run_dense(step, Because.GAVE_UP)
         extra: list[Tensor] = []
         for binding, record in zip(self.bindings, records, strict=True):
-            assert binding.bound is not None
-            extra += [*record.parts, binding.bound.key, binding.bound.query]
+            extra += [*record.tensors, record.bound.key, record.bound.query]
             if not binding.cache.replaced:
                 record.stamp = None  # until the step has ended well
         try:
-            outputs = list(variant(*args, *extra))
+            outputs = list(variant(*step.args, *extra))
         except Exception as error:
             if not whole:
                 raise  # what the first attempt has written cannot be taken back
             saved.put_back()
-            if self.config.strict:
-                raise
-            try:
-                outputs = self.run_dense(args, visible)
-            except Exception:
-                saved.put_back()  # the step can be taken again
-                raise
-            self.give_up("the sparse variant failed", error)
-            return outputs
-        self.sparse_ran = True
+            return self._after(error, step, "the sparse variant failed", saved)
+        self._say_it_ran(step)
         try:
-            self._adopt(args, outputs, records, visible)
+            self._adopt(step, outputs, records)
         except Exception as error:  # out of memory: the step is right, its index is built anew
             if not self.config.strict:
-                self.give_up("a key index could not be kept", error)
-        _count("sparse_steps")
+                self._set_back("a key index could not be kept", error)
+        self.tally.add("sparse_steps")
         del outputs[self.outputs :]
         return outputs
+
+    def _true_indexes(self, step: Step) -> list[IndexRecord | None]:
+        """For each cache its index, None where there is none that is known to mirror it."""
+        most = max(
+            cached.slots + cached.stored if binding.grows else cached.slots
+            for binding, cached in zip(self.bindings, step.caches, strict=True)
+        )
+        held: list[IndexRecord | None] = []
+        unwatched = []
+        for binding, cached in zip(self.bindings, step.caches, strict=True):
+            record = indexes.find(binding, cached)
+            if record is not None and (
+                not indexes.is_true(binding, cached, record, step.visible, most)
+                or indexes.is_outgrown(record, step.visible, self.config.min_context)
+            ):
+                record = None
+            held.append(record)
+            if record is not None and not cached.counts_writes:
+                unwatched.append((record, cached))
+        if unwatched and not self._agree(step, unwatched):
+            wrong = {id(record) for record, _ in unwatched}
+            held = [None if id(record) in wrong else record for record in held]
+        return held
+
+    def _agree(self, step: Step, unwatched: Sequence[tuple[IndexRecord, Cached]]) -> bool:
+        """Whether caches that count no writes are as the last step left them."""
+        witness = unwatched[0][0].witness
+        if witness is not None and witness.was_wrong():
+            return False
+        moved = None
+        if self.fill_graph is not None and unwatched[0][1].past.device.type != "cpu":
+            moved = self._has_moved(step, self.fill_graph)
+        return indexes.agree_all(unwatched, moved)
+
+    def _has_moved(self, step: Step, graph: FillGraph) -> Tensor | None:
+        """Whether positions on a device are not those that were counted, 0-d, without waiting."""
+        cached = next(c for b, c in zip(self.bindings, step.caches, strict=True) if b is graph.binding)
+        counted = self._filled_after(step.args, graph.binding, cached)
+        filled = graph.read(step.args)
+        if not isinstance(filled, Tensor):
+            return None  # the host has read it
+        return (filled > 0) & (filled.clamp(max=cached.slots) != counted)
+
+    def _hold_back(self, held: Sequence[IndexRecord | None]) -> bool:
+        """Whether this call needs a build that experience says will serve no other."""
+        missing = any(record is None for record in held)
+        if not missing:
+            for build in {id(r.build): r.build for r in held if r is not None}.values():
+                build.use()
+        if self.watch.wasted >= WASTED_BUILDS and self.config.min_context:
+            self.watch.wasted, self.held_back = 0, HELD_BACK_CALLS
+            log.info(
+                "%d indexes in a row served one step each: the next %d calls that need another "
+                "run dense", WASTED_BUILDS, HELD_BACK_CALLS,
+            )  # fmt: skip
+        if missing and self.held_back:
+            self.held_back -= 1
+            return True
+        return False
+
+    def _layouts(self, step: Step) -> tuple[IndexLayout, ...] | None:
+        """Of all indexes; None where a spectrum decides that is not known yet."""
+        layouts = []
+        for binding, cached in zip(self.bindings, step.caches, strict=True):
+            rank = binding.rank(self.config.rank)
+            if rank is None:
+                return None
+            if binding.layout is None:
+                binding.layout = IndexLayout(rank, self._index_dtype or cached.past.dtype)
+            layouts.append(binding.layout)
+        return tuple(layouts)
+
+    def _variant(self, layouts: tuple[IndexLayout, ...]) -> Variant | None:
+        """The sparse variant for these indexes, compiled at its first use. None: stay dense."""
+        if layouts in self.sparse:
+            return self.sparse[layouts]
+        with self.building:
+            if self.gave_up is None and layouts not in self.sparse:
+                try:
+                    # What is made here outlives the call, and the mode it came in.
+                    with _ordinary_tensors():
+                        variant = self.compile_graph(self._sparse_graph(layouts), "sparse")
+                    self.sparse[layouts] = variant
+                except Exception as error:
+                    if self.config.strict:
+                        raise
+                    self.give_up("the sparse variant could not be built", error)
+            return self.sparse.get(layouts)
+
+    @property
+    def _index_dtype(self) -> torch.dtype | None:
+        return torch.int8 if self.config.index_dtype == "int8" else None
+
+    def _sparse_graph(self, layouts: Sequence[IndexLayout]) -> fx.GraphModule:
+        gm, mapping = copy_of(self.gm)
+        plan = self.plan.on(mapping)
+        sparse_sites = {s.site.node for s in plan.sparse}
+        gm = rewrite_sparse(gm, plan, layouts)
+        if self.config.pack_gqa:
+            left = [site for site in plan.sites if site.node not in sparse_sites]
+            gm = pack_groups(gm, left)
+        return gm
+
+    def _build_missing(
+        self, step: Step, held: Sequence[IndexRecord | None]
+    ) -> list[IndexRecord]:
+        made = Build(self.watch)
+        records = []
+        for binding, cached, record in zip(self.bindings, step.caches, held, strict=True):
+            if record is None:
+                record = indexes.build(
+                    binding,
+                    cached,
+                    indexes.find(binding, cached),
+                    made,
+                    visible=step.visible,
+                    rank=self.config.rank,
+                    dtype=self._index_dtype,
+                    tally=self.tally,
+                )
+            records.append(record)
+        if not any(record.build is made for record in records):
+            made.used = True  # it was not needed
+        return records
+
+    def _say_it_ran(self, step: Step) -> None:
+        if self.sparse_ran:
+            return
+        self.sparse_ran = True
+        sites, visible = len(self.plan.sparse), step.visible
+        say_once(
+            (self.tally.model, "sparse"),
+            lambda: (
+                f"{self.tally.model}: first sparse step done: {sites} of "
+                f"{len(self.plan.sites)} attention sites read at most "
+                f"{self.config.budget.keys(visible)} of {visible} keys. loki_compile.stats() "
+                "counts steps, loki_compile.reports() says what became of each site."
+            ),
+        )
+
+    # -- when something fails
+
+    def _after(
+        self, error: Exception, step: Step, what: str, saved: Saved | None = None
+    ) -> Any:
+        """The step, dense, after its sparse form failed; or the error, where that was asked for."""
+        if self.config.strict:
+            raise error
+        why = Because.SHORTAGE if _is_shortage(error) else Because.GAVE_UP
+        try:
+            outputs = self.run_dense(step, why)
+        except Exception:
+            if saved is not None:
+                saved.put_back()  # the step can be taken again
+            raise
+        self._set_back(what, error)
+        return outputs
+
+    def _set_back(self, what: str, error: Exception) -> None:
+        """Dense: for a while where memory was short, which may pass, else from now on."""
+        if not _is_shortage(error):
+            return self.give_up(what, error)
+        self.short_of_memory = min(SHORTAGE_CALLS << self.shortages, SHORTAGE_CALLS_MOST)
+        self.shortages += 1
+        indexes.forget(self.bindings)
+        log.warning(
+            "%s for want of memory: decoding is dense for %d steps, then it is tried again (%s).",
+            what,
+            self.short_of_memory,
+            f"{type(error).__name__}: {error}",
+        )
+        return None
+
+    def give_up(self, what: str, error: Exception) -> None:
+        """Dense from now on, which is said once; what was held is given back."""
+        if self.gave_up is not None:
+            return
+        failure = f"{type(error).__name__}: {error}"
+        self.gave_up = f"{what}: {failure}"
+        self.sparse.clear()
+        indexes.forget(self.bindings)
+        log.warning(
+            "%s and decoding stays dense: %s. Set strict=True to raise instead.",
+            what,
+            failure,
+            exc_info=log.isEnabledFor(logging.DEBUG),
+        )
 
     def _saves_all(self, args: Sequence[Any]) -> bool:
         """Whether all that a second run of this step would notice is saved before the first.
@@ -501,131 +429,56 @@ class DecodeGraph:
             self.given_bytes = sum(arg.nbytes for arg in args if isinstance(arg, Tensor))
         return large * SAVED_PART <= self.given_bytes
 
+    # -- behind a step
+
     def _adopt(
-        self,
-        args: Sequence[Any],
-        outputs: Sequence[Any],
-        records: Sequence[IndexRecord],
-        visible: int,
+        self, step: Step, outputs: Sequence[Any], records: Sequence[IndexRecord]
     ) -> None:
         """Ties each index to the cache tensor that the step has left behind."""
         place = self.outputs
-        with _lock:
-            for binding, record in zip(self.bindings, records, strict=True):
-                cache = binding.cache
-                if cache.output is None:
-                    record.stamp, record.filled = binding.rows(args).stamp, visible
-                    continue
-                assert binding.layout is not None
-                tensor, rest = outputs[cache.output], None
-                if cache.beside is not None:
-                    assert cache.beside.output is not None
-                    rest = outputs[cache.beside.output]
+        left, unwatched = [], []
+        for binding, before, record in zip(self.bindings, step.caches, records, strict=True):
+            after = binding.left_by(outputs, before)
+            left.append(after)
+            tensors = []
+            if binding.cache.replaced:
+                parts = record.layout.parts
                 # A full window's index is what is left of a longer one: rows apart in memory, where
                 # the compiled graph takes them to be next to each other.
-                parts = [p.contiguous() for p in outputs[place : place + binding.layout.parts]]
-                place += binding.layout.parts
-                held = _indexes.setdefault(tensor, {})
-                stamp = Rows(tensor, rest, cache.token_axis, tensor).stamp
-                held[binding.identity] = IndexRecord(parts, stamp, visible)
-        self._remember_filled(args, outputs, visible)
-
-    def _remember_filled(self, args: Sequence[Any], outputs: Sequence[Any], visible: int) -> None:
-        with _lock:
-            for binding in self.bindings:
-                cache = binding.cache
-                if not cache.grows:
-                    tensor = binding.holder(args)
-                    if cache.output is not None:
-                        tensor = outputs[cache.output]
-                    _filled[tensor] = (_stamp(tensor), visible)
-
-    def _index(
-        self, binding: CacheBinding, args: Sequence[Any], visible: int, most: int
-    ) -> tuple[IndexRecord, bool]:
-        """The cache's index, and whether it had to be built from the cache.
-
-        `most` is what `visible` can be at these sizes: windows are full before other caches are.
-        """
-        rows = binding.rows(args)
-        with _lock:
-            record = _indexes.get(rows.holder, {}).get(binding.identity)
-        if record is not None:
-            follows = visible == min(most, record.filled + binding.stored(args))
-            if self._belongs(binding, record, rows, follows):
-                return record, False
-            record.stamp = None  # its memory is written over, and that may fail half way
-        record = IndexRecord(self._project(binding, rows, record), rows.stamp, visible)
-        with _lock:
-            _indexes.setdefault(rows.holder, {})[binding.identity] = record
-        _count("rebuilds")
-        return record, True
-
-    def _belongs(
-        self, binding: CacheBinding, record: IndexRecord, rows: Rows, follows: bool
-    ) -> bool:
-        stamp = rows.stamp
-        if record.stamp != stamp:
-            return False
-        if stamp[-1] is not None:
-            return True
-        if binding.cache.writes and not binding.cache.replaced and not follows:
-            return False
-        return self._spot_check(binding, record, rows)
-
-    def _spot_check(self, binding: CacheBinding, record: IndexRecord, rows: Rows) -> bool:
-        """Whether a sample of cached keys, evenly spread and the newest, projects onto its rows."""
-        cache, bound, layout = binding.cache, binding.bound, binding.layout
-        assert bound is not None and layout is not None
-        last = max(0, min(record.filled, rows.past.shape[cache.token_axis]) - 1)
-        picked = torch.linspace(0, last, SPOT_ROWS, device=rows.past.device).long()
-        now = project_new_keys(rows.at(picked), bound.key, cache.head_axis, layout.dtype)
-        held = [part.index_select(cache.token_axis, picked) for part in record.parts]
-        return all(
-            torch.allclose(a.float(), b.float(), rtol=2e-2, atol=1e-3, equal_nan=True)
-            for a, b in zip(now[: layout.parts], held, strict=True)
-            if a is not None
-        )
-
-    def _project(
-        self, binding: CacheBinding, cached: Rows, old: IndexRecord | None
-    ) -> list[Tensor]:
-        """Index parts of all slots of a cache tensor; reuses an old index's memory."""
-        cache, past, bound, layout = binding.cache, cached.past, binding.bound, binding.layout
-        assert bound is not None and layout is not None
-        shape = list(past.shape)
-        dtypes = [layout.dtype, torch.float32][: layout.parts]
-        each = binding.kv_heads if cache.heads_are_folded else 1
-        widths = [each * layout.rank, each]
-        if old is not None and not cache.replaced and old.parts[0].shape[:-1] == past.shape[:-1]:
-            parts = old.parts
-        else:
-            parts = [
-                torch.empty([*shape[:-1], width], dtype=dtype, device=past.device)
-                for width, dtype in zip(widths, dtypes, strict=False)
-            ]
-        axis, slots = cache.token_axis, past.shape[cache.token_axis]
-        for start in range(0, slots, REBUILD_TOKENS):
-            length = min(REBUILD_TOKENS, slots - start)
-            rows = project_new_keys(
-                cached.narrow(start, length), bound.key, cache.head_axis, layout.dtype
+                tensors = [x.contiguous() for x in outputs[place : place + parts]]
+                place += parts
+            record = indexes.adopt(binding, after, tensors, record, step.visible)
+            if not after.counts_writes:
+                unwatched.append((record, after))
+        if unwatched:
+            self.turn += 1
+            witness = indexes.Witness(
+                [(cached, record.filled) for record, cached in unwatched], self.turn
             )
-            for part, new in zip(parts, rows, strict=False):
-                part.narrow(axis, start, length).copy_(new)  # type: ignore[arg-type]
-        return parts
+            for record, _ in unwatched:
+                record.witness = witness
+        self._remember_filled(step, outputs)
 
-    def _watch_rebuilds(self, rebuilt: int) -> None:
-        if rebuilt < len(self.bindings):
-            self.rebuilds_in_a_row = 0
-            return
-        self.rebuilds_in_a_row += 1
-        if self.rebuilds_in_a_row == MAX_REBUILDS_IN_A_ROW and self.config.min_context:
-            self.rebuilds_in_a_row, self.dense_steps_left = 0, DENSE_STEPS_AFTER
-            log.info(
-                "every cache was a new tensor for %d steps: dense for the next %d",
-                MAX_REBUILDS_IN_A_ROW,
-                DENSE_STEPS_AFTER,
-            )
+    def _remember_filled(self, step: Step, outputs: Sequence[Any]) -> None:
+        for binding, before in zip(self.bindings, step.caches, strict=True):
+            if not binding.grows and before.holder.device.type != "cpu":
+                indexes.remember_filled(binding.left_by(outputs, before), step.visible)
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Tensors made under inference mode could not be used outside it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether memory was short, which may pass. PyTorch's CPU allocator raises a RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory")
+    )
 
 
 class Saved:
@@ -657,11 +510,13 @@ class FillGraph:
     binding: CacheBinding
     plus: list[int]
 
-    def read(self, args: Sequence[Any]) -> int:
+    def read(self, args: Sequence[Any]) -> int | Tensor:
+        """Tokens in the slots behind this step; a tensor where the call's positions are one."""
         with torch.no_grad():
             values = self.gm(*args)
-        ends = [int(v.max()) if isinstance(v, Tensor) else int(v) for v in values]
-        return max(end + plus for end, plus in zip(ends, self.plus, strict=True))
+        ends = [v.max() if isinstance(v, Tensor) else int(v) for v in values]
+        ends = [end + plus for end, plus in zip(ends, self.plus, strict=True)]
+        return ends[0] if len(ends) == 1 else max(ends)
 
 
 def _fill_graph(gm: fx.GraphModule, bindings: Sequence[CacheBinding]) -> FillGraph | None:
@@ -669,57 +524,9 @@ def _fill_graph(gm: fx.GraphModule, bindings: Sequence[CacheBinding]) -> FillGra
     for binding in bindings:
         writes = [write for write in binding.cache.writes if write.fill is not None]
         fills = [write.fill for write in writes if write.fill is not None]
-        if binding.cache.grows or not fills:
+        if binding.grows or not fills:
             continue
         graph = extract(gm, [what for what, _ in fills], [write.node for write in writes])
         if graph is not None:
             return FillGraph(graph, binding, [plus for _, plus in fills])
     return None
-
-
-def _slots_after(binding: CacheBinding, args: Sequence[Any]) -> int:
-    """Slots that a cache has after this step."""
-    slots = args[binding.argument].shape[binding.cache.token_axis]
-    return slots + binding.stored(args) if binding.cache.grows else slots
-
-
-def _cached(binding: CacheBinding, args: Sequence[Any], visible: int) -> int:
-    """Keys that a cache holds before the step after which `visible` are there."""
-    slots = args[binding.argument].shape[binding.cache.token_axis]
-    return min(visible - binding.stored(args), slots)
-
-
-def _fit(binding: CacheBinding, rows: Rows, queries: Tensor | None, filled: int) -> Basis:
-    """PCA of the `filled` keys in a cache, once per set of weights; the new keys are not in it yet.
-
-    Where no weights of the graph make the keys (cross-attention), once per cache tensor. Rows that
-    are expanded to keys are fitted for the scores of `queries`, which is PCA of what they expand
-    to: dims of a row count as far as heads read them.
-    """
-    identity = (binding.weights, binding.kv_heads, binding.head_dim)
-    past = rows.past
-    with _lock:
-        here = {} if binding.weights else _fitted_here.setdefault(rows.holder, {})
-        known = _fitted.get(identity) if binding.weights else here.get(binding.numbers)
-    if known is not None:
-        return known
-    cache = binding.cache
-    if filled > FIT_TOKENS:
-        keys = rows.at(torch.linspace(0, filled - 1, FIT_TOKENS, device=past.device).long())
-    else:
-        keys = rows.narrow(0, filled)
-    if cache.heads_are_folded:
-        keys = keys.unflatten(-1, (binding.kv_heads, -1))
-    heads = keys.unsqueeze(0) if cache.head_axis < 0 else keys.movedim(cache.head_axis, 0)
-    flat = heads.reshape(1, heads.shape[0], -1, heads.shape[-1])
-    moments = KeyCovariance(binding.kv_heads, binding.head_dim)
-    if queries is not None and queries.shape[2] > flat.shape[2]:  # no more queries than keys
-        queries = queries.flatten(1, 2).unsqueeze(2)
-    moments.update(flat, queries)
-    fitted = moments.pca if queries is None else moments.score_optimal
-    basis = fitted(weights=binding.weights, layer=binding.layer)
-    _count("fitted_bases")
-    with _lock:
-        if binding.weights:
-            return _fitted.setdefault(identity, basis)
-        return here.setdefault(binding.numbers, basis)

@@ -1,0 +1,163 @@
+"""What ran, counted per model and by reason: `stats()`; and what is said once, aloud.
+
+Notices go to the logger `loki_compile.notices` as warnings, so that they are seen where nobody has
+configured logging: `logging.getLogger("loki_compile.notices").setLevel("ERROR")` silences them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any
+
+from torch import fx, nn
+from torch._dynamo.utils import counters
+from torch.utils.weak import WeakTensorKeyDictionary
+
+log = logging.getLogger("loki_compile")
+_notices = logging.getLogger("loki_compile.notices")
+
+
+class Because(str, Enum):
+    """Why a step of a graph that can be sparse ran dense."""
+
+    SHORT = "short"  # fewer visible keys than min_context
+    COVERED = "covered"  # the budget reads all of them
+    PREFILL = "prefill"  # more new tokens than are decoded sparsely
+    EMPTY = "empty"  # no key yet to fit a basis from
+    HELD_BACK = "held back"  # indexes were built again and again, and not used twice
+    SHORTAGE = "shortage"  # no memory for an index; tried again later
+    GAVE_UP = "gave up"  # the sparse variant cannot be built or has failed
+
+
+_STEPS = ("sparse_steps", "dense_steps", "interpreted_steps", "rebuilds", "fitted_bases")
+
+_lock = threading.RLock()
+_tallies: dict[str, Tally] = {}
+_owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_said: set[Any] = set()
+_bytes_now = _bytes_most = 0
+
+
+class Tally:
+    """The counts of one model."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.counts: Counter[str] = Counter()
+        self.dense_because: Counter[str] = Counter()
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Adds to one of the counts of `stats`."""
+        with _lock:
+            self.counts[name] += amount
+            counters["loki"][name] += amount
+
+    def dense(self, why: Because) -> None:
+        """Counts a dense step."""
+        with _lock:
+            self.dense_because[why.value] += 1
+            self.add("dense_steps")
+
+    def clear(self) -> None:
+        """Sets the counts back to zero."""
+        self.counts.clear()
+        self.dense_because.clear()
+
+
+def tally_of(gm: fx.GraphModule, inputs: Sequence[Any]) -> Tally:
+    """The counts of the model that a graph was traced from.
+
+    Graphs that take in the same parameter are of one model. It is named after the class whose
+    forward was traced, with a number where another model of that class was there before.
+    """
+    parameters = [value for value in inputs if isinstance(value, nn.Parameter)]
+    with _lock:
+        known = next((_owners[p] for p in parameters if p in _owners), None)
+        tally = known or _new_tally(_root_class(gm))
+        for parameter in parameters:
+            _owners.setdefault(parameter, tally)
+    return tally
+
+
+def _new_tally(name: str) -> Tally:
+    label, number = name, 2
+    while label in _tallies:
+        label, number = f"{name} ({number})", number + 1
+    return _tallies.setdefault(label, Tally(label))
+
+
+def _root_class(gm: fx.GraphModule) -> str:
+    """The class of the outermost module that Dynamo's notes on the graph's calls name."""
+    for node in gm.graph.nodes:
+        for _, kind in node.meta.get("nn_module_stack", {}).values():
+            return kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
+    return "a function"
+
+
+def stats() -> dict[str, Any]:
+    """Counts since import or `reset_stats`, as in `torch._dynamo.utils.counters["loki"]`.
+
+    sparse_steps, dense_steps: calls by variant, of graphs that can be sparse (a prefill that was
+    traced as such is none); dense_because: the dense ones by reason, the values of `Because`;
+    interpreted_steps: calls, of either variant, that ran node by node, since the sizes were not
+    those that Inductor had compiled for; rebuilds: indexes projected anew from a cache;
+    fitted_bases: bases fitted because none was stored; index_bytes, peak_index_bytes: memory of the
+    indexes alive now, and the most since `reset_stats`; models: the same counts for each model.
+    """
+    with _lock:
+        each = {
+            tally.model: {
+                **{name: tally.counts[name] for name in _STEPS},
+                "dense_because": dict(tally.dense_because),
+            }
+            for tally in _tallies.values()
+            if tally.counts
+        }
+        because: Counter[str] = Counter()
+        for counts in each.values():
+            because.update(counts["dense_because"])
+        return {
+            **{name: sum(counts[name] for counts in each.values()) for name in _STEPS},
+            "dense_because": dict(because),
+            "index_bytes": _bytes_now,
+            "peak_index_bytes": _bytes_most,
+            "models": each,
+        }
+
+
+def reset_stats() -> None:
+    """Sets the counts of `stats` back to zero; indexes and bases stay."""
+    global _bytes_most
+    with _lock:
+        for tally in _tallies.values():
+            tally.clear()
+        counters["loki"].clear()
+        _bytes_most = _bytes_now
+
+
+def hold_bytes(change: int) -> None:
+    """Takes note of memory that indexes have taken (> 0) or given back (< 0), in bytes."""
+    global _bytes_now, _bytes_most
+    with _lock:
+        _bytes_now += change
+        _bytes_most = max(_bytes_most, _bytes_now)
+
+
+def say_once(key: Any, sentence: str | Callable[[], str]) -> None:
+    """Says a sentence aloud the first time it comes with this key; afterwards at level INFO."""
+    with _lock:
+        first = key not in _said
+        _said.add(key)
+    if first or log.isEnabledFor(logging.INFO):
+        text = sentence if isinstance(sentence, str) else sentence()
+        _notices.log(logging.WARNING if first else logging.INFO, "loki_compile: %s", text)
+
+
+def forget_notices() -> None:
+    """What was said may be said again."""
+    with _lock:
+        _said.clear()
