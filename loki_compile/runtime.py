@@ -95,6 +95,51 @@ def index_bytes() -> int:
     return sum(part.nbytes for record in records for part in record.parts)
 
 
+@dataclass(frozen=True, eq=False)
+class TensorIndex:
+    """An index that a cache tensor has.
+
+    `tensors` are rows like the tensor's, R dims wide (per head where heads are folded), and their
+    fp32 scales where the rows are int8. `valid` says that they belong to the tensor as it is now,
+    as far as versions tell. The index may serve a part of it: `numbers`, () for the whole.
+    """
+
+    tensors: tuple[Tensor, ...]
+    valid: bool
+    basis: BoundBasis
+    layout: IndexLayout
+    numbers: tuple[tuple[int, int], ...]
+    filled: int
+
+
+def indexes_of(tensor: Tensor, beside: Tensor | None = None) -> list[TensorIndex]:
+    """The indexes of a cache tensor, one for each basis, layout and part that it was read by.
+
+    Args:
+      tensor: what the caller keeps: the cache's keys, or what they are a part of.
+      beside: the tensor whose rows continue those of `tensor` (cached latents), if there is one.
+    """
+    now = Rows(tensor, beside, 0, tensor).stamp
+    found = []
+    with _lock:
+        for (basis, layout, numbers), record in _indexes.get(tensor, {}).items():
+            then = record.stamp
+            if numbers and then is not None:  # the stamp of a view: same storage, same version
+                valid = (then[0], then[-1]) == (now[0], now[-1])
+            else:
+                valid = then == now
+            parts = tuple(record.parts)
+            found.append(TensorIndex(parts, valid, basis, layout, numbers, record.filled))
+    return found
+
+
+def forget_bases() -> None:
+    """Drops the bases that were fitted in this process; graphs that took one keep it."""
+    with _lock:
+        _fitted.clear()
+        _fitted_here.clear()
+
+
 def _count(name: str, amount: int = 1) -> None:
     with _lock:
         _stats[name] += amount

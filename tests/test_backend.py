@@ -39,6 +39,7 @@ from toy_decoders import (
 )
 
 from loki_compile import LokiConfig, backend, given_up, reports, runtime, stats
+from loki_compile.runtime import indexes_of
 
 EVERYTHING = {"min_context": 0, "top_k": 1.0}
 FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
@@ -152,8 +153,8 @@ def test_int8_under_inductor_is_dense_attention_with_the_whole_budget(spelling):
     there = here.fork()
     for x in tokens(spelling, 4):
         torch.testing.assert_close(here.step(fast, x), there.step(module, x), rtol=0, atol=2e-5)
-    (record,) = runtime._indexes[here.keys].values()
-    rows, scale = record.parts
+    (index,) = indexes_of(here.keys)
+    rows, scale = index.tensors
     assert rows.dtype == torch.int8 and scale.dtype == torch.float32
     assert stats()["rebuilds"] == 1
 
@@ -199,14 +200,14 @@ def test_modes_of_torch_compile_are_taken(how):
 
 
 @torch.no_grad()
-def test_inductors_options_reach_inductor(monkeypatch):
+def test_inductors_options_reach_inductor(use_engine):
     seen = []
 
     def inductor(gm, inputs, *, mode, options):
         seen.append((mode, options))
         return gm.forward
 
-    monkeypatch.setattr(backend, "_inductor", inductor)
+    use_engine(inductor)
     module = ToyDecoder(STATIC).eval()
     fast = torch.compile(
         module, backend="loki", options={**EVERYTHING, "inductor": {"epilogue_fusion": False}}
@@ -216,7 +217,7 @@ def test_inductors_options_reach_inductor(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_variant_runs_only_at_sizes_that_either_compilation_fixed(monkeypatch):
+def test_a_variant_runs_only_at_sizes_that_either_compilation_fixed(monkeypatch, use_engine):
     """Inductor may fix a size while it compiles a variant late, after Dynamo has made its guards.
 
     The variant compiled second finds that size fixed, and adds no guard of its own.
@@ -237,7 +238,7 @@ def test_a_variant_runs_only_at_sizes_that_either_compilation_fixed(monkeypatch)
 
         return run
 
-    monkeypatch.setattr(backend, "_inductor", inductor_that_fixes_sizes)
+    use_engine(inductor_that_fixes_sizes)
     module = ToyDecoder(GROWING).eval()
     fast = torch.compile(module, backend="loki", options=EVERYTHING)
     here = Conversation.start(GROWING)

@@ -45,6 +45,7 @@ from toy_decoders import (
 )
 
 from loki_compile import LokiConfig, reports, reset_stats, runtime, stats
+from loki_compile.runtime import indexes_of
 
 EVERYTHING = {"min_context": 0, "top_k": 1.0}
 FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
@@ -395,13 +396,13 @@ def test_indexes_die_with_their_caches(spelling, mode):
         pair = Pair(spelling, FEW)
         here, there = pair.start()
         pair.step(here, there, steps=3)
-        (record,) = runtime._indexes[here.keys].values()
-        parts = [weakref.ref(part) for part in record.parts]
+        (index,) = indexes_of(here.keys)
+        parts = [weakref.ref(part) for part in index.tensors]
         assert stats()["index_bytes"] == sum(part().nbytes for part in parts) > 0
-        del here, there, record
+        del here, there, index
         gc.collect()
     assert all(part() is None for part in parts)
-    assert stats()["index_bytes"] == 0 and not runtime._filled
+    assert stats()["index_bytes"] == 0
 
 
 @BOTH
@@ -613,8 +614,8 @@ def test_a_basis_is_fitted_once_from_the_cache(spelling, rank, caplog):
         other = Conversation.start(spelling, filled=11)
         other.step(fast, tokens(spelling, 1)[0])
     assert stats()["fitted_bases"] == 1
-    (record,) = runtime._indexes[here.keys].values()
-    width = record.parts[0].shape[-1]
+    (index,) = indexes_of(here.keys)
+    width = index.tensors[0].shape[-1]
     assert width == {3: 3, 0.5: 5}.get(rank, width) and 1 <= width <= HEAD_DIM
 
 
@@ -948,7 +949,9 @@ def test_layers_are_named_by_number_and_by_path():
         assert all(s.reason.startswith(Reason.LAYER_OFF.value.split("{}")[0]) for s in off)
 
 
-@pytest.mark.parametrize("most, taken", [(5, [0, 4, 8, 12, 16]), (16, None), (17, range(17))])
+@pytest.mark.parametrize(
+    "most, taken", [(5, [0, 4, 8, 12, 16]), (16, [*range(15), 16]), (17, range(17))]
+)
 @pytest.mark.parametrize("spelling", [GROWING, STATIC], ids=["growing", "static"])
 def test_a_basis_is_fitted_from_so_many_keys_evenly_spread(spelling, most, taken, monkeypatch):
     monkeypatch.setattr(runtime, "FIT_TOKENS", most)
@@ -958,12 +961,11 @@ def test_a_basis_is_fitted_from_so_many_keys_evenly_spread(spelling, most, taken
         here = Conversation.start(spelling)
         keys = here.keys[:, :, :FILLED].clone()
         here.step(fast, tokens(spelling, 1)[0])
-    (basis,) = runtime._fitted.values()
-    assert basis.tokens == most * BATCH
-    if taken is not None:
-        moments = KeyCovariance(KV_HEADS, HEAD_DIM)
-        moments.update(keys[:, :, list(taken)])
-        torch.testing.assert_close(basis.spectrum, moments.pca().spectrum)
+    (index,) = indexes_of(here.keys)
+    moments = KeyCovariance(KV_HEADS, HEAD_DIM)
+    moments.update(keys[:, :, list(taken)])
+    _, expected = moments.pca().truncate(index.layout.rank)
+    torch.testing.assert_close(index.basis.key, expected)
 
 
 @MODES

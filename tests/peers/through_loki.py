@@ -95,11 +95,10 @@ def _backend(mode: str, engine: str) -> Callable[..., Any] | str:
         return engine
     import loki_compile.backend as backend
 
-    if engine == "eager":
-        backend._inductor = lambda gm, inputs, **_: gm.forward  # type: ignore[assignment]
+    compiler = backend.interpreter if engine == "eager" else backend.inductor
 
     def loki(gm: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
-        return backend.loki(gm, inputs, options=dict(options))
+        return backend.loki(gm, inputs, options=dict(options), engine=compiler)
 
     return loki
 
