@@ -10,14 +10,15 @@ report, basis fitting and the first index).
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 
 import torch
 from harness import stamp, table, write_rows
+from loki_compile.pca_store.covariance import KeyCovariance
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-import loki_compile.backend as backend
-from loki_compile.runtime import DecodeGraph
+from loki_compile import backend, indexes, runtime
 
 
 class Clock:
@@ -64,10 +65,11 @@ def main() -> None:
     )
     model = LlamaForCausalLM(config).eval()
     clock = Clock()
-    backend._inductor = clock.wrap("inductor", backend._inductor)
-    DecodeGraph._bind = clock.wrap("bases", DecodeGraph._bind)
-    DecodeGraph.prepare_sparse = clock.wrap("passes", DecodeGraph.prepare_sparse)
-    DecodeGraph._dense_graph = clock.wrap("passes", DecodeGraph._dense_graph)
+    engine = clock.wrap("inductor", backend.inductor)
+    for where, name in ((indexes, "bind"), (KeyCovariance, "update"), (KeyCovariance, "pca")):
+        setattr(where, name, clock.wrap("bases", getattr(where, name)))
+    for where, name in ((runtime, "rewrite_sparse"), (runtime, "pack_groups")):
+        setattr(where, name, clock.wrap("passes", getattr(where, name)))
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
         torch._functorch.config.enable_autograd_cache = False
         ids = torch.randint(0, 512, (1, 300))
@@ -75,7 +77,8 @@ def main() -> None:
         model(ids[:, :200], past_key_values=cache)
         options = {"min_context": 210, "top_k": 64}
         timed = clock.wrap("passes", backend.loki)
-        step = torch.compile(model, backend=lambda gm, inputs: timed(gm, inputs, options=options))
+        compiler = functools.partial(timed, options=options, engine=engine)
+        step = torch.compile(model, backend=compiler)
         start = time.perf_counter()
         for position in range(200, 214):  # dense first, then sparse: both variants are compiled
             step(ids[:, position : position + 1], past_key_values=cache)

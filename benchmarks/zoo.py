@@ -332,16 +332,15 @@ def run_case(case: Case) -> dict[str, Any]:
 def _compiled(model: Any, case: Case, tokens: Any, truth: Any, heard: _Warnings) -> dict[str, Any]:
     import torch
 
-    from loki_compile.report import clear_reports, reports
     from loki_compile.counts import reset_stats, stats
+    from loki_compile.report import clear_reports, reports
 
     found: dict[str, Any] = {"plain": _plain(model, case, tokens, truth, "eager")}
-    engine(case.engine)
     clear_reports()
     reset_stats()
     _forget_graphs()
     try:
-        own, logits = decode(model, case.cache, _backend(SAME_READ), tokens)
+        own, logits = decode(model, case.cache, _backend(SAME_READ, case.engine), tokens)
         found["difference"] = difference(logits, truth)
         found["tokens"] = bool(own.equal(tokens))
         wrong = None if found["difference"] <= TOLERANCE and found["tokens"] else "differs"
@@ -361,7 +360,7 @@ def _compiled(model: Any, case: Case, tokens: Any, truth: Any, heard: _Warnings)
     if case.small and found["steps"]["sparse_steps"]:
         torch._dynamo.reset()
         try:
-            _, logits = decode(model, case.cache, _backend(SMALL), tokens)
+            _, logits = decode(model, case.cache, _backend(SMALL, case.engine), tokens)
             if bool(logits.isfinite().all()) != bool(truth.isfinite().all()):
                 return {**found, "status": "differs", "error": "small budget: not finite"}
         except Exception as error:
@@ -413,18 +412,12 @@ def difference(logits: Any, truth: Any) -> float:
     return float(both.max() / truth.nan_to_num().abs().max().clamp_min(1.0))
 
 
-def engine(name: str) -> None:
+def _backend(options: dict[str, Any], engine: str) -> Callable[..., Any]:
     """ "eager" runs rewritten graphs node by node, which is quick to start; "inductor" is real."""
-    import loki_compile.backend as backend
+    from loki_compile.backend import inductor, interpreter, loki
 
-    if name == "eager":
-        backend._inductor = lambda gm, inputs, **_: gm.forward  # type: ignore[assignment]
-
-
-def _backend(options: dict[str, Any]) -> Callable[..., Any]:
-    from loki_compile.backend import loki
-
-    return lambda gm, inputs, **_: loki(gm, inputs, options=options)
+    compiler = interpreter if engine == "eager" else inductor
+    return lambda gm, inputs, **_: loki(gm, inputs, options=options, engine=compiler)
 
 
 def decode(model: Any, cache: str, backend: Any, tokens: Any) -> tuple[Any, Any]:

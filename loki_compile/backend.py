@@ -10,10 +10,11 @@ variants are compiled when they are first needed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ from loki_compile.runtime import DecodeGraph, Variant
 
 log = logging.getLogger("loki_compile")
 
+# Compiles a graph: (gm, inputs, *, mode, options) -> a function of the same inputs.
+Engine = Callable[..., Callable[..., Any]]
+
 
 def loki(
     gm: fx.GraphModule,
@@ -45,6 +49,7 @@ def loki(
     *,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
+    engine: Engine | None = None,
     **unknown: Any,
 ) -> Callable[..., Any]:
     """TorchDynamo backend: compiles one graph, with long-context decode attention made sparse.
@@ -54,19 +59,22 @@ def loki(
       example_inputs: its inputs, real or fake.
       mode: torch.compile's mode, passed on to Inductor.
       options: see `LokiConfig`.
+      engine: what compiles the rewritten graphs, see `inductor`; the default is that of
+        `default_engine`. `torch.compile` has no place for it:
+        `backend=functools.partial(loki, engine=...)`.
 
     Raises:
       ValueError: an unknown or impossible option, a basis that does not belong to the model.
       RuntimeError: under `strict=True`, listing every site that could not be rewritten.
     """
     config = LokiConfig.from_options({**(options or {}), **unknown})
-    compile_graph = functools.partial(_inductor, mode=mode, options=config.inductor)
+    compile_graph = functools.partial(engine or _engine, mode=mode, options=config.inductor)
     normal, _ = normalize(gm)
     parts = take_parts(normal)
     plan = plan_graph(normal, config)
     if config.strict:
         _refuse_dense(plan)
-    bindings = _bind_caches(normal, plan, example_inputs, parts, config)
+    bindings = bind_caches(normal, plan, example_inputs, parts, config)
     tally = tally_of(gm, example_inputs)
     decode = None
     if plan.sparse:
@@ -99,7 +107,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfi
     normal, _ = normalize(gm)
     parts = take_parts(normal)
     plan = plan_graph(normal, config)
-    return describe(plan, config, _bind_caches(normal, plan, example_inputs, parts, config))
+    return describe(plan, config, bind_caches(normal, plan, example_inputs, parts, config))
 
 
 def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
@@ -174,7 +182,7 @@ def _say_what_stays_dense(plan: Plan, config: LokiConfig, tally: Tally) -> None:
         )
 
 
-def _bind_caches(
+def bind_caches(
     gm: fx.GraphModule,
     plan: Plan,
     example_inputs: Sequence[Any],
@@ -295,11 +303,45 @@ def _fakes(gm: fx.GraphModule) -> list[Any]:
     return [fake_value(node) for node in gm.graph.find_nodes(op="placeholder")]
 
 
-def _inductor(
+def inductor(
     gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None, options: dict[str, Any]
 ) -> Callable[..., Any]:
+    """The engine that users get.
+
+    Args:
+      gm: a graph, which may be edited.
+      inputs: its inputs, fake where Dynamo has returned already.
+      mode: torch.compile's mode, or None.
+      options: `LokiConfig.inductor`.
+
+    Returns:
+      A function of the graph's inputs that returns its outputs as a list or tuple.
+    """
     patches = torch._inductor.list_mode_options(mode) if mode and mode != "default" else {}
     return torch._inductor.compile(gm, list(inputs), options={**patches, **options})
+
+
+def interpreter(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    """The engine that runs a graph as it is, node by node: nothing to wait for, nothing fused."""
+    run: Callable[..., Any] = gm.forward
+    return run
+
+
+_engine: Engine = inductor
+
+
+@contextlib.contextmanager
+def default_engine(engine: Engine) -> Iterator[None]:
+    """Graphs that are traced within it, in any thread, go to this engine if they name no other.
+
+    For where a backend can be given by its name only. What is compiled already stays as it is.
+    """
+    global _engine
+    before, _engine = _engine, engine
+    try:
+        yield
+    finally:
+        _engine = before
 
 
 def _compile_late(

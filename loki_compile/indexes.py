@@ -321,6 +321,50 @@ def bind(basis: Basis, rank: int, device: torch.device) -> BoundBasis:
         return held[key]
 
 
+@dataclass(frozen=True, eq=False)
+class TensorIndex:
+    """An index that a cache tensor has.
+
+    `tensors` are rows like the tensor's, R dims wide (per head where heads are folded), and their
+    fp32 scales where the rows are int8. `valid` says that they belong to the tensor as it is now,
+    as far as versions tell. `basis` is what keys were projected by; `fitted`: whether it was fitted
+    for this cache. The index may serve a part of it: `numbers`, () for the whole.
+    """
+
+    tensors: tuple[Tensor, ...]
+    valid: bool
+    basis: BoundBasis
+    fitted: bool
+    layout: IndexLayout
+    numbers: tuple[tuple[int, int], ...]
+    filled: int
+
+
+def indexes_of(tensor: Tensor, beside: Tensor | None = None) -> list[TensorIndex]:
+    """The indexes of a cache tensor, one for each basis, layout and part that it was read by.
+
+    Args:
+      tensor: what the caller keeps: the cache's keys, or what they are a part of.
+      beside: the tensor whose rows continue those of `tensor` (cached latents), if there is one.
+    """
+    now = Cached(tensor, beside, 0, tensor).stamp
+    with _lock:
+        records = dict(_indexes.get(tensor, {}))
+    found = []
+    for (*_, (*_, numbers)), record in records.items():
+        then = record.stamp
+        valid = then == now
+        if numbers and then is not None:  # the stamp of a view: same storage, same version
+            valid = (then[0], then[-1]) == (now[0], now[-1])
+        found.append(
+            TensorIndex(
+                tuple(record.tensors), valid, record.bound, record.fit is not None,
+                record.layout, numbers, record.filled,
+            )
+        )  # fmt: skip
+    return found
+
+
 # --- whether an index still belongs to its cache
 
 
@@ -550,9 +594,7 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _mirrors_still(
-    binding: CacheBinding, cached: Cached, old: IndexRecord, tokens: int
-) -> bool:
+def _mirrors_still(binding: CacheBinding, cached: Cached, old: IndexRecord, tokens: int) -> bool:
     """Whether most of the rows that the old index knew are in the cache as they were.
 
     Rows that were projected within a graph may have been rounded otherwise: they are compared in
@@ -618,7 +660,10 @@ def adopt(
         if record.fit is not None:
             storage = left.past.untyped_storage()
             _, fits = _fitted_from.get(storage, (None, {}))
-            _fitted_from[storage] = (_version(left.past), {**fits, _place(binding, left): record.fit})
+            _fitted_from[storage] = (
+                _version(left.past),
+                {**fits, _place(binding, left): record.fit},
+            )
     return record
 
 

@@ -15,8 +15,8 @@ from torch._logging import trace_structured
 
 if TYPE_CHECKING:
     from loki_compile.config import LokiConfig
-    from loki_compile.passes.plan import Plan
     from loki_compile.indexes import CacheBinding
+    from loki_compile.passes.plan import Plan
     from loki_compile.runtime import DecodeGraph
 
 log = logging.getLogger("loki_compile")

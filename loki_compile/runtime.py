@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from loki_compile import indexes
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Because, Tally, say_once
-from loki_compile.indexes import Build, Cached, CacheBinding, IndexRecord, Watch, token_count
+from loki_compile.indexes import Build, CacheBinding, Cached, IndexRecord, Watch, token_count
 from loki_compile.passes.fx_tools import copy_of, extract
 from loki_compile.passes.parts import Part, with_parts
 from loki_compile.passes.plan import Plan
@@ -262,7 +262,9 @@ class DecodeGraph:
 
     def _has_moved(self, step: Step, graph: FillGraph) -> Tensor | None:
         """Whether positions on a device are not those that were counted, 0-d, without waiting."""
-        cached = next(c for b, c in zip(self.bindings, step.caches, strict=True) if b is graph.binding)
+        cached = next(
+            c for b, c in zip(self.bindings, step.caches, strict=True) if b is graph.binding
+        )
         counted = self._filled_after(step.args, graph.binding, cached)
         filled = graph.read(step.args)
         if not isinstance(filled, Tensor):
@@ -329,9 +331,7 @@ class DecodeGraph:
             gm = pack_groups(gm, left)
         return gm
 
-    def _build_missing(
-        self, step: Step, held: Sequence[IndexRecord | None]
-    ) -> list[IndexRecord]:
+    def _build_missing(self, step: Step, held: Sequence[IndexRecord | None]) -> list[IndexRecord]:
         made = Build(self.watch)
         records = []
         for binding, cached, record in zip(self.bindings, step.caches, held, strict=True):
@@ -368,9 +368,7 @@ class DecodeGraph:
 
     # -- when something fails
 
-    def _after(
-        self, error: Exception, step: Step, what: str, saved: Saved | None = None
-    ) -> Any:
+    def _after(self, error: Exception, step: Step, what: str, saved: Saved | None = None) -> Any:
         """The step, dense, after its sparse form failed; or the error, where that was asked for."""
         if self.config.strict:
             raise error
@@ -431,9 +429,7 @@ class DecodeGraph:
 
     # -- behind a step
 
-    def _adopt(
-        self, step: Step, outputs: Sequence[Any], records: Sequence[IndexRecord]
-    ) -> None:
+    def _adopt(self, step: Step, outputs: Sequence[Any], records: Sequence[IndexRecord]) -> None:
         """Ties each index to the cache tensor that the step has left behind."""
         place = self.outputs
         left, unwatched = [], []

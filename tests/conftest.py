@@ -1,5 +1,6 @@
 """What every test relies on: the installed package, seeds that are printed, an own basis store."""
 
+import contextlib
 import importlib.util
 import os
 import random
@@ -12,6 +13,8 @@ import tally
 import torch
 from hypothesis import HealthCheck, settings
 from toy_decoders import clear_runtime, interpret
+
+from loki_compile.backend import default_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,6 +110,13 @@ def fresh() -> None:
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch):
+def use_engine():
+    """Sets what compiles the graphs of this test; the last one that was set holds."""
+    with contextlib.ExitStack() as stack:
+        yield lambda engine: stack.enter_context(default_engine(engine))
+
+
+@pytest.fixture
+def interpreted(use_engine):
     """An interpreter in Inductor's place; the graphs that Inductor would have compiled."""
-    return interpret(monkeypatch)
+    return interpret(use_engine)

@@ -39,6 +39,8 @@ from toy_decoders import (
 )
 
 from loki_compile import LokiConfig, backend, given_up, reports, runtime, stats
+from loki_compile.counts import Because
+from loki_compile.indexes import indexes_of
 
 EVERYTHING = {"min_context": 0, "top_k": 1.0}
 FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
@@ -152,8 +154,8 @@ def test_int8_under_inductor_is_dense_attention_with_the_whole_budget(spelling):
     there = here.fork()
     for x in tokens(spelling, 4):
         torch.testing.assert_close(here.step(fast, x), there.step(module, x), rtol=0, atol=2e-5)
-    (record,) = runtime._indexes[here.keys].values()
-    rows, scale = record.parts
+    (index,) = indexes_of(here.keys)
+    rows, scale = index.tensors
     assert rows.dtype == torch.int8 and scale.dtype == torch.float32
     assert stats()["rebuilds"] == 1
 
@@ -173,7 +175,7 @@ def test_keys_that_inductors_dense_variant_wrote_are_ranked(spelling, mode, monk
             x = tokens(spelling, 1)[0]
             with monkeypatch.context() as patch:
                 if dense:
-                    patch.setattr(runtime.DecodeGraph, "wants_sparse", lambda self, visible: False)
+                    patch.setattr(runtime.DecodeGraph, "why_dense", lambda *_: Because.SHORT)
                 out = here.step(fast, x)
             if dense:
                 expected = there.step(module, x)
@@ -199,14 +201,14 @@ def test_modes_of_torch_compile_are_taken(how):
 
 
 @torch.no_grad()
-def test_inductors_options_reach_inductor(monkeypatch):
+def test_inductors_options_reach_inductor(use_engine):
     seen = []
 
     def inductor(gm, inputs, *, mode, options):
         seen.append((mode, options))
         return gm.forward
 
-    monkeypatch.setattr(backend, "_inductor", inductor)
+    use_engine(inductor)
     module = ToyDecoder(STATIC).eval()
     fast = torch.compile(
         module, backend="loki", options={**EVERYTHING, "inductor": {"epilogue_fusion": False}}
@@ -216,7 +218,7 @@ def test_inductors_options_reach_inductor(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_variant_runs_only_at_sizes_that_either_compilation_fixed(monkeypatch):
+def test_a_variant_runs_only_at_sizes_that_either_compilation_fixed(monkeypatch, use_engine):
     """Inductor may fix a size while it compiles a variant late, after Dynamo has made its guards.
 
     The variant compiled second finds that size fixed, and adds no guard of its own.
@@ -237,7 +239,7 @@ def test_a_variant_runs_only_at_sizes_that_either_compilation_fixed(monkeypatch)
 
         return run
 
-    monkeypatch.setattr(backend, "_inductor", inductor_that_fixes_sizes)
+    use_engine(inductor_that_fixes_sizes)
     module = ToyDecoder(GROWING).eval()
     fast = torch.compile(module, backend="loki", options=EVERYTHING)
     here = Conversation.start(GROWING)
@@ -251,7 +253,7 @@ def test_a_variant_runs_only_at_sizes_that_either_compilation_fixed(monkeypatch)
     for _ in range(3):
         step_as_uncompiled()
     assert stats()["sparse_steps"] == 4, "at other sizes the rewritten graph is interpreted"
-    monkeypatch.setattr(runtime.DecodeGraph, "wants_sparse", lambda self, visible: False)
+    monkeypatch.setattr(runtime.DecodeGraph, "why_dense", lambda *_: Because.SHORT)
     step_as_uncompiled()
     here = again
     step_as_uncompiled()

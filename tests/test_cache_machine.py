@@ -9,6 +9,7 @@ After every rule each index that would be used again equals the projection of it
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -31,7 +32,7 @@ from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from tally import cases, count
 from torch import Tensor, nn
-from toy_decoders import interpret, tiny_deepseek, tiny_llama
+from toy_decoders import interpret, is_sparse, tiny_deepseek, tiny_llama
 from transformers import (
     DynamicCache,
     Gemma3ForCausalLM,
@@ -40,7 +41,9 @@ from transformers import (
     StaticCache,
 )
 
-from loki_compile import backend, runtime, stats
+from loki_compile import indexes, runtime, stats
+from loki_compile.backend import default_engine
+from loki_compile.indexes import indexes_of
 
 LAYERS, KV_HEADS, HEAD_DIM, VOCABULARY = 2, 2, 8, 64  # of `tiny_llama`
 LATENT_DIMS = 18  # of a cached row of `tiny_deepseek`
@@ -548,14 +551,15 @@ class CacheMachine(RuleBasedStateMachine):
                 if layer.keys.is_inference():
                     continue
                 rest = layer.values if is_latent(self.model) else None
-                held = runtime.Rows(layer.keys, rest, 2, layer.keys)
-                for (bound, layout, _), record in runtime._indexes.get(layer.keys, {}).items():
-                    if record.stamp != held.stamp:
+                held = indexes.Cached(layer.keys, rest, 2, layer.keys)
+                for index in indexes_of(layer.keys, rest):
+                    if not index.valid:
                         continue
+                    layout = index.layout
                     cached = held.narrow(0, layer.keys.shape[2])
-                    rows, _ = project_new_keys(cached, bound.key, 1, layout.dtype)
+                    rows, _ = project_new_keys(cached, index.basis.key, 1, layout.dtype)
                     atol = self.near(rows) if layout.dtype == torch.bfloat16 else 1e-4
-                    torch.testing.assert_close(record.parts[0], rows, rtol=0, atol=atol)
+                    torch.testing.assert_close(index.tensors[0], rows, rtol=0, atol=atol)
                     count("state machine: indexes equal a projection")
 
     def teardown(self):
@@ -568,7 +572,7 @@ def breakable(compile_graph):
 
     def build(gm, inputs, **kwargs):
         run = compile_graph(gm, inputs, **kwargs)
-        if not any("loki.select" in str(node.target) for node in gm.graph.nodes):
+        if not is_sparse(gm):
             return run
 
         def breaks(*args):
@@ -586,11 +590,11 @@ def breakable(compile_graph):
 def interpreted():
     with (
         pytest.MonkeyPatch.context() as patch,
+        contextlib.ExitStack() as stack,
         # One code object sees every kind of cache, batch and mode: eager would take over.
         torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=2048),
     ):
-        interpret(patch)
-        patch.setattr(backend, "_inductor", breakable(backend._inductor))
+        interpret(lambda engine: stack.enter_context(default_engine(breakable(engine))))
         # What broke once would stay dense, and the machine would drive no sparse step any more.
         patch.setattr(
             runtime.DecodeGraph, "give_up", lambda *_: count("state machine: kernels that broke")
@@ -610,7 +614,7 @@ def test_any_order_of_what_people_do_to_caches(make, options, interpreted):
     if not exact:
         options = {**options, "basis": axes(model)}
         # Dense for a while after many rebuilds is a decision that the copy does not share.
-        interpreted.setattr(runtime, "MAX_REBUILDS_IN_A_ROW", 10**9)
+        interpreted.setattr(runtime, "WASTED_BUILDS", 10**9)
     before = Counter(stats())
     torch._dynamo.reset()
     fast = torch.compile(model, backend="loki", options=options)

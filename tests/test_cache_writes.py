@@ -223,10 +223,10 @@ class Nested(ToyDecoder):
     ids=["stacked", "heads", "dims", "layers"],
 )
 @torch.no_grad()
-def test_a_tensor_that_holds_more_than_these_keys_is_right_or_dense(shape, read, monkeypatch):
+def test_a_tensor_that_holds_more_than_these_keys_is_right_or_dense(shape, read, use_engine):
     from toy_decoders import interpret
 
-    interpret(monkeypatch)
+    interpret(use_engine)
     module = Nested(_static, read).eval()
     options = {"min_context": 0, "top_k": 1.0}
     fast = torch.compile(module, backend="loki", options=options)

@@ -10,8 +10,7 @@ from loki_compile.pca_store.fingerprint import weights_fingerprint
 from torch import nn
 from torch.nn import functional as F
 
-from loki_compile.backend import _bind_caches as bind_caches
-from loki_compile.backend import plan_graph
+from loki_compile.backend import bind_caches, plan_graph
 from loki_compile.calibration import calibrate as calibrate_any
 from loki_compile.config import LokiConfig
 

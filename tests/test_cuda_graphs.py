@@ -7,7 +7,6 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import loki_compile
-import loki_compile.backend as backend
 
 
 def tiny(device: str = "cpu", dtype: torch.dtype = torch.float32):
@@ -35,7 +34,7 @@ def decode(model, step, tokens: int, prompt: int = 40):
     return outputs
 
 
-def test_every_input_but_the_tokens_is_static_in_both_variants(monkeypatch):
+def test_every_input_but_the_tokens_is_static_in_both_variants(use_engine):
     moving: list[list[str]] = []
 
     def spy(gm, example_inputs, **kwargs):
@@ -44,9 +43,7 @@ def test_every_input_but_the_tokens_is_static_in_both_variants(monkeypatch):
         moving.append([name for i, name in enumerate(names) if i not in static])
         return compile_fx_inner(gm, example_inputs, **kwargs)
 
-    monkeypatch.setattr(
-        backend, "_inductor", lambda gm, inputs, **_: compile_fx(gm, inputs, inner_compile=spy)
-    )
+    use_engine(lambda gm, inputs, **_: compile_fx(gm, inputs, inner_compile=spy))
     torch._dynamo.reset()
     model = tiny()
     options = {"min_context": 42, "top_k": 0.5}

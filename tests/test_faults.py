@@ -29,6 +29,7 @@ from toy_decoders import (
     cat_bhtd,
     gqa_repeat_kv,
     index_copy_method,
+    is_sparse,
     left_padded,
     no_mask,
     roll_window,
@@ -44,7 +45,9 @@ from transformers import (
     StaticCache,
 )
 
-from loki_compile import backend, runtime, stats
+from loki_compile import indexes, runtime, stats
+from loki_compile.backend import interpreter
+from loki_compile.indexes import indexes_of
 
 EVERYTHING = {"min_context": 0, "top_k": 1.0}
 FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
@@ -73,18 +76,19 @@ def warnings_in(caplog) -> list[str]:
 
 
 class OutOfMemory:
-    """`_project` that runs out of memory at the calls named, after it has begun."""
+    """Projecting a cache's keys runs out of memory at one call, and gives NaN at another."""
 
-    def __init__(self, at: set[int]) -> None:
-        self.at, self.calls, self.real = at, 0, runtime.DecodeGraph._project
+    def __init__(self, monkeypatch, at: int, torn: int | None = None) -> None:
+        self.at, self.torn, self.calls = at, torn, 0
+        self.real = indexes.project_new_keys
+        monkeypatch.setattr(indexes, "project_new_keys", self)
 
-    def __call__(self, graph, binding, past, old):
+    def __call__(self, *args):
         self.calls += 1
-        if self.calls in self.at:
-            if old is not None:
-                old.parts[0].fill_(torch.nan)
+        if self.calls == self.at:
             raise torch.OutOfMemoryError("no memory for 3 GiB")
-        return self.real(graph, binding, past, old)
+        rows, scale = self.real(*args)
+        return (rows * torch.nan if self.calls == self.torn else rows), scale
 
 
 @BOTH
@@ -93,8 +97,7 @@ class OutOfMemory:
 def test_no_memory_for_an_index_is_dense_with_one_warning(
     spelling, mode, call, monkeypatch, caplog
 ):
-    fault = OutOfMemory({call})
-    monkeypatch.setattr(runtime.DecodeGraph, "_project", lambda *args: fault(*args))
+    OutOfMemory(monkeypatch, call)
     with mode():
         module = ToyDecoder(spelling).eval()
         fast = compiled(module, basis=basis_for(module), **EVERYTHING)
@@ -114,8 +117,7 @@ def test_no_memory_for_an_index_is_dense_with_one_warning(
 def test_no_memory_for_the_second_layers_index_is_dense_with_one_warning(
     make, kind, monkeypatch, caplog
 ):
-    fault = OutOfMemory({2})
-    monkeypatch.setattr(runtime.DecodeGraph, "_project", lambda *args: fault(*args))
+    OutOfMemory(monkeypatch, 2)
     model = make()
     fast = compiled(model, **EVERYTHING)
     with torch.no_grad():
@@ -132,17 +134,31 @@ def test_no_memory_for_the_second_layers_index_is_dense_with_one_warning(
 @BOTH
 @MODES
 @pytest.mark.parametrize("strict", [False, True])
-def test_no_memory_to_keep_an_index_loses_no_step(spelling, mode, strict, monkeypatch, caplog):
+def test_no_memory_to_keep_an_index_loses_no_step(
+    spelling, mode, strict, monkeypatch, use_engine, caplog
+):
     """It is found out behind the writes: that step is right, and the index is built anew."""
-    calls, real = [], runtime.DecodeGraph._adopt
+    steps, behind, real = itertools.count(1), [], indexes.Cached
 
-    def adopt(*args):
-        calls.append(1)
-        if len(calls) == 2:
+    def rows(*args):
+        if behind:
+            behind.clear()
             raise torch.OutOfMemoryError("no memory for 3 GiB")
-        real(*args)
+        return real(*args)
 
-    monkeypatch.setattr(runtime.DecodeGraph, "_adopt", adopt)
+    def engine(gm, inputs, **options):
+        run = interpreter(gm, inputs, **options)
+
+        def step(*args):
+            outputs = run(*args)
+            if next(steps) == 2:
+                behind.append(1)
+            return outputs
+
+        return step
+
+    monkeypatch.setattr(indexes, "Cached", rows)
+    use_engine(engine)
     with mode():
         module = ToyDecoder(spelling).eval()
         fast = compiled(module, basis=basis_for(module), strict=strict, **EVERYTHING)
@@ -155,8 +171,8 @@ def test_no_memory_to_keep_an_index_loses_no_step(spelling, mode, strict, monkey
 
 def test_an_index_left_half_way_is_not_used_again(monkeypatch, caplog):
     """Its memory is written over by the rebuild that failed; another graph finds its record."""
-    fault = OutOfMemory({2})
-    monkeypatch.setattr(runtime.DecodeGraph, "_project", lambda *args: fault(*args))
+    monkeypatch.setattr(indexes, "REBUILD_TOKENS", 20)
+    OutOfMemory(monkeypatch, 5, torn=4)  # each rebuild of 41 slots takes three
     with torch.inference_mode():
         module = ToyDecoder(STATIC).eval()
         here = Conversation.start(STATIC)
@@ -165,17 +181,17 @@ def test_an_index_left_half_way_is_not_used_again(monkeypatch, caplog):
         here.filled -= 1  # not where the index ended: rebuilt, which fails
         torch._dynamo.reset()
         here.step(compiled(module, **options), tokens(STATIC, 1)[0])
-        assert all(record.stamp is None for record in runtime._indexes[here.keys].values())
+        (index,) = indexes_of(here.keys)
+        assert not index.valid and index.tensors[0].isnan().any()
         torch._dynamo.reset()
         fast = compiled(module, **options)
         compare(fast, module, here, here.fork(), 2)
-    (record,) = runtime._indexes[here.keys].values()
-    assert not record.parts[0].isnan().any()
+    (index,) = indexes_of(here.keys)
+    assert index.valid and not index.tensors[0].isnan().any()
 
 
 def test_under_strict_no_memory_is_raised_before_the_cache_is_written(monkeypatch):
-    fault = OutOfMemory({1})
-    monkeypatch.setattr(runtime.DecodeGraph, "_project", lambda *args: fault(*args))
+    OutOfMemory(monkeypatch, 1)
     with torch.no_grad():
         module = ToyDecoder(STATIC).eval()
         fast = compiled(module, basis=basis_for(module), strict=True, **EVERYTHING)
@@ -189,13 +205,12 @@ def test_under_strict_no_memory_is_raised_before_the_cache_is_written(monkeypatc
 class Breaks:
     """A compiled sparse variant whose kernel raises at its n-th call."""
 
-    def __init__(self, monkeypatch, at: int) -> None:
+    def __init__(self, use_engine, at: int) -> None:
         self.at, self.calls = at, 0
-        real = backend._inductor
 
-        def build(gm, inputs, **kwargs):
-            run = real(gm, inputs, **kwargs)
-            if not any("loki.select" in str(node.target) for node in gm.graph.nodes):
+        def build(gm, inputs, **options):
+            run = interpreter(gm, inputs, **options)
+            if not is_sparse(gm):
                 return run
 
             def broken(*args):
@@ -207,14 +222,14 @@ class Breaks:
 
             return broken
 
-        monkeypatch.setattr(backend, "_inductor", build)
+        use_engine(build)
 
 
 @BOTH
 @MODES
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_kernel_that_raises_is_dense_with_one_warning(spelling, mode, at, monkeypatch, caplog):
-    Breaks(monkeypatch, at)
+def test_a_kernel_that_raises_is_dense_with_one_warning(spelling, mode, at, use_engine, caplog):
+    Breaks(use_engine, at)
     with mode():
         module = ToyDecoder(spelling).eval()
         fast = compiled(module, basis=basis_for(module), **EVERYTHING)
@@ -233,9 +248,9 @@ def test_a_kernel_that_raises_is_dense_with_one_warning(spelling, mode, at, monk
 
 @MODES
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_kernel_that_raises_does_not_advance_a_cache_twice(mode, at, monkeypatch, caplog):
+def test_a_kernel_that_raises_does_not_advance_a_cache_twice(mode, at, use_engine, caplog):
     """A static cache of transformers counts its tokens in a tensor, in the graph."""
-    Breaks(monkeypatch, at)
+    Breaks(use_engine, at)
     model = tiny_llama()
     fast = compiled(model, **EVERYTHING)
     ids = torch.randint(64, (1, 30))
@@ -257,10 +272,10 @@ def test_a_kernel_that_raises_does_not_advance_a_cache_twice(mode, at, monkeypat
 @pytest.mark.parametrize("at", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["static", "growing"])
 def test_a_kernel_that_raises_over_cached_latents_is_dense_with_right_tokens(
-    kind, at, mode, monkeypatch, caplog
+    kind, at, mode, use_engine, caplog
 ):
     """The dense variant expands keys into fresh tensors; the sparse one had dropped those."""
-    Breaks(monkeypatch, at)
+    Breaks(use_engine, at)
     model = tiny_deepseek()
     fast = compiled(model, **EVERYTHING)
     ids = torch.randint(64, (1, 10))
@@ -300,13 +315,12 @@ def decode(run, past, ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
 
 @MODES
 @pytest.mark.parametrize("make", [tiny_llama, tiny_deepseek])
-def test_where_dense_raises_too_the_counters_are_as_they_were(make, mode, monkeypatch, caplog):
+def test_where_dense_raises_too_the_counters_are_as_they_were(make, mode, use_engine, caplog):
     """No memory for either: the step can be taken again."""
     failing = [False]
-    real = backend._inductor
 
-    def build(gm, inputs, **kwargs):
-        run = real(gm, inputs, **kwargs)
+    def build(gm, inputs, **options):
+        run = interpreter(gm, inputs, **options)
 
         def broken(*args):
             outputs = run(*args)
@@ -316,7 +330,7 @@ def test_where_dense_raises_too_the_counters_are_as_they_were(make, mode, monkey
 
         return broken
 
-    monkeypatch.setattr(backend, "_inductor", build)
+    use_engine(build)
     model = make()
     fast = compiled(model, **EVERYTHING)
     ids = torch.randint(64, (1, 20))
@@ -398,10 +412,10 @@ def test_a_kernel_that_raises_late_is_dense_where_what_has_moved_is_little(
 @pytest.mark.parametrize("kind", ["static", "growing"])
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_kernel_that_raises_does_not_advance_a_recurrent_state_twice(
-    at, kind, monkeypatch, caplog
+    at, kind, use_engine, caplog
 ):
     """Layers of another sort beside attention carry a state from step to step."""
-    Breaks(monkeypatch, at)
+    Breaks(use_engine, at)
     torch.manual_seed(4)
     config = Qwen3NextConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -427,9 +441,11 @@ def test_a_kernel_that_raises_does_not_advance_a_recurrent_state_twice(
 
 @MODES
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_kernel_that_raises_is_raised_where_a_window_has_moved_unsaved(mode, at, monkeypatch):
+def test_a_kernel_that_raises_is_raised_where_a_window_has_moved_unsaved(
+    mode, at, monkeypatch, use_engine
+):
     """Saving it at every step would cost what the step costs. No index is left of it."""
-    Breaks(monkeypatch, at)
+    Breaks(use_engine, at)
     monkeypatch.setattr(runtime, "SAVED_EACH_STEP", 10)
     if at == 1:
         monkeypatch.setattr(runtime, "SAVED_BYTES", 10)
@@ -440,7 +456,7 @@ def test_a_kernel_that_raises_is_raised_where_a_window_has_moved_unsaved(mode, a
         compare(fast, module, here, here.fork(), at - 1)
         with pytest.raises(RuntimeError, match="illegal instruction"):
             here.step(fast, tokens(WINDOW, 1)[0])
-        assert all(record.stamp is None for record in runtime._indexes[here.keys].values())
+        assert not any(index.valid for index in indexes_of(here.keys))
         compare(fast, module, here, here.fork(), 3)
     assert stats()["rebuilds"] == 2 and stats()["dense_steps"] == 0
 
@@ -500,18 +516,13 @@ def test_a_users_error_is_not_taken_for_a_kernels(monkeypatch, caplog):
 
 @BOTH
 @pytest.mark.parametrize("variant", ["sparse", "dense"])
-def test_a_compilation_that_fails_leaves_the_cache_as_it_was(
-    spelling, variant, monkeypatch, caplog
-):
-    real = backend._inductor
-
-    def build(gm, inputs, **kwargs):
-        sparse = any("loki.select" in str(node.target) for node in gm.graph.nodes)
-        if sparse == (variant == "sparse"):
+def test_a_compilation_that_fails_leaves_the_cache_as_it_was(spelling, variant, use_engine, caplog):
+    def build(gm, inputs, **options):
+        if is_sparse(gm) == (variant == "sparse"):
             raise RuntimeError("the compiler is gone")
-        return real(gm, inputs, **kwargs)
+        return interpreter(gm, inputs, **options)
 
-    monkeypatch.setattr(backend, "_inductor", build)
+    use_engine(build)
     with torch.no_grad():
         module = ToyDecoder(spelling).eval()
         options = EVERYTHING if variant == "sparse" else {"min_context": 1000}
@@ -628,13 +639,13 @@ def test_threads_decode_their_own_conversations_as_serial_runs_do(options):
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_deepseek])
 def test_a_kernel_that_raises_in_one_thread_leaves_the_tokens_of_all_right(
-    make, monkeypatch, caplog
+    make, use_engine, caplog
 ):
-    real, calls, raised = backend._inductor, itertools.count(1), []
+    calls, raised = itertools.count(1), []
 
-    def build(gm, inputs, **kwargs):
-        run = real(gm, inputs, **kwargs)
-        if not any("loki.select" in str(node.target) for node in gm.graph.nodes):
+    def build(gm, inputs, **options):
+        run = interpreter(gm, inputs, **options)
+        if not is_sparse(gm):
             return run
 
         def broken(*args):
@@ -646,7 +657,7 @@ def test_a_kernel_that_raises_in_one_thread_leaves_the_tokens_of_all_right(
 
         return broken
 
-    monkeypatch.setattr(backend, "_inductor", build)
+    use_engine(build)
     model = make()
     fast = compiled(model, **EVERYTHING)
     threads, steps = 6, 10
@@ -720,7 +731,6 @@ def test_memory_is_flat_over_many_conversations(spelling, conversations):
                     converse(fast, spelling)
                 gc.collect()
                 assert stats()["index_bytes"] == 0
-                assert not runtime._indexes and not runtime._filled
                 sizes.append(bytes_of_the_runtime())
         finally:
             tracemalloc.stop()

@@ -126,15 +126,15 @@ def follow(spelling, module, fast, steps):
 
 
 @pytest.mark.parametrize("write, attend, mask", CORES)
-def test_a_flex_call_is_the_same_core(write, attend, mask, monkeypatch):
-    compiled = interpret(monkeypatch)
+def test_a_flex_call_is_the_same_core(write, attend, mask, use_engine):
+    compiled = interpret(use_engine)
     follow(*compile_toy(write, attend, mask, top_k=1.0), steps=3)
     assert stats()["sparse_steps"] == 3
     assert compiled.calls("loki.attend") > 0 and compiled.calls("flex_attention") == 0
 
 
-def test_a_small_budget_changes_what_a_flex_call_gives(monkeypatch):
-    interpret(monkeypatch)
+def test_a_small_budget_changes_what_a_flex_call_gives(use_engine):
+    interpret(use_engine)
     options = {"top_k": 1, "sink": 0, "recent": 0}
     spelling, module, fast = compile_toy(index_copy_method, plain, causal, **options)
     here = Conversation.start(spelling)
@@ -220,8 +220,8 @@ def blocks_alone(q, keys, values, mask):
         (blocks_alone, "block mask without a mask_mod"),
     ],
 )
-def test_another_flex_call_stays_as_it_is_and_says_why(attend, reason, monkeypatch):
-    compiled = interpret(monkeypatch)
+def test_another_flex_call_stays_as_it_is_and_says_why(attend, reason, use_engine):
+    compiled = interpret(use_engine)
     follow(*compile_toy(index_copy_method, attend, left_padded, top_k=1.0), steps=2)
     assert compiled.calls("loki.") == 0
     (dense,) = reports()[-1].sites
@@ -284,8 +284,8 @@ def entry_of_a_row(b, h, i, k, mask):
     ],
     ids=lambda f: f.__name__,
 )
-def test_a_rule_of_other_steps_stays_as_it_is_and_says_why(visible, monkeypatch):
-    compiled = interpret(monkeypatch)
+def test_a_rule_of_other_steps_stays_as_it_is_and_says_why(visible, use_engine):
+    compiled = interpret(use_engine)
     follow(*compile_toy(index_copy_method, ruled_by(visible), left_padded, top_k=1.0), steps=2)
     assert compiled.calls("loki.") == 0
     (dense,) = reports()[-1].sites

@@ -45,7 +45,8 @@ from toy_decoders import (
     sdpa,
 )
 
-from loki_compile import reports, runtime, stats
+from loki_compile import indexes, reports, stats
+from loki_compile.indexes import indexes_of
 
 STEPS = 3
 # One spelling for each way to write; two repeat heads themselves, so they attend in one way only.
@@ -355,16 +356,16 @@ def indexes_mirror_their_caches(talks: list[Conversation]) -> int:
     """Every index that the runtime would use again equals the projection of its cache's keys."""
     checked = 0
     for talk in talks:
-        for (bound, layout, _), record in runtime._indexes.get(talk.keys, {}).items():
-            if record.stamp is None or record.stamp != runtime._stamp(talk.keys):
+        for index in indexes_of(talk.keys):
+            if not index.valid:
                 continue
             folded, apart = talk.spelling.layout == "btf", (talk.spelling.kv_heads, -1)
             axis = 2 if folded else talk.spelling.layout.find("h")
             keys = talk.keys.unflatten(-1, apart) if folded else talk.keys
             keys = keys.unsqueeze(0) if axis < 0 else keys.movedim(axis, 0)
             flat = keys.reshape(1, keys.shape[0], -1, keys.shape[-1])
-            rows, scale = index_rows(flat, bound.key, layout.dtype)
-            for part, now in zip(record.parts, (rows, scale), strict=False):
+            rows, scale = index_rows(flat, index.basis.key, index.layout.dtype)
+            for part, now in zip(index.tensors, (rows, scale), strict=False):
                 part = part.unflatten(-1, apart) if folded else part
                 held = part.unsqueeze(0) if axis < 0 else part.movedim(axis, 0)
                 held = held.reshape(now.shape)
@@ -404,11 +405,27 @@ def check_graph(layers: list[Layer], options: dict, inference: bool, seed: int) 
 FEW = {"min_context": 0, "top_k": 5, "sink": 1, "recent": 1, "rank": 4}
 
 
+@functools.cache
 def axes(weights: str, kv_heads: int, head_dim: int) -> Basis:
     """A basis that projects exactly, however many keys at a time."""
     key = torch.eye(head_dim).roll(3, 0).expand(kv_heads, -1, -1).contiguous()
     spectrum = torch.ones(kv_heads, head_dim)
     return Basis(key, key, spectrum, kind="random", weights=weights, layer="")
+
+
+class AxesWhateverIsSeen:
+    """In the place of moments that a basis is fitted from."""
+
+    def __init__(self, kv_heads: int, head_dim: int) -> None:
+        self.sizes = kv_heads, head_dim
+
+    def update(self, *_: Tensor | None) -> None:
+        pass
+
+    def pca(self, *, weights: str, layer: str) -> Basis:
+        return axes(weights, *self.sizes)
+
+    score_optimal = pca
 
 
 def check_small_budget(layers: list[Layer], more: dict, inference: bool, seed: int) -> int:
@@ -433,10 +450,9 @@ def check_small_budget(layers: list[Layer], more: dict, inference: bool, seed: i
     return stats()["sparse_steps"]
 
 
-def test_generated_decoders_with_a_small_budget_equal_a_fresh_rebuild(monkeypatch):
-    interpret(monkeypatch)
-    fit = functools.cache(axes)
-    monkeypatch.setattr(runtime, "_fit", lambda b, *_: fit(b.weights, b.kv_heads, b.head_dim))
+def test_generated_decoders_with_a_small_budget_equal_a_fresh_rebuild(monkeypatch, use_engine):
+    interpret(use_engine)
+    monkeypatch.setattr(indexes, "KeyCovariance", AxesWhateverIsSeen)
     ran: Counter[bool] = Counter()
     options = [{}, {"share": "head"}, {"index_dtype": "int8"}]
 
@@ -450,8 +466,8 @@ def test_generated_decoders_with_a_small_budget_equal_a_fresh_rebuild(monkeypatc
     assert ran[True] > 1, ran
 
 
-def test_generated_decoders_equal_eager(monkeypatch):
-    interpret(monkeypatch)
+def test_generated_decoders_equal_eager(use_engine):
+    interpret(use_engine)
     ran: Counter[str] = Counter()
 
     @given(make_layers(), st.sampled_from(OPTIONS), st.booleans(), st.integers(0, 1000))

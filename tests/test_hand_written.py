@@ -478,8 +478,8 @@ by_name = pytest.mark.parametrize("family", families(), ids=lambda family: famil
 
 @by_name
 @pytest.mark.usefixtures("fresh")
-def test_a_family_decodes_as_it_does_uncompiled(family, monkeypatch):
-    interpret(monkeypatch)
+def test_a_family_decodes_as_it_does_uncompiled(family, use_engine):
+    interpret(use_engine)
     decodes_alike(family)
 
 

@@ -29,7 +29,8 @@ from loki_compile.pca_store.fingerprint import weights_fingerprint
 from torch import Tensor, nn
 from toy_decoders import count_attention, count_calls, interpret, normal_graph, tiny_deepseek
 
-from loki_compile import LokiConfig, calibrate, reports, runtime, stats
+from loki_compile import LokiConfig, calibrate, reports, stats
+from loki_compile.indexes import indexes_of
 
 HIDDEN, HEADS, LATENT, SHARED, OWN, VALUE = 12, 3, 14, 4, 6, 5
 SLOTS, FILLED, BATCH = 41, 17, 2
@@ -618,8 +619,8 @@ def names(forms: list[Form]) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    return interpret(monkeypatch)
+def interpreted(use_engine):
+    return interpret(use_engine)
 
 
 class Pair:
@@ -861,10 +862,10 @@ def test_the_index_is_the_projection_of_both_caches():
             pair = Pair(form, FEW)
             here = pair.start()
             pair.step(here, steps=5)
-            ((bound, *_), record), *others = runtime._indexes[here.caches[0]].items()
-            assert not others
-            rows = torch.cat(here.caches, -1) @ bound.key
-            torch.testing.assert_close(record.parts[0], rows, rtol=0, atol=1e-5)
+            index, *others = indexes_of(*here.caches)
+            assert index.valid and not others
+            rows = torch.cat(here.caches, -1) @ index.basis.key
+            torch.testing.assert_close(index.tensors[0], rows, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -881,8 +882,8 @@ def test_a_basis_is_fitted_from_both_caches_for_what_heads_read_of_them(form):
         rows = here.rows = here.read(FILLED)
         here.step(fast, torch.randn(BATCH, 1, HIDDEN))
     assert stats()["fitted_bases"] == 1 and stats()["sparse_steps"] == 1
-    (fitted,) = runtime._fitted.values()
-    assert (fitted.num_kv_heads, fitted.head_dim) == (1, LATENT + SHARED)
+    (index,) = indexes_of(*here.caches)
+    assert index.basis.key.shape == (1, LATENT + SHARED, 6)
     moments = KeyCovariance(1, LATENT + SHARED)
     moments.update(rows[:, None])
     own = module.expand.weight.detach().double().unflatten(0, (HEADS, -1))[:, :OWN].flatten(0, 1)
@@ -890,11 +891,11 @@ def test_a_basis_is_fitted_from_both_caches_for_what_heads_read_of_them(form):
     queries = torch.block_diag(own, shared)
     centred = rows.flatten(0, 1) - rows.flatten(0, 1).mean(0)
 
-    def error(basis):
-        query, key = (x[0].double() for x in basis.truncate(6))
+    def error(query, key):
+        query, key = query[0].double(), key[0].double()
         return (queries @ centred.T - queries @ query @ (centred @ key).T).square().sum()
 
-    assert error(fitted) < 0.5 * error(moments.pca())
+    assert error(index.basis.query, index.basis.key) < 0.5 * error(*moments.pca().truncate(6))
 
 
 # --- calibration

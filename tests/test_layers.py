@@ -24,6 +24,18 @@ ROOMS = {
         "loki_compile",
     ),
 }
+# Names of ours with a leading underscore that tests reach for: faults that come from outside a
+# process, for which there is no public place.
+PRIVATE_IN_TESTS = {
+    "loki_compile.kernels.cpu._kernels",
+    "loki_compile.kernels.cpu_build._FLAGS",
+    "loki_compile.kernels.cpu_build._SOURCES",
+    "loki_compile.kernels.cpu_build._cache_folder",
+    "loki_compile.kernels.cpu_build._compiler",
+    "loki_compile.pca_store.attention_fit._loss",
+    "loki_compile.pca_store.basis_file._file_error",
+    "loki_compile.pca_store.basis_file._read",
+}
 # The command line's modules; transformers only inside their functions.
 MAY_USE_TRANSFORMERS = {"cli.py", "demo.py", "evaluation.py", "models.py"}
 HEAVY = ("transformers", "matplotlib", "huggingface_hub")
@@ -48,6 +60,44 @@ def imports(tree):
                 yield alias.name, node.lineno, id(node) in inside
         elif isinstance(node, ast.ImportFrom):
             yield "." * node.level + (node.module or ""), node.lineno, id(node) in inside
+
+
+def dotted(node, bound):
+    """The full name of `a.b.c` where `a` is one of the names in `bound`, else ""."""
+    if isinstance(node, ast.Name):
+        return bound.get(node.id, "")
+    if isinstance(node, ast.Attribute):
+        start = dotted(node.value, bound)
+        return start and f"{start}.{node.attr}"
+    return ""
+
+
+def private_names(tree):
+    """(full name, line) of every name of the package with a leading underscore that is reached."""
+    bound = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if is_within(alias.name, ("loki_compile",)):
+                    bound[alias.asname or "loki_compile"] = (
+                        alias.name if alias.asname else "loki_compile"
+                    )
+        elif isinstance(node, ast.ImportFrom) and is_within(node.module or "", ("loki_compile",)):
+            for alias in node.names:
+                bound[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    reached = [(name, 0) for name in bound.values()]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            reached.append((dotted(node, bound), node.lineno))
+        elif isinstance(node, ast.Call):  # setattr(module, "_name", ...), getattr, delattr
+            for owner, name in zip(node.args, node.args[1:], strict=False):
+                if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                    start = dotted(owner, bound)
+                    reached.append((start and f"{start}.{name.value}", node.lineno))
+    for name, line in reached:
+        last = name.rpartition(".")[2]
+        if last.startswith("_") and not last.startswith("__"):
+            yield name, line
 
 
 def is_within(module, prefixes):
@@ -86,6 +136,34 @@ def test_init_of_a_mapped_folder_holds_a_docstring_only(room):
     body = ast.parse((ROOT / room / "__init__.py").read_text(encoding="utf-8")).body
     assert len(body) == 1
     assert isinstance(body[0].value.value, str)
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "benchmarks").glob("*.py"))
+
+
+def test_tests_and_benchmarks_reach_for_no_private_name():
+    reached = {
+        f"{named(path)}:{line} {name}": name
+        for path in TESTS
+        for name, line in private_names(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert not [place for place, name in reached.items() if name not in PRIVATE_IN_TESTS]
+    assert set(reached.values()) == PRIVATE_IN_TESTS, "what is not reached any more is not listed"
+
+
+def test_a_private_name_is_found_however_it_is_reached():
+    spelled = {
+        "from loki_compile.backend import _a": "loki_compile.backend._a",
+        "from loki_compile import runtime\nruntime._a.b()": "loki_compile.runtime._a",
+        "from loki_compile import runtime as r\nr.A._a": "loki_compile.runtime.A._a",
+        "import loki_compile.backend\nloki_compile.backend._a = 1": "loki_compile.backend._a",
+        "import loki_compile.backend as b\npatch.setattr(b, '_a', 1)": "loki_compile.backend._a",
+        "from loki_compile import runtime\ngetattr(runtime, '_a')": "loki_compile.runtime._a",
+    }
+    for text, name in spelled.items():
+        assert {found for found, _ in private_names(ast.parse(text))} == {name}, text
+    for text in ("import torch\ntorch._a", "from loki_compile import runtime\nruntime.__file__"):
+        assert not list(private_names(ast.parse(text)))
 
 
 @pytest.mark.parametrize("room", ROOMS)

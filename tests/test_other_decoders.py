@@ -7,19 +7,18 @@ those it has; its cache is a list of objects. ibm-fms' cache is a list of tuples
 import pytest
 import torch
 
+from loki_compile.backend import interpreter
+from loki_compile.counts import reset_stats, stats
 from loki_compile.report import clear_reports, reports
-from loki_compile.runtime import reset_stats, stats
 
 PROMPT, STEPS = 12, 6
 TOLERANCE = 2e-5  # of logits of size 1 to 4, in fp32
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch):
+def _clean(use_engine):
     """Rewritten graphs run node by node: what Inductor makes of them is not the question here."""
-    import loki_compile.backend
-
-    monkeypatch.setattr(loki_compile.backend, "_inductor", lambda gm, inputs, **_: gm.forward)
+    use_engine(interpreter)
     torch._dynamo.reset()
     clear_reports()
     reset_stats()

@@ -44,7 +44,9 @@ from toy_decoders import (
     tokens,
 )
 
-from loki_compile import LokiConfig, reports, reset_stats, runtime, stats
+from loki_compile import LokiConfig, indexes, reports, reset_stats, runtime, stats
+from loki_compile.counts import Because
+from loki_compile.indexes import indexes_of
 
 EVERYTHING = {"min_context": 0, "top_k": 1.0}
 FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
@@ -395,13 +397,13 @@ def test_indexes_die_with_their_caches(spelling, mode):
         pair = Pair(spelling, FEW)
         here, there = pair.start()
         pair.step(here, there, steps=3)
-        (record,) = runtime._indexes[here.keys].values()
-        parts = [weakref.ref(part) for part in record.parts]
+        (index,) = indexes_of(here.keys)
+        parts = [weakref.ref(part) for part in index.tensors]
         assert stats()["index_bytes"] == sum(part().nbytes for part in parts) > 0
-        del here, there, record
+        del here, there, index
         gc.collect()
     assert all(part() is None for part in parts)
-    assert stats()["index_bytes"] == 0 and not runtime._filled
+    assert stats()["index_bytes"] == 0
 
 
 @BOTH
@@ -464,7 +466,7 @@ def test_keys_written_by_the_dense_variant_are_ranked_afterwards(spelling, mode,
         here, there = pair.start()
         pair.step(here, there, steps=2)
         with monkeypatch.context() as patch:
-            patch.setattr(runtime.DecodeGraph, "wants_sparse", lambda self, visible: False)
+            patch.setattr(runtime.DecodeGraph, "why_dense", lambda *_: Because.SHORT)
             for x in tokens(spelling, 3):
                 torch.testing.assert_close(
                     here.step(pair.fast, x), there.step(pair.module, x), rtol=0, atol=2e-5
@@ -515,7 +517,7 @@ def test_hysteresis_where_caches_are_replaced_at_every_step(caplog):
         for step in range(12):
             x = tokens(GROWING, 1)[0]
             out = here.step(pair.fast, x)
-            if step > runtime.MAX_REBUILDS_IN_A_ROW:
+            if step > runtime.WASTED_BUILDS:
                 expected = there.step(pair.module, x)
             else:
                 expected = pair.expected(there, x)
@@ -524,14 +526,14 @@ def test_hysteresis_where_caches_are_replaced_at_every_step(caplog):
                 conversation.keys = conversation.keys.clone()
                 conversation.values = conversation.values.clone()
     # The first step is a graph of its own (a constant length).
-    assert stats()["rebuilds"] == stats()["sparse_steps"] == 1 + runtime.MAX_REBUILDS_IN_A_ROW
+    assert stats()["rebuilds"] == stats()["sparse_steps"] == 1 + runtime.WASTED_BUILDS
     assert stats()["dense_steps"] == 3
     assert "every cache was a new tensor" in caplog.text
 
 
 def test_sparse_comes_back_after_the_dense_steps(monkeypatch):
-    monkeypatch.setattr(runtime, "DENSE_STEPS_AFTER", 2)
-    monkeypatch.setattr(runtime, "MAX_REBUILDS_IN_A_ROW", 2)
+    monkeypatch.setattr(runtime, "HELD_BACK_CALLS", 2)
+    monkeypatch.setattr(runtime, "WASTED_BUILDS", 2)
     with torch.no_grad():
         pair = Pair(GROWING, {**FEW, "min_context": 5})
         here, _ = pair.start()
@@ -613,8 +615,8 @@ def test_a_basis_is_fitted_once_from_the_cache(spelling, rank, caplog):
         other = Conversation.start(spelling, filled=11)
         other.step(fast, tokens(spelling, 1)[0])
     assert stats()["fitted_bases"] == 1
-    (record,) = runtime._indexes[here.keys].values()
-    width = record.parts[0].shape[-1]
+    (index,) = indexes_of(here.keys)
+    width = index.tensors[0].shape[-1]
     assert width == {3: 3, 0.5: 5}.get(rank, width) and 1 <= width <= HEAD_DIM
 
 
@@ -948,22 +950,23 @@ def test_layers_are_named_by_number_and_by_path():
         assert all(s.reason.startswith(Reason.LAYER_OFF.value.split("{}")[0]) for s in off)
 
 
-@pytest.mark.parametrize("most, taken", [(5, [0, 4, 8, 12, 16]), (16, None), (17, range(17))])
+@pytest.mark.parametrize(
+    "most, taken", [(5, [0, 4, 8, 12, 16]), (16, [*range(15), 16]), (17, range(17))]
+)
 @pytest.mark.parametrize("spelling", [GROWING, STATIC], ids=["growing", "static"])
 def test_a_basis_is_fitted_from_so_many_keys_evenly_spread(spelling, most, taken, monkeypatch):
-    monkeypatch.setattr(runtime, "FIT_TOKENS", most)
+    monkeypatch.setattr(indexes, "FIT_TOKENS", most)
     with torch.no_grad():
         module = ToyDecoder(spelling).eval()
         fast = torch.compile(module, backend="loki", options=EVERYTHING)
         here = Conversation.start(spelling)
         keys = here.keys[:, :, :FILLED].clone()
         here.step(fast, tokens(spelling, 1)[0])
-    (basis,) = runtime._fitted.values()
-    assert basis.tokens == most * BATCH
-    if taken is not None:
-        moments = KeyCovariance(KV_HEADS, HEAD_DIM)
-        moments.update(keys[:, :, list(taken)])
-        torch.testing.assert_close(basis.spectrum, moments.pca().spectrum)
+    (index,) = indexes_of(here.keys)
+    moments = KeyCovariance(KV_HEADS, HEAD_DIM)
+    moments.update(keys[:, :, list(taken)])
+    _, expected = moments.pca().truncate(index.layout.rank)
+    torch.testing.assert_close(index.basis.key, expected)
 
 
 @MODES

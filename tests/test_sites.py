@@ -460,8 +460,8 @@ CHAINS = [
 
 
 @pytest.mark.parametrize("attend, mask", CHAINS, ids=lambda f: f.__name__)
-def test_attention_written_out_is_the_same_core(attend, mask, monkeypatch):
-    interpret(monkeypatch)
+def test_attention_written_out_is_the_same_core(attend, mask, use_engine):
+    interpret(use_engine)
     spelling = Spelling(index_copy_method, attend=attend, mask=mask)
     module = ToyDecoder(spelling).eval()
     fast = torch.compile(module, backend="loki", options={"min_context": 0, "top_k": 1.0})
@@ -801,12 +801,12 @@ def keys_times_numbers(q, keys, values, mask):
 
 
 @torch.no_grad()
-def test_queries_are_not_scaled_by_a_tensor_of_another_dtype_than_theirs(monkeypatch):
+def test_queries_are_not_scaled_by_a_tensor_of_another_dtype_than_theirs(use_engine):
     def widened(q, keys, values, mask):
         scores = q.float() @ repeat_kv(keys).float().mT / torch.sqrt(torch.tensor(7.0)) + mask
         return torch.softmax(scores, dim=-1).to(q.dtype) @ repeat_kv(values)
 
-    compiled = interpret(monkeypatch)
+    compiled = interpret(use_engine)
     spelling = Spelling(index_copy_method, attend=widened, mask=causal_inf)
     dtype, x = torch.bfloat16, tokens(spelling, 1)[0]
     for half in (False, True):
@@ -818,13 +818,13 @@ def test_queries_are_not_scaled_by_a_tensor_of_another_dtype_than_theirs(monkeyp
         assert compiled.calls("loki.") == 2, "select and attend in the first run alone"
 
 
-def test_attention_that_a_graph_break_cuts_is_reported(monkeypatch):
+def test_attention_that_a_graph_break_cuts_is_reported(use_engine):
     def broken(q, keys, values, mask):
         scores = q @ repeat_kv(keys).transpose(2, 3)
         torch._dynamo.graph_break()
         return torch.softmax(scores + mask, dim=-1) @ repeat_kv(values)
 
-    interpret(monkeypatch)
+    interpret(use_engine)
     spelling = Spelling(index_copy_method, attend=broken, mask=causal_inf)
     module = ToyDecoder(spelling).eval()
     fast = torch.compile(module, backend="loki", options={"min_context": 0, "top_k": 1.0})
@@ -1063,8 +1063,8 @@ def mask_edited_between_the_products(q, keys, values, mask):
     ],
     ids=lambda f: f.__name__,
 )  # fmt: skip
-def test_what_only_looks_like_attention_written_out_is_left_alone(attend, monkeypatch):
-    compiled = interpret(monkeypatch)
+def test_what_only_looks_like_attention_written_out_is_left_alone(attend, use_engine):
+    compiled = interpret(use_engine)
     new_tokens = HEADS if attend is zeroed_in_another_layout else 1
     spelling = Spelling(index_copy_method, attend=attend, mask=causal_inf, new_tokens=new_tokens)
     module = ToyDecoder(spelling).eval()
@@ -1156,10 +1156,10 @@ WAYS = pytest.mark.parametrize("attend, mask, kind", BLIND, ids=lambda f: getatt
 @WAYS
 @pytest.mark.parametrize("new_tokens", [1, 3])
 def test_a_row_that_sees_nothing_is_what_eager_makes_of_it(
-    attend, mask, kind, new_tokens, monkeypatch
+    attend, mask, kind, new_tokens, use_engine
 ):
     """NaN of a softmax over nothing but -inf, else the mean of all values or zero."""
-    interpret(monkeypatch)
+    interpret(use_engine)
     spelling = Spelling(index_copy_method, attend=attend, mask=mask, new_tokens=new_tokens)
     module = ToyDecoder(spelling).eval()
     fast = torch.compile(module, backend="loki", options={"min_context": 0, "top_k": 1.0})
@@ -1176,9 +1176,9 @@ def test_a_row_that_sees_nothing_is_what_eager_makes_of_it(
 
 @WAYS
 def test_a_row_that_sees_nothing_stays_so_when_dense_steps_become_sparse(
-    attend, mask, kind, monkeypatch
+    attend, mask, kind, use_engine
 ):
-    interpret(monkeypatch)
+    interpret(use_engine)
     spelling = Spelling(index_copy_method, attend=attend, mask=mask)
     module = ToyDecoder(spelling).eval()
     options = {"min_context": 20, "top_k": 6, "sink": 1, "recent": 1}
@@ -1194,14 +1194,14 @@ def test_a_row_that_sees_nothing_stays_so_when_dense_steps_become_sparse(
     assert (stats()["dense_steps"], stats()["sparse_steps"]) == (2, 2)
 
 
-def test_a_fill_that_half_precision_cannot_hold_hides_no_row_for_good(monkeypatch):
+def test_a_fill_that_half_precision_cannot_hold_hides_no_row_for_good(use_engine):
     """Scores in fp32 are filled with its lowest number, which is -inf in bf16."""
 
     def widened(q, keys, values, mask):
         scores = (q @ repeat_kv(keys).mT).float().masked_fill(~mask, torch.finfo(torch.float32).min)
         return torch.softmax(scores, dim=-1).to(q.dtype) @ repeat_kv(values)
 
-    interpret(monkeypatch)
+    interpret(use_engine)
     spelling = Spelling(index_copy_method, attend=widened, mask=nothing_seen_by_first)
     module = ToyDecoder(spelling).eval().bfloat16()
     fast = torch.compile(module, backend="loki", options={"min_context": 0, "top_k": 1.0})
@@ -1226,11 +1226,11 @@ def test_a_fill_that_half_precision_cannot_hold_hides_no_row_for_good(monkeypatc
     ],
     ids=lambda f: getattr(f, "__name__", f),
 )
-def test_rows_are_looked_over_only_where_a_mask_could_make_nan(attend, mask, marked, monkeypatch):
+def test_rows_are_looked_over_only_where_a_mask_could_make_nan(attend, mask, marked, use_engine):
     def or_none(q, keys, values, given):
         return attend(q, keys, values, 0.0 if given is None else given)
 
-    made = interpret(monkeypatch)
+    made = interpret(use_engine)
     way = or_none if attend is written_out else attend
     spelling = Spelling(index_copy_method, attend=way, mask=mask, slots=FILLED + 1)
     fast = torch.compile(ToyDecoder(spelling).eval(), backend="loki", options=EVERYTHING)

@@ -37,11 +37,7 @@ DENSE = [
 
 
 @pytest.fixture(autouse=True)
-def _restore(monkeypatch: pytest.MonkeyPatch):
-    """`zoo.engine` replaces Inductor for the life of a process: here, for one test."""
-    import loki_compile.backend
-
-    monkeypatch.setattr(loki_compile.backend, "_inductor", loki_compile.backend._inductor)
+def _forgets():
     yield
     torch._dynamo.reset()
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from loki_compile.kernels import reference
@@ -24,8 +23,10 @@ from loki_compile.pca_store.fingerprint import weights_fingerprint
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from loki_compile import backend, reset_stats, runtime
+from loki_compile import reset_stats
+from loki_compile.backend import Engine, interpreter
 from loki_compile.config import LokiConfig
+from loki_compile.counts import forget_notices
 from loki_compile.report import clear_reports
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 12, 6, 3, 10
@@ -1004,9 +1005,13 @@ def tiny_deepseek(seed: int = 5):
 
 @dataclass
 class Compiled:
-    """Graphs handed to Inductor's place, in order."""
+    """An interpreter as engine, and the graphs that were handed to it, in order."""
 
     graphs: list[fx.GraphModule] = field(default_factory=list)
+
+    def __call__(self, gm: fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
+        self.graphs.append(gm)
+        return interpreter(gm, inputs, **options)
 
     def calls(self, name: str) -> int:
         """Calls of an op such as "loki.select" in all graphs."""
@@ -1028,28 +1033,28 @@ def count_attention(graph: fx.Graph) -> int:
     )
 
 
-def interpret(monkeypatch: pytest.MonkeyPatch) -> Compiled:
+def interpret(use_engine: Callable[[Engine], None]) -> Compiled:
     """Puts an interpreter in Inductor's place: seconds become milliseconds.
 
     Returns what collects the graphs that Inductor would have compiled.
     """
     compiled = Compiled()
-
-    def run_as_it_is(gm: fx.GraphModule, inputs: Any, **_: Any) -> Callable[..., Any]:
-        compiled.graphs.append(gm)
-        return gm.forward
-
     torch._dynamo.reset()
     clear_runtime()
-    monkeypatch.setattr(backend, "_inductor", run_as_it_is)
+    use_engine(compiled)
     return compiled
+
+
+def is_sparse(gm: fx.GraphModule) -> bool:
+    """Whether an engine is given the sparse variant."""
+    return count_calls(gm.graph, "loki.select") > 0
 
 
 def clear_runtime() -> None:
     """Forgets counts, reports and the bases that were fitted in this process."""
     reset_stats()
     clear_reports()
-    runtime._fitted.clear()
+    forget_notices()
 
 
 def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.GraphModule:

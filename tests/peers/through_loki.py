@@ -95,11 +95,10 @@ def _backend(mode: str, engine: str) -> Callable[..., Any] | str:
         return engine
     import loki_compile.backend as backend
 
-    if engine == "eager":
-        backend._inductor = lambda gm, inputs, **_: gm.forward  # type: ignore[assignment]
+    compiler = backend.interpreter if engine == "eager" else backend.inductor
 
     def loki(gm: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
-        return backend.loki(gm, inputs, options=dict(options))
+        return backend.loki(gm, inputs, options=dict(options), engine=compiler)
 
     return loki
 
@@ -192,8 +191,8 @@ class Recorder:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         if MODES[self.mode]:
+            from loki_compile.counts import reset_stats
             from loki_compile.report import clear_reports
-            from loki_compile.runtime import reset_stats
 
             clear_reports()
             reset_stats()
@@ -227,8 +226,8 @@ class Recorder:
         }
         if not MODES[self.mode]:
             return line
+        from loki_compile.counts import stats
         from loki_compile.report import reports
-        from loki_compile.runtime import stats
 
         sites = [site for graph in reports() for site in graph.sites]
         reasons = Counter(site.reason for site in sites if site.outcome == "dense")
