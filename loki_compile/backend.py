@@ -347,6 +347,7 @@ def default_engine(engine: Engine) -> Iterator[None]:
 def _compile_late(
     gm: fx.GraphModule,
     which: str,
+    missed: Callable[[], None],
     *,
     compile_graph: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
     known: int,
@@ -377,7 +378,7 @@ def _compile_late(
         sizes = [args[place] for place in places]
         if code is None or shape_env.evaluate_guards_expression(code, sizes):
             return run(*args)
-        tally.add("interpreted_steps")
+        missed()
         return gm(*args)
 
     return run_or_interpret

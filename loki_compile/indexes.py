@@ -214,7 +214,7 @@ def stamp_of(tensor: Tensor) -> tuple[Any, ...]:
     return storage, tensor.data_ptr(), tensor.shape, tensor.stride(), version
 
 
-@dataclass
+@dataclass(eq=False)
 class CacheBinding:
     """What the runtime knows of one cache of the plan.
 
@@ -396,11 +396,12 @@ def is_true(
     return visible == min(most, record.filled + cached.stored)
 
 
-def is_outgrown(record: IndexRecord, visible: int, least: int) -> bool:
-    """Whether the index's automatic basis is to be fitted again; not below `least` keys, where
-    every key is read anyway."""
-    fit = record.fit
-    return fit is not None and visible >= max(least, FIT_AGAIN * fit.tokens + 1)
+def is_outgrown(record: IndexRecord, cached: Cached, visible: int, least: int) -> bool:
+    """Whether the index's automatic basis is to be fitted again; not below `least` visible keys,
+    where every key is read anyway."""
+    if record.fit is None or visible < least:
+        return False
+    return tokens_before(cached, visible) >= FIT_AGAIN * record.fit.tokens
 
 
 class Witness:
@@ -578,7 +579,7 @@ def _basis_for(
             known = origin[1].get(_place(binding, cached))
     if known is None and old is not None and old.fit is not None:
         known = old.fit if _mirrors_still(binding, cached, old, tokens) else None
-    if known is not None and tokens <= FIT_AGAIN * known.tokens:
+    if known is not None and tokens < FIT_AGAIN * known.tokens:
         return known
     basis = _fit(binding, cached, tokens)
     tally.add("fitted_bases")

@@ -6,8 +6,10 @@ import json
 import logging
 import re
 import threading
+import weakref
 from collections import deque
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch._dynamo.utils import counters
@@ -49,22 +51,47 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """All attention sites of one graph, in the order in which the graph runs them."""
+    """All attention sites of one graph, in the order in which the graph runs them.
+
+    now: what runs now in place of what was planned, "" where that is the plan.
+    """
 
     sites: tuple[SiteReport, ...]
+    now: str = ""
 
     def count(self, outcome: str) -> int:
         return sum(site.outcome == outcome for site in self.sites)
 
 
 _lock = threading.Lock()
-_reports: deque[GraphReport] = deque(maxlen=_KEPT_GRAPHS)
+_reports: deque[tuple[GraphReport, Callable[[], DecodeGraph | None]]] = deque(maxlen=_KEPT_GRAPHS)
 
 
 def reports() -> list[GraphReport]:
-    """The reports of the graphs compiled by this process, oldest first (the last 256)."""
+    """The reports of the graphs compiled by this process, oldest first (the last 256).
+
+    They say what is, not what was planned: sites of a graph that gave up are dense, with the
+    reason, and `now` tells what is held back or interpreted.
+    """
     with _lock:
-        return list(_reports)
+        kept = list(_reports)
+    return [_as_it_is(report, graph()) for report, graph in kept]
+
+
+def _as_it_is(report: GraphReport, graph: DecodeGraph | None) -> GraphReport:
+    now = "" if graph is None else graph.state()
+    if not now:
+        return report
+    assert graph is not None
+    sites = report.sites
+    if graph.gave_up is not None:
+        sites = tuple(
+            replace(site, outcome="dense", reason=now, index_bytes_per_token=None)
+            if site.outcome == "sparse"
+            else site
+            for site in sites
+        )
+    return GraphReport(sites, now)
 
 
 def clear_reports() -> None:
@@ -99,7 +126,7 @@ def record_graph(
     """Keeps, logs and traces what the plan decided for one graph."""
     report = describe(plan, config, bindings)
     with _lock:
-        _reports.append(report)
+        _reports.append((report, (lambda: None) if decode is None else weakref.ref(decode)))
     for site in report.sites:
         name = site.path or site.cache or "attention"
         if site.outcome == "sparse":

@@ -71,10 +71,11 @@ class DecodeGraph:
         config: LokiConfig,
         bindings: list[CacheBinding],
         parts: Sequence[Part],
-        compile_graph: Callable[[fx.GraphModule, str], Variant],
+        compile_graph: Callable[[fx.GraphModule, str, Callable[[], None]], Variant],
         tally: Tally,
     ) -> None:
-        """compile_graph: makes a variant of a graph; its second argument says which, in words."""
+        """compile_graph: makes a variant of a graph, given in words which it is, and what to call
+        when it has to be run node by node."""
         self.gm = gm
         self.plan = plan
         self.config = config
@@ -91,6 +92,7 @@ class DecodeGraph:
         self.sparse: dict[tuple[IndexLayout, ...], Variant] = {}
         self.gave_up: str | None = None
         self.sparse_ran = False
+        self.interpreted = 0
         self.given_bytes = 0
         self.turn = 0
         self.watch = Watch()
@@ -112,12 +114,18 @@ class DecodeGraph:
             return f"{Because.GAVE_UP.value}: {self.gave_up}"
         if self.short_of_memory:
             return f"no memory for an index: tried again in {self.short_of_memory} steps"
+        if self.interpreted:
+            return f"interpreted in {self.interpreted} calls: sizes that Inductor had fixed changed"
         if self.held_back:
             return (
                 f"held back: {self.held_back} more calls that need a new index run dense, since "
                 f"{WASTED_BUILDS} indexes in a row served one step each"
             )
         return ""
+
+    def _missed(self) -> None:
+        self.interpreted += 1
+        self.tally.add("interpreted_steps")
 
     # -- which variant
 
@@ -172,7 +180,7 @@ class DecodeGraph:
         if self.dense is None:
             with self.building:
                 if self.dense is None:
-                    self.dense = self.compile_graph(self._dense_graph(), "dense")
+                    self.dense = self.compile_graph(self._dense_graph(), "dense", self._missed)
         outputs = self.dense(*step.args)
         self.tally.dense(why)
         self._remember_filled(step, outputs)
@@ -187,10 +195,10 @@ class DecodeGraph:
     # -- the sparse variant
 
     def run_sparse(self, step: Step) -> Any:
+        layouts = self._layouts(step)  # what an index is found by
         held = self._true_indexes(step)
         if self._hold_back(held):
             return self.run_dense(step, Because.HELD_BACK)
-        layouts = self._layouts(step)
         # Compiled first where that is possible: no keys are read for an index that nothing uses.
         if layouts is not None and self._variant(layouts) is None:
             return self.run_dense(step, Because.GAVE_UP)
@@ -239,7 +247,7 @@ class DecodeGraph:
             record = indexes.find(binding, cached)
             if record is not None and (
                 not indexes.is_true(binding, cached, record, step.visible, most)
-                or indexes.is_outgrown(record, step.visible, self.config.min_context)
+                or indexes.is_outgrown(record, cached, step.visible, self.config.min_context)
             ):
                 record = None
             held.append(record)
@@ -262,9 +270,7 @@ class DecodeGraph:
 
     def _has_moved(self, step: Step, graph: FillGraph) -> Tensor | None:
         """Whether positions on a device are not those that were counted, 0-d, without waiting."""
-        cached = next(
-            c for b, c in zip(self.bindings, step.caches, strict=True) if b is graph.binding
-        )
+        cached = step.caches[self.bindings.index(graph.binding)]
         counted = self._filled_after(step.args, graph.binding, cached)
         filled = graph.read(step.args)
         if not isinstance(filled, Tensor):
@@ -309,7 +315,8 @@ class DecodeGraph:
                 try:
                     # What is made here outlives the call, and the mode it came in.
                     with _ordinary_tensors():
-                        variant = self.compile_graph(self._sparse_graph(layouts), "sparse")
+                        graph = self._sparse_graph(layouts)
+                        variant = self.compile_graph(graph, "sparse", self._missed)
                     self.sparse[layouts] = variant
                 except Exception as error:
                     if self.config.strict:
