@@ -1,12 +1,13 @@
-"""What two chats of ten turns compile: graphs, breaks, recompilations, Inductor's artefacts.
+"""What three chats of ten turns compile: graphs, breaks, recompilations, Inductor's artefacts.
 
-    python benchmarks/bench_chat.py [--engine interpreted] [--layers 1]
+    python benchmarks/bench_chat.py [--engine interpreted] [--layers 1] [--dynamic]
 
 `generate` with a growing and a static cache, turns of different lengths, default options; plain
-Inductor and loki in one process, each after a reset. The second chat has other lengths and must add
-nothing. With `--engine interpreted` graphs run as they are, which counts the same graphs in
-seconds. A decode graph has two variants, each compiled when it is first needed: artefacts count
-what Inductor was given, from its cache or not.
+Inductor and loki in one process, each after a reset. Of the first prompt of another length Dynamo
+makes one dynamic graph, whatever the backend, unless `--dynamic` asks for it at once. With
+`--engine interpreted` graphs run as they are, which counts the same graphs in seconds. A decode
+graph has two variants, each compiled when it is first needed: artefacts count what Inductor was
+given, from its cache or not.
 """
 
 from __future__ import annotations
@@ -23,9 +24,23 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 import loki_compile
 import loki_compile.backend as backend
 
-CHATS = ((1101, 13, 40, 7, 9, 61, 12, 5, 33, 17), (1057, 19, 8, 44, 23, 6, 71, 10, 31, 5))
+CHATS = (
+    (1101, 13, 40, 7, 9, 61, 12, 5, 33, 17),
+    (1057, 19, 8, 44, 23, 6, 71, 10, 31, 5),
+    (1083, 9, 26, 4, 38, 15, 52, 11, 7, 20),
+)
 COUNTS = ["graphs", "breaks", "artefacts"]
-COLUMNS = ["cache", "backend", "engine", "chat", *COUNTS, "sparse_steps", "dense_steps", "seconds"]
+COLUMNS = [
+    "cache",
+    "backend",
+    "engine",
+    "dynamic",
+    "chat",
+    *COUNTS,
+    "sparse_steps",
+    "dense_steps",
+    "seconds",
+]
 
 
 def chat(model: Any, kind: str, lengths: tuple[int, ...]) -> None:
@@ -52,7 +67,9 @@ def counted() -> dict[str, int]:
     }
 
 
-def rows_of(kind: str, chosen: str, engine: str, layers: int) -> list[dict[str, Any]]:
+def rows_of(
+    kind: str, chosen: str, engine: str, layers: int, dynamic: bool | None
+) -> list[dict[str, Any]]:
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
@@ -62,7 +79,7 @@ def rows_of(kind: str, chosen: str, engine: str, layers: int) -> list[dict[str, 
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     plain = "eager" if engine == "interpreted" else "inductor"
-    model.compile(backend=plain if chosen == "inductor" else chosen)
+    model.compile(backend=plain if chosen == "inductor" else chosen, dynamic=dynamic)
     rows, before = [], dict.fromkeys(COUNTS, 0)
     for number, lengths in enumerate(CHATS, 1):
         loki_compile.reset_stats()
@@ -75,6 +92,7 @@ def rows_of(kind: str, chosen: str, engine: str, layers: int) -> list[dict[str, 
                 "cache": kind,
                 "backend": chosen,
                 "engine": engine,
+                "dynamic": dynamic,
                 "chat": number,
                 **{name: now[name] - before[name] for name in COUNTS},
                 "sparse_steps": steps["sparse_steps"],
@@ -90,13 +108,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engine", choices=("inductor", "interpreted"), default="inductor")
     parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--dynamic", action="store_true", default=None)
     args = parser.parse_args()
     if args.engine == "interpreted":
         backend._inductor = lambda gm, inputs, **_: gm.forward
     rows = []
     for kind in ("growing", "static"):
         for chosen in ("inductor", "loki"):
-            for row in rows_of(kind, chosen, args.engine, args.layers):
+            for row in rows_of(kind, chosen, args.engine, args.layers, args.dynamic):
                 rows.append({**stamp("cpu"), "bench": "chat", "layers": args.layers, **row})
     print(table(rows, COLUMNS))
     print("written to", write_rows("chat", rows))

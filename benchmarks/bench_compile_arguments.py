@@ -51,8 +51,9 @@ def decode(model: Any, step: Callable[..., Any], kind: str) -> torch.Tensor:
     ids = torch.randint(0, 64, (1, CACHED + STEPS), generator=generator)
     LlamaForCausalLM.forward(model, ids[:, :CACHED], past_key_values=cache, logits_to_keep=1)
     rows = []
-    for place in range(CACHED, CACHED + STEPS):
-        rows.append(step(ids[:, place : place + 1], past_key_values=cache).logits[0])
+    for token in ids[:, CACHED:].split(1, 1):
+        token = token.clone(memory_format=torch.contiguous_format)  # a slice's strides are guarded
+        rows.append(step(token, past_key_values=cache).logits[0])
     return torch.cat(rows)
 
 

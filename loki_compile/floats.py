@@ -8,8 +8,9 @@ a scale must be known before a site is judged: so both are asked for at once, he
 
 Floats alone: sizes and other ints stay as symbolic as they were.
 
-Private API, run on torch 2.13, read in 2.11: `FakeTensor.item_memo` of such an input, `SymNode._expr`,
-`TensorifyState`, `TensorifyScalarRestartAnalysis`, `RestartAnalysis`, `compile_fx(inner_compile=)`.
+Private API, run on torch 2.13 and read in 2.11: `FakeTensor.item_memo` of such an input,
+`SymNode._expr`, `TensorifyState`, `TensorifyScalarRestartAnalysis`, `RestartAnalysis`,
+`compile_fx(inner_compile=)`.
 """
 
 from __future__ import annotations
