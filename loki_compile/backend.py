@@ -23,6 +23,7 @@ from torch import fx
 
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Tally, say_once, tally_of
+from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
 from loki_compile.indexes import CacheBinding, token_count
 from loki_compile.passes.cache_writes import nearest_matrix
 from loki_compile.passes.fx_tools import copy_of, fake_mode_of, fake_value
@@ -70,10 +71,14 @@ def loki(
     config = LokiConfig.from_options({**(options or {}), **unknown})
     compile_graph = functools.partial(engine or _engine, mode=mode, options=config.inductor)
     normal, _ = normalize(gm)
+    ask_for_values(normal.graph)
     parts = take_parts(normal)
     plan = plan_graph(normal, config)
-    if config.strict:
-        _refuse_dense(plan)
+    refusal = _refusal(plan) if config.strict else ""
+    if plan.sparse or refusal:
+        ask_what_inductor_asks(gm, example_inputs)  # what is traced again is not judged
+    if refusal:
+        raise RuntimeError(refusal)
     bindings = bind_caches(normal, plan, example_inputs, parts, config)
     tally = tally_of(gm, example_inputs)
     decode = None
@@ -86,16 +91,19 @@ def loki(
             sites=len(plan.sites),
         )
         decode = DecodeGraph(normal, plan, config, bindings, parts, late, tally)
-    record_graph(plan, config, bindings, decode)
-    _say_what_stays_dense(plan, config, tally)
-    if decode is not None:
-        return decode
-    if plan.dense:
+    elif plan.dense:
         _say_compiling(tally, "a graph that stays dense", len(plan.dense))
-    if config.pack_gqa and not parts and any(site.group > 1 for site in plan.sites):
+    compiled: Callable[..., Any]
+    if decode is not None:
+        compiled = decode
+    elif config.pack_gqa and not parts and any(site.group > 1 for site in plan.sites):
         packed, mapping = copy_of(normal)
-        return compile_graph(pack_groups(packed, plan.on(mapping).sites), example_inputs)
-    return compile_graph(gm, example_inputs)
+        compiled = compile_graph(pack_groups(packed, plan.on(mapping).sites), example_inputs)
+    else:
+        compiled = compile_graph(gm, example_inputs)
+    record_graph(plan, config, bindings, decode)  # last: Inductor may have it traced again
+    _say_what_stays_dense(plan, config, tally)
+    return compiled
 
 
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfig) -> GraphReport:
@@ -105,6 +113,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfi
       ValueError: a basis that does not belong to the model.
     """
     normal, _ = normalize(gm)
+    ask_for_values(normal.graph)
     parts = take_parts(normal)
     plan = plan_graph(normal, config)
     return describe(plan, config, bind_caches(normal, plan, example_inputs, parts, config))
@@ -133,19 +142,21 @@ def _records_gradients(gm: fx.GraphModule) -> bool:
     )
 
 
-def _refuse_dense(plan: Plan) -> None:
+def _refusal(plan: Plan) -> str:
+    """What `strict=True` has against a plan; "" for nothing."""
     refused = [skip for skip in plan.dense if not skip.by_plan]
     if refused:
         lines = "\n".join(f"  {s.path or s.node.name}: {s.sentence()}" for s in refused)
-        raise RuntimeError(
+        return (
             f"strict=True, and {len(refused)} attention site(s) cannot be rewritten:\n{lines}\n"
             "Set strict=False to leave them dense."
         )
     if not plan.sites and not plan.dense:
-        raise RuntimeError(
+        return (
             "strict=True, and this graph has no attention to rewrite. Compile a model that "
             "decodes with a key/value cache, or set strict=False."
         )
+    return ""
 
 
 def _say_compiling(tally: Tally, what: str, sites: int) -> None:
@@ -364,8 +375,16 @@ def _compile_late(
     values = _fakes(gm)
     fake_mode = fake_mode_of(gm.graph)
     shape_env = fake_mode.shape_env
-    with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
-        run = compile_graph(copy_of(gm)[0], values)  # Inductor may edit what it is given
+    try:
+        with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+            run = compile_graph(copy_of(gm)[0], values)  # Inductor may edit what it is given
+    except RestartAnalysis as error:  # for Dynamo, which has returned: nobody would trace again
+        log.warning(
+            "Inductor wants a decode graph traced again (%s), too late: the graph runs node by "
+            "node, slowly. torch._dynamo.config.specialize_float=True avoids it.",
+            type(error).__name__,
+        )
+        return gm
     added = shape_env.guards[known:]
     if not added:
         return run
