@@ -1107,13 +1107,12 @@ class DirectSparse(TorchFunctionMode):
         if mask is not None:
             mask = mask[(None,) * (4 - mask.ndim)]
         budget = self.config.budget
-        slots = keys.shape[2]
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         heads_differ = mask is not None and mask.shape[1] != 1
         positions = reference.select(
             query, query_basis, index, None, mask, None,
-            scale=scale, top_k=budget.top_k or budget.keys(slots), keep_q16=budget.keep_q16,
-            sink=budget.sink, recent=budget.recent,
+            scale=scale, top_k=budget.top_k, keep_q16=budget.keep_q16, sink=budget.sink,
+            recent=budget.recent, min_keys=budget.min_keys,
             per_head=self.config.share == "head" or heads_differ,
         )  # fmt: skip
         out = reference.attend(query, keys, values, positions, mask, scale=scale)
