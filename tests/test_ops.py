@@ -5,8 +5,6 @@ dims, K slots.
 """
 
 import re
-import warnings
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from loki_compile.kernels.ops import (
     mask_bounds,
     select,
 )
+from toy_decoders import recorded
 
 B, HQ, HKV, S, T, D, DV, R, K = 2, 6, 2, 3, 37, 24, 16, 8, 11
 SELECT = {
@@ -350,24 +349,6 @@ def test_fakes_have_the_shapes_and_strides_of_the_results():
     assert positions.stride() == real.stride() and positions.dtype == torch.int32
 
 
-@contextmanager
-def recorded(name, calls):
-    """Calls of loki::<name> on the CPU are noted, with their arguments."""
-    library = torch.library.Library("loki", "IMPL")
-
-    def note(*args, **kwargs):
-        calls.append(args)
-        return getattr(cpu, name)(*args, **kwargs)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the kernel is overridden is the purpose
-        library.impl(name, note, "CPU", allow_override=True)
-    try:
-        yield
-    finally:
-        library._destroy()
-
-
 def static_cache_step(x, k_cache, v_cache, index, new, basis, mask):
     """A decode step over a (B, T, Hkv, D) cache, written in place; the mask is longer."""
     k_cache[:, 5:6] = new
@@ -412,7 +393,7 @@ def test_inductor_hands_caches_over_as_they_are(step):
             found = compiled(*args, mask)
         assert torch.equal(found[1], expected[1])
         torch.testing.assert_close(found[0], expected[0])
-        (_, _, rows, *_), (q, k, v, _, seen) = selects[0], attends[0]
+        (_, _, rows, *_), (q, k, v, _, seen) = selects[0][0], attends[0][0]
         if heads_last:
             assert k.data_ptr() == k_cache.data_ptr() and v.data_ptr() == v_cache.data_ptr()
             assert rows.data_ptr() == index[0].data_ptr()

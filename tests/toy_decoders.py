@@ -8,14 +8,16 @@ heads, G = Hq / Hkv, S new tokens, T cached tokens, D head_dim.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from loki_compile.kernels import reference
+from loki_compile.kernels import cpu, reference
 from loki_compile.kernels.ops import index_rows
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.sites import Reason
@@ -1011,6 +1013,24 @@ class Compiled:
     def calls(self, name: str) -> int:
         """Calls of an op such as "loki.select" in all graphs."""
         return sum(count_calls(gm.graph, name) for gm in self.graphs)
+
+
+@contextmanager
+def recorded(name: str, calls: list[tuple[tuple[Any, ...], torch.Tensor]]) -> Iterator[None]:
+    """Calls of loki::<name> on the CPU are noted: their positional arguments and their result."""
+    library = torch.library.Library("loki", "IMPL")
+
+    def note(*args, **kwargs):
+        calls.append((args, getattr(cpu, name)(*args, **kwargs)))
+        return calls[-1][1]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the kernel is overridden is the purpose
+        library.impl(name, note, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 def count_calls(graph: fx.Graph, name: str) -> int:
