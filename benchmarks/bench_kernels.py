@@ -120,10 +120,13 @@ def make_inputs(shape: Shape, device: str, seed: int) -> Inputs:
 
 
 def select_options(shape: Shape) -> dict:
-    return dict(
+    options = dict(
         scale=shape.head_dim**-0.5, top_k=shape.top_k, keep_q16=COUNT_Q16, sink=4, recent=32,
-        per_head=False,
+        min_keys=1024, per_head=False,
     )  # fmt: skip
+    # A revision that `--compare` takes may not have all of them yet.
+    known = {argument.name for argument in select._schema.arguments}
+    return {name: value for name, value in options.items() if name in known}
 
 
 def choose(x: Inputs, shape: Shape) -> Tensor:
@@ -358,7 +361,7 @@ def autotune(shape: Shape, device: str, budget_s: float) -> None:
     block_r = max(32 if shape.index_dtype == torch.int8 else 16, next_power_of_2(shape.rank))
     table_select = select_launch(
         where, group=shape.group, block_r=block_r, index_bytes=shape.index_dtype.itemsize,
-        top_k=shape.top_k,
+        slots=shape.top_k,
     )  # fmt: skip
     table_attend = attend_launch(
         where, group=shape.group, block_d=next_power_of_2(shape.head_dim),

@@ -30,10 +30,11 @@ def check_select(
     mask: Tensor | None,
     bounds: Tensor | None,
     *,
-    top_k: int,
+    top_k: int | None,
     keep_q16: int,
     sink: int,
     recent: int,
+    min_keys: int,
     per_head: bool,
 ) -> None:
     """Raise ValueError (what was found, what is allowed) unless `loki::select` takes these."""
@@ -89,12 +90,12 @@ def check_select(
             )
         _rows_contiguous(op, "bounds", bounds, 3)
         _same_device(op, "bounds", bounds, q)
-    if top_k < 1:
-        raise _wrong(op, "top_k", top_k, "at least 1")
+    if top_k is not None and top_k < 1:
+        raise _wrong(op, "top_k", top_k, "None, or at least 1")
     if not 0 < keep_q16 <= KEEP_ALL_Q16:
         raise _wrong(op, "keep_q16", keep_q16, f"1 to {KEEP_ALL_Q16}")
-    if sink < 0 or recent < 0:
-        raise _wrong(op, "(sink, recent)", (sink, recent), "0 or more")
+    if min(sink, recent, min_keys) < 0:
+        raise _wrong(op, "(sink, recent, min_keys)", (sink, recent, min_keys), "0 or more")
 
 
 def check_attend(

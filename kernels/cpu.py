@@ -9,6 +9,7 @@ import struct
 
 import torch
 from loki_compile.kernels import cpu_build, cpu_torch
+from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.checks import check_attend, check_select
 from torch import Tensor
 
@@ -26,7 +27,7 @@ _CODES = {
 }
 _VIEW = 10
 _NO_TENSOR = (0, 5, 1, 1, 1, 1, 0, 0, 0, 0)
-_pack_select = struct.Struct(f"@{6 * _VIEW}q7qd").pack
+_pack_select = struct.Struct(f"@{6 * _VIEW}q9qd").pack
 _pack_attend = struct.Struct(f"@{7 * _VIEW}q2q2d").pack
 
 
@@ -39,10 +40,11 @@ def select(
     bounds: Tensor | None,
     *,
     scale: float,
-    top_k: int,
+    top_k: int | None,
     keep_q16: int,
     sink: int,
     recent: int,
+    min_keys: int,
     per_head: bool,
 ) -> Tensor:
     """`loki::select`; see `loki_compile.kernels.ops`."""
@@ -50,15 +52,17 @@ def select(
     if kernels is None:
         return cpu_torch.select(
             q, basis, index, index_scale, mask, bounds, scale=scale, top_k=top_k,
-            keep_q16=keep_q16, sink=sink, recent=recent, per_head=per_head,
+            keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys, per_head=per_head,
         )  # fmt: skip
     check_select(
         q, basis, index, index_scale, mask, bounds,
-        top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, per_head=per_head,
+        top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
+        per_head=per_head,
     )  # fmt: skip
     b, hq, s, _ = q.shape
     heads = hq if per_head else index.shape[1]
-    positions = torch.empty((b, heads, s, top_k), dtype=torch.int32)
+    slots = Budget(top_k, keep_q16, sink, recent, min_keys).slots(index.shape[2])
+    positions = torch.empty((b, heads, s, slots), dtype=torch.int32)
     kernels.loki_select(
         _pack_select(
             *_view(q),
@@ -68,10 +72,12 @@ def select(
             *(_NO_TENSOR if mask is None else _view(mask)),
             *(_NO_TENSOR if bounds is None else _view(bounds)),
             positions.data_ptr(),
-            top_k,
+            slots,
+            index.shape[2] if top_k is None else top_k,
             keep_q16,
             sink,
             recent,
+            min_keys,
             per_head,
             torch.get_num_threads(),
             scale,

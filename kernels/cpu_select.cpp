@@ -17,8 +17,8 @@ struct SelectParams {
   View4 index_scale;  // (B, Hkv, T, 1) float, or none
   View4 mask;         // (B, Hq, S, T) after broadcasting, or none
   View4 bounds;       // leading dims as mask, 3; int32, or none
-  int32_t* positions; // (B, heads, S, top_k)
-  int64_t top_k, keep_q16, sink, recent, per_head, threads;
+  int32_t* positions; // (B, heads, S, slots)
+  int64_t slots, top_k, keep_q16, sink, recent, min_keys, per_head, threads;
   double scale;
 };
 
@@ -63,10 +63,10 @@ RowPlan plan_row(const SelectParams& p, const MaskRow& mask, int64_t i, int64_t 
     count = min_of<int64_t>(max_of<int64_t>(bounds[2], 0), row.end - row.start);
   }
   row.holes = count != row.end - row.start;
-  int64_t share = max_of<int64_t>((count * p.keep_q16 + 65535) >> 16, 1);
-  int64_t budget = min_of(min_of(share, p.top_k), count);
-  int64_t recent = min_of(p.recent, budget);
-  int64_t sink = min_of(p.sink, budget - recent);
+  int64_t recent = min_of(p.recent, count);
+  int64_t sink = min_of(p.sink, count - recent);
+  int64_t share = min_of((count * p.keep_q16 + 65535) >> 16, p.top_k);
+  int64_t budget = count < p.min_keys ? count : max_of(share, sink + recent);
   row.first = row.start;
   row.last = row.end;
   if (row.holes) {
@@ -810,7 +810,7 @@ class Select {
   void emit(int64_t row, int32_t* room) const {
     const RowPlan& plan = plans_[row];
     const MaskRow mask = mask_of(row);
-    SlotWriter slots(p_.positions + row * p_.top_k, p_.top_k);
+    SlotWriter slots(p_.positions + row * p_.slots, p_.slots);
     slots.put_visible(plan.start, plan.first, mask, plan.holes);
     if (plan.scored()) {
       put_best(plan, keys_of(row), room, &slots);

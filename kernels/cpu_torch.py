@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.checks import check_attend, check_select, hidden_below
 from torch import Tensor
 
@@ -19,16 +20,18 @@ def select(
     bounds: Tensor | None,
     *,
     scale: float,
-    top_k: int,
+    top_k: int | None,
     keep_q16: int,
     sink: int,
     recent: int,
+    min_keys: int,
     per_head: bool,
 ) -> Tensor:
     """`loki::select`; see `loki_compile.kernels.ops`."""
     check_select(
         q, basis, index, index_scale, mask, bounds,
-        top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, per_head=per_head,
+        top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
+        per_head=per_head,
     )  # fmt: skip
     b, hq, s, _ = q.shape
     hkv, t = index.shape[1:3]
@@ -46,16 +49,18 @@ def select(
     visible = visible.expand(b, heads, s, t)
     rank = visible.cumsum(-1, dtype=torch.int32)  # 1 for the first visible key
     count = rank[..., -1:]
-    budget = ((count.long() * keep_q16 + 65535) >> 16).clamp(1, top_k).minimum(count)
-    recent_kept = budget.clamp(max=recent)
-    sink_kept = (budget - recent_kept).clamp(max=sink)
+    recent_kept = count.clamp(max=recent)
+    sink_kept = (count - recent_kept).clamp(max=sink)
+    share = ((count.long() * keep_q16 + 65535) >> 16).clamp(max=t if top_k is None else top_k)
+    budget = torch.where(count < min_keys, count, share.maximum(sink_kept + recent_kept))
     forced = visible & ((rank > count - recent_kept) | (rank <= sink_kept))
     key = _ordered(score).masked_fill(~visible, _HIDDEN).masked_fill(forced, _FORCED)
     chosen = visible & _first_best(key, budget)
-    slot = torch.where(chosen, chosen.cumsum(-1) - 1, top_k)
-    positions = torch.full((b, heads, s, top_k + 1), -1, dtype=torch.int32)
+    slots = Budget(top_k, keep_q16, sink, recent, min_keys).slots(t)
+    slot = torch.where(chosen, chosen.cumsum(-1) - 1, slots)
+    positions = torch.full((b, heads, s, slots + 1), -1, dtype=torch.int32)
     positions.scatter_(-1, slot, torch.arange(t, dtype=torch.int32).expand(slot.shape))
-    return positions[..., :top_k].contiguous()
+    return positions[..., :slots].contiguous()
 
 
 def attend(

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from loki_compile.kernels import cpu
+from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.checks import KEEP_ALL_Q16, check_attend, check_select, hidden_below
 from torch import Tensor
 
 __all__ = [
     "KEEP_ALL_Q16",
+    "Budget",
     "attend",
     "check_attend",
     "check_select",
@@ -75,8 +77,8 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 _LIBRARY.define(
     "select(Tensor q, Tensor basis, Tensor index, Tensor? index_scale, Tensor? mask,"
-    " Tensor? bounds, *, float scale, SymInt top_k, int keep_q16, int sink, int recent,"
-    " bool per_head) -> Tensor",
+    " Tensor? bounds, *, float scale, int? top_k, int keep_q16, int sink, int recent,"
+    " int min_keys, bool per_head) -> Tensor",
     tags=_TAGS,
 )
 _LIBRARY.define(
@@ -87,9 +89,13 @@ _LIBRARY.define(
 
 
 @torch.library.register_fake("loki::select", lib=_LIBRARY)
-def _select_fake(q, basis, index, index_scale, mask, bounds, *, top_k, per_head, **_):
+def _select_fake(
+    q, basis, index, index_scale, mask, bounds, *, top_k, keep_q16, sink, recent, min_keys,
+    per_head, **_,
+):  # fmt: skip
     heads = q.shape[1] if per_head else index.shape[1]
-    return q.new_empty((q.shape[0], heads, q.shape[2], top_k), dtype=torch.int32)
+    slots = Budget(top_k, keep_q16, sink, recent, min_keys).slots(index.shape[2])
+    return q.new_empty((q.shape[0], heads, q.shape[2], slots), dtype=torch.int32)
 
 
 @torch.library.register_fake("loki::attend", lib=_LIBRARY)

@@ -7,6 +7,7 @@ returns int32 positions, `attend` the dtype of q: pass fp64 tensors to have the 
 from __future__ import annotations
 
 import torch
+from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.checks import hidden_below
 from torch import Tensor
 
@@ -20,13 +21,14 @@ def select(
     bounds: Tensor | None,
     *,
     scale: float,
-    top_k: int,
+    top_k: int | None,
     keep_q16: int,
     sink: int,
     recent: int,
+    min_keys: int,
     per_head: bool,
 ) -> Tensor:
-    """Positions (B, Hkv or Hq, S, top_k) int32: chosen keys ascending, then -1.
+    """Positions (B, Hkv or Hq, S, K) int32: chosen keys ascending, then -1.
 
     `bounds` says nothing that `mask` does not, and is not read.
     """
@@ -35,11 +37,11 @@ def select(
     score = scores(q, basis, index, index_scale, mask, scale=scale, per_head=per_head)
     heads = hq if per_head else hkv
     visible = _visible(mask, t).expand(b, hq, s, t)[:, :: hq // heads]
-    positions = torch.full((b, heads, s, top_k), -1, dtype=torch.int32, device=q.device)
+    budget = Budget(top_k, keep_q16, sink, recent, min_keys)
+    positions = torch.full((b, heads, s, budget.slots(t)), -1, dtype=torch.int32, device=q.device)
     for row in _rows(b, heads, s):
         candidates = visible[row].nonzero().flatten()
-        k = row_budget(len(candidates), top_k, keep_q16)
-        chosen = _choose(score[row], candidates, k, sink, recent)
+        chosen = _choose(score[row], candidates, budget)
         positions[row][: len(chosen)] = chosen
     return positions
 
@@ -66,11 +68,6 @@ def scores(
         bias = mask.double().expand(b, hq, s, t)[:, :: hq // score.shape[1]]
         score = score + bias
     return score.masked_fill(score.isnan(), -torch.inf)
-
-
-def row_budget(count: int, top_k: int, keep_q16: int) -> int:
-    """Keys read by a row that sees `count`: ceil(count * keep_q16 / 2**16), at most top_k."""
-    return min(top_k, max(1, (count * keep_q16 + 65535) >> 16))
 
 
 def attend(
@@ -115,14 +112,13 @@ def attend(
     return out
 
 
-def _choose(score: Tensor, candidates: Tensor, k: int, sink: int, recent: int) -> Tensor:
-    """k of the ascending `candidates`: the last `recent`, the first `sink`, the best others."""
-    k = min(k, len(candidates))
-    recent = min(recent, k)
-    sink = min(sink, k - recent)
+def _choose(score: Tensor, candidates: Tensor, budget: Budget) -> Tensor:
+    """Of the ascending `candidates` the last `recent`, the first `sink`, and the best others."""
+    recent = min(budget.recent, len(candidates))
+    sink = min(budget.sink, len(candidates) - recent)
     middle = candidates[sink : len(candidates) - recent]
     best_first = torch.sort(score[middle], descending=True, stable=True).indices
-    best = middle[best_first[: k - sink - recent]]
+    best = middle[best_first[: budget.keys(len(candidates)) - sink - recent]]
     always = (candidates[:sink], candidates[len(candidates) - recent :])
     return torch.cat((*always, best)).sort().values
 

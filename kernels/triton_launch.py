@@ -109,7 +109,7 @@ def _programs(device: Device) -> int:
 
 
 def select_launch(
-    device: Device, *, group: int, block_r: int, index_bytes: int, top_k: int
+    device: Device, *, group: int, block_r: int, index_bytes: int, slots: int
 ) -> SelectLaunch:
     """The table of `select`. block_r: rank padded to a power of two; index_bytes: per element.
 
@@ -133,7 +133,7 @@ def select_launch(
     block_t = 32 if index_bytes == 4 else max(32, min(512, block_t))
     # n stages keep n - 1 tiles in flight. sm100 stages the products' operands in shared memory too.
     stages = 2 if amd or index_bytes == 4 or device.arch.startswith("sm10") else 3
-    wide = top_k > 8192
+    wide = slots > 8192
     return SelectLaunch(
         block_t=block_t,
         warps=4,

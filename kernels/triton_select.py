@@ -35,6 +35,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.checks import check_select, hidden_below
 from loki_compile.kernels.triton_launch import (
     ADDITIVE_MASK,
@@ -318,7 +319,7 @@ def _project(
 
 
 _RUNTIME_SIZES = [
-    "S", "T", "H", "parts", "top_k", "keep_q16", "sink", "recent",
+    "S", "T", "H", "parts", "slots", "top_k", "keep_q16", "sink", "recent", "min_keys",
     "q_sb", "q_sh", "q_ss", "basis_sh", "basis_sd",
     "index_sb", "index_sh", "index_st", "index_scale_sb", "index_scale_sh", "index_scale_st",
     "mask_sb", "mask_sh", "mask_ss", "mask_st", "bounds_sb", "bounds_sh", "bounds_ss",
@@ -332,7 +333,7 @@ def prepare_kernel(
     q_sb, q_sh, q_ss, basis_sh, basis_sd, index_sb, index_sh, index_st,
     index_scale_sb, index_scale_sh, index_scale_st,
     mask_sb, mask_sh, mask_ss, mask_st, bounds_sb, bounds_sh, bounds_ss,
-    H, S, T, scale, hidden_below, top_k, keep_q16, sink, recent,
+    H, S, T, scale, hidden_below, top_k, keep_q16, sink, recent, min_keys,
     D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr,
     ALIGN: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr,
@@ -365,10 +366,11 @@ def prepare_kernel(
         start = tl.where(count > 0, start, 0)
         end = tl.where(count > 0, end, 0)
     read_until = tl.where(count != end - start, end, start)
+    n_recent = tl.minimum(recent, count)
+    n_sink = tl.minimum(sink, count - n_recent)
     share = ((count.to(tl.int64) * keep_q16 + 65535) >> 16).to(tl.int32)
-    budget = tl.minimum(tl.minimum(top_k, tl.maximum(share, 1)), count)
-    n_recent = tl.minimum(recent, budget)
-    n_sink = tl.minimum(sink, budget - n_recent)
+    budget = tl.maximum(tl.minimum(share, top_k), n_sink + n_recent)
+    budget = tl.where(count < min_keys, count, budget)
     recent_from, sink_until = _forced_window(
         start, end, read_until, n_sink, n_recent, p_mask, mask_st, hidden_below, MASK
     )
@@ -527,18 +529,18 @@ def choose_kernel(
     p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_rows,
     p_list_key, p_list_at, p_counts, p_before, p_positions,
     index_sb, index_sh, index_st, index_scale_sb, index_scale_sh, index_scale_st,
-    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, parts, top_k,
+    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, parts, slots,
     R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
     MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Positions (top_k) of one row from its lists; grid (rows,)."""
+    """Positions (slots) of one row from its lists; grid (rows,)."""
     i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
     p_rows += i_row * ROW_FIELDS
     p_list_key += i_row * tl.cdiv(T, 16) * 16  # whole vectors
     p_list_at += i_row * tl.cdiv(T, 16) * 16
-    p_positions += i_row * top_k
+    p_positions += i_row * slots
     start = tl.load(p_rows + ROW_START)
     end = tl.load(p_rows + ROW_END)
     budget = tl.load(p_rows + ROW_BUDGET)
@@ -591,12 +593,12 @@ def choose_kernel(
         tie_rank = n_ties + tl.cumsum(tie, 0)
         chosen = (key > threshold) | ((tie != 0) & (tie_rank <= from_ties))
         slot = n + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(p_positions + slot, at, mask=chosen & (slot < top_k))
+        tl.store(p_positions + slot, at, mask=chosen & (slot < slots))
         n += tl.sum(chosen.to(tl.int32), 0)
         n_ties += tl.sum(tie, 0)
-    for first in range(n // BLOCK * BLOCK, top_k, BLOCK):
+    for first in range(n // BLOCK * BLOCK, slots, BLOCK):
         o = first + tl.arange(0, BLOCK)
-        tl.store(p_positions + o, tl.full((BLOCK,), -1, tl.int32), mask=(o >= n) & (o < top_k))
+        tl.store(p_positions + o, tl.full((BLOCK,), -1, tl.int32), mask=(o >= n) & (o < slots))
 
 
 def select(
@@ -608,17 +610,18 @@ def select(
     bounds: Tensor | None,
     *,
     scale: float,
-    top_k: int,
+    top_k: int | None,
     keep_q16: int,
     sink: int,
     recent: int,
+    min_keys: int,
     per_head: bool,
     launch: SelectLaunch | None = None,
 ) -> Tensor:
     """`loki::select`; see `loki_compile.kernels.ops`. `launch` replaces the table's choice."""
     positions, stages = select_stages(
         q, basis, index, index_scale, mask, bounds, scale=scale, top_k=top_k, keep_q16=keep_q16,
-        sink=sink, recent=recent, per_head=per_head, launch=launch,
+        sink=sink, recent=recent, min_keys=min_keys, per_head=per_head, launch=launch,
     )  # fmt: skip
     with torch.cuda.device_of(q):
         for stage in stages:
@@ -635,24 +638,27 @@ def select_stages(
     bounds: Tensor | None,
     *,
     scale: float,
-    top_k: int,
+    top_k: int | None,
     keep_q16: int,
     sink: int,
     recent: int,
+    min_keys: int,
     per_head: bool,
     launch: SelectLaunch | None = None,
 ) -> tuple[Tensor, tuple[Stage, ...]]:
     """The output of `select`, unwritten, and the launches that write it, in order."""
     check_select(
         q, basis, index, index_scale, mask, bounds,
-        top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, per_head=per_head,
+        top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
+        per_head=per_head,
     )  # fmt: skip
     b, hq, s, d = q.shape
     hkv, t, r = index.shape[1:]
     heads_out = hq if per_head else hkv
     group = hq // heads_out
     rows = b * heads_out * s
-    positions = q.new_empty((b, heads_out, s, top_k), dtype=torch.int32)
+    slots = Budget(top_k, keep_q16, sink, recent, min_keys).slots(t)
+    positions = q.new_empty((b, heads_out, s, slots), dtype=torch.int32)
     if rows == 0:
         return positions, ()
 
@@ -666,7 +672,7 @@ def select_stages(
     block_r = max(32 if int8 else 16, triton.next_power_of_2(r))
     if launch is None:
         launch = select_launch(
-            device, group=group, block_r=block_r, index_bytes=index.element_size(), top_k=top_k
+            device, group=group, block_r=block_r, index_bytes=index.element_size(), slots=slots
         )
     parts = programs_per_row(device, rows, launch.programs, PARTS_MAX.value)
     columns = launch.heads * launch.pack
@@ -693,6 +699,10 @@ def select_stages(
     if interpreted(list_kernel) and dot == tl.bfloat16:
         dot = tl.float32  # numpy has no bfloat16
 
+    # No row sees more than t keys: in the kernels every count is an int32.
+    cap = t if top_k is None else min(top_k, t)
+    sink, recent, least = min(sink, t), min(recent, t), min(min_keys, t + 1)
+
     # The whole basis in one step where it is 16 KB (128 dims of rank 32), else in several.
     block_d = max(16, min(triton.next_power_of_2(d), 4096 // block_r))
     tile = dict(
@@ -706,7 +716,7 @@ def select_stages(
             q, basis, index, index_scale, mask, bounds, high, low, source, records, sample,
             *broadcast_strides(q, 3), *basis.stride()[:2], *index_strides, *scale_strides,
             *mask_strides, *broadcast_strides(bounds, 3),
-            heads_out, s, t, scale, hidden, top_k, keep_q16, sink, recent,
+            heads_out, s, t, scale, hidden, cap, keep_q16, sink, recent, least,
             D=d, BLOCK_D=block_d, SAMPLE=launch.sample, LIST_ALL=launch.list_all, **tile,
             num_warps=launch.row_warps,
         )  # fmt: skip
@@ -722,7 +732,7 @@ def select_stages(
         choose_kernel[(rows,)](
             index, index_scale, mask, high, low, source, records, list_key, list_at, counts,
             before, positions, *index_strides, *scale_strides, *mask_strides,
-            heads_out, s, t, hidden, parts, top_k,
+            heads_out, s, t, hidden, parts, slots,
             BLOCK=launch.block, **tile, num_warps=launch.row_warps,
         )  # fmt: skip
 

@@ -129,7 +129,6 @@ def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
         sites,
         skipped,
         budget=config.budget,
-        min_context=config.min_context,
         per_head=config.share == "head",
         layers=config.layers,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loki_compile.passes.plan import Q16, Budget
+from loki_compile.kernels.ops import KEEP_ALL_Q16, Budget
 from loki_compile.pca_store.basis import BasisSet
 
 POLICIES = ("loki",)
@@ -92,10 +92,13 @@ class LokiConfig:
 
     @property
     def budget(self) -> Budget:
-        """`top_k`, `sink` and `recent` as the passes and kernels take them."""
+        """`top_k`, `sink`, `recent` and `min_context` as the passes and kernels take them."""
+        cap, keep = None, KEEP_ALL_Q16
         if isinstance(self.top_k, int):
-            return Budget(self.top_k, Q16, self.sink, self.recent)
-        return Budget(None, max(1, round(self.top_k * Q16)), self.sink, self.recent)
+            cap = self.top_k
+        else:
+            keep = max(1, round(self.top_k * KEEP_ALL_Q16))
+        return Budget(cap, keep, self.sink, self.recent, self.min_context)
 
     def to_options(self) -> dict[str, Any]:
         """What differs from the defaults, as an `options` dict."""

@@ -10,35 +10,12 @@ import fnmatch
 import re
 from dataclasses import dataclass, field
 
+from loki_compile.kernels.ops import Budget
 from loki_compile.passes.cache_writes import KeyCache, trace_cache
 from loki_compile.passes.fx_tools import concrete, input_of, remap, shape_of, writes_of
 from loki_compile.passes.latent import absorb
 from loki_compile.passes.sites import AttentionSite, Reason, Skipped
 from torch import fx
-
-Q16 = 1 << 16
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many keys a query reads: `top_k` of them, or `keep_q16` / 65536 of the visible ones.
-
-    `top_k` is None for a fraction. `sink` first and `recent` last visible keys are always kept
-    and count towards the budget.
-    """
-
-    top_k: int | None
-    keep_q16: int
-    sink: int
-    recent: int
-
-    def keys(self, visible: int) -> int:
-        """Keys that a query reads exactly when it sees `visible` keys."""
-        share = max(1, (visible * self.keep_q16 + Q16 - 1) >> 16)
-        return min(visible, share if self.top_k is None else self.top_k)
-
-    def covers(self, visible: int) -> bool:
-        return self.keys(visible) >= visible
 
 
 @dataclass(frozen=True)
@@ -75,15 +52,14 @@ def make_plan(
     skipped: list[Skipped],
     *,
     budget: Budget,
-    min_context: int,
     per_head: bool,
     layers: str | tuple[int | str, ...],
 ) -> Plan:
     """Traces each site's cache and decides.
 
     Args:
-      min_context: visible keys below which the dense variant runs; a cache that can never exceed
-        it is left dense.
+      budget: of every site; a cache in which no row can ever see more than its `min_keys` is left
+        dense.
       per_head: each query head chooses for itself, instead of one choice for a KV group.
       layers: "all", or numbers and path patterns (`fnmatch`) of the sites that may be sparse.
     """
@@ -107,8 +83,9 @@ def make_plan(
             dense.append(Skipped(site.node, Reason.PREFILL, (site.tokens,), site.path))
             continue
         slots = _most_keys(site, cache)
-        if slots is not None and min_context and slots <= min_context:
-            dense.append(Skipped(site.node, Reason.SHORT_CACHE, (slots, min_context), site.path))
+        if slots is not None and slots <= budget.min_keys:
+            details = (slots, budget.min_keys)
+            dense.append(Skipped(site.node, Reason.SHORT_CACHE, details, site.path))
             continue
         if cache not in caches:
             caches.append(cache)

@@ -368,11 +368,6 @@ def _sparse_attention(
         if site.nan_rows and mask not in blind:
             with graph.inserting_after(bound):
                 blind[mask] = call(graph, blind_rows, mask, bound, like=site.node)
-    slots: Any = call(graph, torch.ops.aten.sym_size.int, key, 2, like=site.node)
-    constant = concrete(fake_value(slots))
-    if constant is not None:
-        graph.erase_node(slots)
-        slots = constant
     positions = call(
         graph,
         select,
@@ -383,10 +378,11 @@ def _sparse_attention(
         mask,
         bound,
         scale=site.scale,
-        top_k=_capacity(graph, slots, sparse),
+        top_k=budget.top_k,
         keep_q16=budget.keep_q16,
         sink=budget.sink,
         recent=budget.recent,
+        min_keys=budget.min_keys,
         per_head=sparse.per_head,
         like=site.node,
     )
@@ -784,19 +780,6 @@ def _mask_of_group(mask: torch.Tensor, kv_heads: int) -> torch.Tensor:
 def _as_4d(mask: torch.Tensor) -> torch.Tensor:
     """A mask with leading dimensions of size one added, so that it has four."""
     return mask[(None,) * (4 - mask.ndim)]
-
-
-def _capacity(graph: fx.Graph, slots: Any, sparse: SparseSite) -> Any:
-    """Slots for positions: the count, or the fraction of all slots, as a node or an int."""
-    budget = sparse.budget
-    if budget.top_k is not None:
-        return budget.top_k
-    if not isinstance(slots, fx.Node):
-        return budget.keys(slots)
-    like = sparse.site.node
-    scaled = call(graph, operator.mul, slots, budget.keep_q16, like=like)
-    rounded = call(graph, operator.add, scaled, (1 << 16) - 1, like=like)
-    return call(graph, operator.floordiv, rounded, 1 << 16, like=like)
 
 
 def _strided_like(graph: fx.Graph, out: fx.Node, site: AttentionSite) -> fx.Node:

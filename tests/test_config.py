@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from loki_compile.passes.plan import Budget
+from loki_compile.kernels.ops import Budget
 from loki_compile.pca_store.basis import BasisSet, random_basis
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -99,14 +99,33 @@ def test_a_basis_may_be_an_object():
     ],
 )
 def test_the_budget_in_keys(top_k, visible, keys):
-    budget = LokiConfig(top_k=top_k, sink=0, recent=0).budget
+    budget = LokiConfig(top_k=top_k, sink=0, recent=0, min_context=0).budget
     assert budget.keys(visible) == keys
     assert budget.covers(visible) == (keys == visible)
 
 
 def test_a_tiny_fraction_still_keeps_a_key():
-    assert LokiConfig(top_k=1e-9).budget == Budget(None, 1, 4, 32)
-    assert LokiConfig(top_k=1e-9).budget.keys(10) == 1
+    assert LokiConfig(top_k=1e-9).budget == Budget(None, 1, 4, 32, 1024)
+    assert LokiConfig(top_k=1e-9, sink=0, recent=0, min_context=0).budget.keys(10) == 1
+
+
+@pytest.mark.parametrize(
+    "visible, keys",
+    [
+        (0, 0),
+        (50, 50),  # fewer than min_context: all
+        (1023, 1023),
+        (1024, 128),
+        (1025, 129),
+    ],
+)
+def test_a_row_that_sees_fewer_than_min_context_reads_all(visible, keys):
+    assert LokiConfig().budget.keys(visible) == keys
+
+
+@pytest.mark.parametrize("visible, keys", [(1, 1), (30, 30), (36, 36), (37, 36), (300, 38)])
+def test_sink_and_recent_are_kept_whatever_the_fraction(visible, keys):
+    assert LokiConfig(min_context=0).budget.keys(visible) == keys
 
 
 def test_options_and_configuration_convert_both_ways():

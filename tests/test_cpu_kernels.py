@@ -130,6 +130,7 @@ def settings(k, **changes):
         "keep_q16": KEEP_ALL_Q16,
         "sink": 2,
         "recent": 5,
+        "min_keys": 0,
         "per_head": False,
         **changes,
     }
@@ -171,7 +172,10 @@ def rounding(q, basis, index, index_scale, options):
 def test_select_chooses_as_defined(implementation, shape, index_dtype):
     dtype = torch.bfloat16 if index_dtype == torch.int8 else index_dtype
     inputs = select_inputs(shape, dtype, index_dtype)
-    for options in (settings(shape[-1]), settings(shape[-1], keep_q16=20000, per_head=True)):
+    some, half = settings(shape[-1], keep_q16=20000, per_head=True), settings(None, keep_q16=30000)
+    # Every row reads all, or as above: at a count of exactly `min_keys` the budget holds.
+    whole = [{**some, "min_keys": shape[4] + more} for more in (0, 1)]
+    for options in (settings(shape[-1]), some, half, *whole):
         assert_chosen_as_defined(implementation.select(*inputs, **options), inputs, options)
 
 
@@ -179,7 +183,9 @@ def test_select_chooses_as_defined(implementation, shape, index_dtype):
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[4]], ids=str)
 def test_select_sees_what_the_mask_shows(implementation, shape, mask_kind):
     inputs = select_inputs(shape, torch.float32, torch.int8, mask_kind)
-    for options in (settings(shape[-1], keep_q16=30000), settings(shape[-1], per_head=True)):
+    some = settings(shape[-1], keep_q16=30000)
+    mixed = {**some, "min_keys": shape[4] // 2, "top_k": None}  # on either side of some rows
+    for options in (some, settings(shape[-1], per_head=True), mixed):
         positions = implementation.select(*inputs, **options)
         assert_chosen_as_defined(positions, inputs, options)
         if mask_kind not in ("none", "static cache"):

@@ -131,7 +131,7 @@ def mask_tensors(kind, b, hq, s, t):
 
 def select_launches(
     chip, *, b=1, hq=32, hkv=8, s=1, t=300, d=128, r=32, q=torch.bfloat16, index=torch.int8,
-    top_k=2048, mask=None, per_head=False,
+    top_k=2048, min_keys=1024, mask=None, per_head=False,
 ):  # fmt: skip
     mask, bounds = mask_tensors(mask, b, hq, s, t)
     scale = torch.empty(b, hkv, t, 1) if index == torch.int8 else None
@@ -140,7 +140,8 @@ def select_launches(
         lambda: triton_select.select(
             torch.empty(b, hq, s, d, dtype=q), torch.empty(hkv, d, r),
             torch.empty(b, hkv, t, r, dtype=index), scale, mask, bounds,
-            scale=0.1, top_k=top_k, keep_q16=65536, sink=4, recent=32, per_head=per_head,
+            scale=0.1, top_k=top_k, keep_q16=65536, sink=4, recent=32,
+            min_keys=min_keys, per_head=per_head,
         ),
     )  # fmt: skip
 
@@ -288,7 +289,7 @@ def test_a_processor_holds_the_programs_that_the_table_counts_on(chip):
     limit = CHIPS[chip]
     device = Device(chip, limit.processors)
     programs = dict(
-        list_kernel=select_launch(device, group=4, block_r=32, index_bytes=1, top_k=1).programs,
+        list_kernel=select_launch(device, group=4, block_r=32, index_bytes=1, slots=1).programs,
         attend_kernel=attend_launch(device, group=4, block_d=128, bytes_each=2).programs,
     )
     for launch in (*select_launches(chip), *attend_launches(chip)):

@@ -18,9 +18,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loki_compile.kernels import reference
+from loki_compile.kernels.ops import Budget
 from loki_compile.passes.fx_tools import fake_value, writes_of
 from loki_compile.passes.latent import over_rows
-from loki_compile.passes.plan import Budget, make_plan
+from loki_compile.passes.plan import make_plan
 from loki_compile.passes.rewrite import insert_rows
 from loki_compile.passes.sites import Reason, find_sites
 from loki_compile.pca_store.basis import BasisSet, random_basis
@@ -599,8 +600,8 @@ def definition(
         budget = config.budget
         positions = reference.select(
             absorbed, query_basis.double(), index, None, mask[None, None], None, scale=0.3,
-            top_k=budget.top_k or budget.keys(slots), keep_q16=budget.keep_q16, sink=budget.sink,
-            recent=budget.recent, per_head=config.share == "head",
+            top_k=budget.top_k, keep_q16=budget.keep_q16, sink=budget.sink,
+            recent=budget.recent, min_keys=budget.min_keys, per_head=config.share == "head",
         )  # fmt: skip
     positions = positions.expand(-1, HEADS, -1, -1).int().contiguous()
     scale = 0.3
@@ -985,8 +986,8 @@ def test_the_maps_of_the_heads_are_found_in_the_weight():
         module, torch.randn(BATCH, 1, HIDDEN), *here.caches, FILLED + torch.arange(1), mask
     )
     sites, skipped = find_sites(gm.graph)
-    budget = Budget(None, 1 << 15, 1, 1)
-    plan = make_plan(sites, skipped, budget=budget, min_context=0, per_head=False, layers="all")
+    budget = Budget(None, 1 << 15, 1, 1, 0)
+    plan = make_plan(sites, skipped, budget=budget, per_head=False, layers="all")
     (sparse,) = plan.sparse
     latent = sparse.site.latent
     assert (latent.keys.start, latent.keys.block, latent.keys.inside) == (0, OWN + VALUE, 0)

@@ -5,21 +5,21 @@ dims, K slots.
 """
 
 import re
-import warnings
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
-from loki_compile.kernels import cpu, reference
+from loki_compile.kernels import cpu, cpu_torch, reference
 from loki_compile.kernels.ops import (
     KEEP_ALL_Q16,
+    Budget,
     attend,
     hidden_below,
     index_rows,
     mask_bounds,
     select,
 )
+from toy_decoders import recorded
 
 B, HQ, HKV, S, T, D, DV, R, K = 2, 6, 2, 3, 37, 24, 16, 8, 11
 SELECT = {
@@ -28,6 +28,7 @@ SELECT = {
     "keep_q16": KEEP_ALL_Q16,
     "sink": 1,
     "recent": 2,
+    "min_keys": 0,
     "per_head": False,
 }
 
@@ -198,8 +199,59 @@ def test_nan_ranks_with_minus_infinity():
 
 def test_recent_and_sink_are_kept_and_count():
     assert choose([0, 0, 9, 8, 7, 0, 0], top_k=4, sink=1, recent=2) == [0, 2, 5, 6]
-    assert choose([0, 0, 9, 8, 7, 0, 0], top_k=3, sink=2, recent=2) == [0, 5, 6]
-    assert choose([0, 0, 9, 8, 7, 0, 0], top_k=1, sink=2, recent=2) == [6]
+    assert choose([0, 0, 9, 8, 7, 0, 0], top_k=5, sink=2, recent=2) == [0, 1, 2, 5, 6]
+
+
+def test_recent_and_sink_are_kept_where_the_budget_is_less_than_they_are():
+    assert choose([0, 0, 9, 8, 7, 0, 0], top_k=1, sink=2, recent=2) == [0, 1, 5, 6]
+    assert choose([0, 0, 9, 8, 7, 0, 0], top_k=None, keep_q16=1, sink=1, recent=2) == [0, 5, 6]
+    assert choose([0, 9, 0], top_k=1, sink=2, recent=2) == [0, 1, 2]
+    assert choose([0, 9, 0], top_k=1, sink=1, recent=1) == [0, 2]
+
+
+def test_a_row_that_sees_fewer_than_min_keys_chooses_all_of_them():
+    scores, few = list(range(9)), {"top_k": 2, "sink": 1, "recent": 0}
+    assert choose(scores, **few, min_keys=9) == [0, 8], "as many are not fewer"
+    assert choose(scores, **few, min_keys=10) == scores
+    seen = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1], dtype=torch.bool).view(1, 1, 1, 9)
+    assert choose(scores, mask=seen, **few, min_keys=5) == [1, 8]
+    assert choose(scores, mask=seen, **few, min_keys=6) == [1, 2, 4, 7, 8]
+    assert choose(scores, mask=torch.zeros_like(seen), **few, min_keys=6) == []
+
+
+def test_each_row_decides_by_what_it_sees():
+    """One batch: rows on both sides of `min_keys`, two query tokens each, heads with own masks."""
+    lengths = torch.tensor([[[5, 6], [40, 41]], [[12, 13], [60, 11]]])  # (B, Hq, S)
+    visible = torch.arange(64) >= 64 - lengths[..., None]
+    q, index = torch.randn(2, 2, 2, 4), torch.randn(2, 1, 64, 4)
+    args = {**SELECT, "top_k": None, "keep_q16": KEEP_ALL_Q16 // 8, "min_keys": 13}
+    inputs = (q, torch.eye(4)[None], index, None, visible, mask_bounds(visible))
+    for op in (reference.select, cpu.select, cpu_torch.select):
+        positions = op(*inputs, **{**args, "per_head": True})
+        read = (positions >= 0).sum(-1)
+        assert read.tolist() == [[[5, 6], [5, 6]], [[12, 3], [8, 11]]]
+        whole = lengths < 13
+        for row in whole.nonzero().tolist():
+            row = tuple(row)
+            assert positions[row][: lengths[row]].tolist() == list(range(64 - lengths[row], 64))
+
+
+@pytest.mark.parametrize(
+    "budget, cached, slots",
+    [
+        (Budget(None, 1 << 13, 4, 32, 1024), 2000, 1023),
+        (Budget(None, 1 << 13, 4, 32, 1024), 24, 36),
+        (Budget(None, 1 << 13, 4, 32, 1024), 300, 300),
+        (Budget(None, 1 << 13, 4, 32, 1024), 16000, 2000),
+        (Budget(None, 1 << 13, 4, 32, 0), 100, 36),
+        (Budget(None, 1, 0, 0, 0), 100, 1),
+        (Budget(128, 1 << 16, 4, 32, 1024), 5000, 1023),
+        (Budget(2048, 1 << 16, 4, 32, 1024), 5000, 2048),
+        (Budget(128, 1 << 16, 4, 32, 0), 50, 128),
+    ],
+)
+def test_slots_hold_the_choice_of_any_row(budget, cached, slots):
+    assert budget.slots(cached) == slots >= max(budget.keys(n) for n in range(1, cached + 1))
 
 
 def test_recent_and_sink_count_visible_keys_alone():
@@ -256,7 +308,9 @@ def test_attending_to_every_key_is_pytorch_attention(kind):
 # ---- as seen by the compiler -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["plain", "int8", "bool mask", "additive mask", "per head"])
+@pytest.mark.parametrize(
+    "case", ["plain", "int8", "bool mask", "additive mask", "per head", "short rows"]
+)
 def test_opcheck_of_select(case):
     args = select_args()
     if case == "int8":
@@ -268,6 +322,8 @@ def test_opcheck_of_select(case):
         args["mask"] = visible if case == "bool mask" else additive(visible, torch.float32)
         args["bounds"] = mask_bounds(args["mask"])
     args["per_head"] = case == "per head"
+    if case == "short rows":
+        args.update(top_k=None, keep_q16=8192, min_keys=30)
     opcheck(select, args)
 
 
@@ -291,24 +347,6 @@ def test_fakes_have_the_shapes_and_strides_of_the_results():
     real = select(**select_args())
     assert positions.shape == real.shape == (B, HKV, S, K)
     assert positions.stride() == real.stride() and positions.dtype == torch.int32
-
-
-@contextmanager
-def recorded(name, calls):
-    """Calls of loki::<name> on the CPU are noted, with their arguments."""
-    library = torch.library.Library("loki", "IMPL")
-
-    def note(*args, **kwargs):
-        calls.append(args)
-        return getattr(cpu, name)(*args, **kwargs)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the kernel is overridden is the purpose
-        library.impl(name, note, "CPU", allow_override=True)
-    try:
-        yield
-    finally:
-        library._destroy()
 
 
 def static_cache_step(x, k_cache, v_cache, index, new, basis, mask):
@@ -355,7 +393,7 @@ def test_inductor_hands_caches_over_as_they_are(step):
             found = compiled(*args, mask)
         assert torch.equal(found[1], expected[1])
         torch.testing.assert_close(found[0], expected[0])
-        (_, _, rows, *_), (q, k, v, _, seen) = selects[0], attends[0]
+        (_, _, rows, *_), (q, k, v, _, seen) = selects[0][0], attends[0][0]
         if heads_last:
             assert k.data_ptr() == k_cache.data_ptr() and v.data_ptr() == v_cache.data_ptr()
             assert rows.data_ptr() == index[0].data_ptr()
@@ -413,9 +451,10 @@ BAD_SELECT = {
         "mask": SEEN,
         "bounds": mask_bounds(SEEN[:, :, :1]),
     },
-    "top_k is 0; allowed: at least 1": {"top_k": 0},
+    "top_k is 0; allowed: None, or at least 1": {"top_k": 0},
     "keep_q16 is 65537; allowed: 1 to 65536": {"keep_q16": 65537},
-    "(sink, recent) is (-1, 2); allowed: 0 or more": {"sink": -1},
+    "(sink, recent, min_keys) is (-1, 2, 0); allowed: 0 or more": {"sink": -1},
+    "(sink, recent, min_keys) is (1, 2, -5); allowed: 0 or more": {"min_keys": -5},
 }
 BAD_ATTEND = {
     "rank of k is 3": {"k": torch.ones(HKV, T, D)},

@@ -1,8 +1,11 @@
 """Which sites become sparse: the plan of a graph, before anything is edited or run."""
 
+from dataclasses import replace
+
 import pytest
+from loki_compile.kernels.ops import Budget
 from loki_compile.passes.fx_tools import copy_of
-from loki_compile.passes.plan import Budget, make_plan
+from loki_compile.passes.plan import make_plan
 from loki_compile.passes.sites import Reason, find_sites
 from torch import nn
 from toy_decoders import (
@@ -29,7 +32,7 @@ from toy_decoders import (
     with_dropout,
 )
 
-BUDGET = Budget(top_k=5, keep_q16=0, sink=1, recent=1)
+BUDGET = Budget(top_k=5, keep_q16=1 << 16, sink=1, recent=1, min_keys=0)
 STATIC = Spelling(index_copy_method)
 GROWING = Spelling(cat_bhtd, mask=no_mask, growing=True)
 
@@ -62,7 +65,8 @@ def graph_of_stack(spelling=STATIC, layers=3):
 
 
 def plan_of(gm, **changes):
-    options = {"budget": BUDGET, "min_context": 0, "per_head": False, "layers": "all"}
+    budget = replace(BUDGET, min_keys=changes.pop("min_context", 0))
+    options = {"budget": budget, "per_head": False, "layers": "all"}
     return make_plan(*find_sites(gm.graph), **{**options, **changes})
 
 
@@ -72,7 +76,7 @@ def test_every_site_has_a_cache_of_its_own_in_the_order_of_layers():
     assert [sparse.cache for sparse in plan.sparse] == [0, 1, 2]
     assert len({cache.past for cache in plan.caches}) == 3
     assert [sparse.site for sparse in plan.sparse] == list(plan.sites)
-    assert not plan.dense and all(sparse.budget is BUDGET for sparse in plan.sparse)
+    assert not plan.dense and all(sparse.budget == BUDGET for sparse in plan.sparse)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +199,7 @@ def test_a_plan_follows_its_graph_into_a_copy():
 
 
 def test_a_share_of_the_visible_keys_is_rounded_up_and_never_none():
-    third = Budget(top_k=None, keep_q16=(1 << 16) // 3, sink=0, recent=0)
+    third = Budget(top_k=None, keep_q16=(1 << 16) // 3, sink=0, recent=0, min_keys=0)
     assert [third.keys(n) for n in (1, 2, 3, 4, 300)] == [1, 1, 1, 2, 100]
     assert [third.covers(n) for n in (1, 2, 3)] == [True, False, False]
     assert third.keys(1 << 20) == 16 * 21845  # a part in 65536 too small, times the length

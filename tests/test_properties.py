@@ -71,7 +71,8 @@ class Case:
     d: int
     dv: int
     r: int
-    k: int
+    k: int | None
+    min_keys: int
     keep_q16: int
     sink: int
     recent: int
@@ -202,6 +203,7 @@ class Case:
             "keep_q16": self.keep_q16,
             "sink": self.sink,
             "recent": self.recent,
+            "min_keys": self.min_keys,
             "per_head": self.per_head or self.mask == "heads",
         }
 
@@ -244,7 +246,9 @@ def make_case(draw, values: tuple[str, ...] = tuple(FINITE), masks: tuple[str, .
         d=d,
         dv=draw(st.sampled_from([1, 3, 8, 17, 32])),
         r=draw(st.integers(1, d)),
-        k=k,
+        k=draw(st.sampled_from([k, k, k, None])),
+        # None, fewer than some row sees, as many, one more, more than there are.
+        min_keys=draw(st.sampled_from([0, 0, t // 2, t - t // 3, t, t + 1, 10 * t])),
         keep_q16=draw(st.sampled_from([KEEP_ALL_Q16, KEEP_ALL_Q16, 1, 8192, 20000, 60000])),
         sink=draw(st.sampled_from([0, 0, 1, 4])),
         recent=draw(st.sampled_from([0, 0, 1, 5])),
@@ -398,10 +402,11 @@ def some_positions(case: Case) -> Tensor:
     generator = case.generator(7)
     heads = case.hq if case.per_head else case.hkv
     noise = torch.rand(case.b, heads, case.s, case.t, generator=generator)
-    kept = min(case.k, case.t)
+    slots = case.k or case.t
+    kept = min(slots, case.t)
     positions = noise.topk(kept).indices.sort().values.int()
     used = torch.randint(0, kept + 1, (case.b, heads, case.s, 1), generator=generator)
-    padded = torch.full((case.b, heads, case.s, case.k), -1, dtype=torch.int32)
+    padded = torch.full((case.b, heads, case.s, slots), -1, dtype=torch.int32)
     padded[..., :kept] = positions.masked_fill(torch.arange(kept) >= used, -1)
     return padded
 
@@ -528,7 +533,7 @@ def test_what_is_no_position_is_passed_over(case, filler):
 @cases(SHARE)
 def test_the_whole_budget_is_dense_attention(case):
     """Clause 1: whatever the basis, the order and the mask."""
-    case = replace(case, k=case.t + case.k, keep_q16=KEEP_ALL_Q16, softcap=0.0, sinks=False)
+    case = replace(case, k=case.t + (case.k or 0), keep_q16=KEEP_ALL_Q16, softcap=0.0, sinks=False)
     inputs, k, v = case.select_inputs(), case.keys(), case.contents()
     visible, mask = case.visible_and_mask()
     options = case.options()
@@ -660,7 +665,8 @@ def test_an_orthogonal_basis_errs_less_with_every_dim(case):
     So recall can only be lost to keys within that bound of the threshold, fewer with every dim.
     """
     case = replace(case, basis="orthogonal", index_dtype=torch.float32, mask="none")
-    case = replace(case, dtype=torch.float32, sink=0, recent=0, keep_q16=KEEP_ALL_Q16)
+    case = replace(case, dtype=torch.float32, sink=0, recent=0, keep_q16=KEEP_ALL_Q16, min_keys=0)
+    case = replace(case, k=case.k or case.t)
     full = replace(case, r=case.d)
     q, (basis, _) = full.q(), full.projections()
     keys = full.keys()
@@ -710,7 +716,8 @@ def test_recall_grows_with_the_rank(seed, kind):
     basis = basis.expand(4, d, d).contiguous()
     truth = q.double() @ keys.double().transpose(2, 3)
     worst, exact = truth.topk(k).values[..., -1:], truth.topk(k).indices
-    options = {"scale": 1.0, "top_k": k, "keep_q16": KEEP_ALL_Q16, "sink": 0, "recent": 0}
+    options = {"scale": 1.0, "top_k": k, "keep_q16": KEEP_ALL_Q16}
+    options |= {"sink": 0, "recent": 0, "min_keys": 0}
     for implementation in implementations():
         recalls = []
         for r in (2, 4, 8, 16, 32):

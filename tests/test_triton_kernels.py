@@ -72,17 +72,18 @@ class Case:
     r: int = 12
     index_dtype: torch.dtype = torch.int8
     q_dtype: torch.dtype = torch.float32
-    top_k: int = 20
+    top_k: int | None = 20
     keep_q16: int = ops.KEEP_ALL_Q16
     sink: int = 2
     recent: int = 3
+    min_keys: int = 0
     per_head: bool = False
 
     @property
     def options(self) -> dict:
         return dict(
             scale=0.25, top_k=self.top_k, keep_q16=self.keep_q16, sink=self.sink,
-            recent=self.recent, per_head=self.per_head,
+            recent=self.recent, min_keys=self.min_keys, per_head=self.per_head,
         )  # fmt: skip
 
     def tensors(self, values: int = 3) -> list[torch.Tensor | None]:
@@ -141,6 +142,9 @@ def assert_equal_choice(case, tensors=None, mask=None, launch=None):
         dict(hq=2, hkv=2, d=40, r=40, top_k=100),
         dict(hq=19, hkv=1, t=130),
         dict(keep_q16=8192, top_k=64),
+        dict(keep_q16=8192, top_k=None),
+        dict(min_keys=301),
+        dict(min_keys=302, per_head=True),
     ],
     ids=str,
 )
@@ -161,7 +165,7 @@ def test_the_tables_own_launch_gives_the_same_choice():
         case,
         launch=triton_select.select_launch(
             triton_select.device_of(torch.empty(0, device=DEVICE)),
-            group=2, block_r=32, index_bytes=1, top_k=case.top_k,
+            group=2, block_r=32, index_bytes=1, slots=case.top_k,
         ),
     )  # fmt: skip
 
@@ -214,7 +218,7 @@ def test_fewer_keys_than_slots_are_all_chosen():
 @here
 @pytest.mark.parametrize("budget", [1, 2, 4, 5, 6])
 @pytest.mark.parametrize("holes", [False, True])
-def test_recent_keys_come_before_sinks_when_the_budget_is_short(budget, holes):
+def test_sinks_and_recent_keys_are_kept_however_short_the_budget(budget, holes):
     mask = torch.rand(1, 1, 1, 301) > 0.4 if holes else None
     case = Case(top_k=budget, sink=2, recent=3)
     assert_equal_choice(case, mask=mask)

@@ -8,14 +8,16 @@ heads, G = Hq / Hkv, S new tokens, T cached tokens, D head_dim.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from loki_compile.kernels import reference
-from loki_compile.kernels.ops import index_rows
+from loki_compile.kernels import cpu, reference
+from loki_compile.kernels.ops import _with_bool_mask, index_rows
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.sites import Reason
 from loki_compile.pca_store.basis import BasisSet, random_basis
@@ -1018,6 +1020,25 @@ class Compiled:
         return sum(count_calls(gm.graph, name) for gm in self.graphs)
 
 
+@contextmanager
+def recorded(name: str, calls: list[tuple[tuple[Any, ...], torch.Tensor]]) -> Iterator[None]:
+    """Calls of loki::<name> on the CPU are noted: their positional arguments and their result."""
+    library = torch.library.Library("loki", "IMPL")
+    kernel = _with_bool_mask(getattr(cpu, name))
+
+    def note(*args, **kwargs):
+        calls.append((args, kernel(*args, **kwargs)))
+        return calls[-1][1]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the kernel is overridden is the purpose
+        library.impl(name, note, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
 def count_calls(graph: fx.Graph, name: str) -> int:
     return sum(
         node.op in ("call_function", "call_method") and str(node.target).startswith(name)
@@ -1112,13 +1133,12 @@ class DirectSparse(TorchFunctionMode):
         if mask is not None:
             mask = mask[(None,) * (4 - mask.ndim)]
         budget = self.config.budget
-        slots = keys.shape[2]
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         heads_differ = mask is not None and mask.shape[1] != 1
         positions = reference.select(
             query, query_basis, index, None, mask, None,
-            scale=scale, top_k=budget.top_k or budget.keys(slots), keep_q16=budget.keep_q16,
-            sink=budget.sink, recent=budget.recent,
+            scale=scale, top_k=budget.top_k, keep_q16=budget.keep_q16, sink=budget.sink,
+            recent=budget.recent, min_keys=budget.min_keys,
             per_head=self.config.share == "head" or heads_differ,
         )  # fmt: skip
         out = reference.attend(query, keys, values, positions, mask, scale=scale)
