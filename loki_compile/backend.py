@@ -10,6 +10,7 @@ variants are compiled when they are first needed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections import deque
@@ -71,6 +72,7 @@ def loki(
             _compile_late,
             compile_graph=compile_graph,
             known=len(fake_mode_of(normal.graph).shape_env.guards),
+            autocast=_autocast_now(normal),
         )
         decode = DecodeGraph(normal, plan, config, bindings, parts, late)
     record_graph(plan, config, bindings, decode)
@@ -260,22 +262,39 @@ def _inductor(
     return torch._inductor.compile(gm, list(inputs), options={**patches, **options})
 
 
+def _autocast_now(gm: fx.GraphModule) -> list[tuple[str, torch.dtype, bool]]:
+    """Autocast as it is: (type, dtype, whether enabled) for each type of device in the graph."""
+    values = [value for value in _fakes(gm) if isinstance(value, torch.Tensor)]
+    types = {"cpu", *(value.device.type for value in values)}
+    return [
+        (name, torch.get_autocast_dtype(name), torch.is_autocast_enabled(name))
+        for name in sorted(filter(torch.amp.is_autocast_available, types))
+    ]
+
+
 def _compile_late(
     gm: fx.GraphModule,
     *,
     compile_graph: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
     known: int,
+    autocast: Sequence[tuple[str, torch.dtype, bool]],
 ) -> Variant:
     """Compiles a variant after Dynamo has returned, under the fake mode it traced with.
 
     Private API, checked on torch 2.11 and 2.13: `torch._guards.tracing` and the guards of a
     `ShapeEnv`. Dynamo's guards exist already, so a guard that Inductor adds now must be checked by
     us; where it does not hold, the same graph runs node by node.
+
+    `autocast` is `_autocast_now` of then: whoever traces the graph again takes the casts of
+    autocast from the state around it.
     """
     values = _fakes(gm)
     fake_mode = fake_mode_of(gm.graph)
     shape_env = fake_mode.shape_env
-    with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+    with contextlib.ExitStack() as around:
+        around.enter_context(torch._guards.tracing(torch._guards.TracingContext(fake_mode)))
+        for device_type, dtype, enabled in autocast:
+            around.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled))
         run = compile_graph(copy_of(gm)[0], values)  # Inductor may edit what it is given
     added = shape_env.guards[known:]
     if not added:
