@@ -108,7 +108,7 @@ def attend(
     slots = int((used.any(0) * torch.arange(1, used.shape[1] + 1)).max())
     for part in _chunks(reads.nonzero()[:, 0], slots * (d + dv)):
         out[part] = rows.attend(part, positions[part, :slots], used[part, :slots]).to(q.dtype)
-    return out.view(b, heads, s, group, dv).transpose(2, 3).reshape(b, hq, s, dv)
+    return out.view(b, heads, s, group, dv).transpose(2, 3).flatten(1, 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,13 @@ class Rows:
         i, h, j = (x[:, None] for x in self.place[part].unbind(1))
         at = at.long().masked_fill(~used, 0)
         kv = h // self.per_kv
-        q, logits = self.q[part] * self.scale, None
+        q, logits = self.q[part], None
         for keys in self.keys:
             here, q = q.split((keys.shape[3], q.shape[2] - keys.shape[3]), -1)
             product = torch.bmm(here, _gather(keys, i, kv, at).transpose(1, 2))
             logits = product if logits is None else logits + product
+        assert logits is not None
+        logits = logits * self.scale
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         seen = used.expand(len(part), -1)

@@ -355,8 +355,10 @@ def _sparse_attention(
     query, sinks = _queries_by_head(graph, site), site.sinks
     # SDPA computes in the dtype that it returns (autocast's, whatever it is given). Attention
     # written out may have better queries than its last product returns: they are not rounded.
-    own = fake_value(query).dtype
-    query = _cast(graph, site, query, dtype if site.sdpa else torch.promote_types(own, dtype))
+    wide = dtype
+    for node in () if site.sdpa else (query, *(by for _, by in site.query_scales)):
+        wide = torch.promote_types(wide, fake_value(node).dtype)
+    query = _cast(graph, site, query, wide)
     for scaled, by in site.query_scales:
         query = call(graph, scaled, query, by, like=site.node)
     if site.row_sinks:

@@ -539,7 +539,7 @@ def heads_of(
     """Walks from a core's K or V operand back through permutations and head repetition.
 
     Stops at the first node that is neither; `base` is that node. The views it understands are
-    transposes, permutations, casts between the ops' dtypes, a repetition of each KV head in place (`repeat_kv` by expand and
+    transposes, permutations, casts between floating dtypes, a repetition of each KV head in place (`repeat_kv` by expand and
     reshape, `repeat_interleave`, an expand of one head), one of all KV heads behind each other
     (`repeat`, or expand and reshape) and copies that keep the values. `at` says which dimension of
     `node` is batch, head, token and head_dim; `most` is the largest repetition to look behind.
@@ -679,12 +679,13 @@ def widens(node: fx.Node) -> bool:
 
 
 def _recasts(node: fx.Node) -> bool:
-    """Whether a cast on one device leads from one of the ops' dtypes to another.
+    """Whether a cast on one device leads from one floating dtype to another.
 
     The ops read a cache as it is stored. A cast that narrows it loses what they do not lose.
     """
     before, after = fake_value(node.args[0]), fake_value(node)  # type: ignore[arg-type]
-    return before.device == after.device and {before.dtype, after.dtype} <= _FLOATS
+    floating = before.dtype.is_floating_point and after.dtype.is_floating_point
+    return before.device == after.device and floating
 
 
 def _narrow(query: fx.Node) -> fx.Node:
