@@ -109,25 +109,28 @@ def check_attend(
     sinks: Tensor | None,
     k_rest: Tensor | None = None,
 ) -> None:
-    """Raise ValueError (what was found, what is allowed) unless `loki::attend` takes these."""
+    """Raise ValueError (what was found, what is allowed) unless `loki::attend` takes these.
+
+    q, k, v and k_rest may each have a dtype of its own: a cache is read as it is stored.
+    """
     op = "loki::attend"
     b, hq, s, d = _rank4(op, "q", q)
     bk, hkv, t, dk = _rank4(op, "k", k)
     _, _, _, dv = _rank4(op, "v", v)
     more = 0 if k_rest is None else _rank4(op, "k_rest", k_rest)[3]
     bp, hp, sp, slots = _rank4(op, "positions", positions)
-    dtype = q.dtype
-    if dtype not in FLOAT_DTYPES:
-        raise _wrong(op, "q dtype", dtype, "bfloat16, float16 or float32")
-    if k.dtype != dtype or v.dtype != dtype:
-        raise _wrong(op, "dtypes of (k, v)", (k.dtype, v.dtype), f"that of q, {dtype}")
+    if q.dtype not in FLOAT_DTYPES:
+        raise _wrong(op, "q dtype", q.dtype, "bfloat16, float16 or float32")
+    if k.dtype not in FLOAT_DTYPES or v.dtype not in FLOAT_DTYPES:
+        allowed = "each bfloat16, float16 or float32"
+        raise _wrong(op, "dtypes of (k, v)", (k.dtype, v.dtype), allowed)
     if bk != b or dk != d - more or hkv < 1 or hq % hkv:
         allowed = f"(B, Hkv, T, D) with B = {b}, D = {d - more} and Hkv a divisor of {hq}"
         raise _wrong(op, "shape of k", (bk, hkv, t, dk), allowed)
     if k_rest is not None:
-        if k_rest.shape[:3] != k.shape[:3] or more < 1 or k_rest.dtype != dtype:
+        if k_rest.shape[:3] != k.shape[:3] or more < 1 or k_rest.dtype not in FLOAT_DTYPES:
             found = (tuple(k_rest.shape), k_rest.dtype)
-            allowed = f"(B, Hkv, T, dims) with {(bk, hkv, t)}, as k has, {dtype}"
+            allowed = f"(B, Hkv, T, dims) with {(bk, hkv, t)}, as k has, of a dtype that k may have"
             raise _wrong(op, "k_rest", found, allowed)
         _rows_contiguous(op, "k_rest", k_rest, more)
         _same_device(op, "k_rest", k_rest, q)

@@ -63,7 +63,7 @@ def select(
     heads = hq if per_head else index.shape[1]
     slots = Budget(top_k, keep_q16, sink, recent, min_keys).slots(index.shape[2])
     positions = torch.empty((b, heads, s, slots), dtype=torch.int32)
-    kernels.loki_select(
+    missing = kernels.loki_select(
         _pack_select(
             *_view(q),
             *_view(basis.unsqueeze(0)),
@@ -83,6 +83,8 @@ def select(
             scale,
         )
     )
+    if missing:
+        raise _no_memory("loki::select", missing)
     return positions
 
 
@@ -107,7 +109,7 @@ def attend(
     check_attend(q, k, v, positions, mask, softcap=softcap, sinks=sinks, k_rest=k_rest)
     b, hq, s, _ = q.shape
     out = torch.empty((b, hq, s, v.shape[3]), dtype=q.dtype)
-    kernels.loki_attend(
+    missing = kernels.loki_attend(
         _pack_attend(
             *_view(q),
             *_view(k),
@@ -122,7 +124,16 @@ def attend(
             softcap,
         )
     )
+    if missing:
+        raise _no_memory("loki::attend", missing)
     return out
+
+
+def _no_memory(op: str, missing: int) -> MemoryError:
+    return MemoryError(
+        f"{op}: {missing} bytes of scratch memory could not be allocated; free memory, or decode "
+        "fewer rows or tokens at a time."
+    )
 
 
 def _view(tensor: Tensor) -> tuple[int, ...]:
@@ -140,8 +151,9 @@ def _kernels() -> ctypes.CDLL | None:
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Tells ctypes what the library's functions take: one block of parameters."""
+    """Tells ctypes what the library's functions take, one block of parameters, and return: the
+    bytes of scratch memory that could not be had, 0 where all is done."""
     for function in (library.loki_select, library.loki_attend):
         function.argtypes = [ctypes.c_char_p]
-        function.restype = None
+        function.restype = ctypes.c_int64
     return library

@@ -3,6 +3,9 @@
 // The work is the rows' slots, cut into blocks; each thread takes a contiguous run of blocks and
 // leaves, for each row it touched, a partial softmax (maximum, sum, weighted V). A K or V row is
 // loaded once for all query heads that share the row of positions.
+//
+// q, k, the rest of k, and v each have a float type of their own (under autocast the cache's differs
+// from that of queries), so what reads rows is compiled for one type each and chosen once per call.
 
 #include "cpu_common.h"
 
@@ -81,39 +84,34 @@ struct Queue {
   }
 };
 
-template <class E>
-LOKI_INLINE inline void prefetch(const E* row, int64_t size) {
-  constexpr int64_t kLine = 64 / sizeof(E);
-  for (int64_t done = 0; done < size; done += kLine) __builtin_prefetch(row + done);
+LOKI_INLINE inline void prefetch(const void* row, int64_t bytes) {
+  const char* at = static_cast<const char*>(row);
+  for (int64_t done = 0; done < bytes; done += 64) __builtin_prefetch(at + done);
 }
 
-// Where dim d of V lies in an accumulator.
-template <class E>
-inline int64_t accumulator_slot(int64_t d) {
+// Where dim d of V lies in an accumulator. `halves`: its elements have 16 bits.
+inline int64_t accumulator_slot([[maybe_unused]] bool halves, int64_t d) {
 #if LOKI_AVX512
-  if (sizeof(E) == 2) return d / 32 * 32 + d % 2 * 16 + d % 32 / 2;
+  if (halves) return d / 32 * 32 + d % 2 * 16 + d % 32 / 2;
 #endif
   return d;
 }
 
-// Query heads as `dots` reads them. bf16 stays as it is where the processor multiplies it: the
-// products are exact in fp32 either way.
-#if LOKI_BF16_DOTS
-template <class E>
-using Query = std::conditional_t<std::is_same_v<E, BFloat16>, BFloat16, float>;
-#else
-template <class E>
-using Query = float;
-#endif
+// Whether queries meet rows of K as bf16, which they stay where the processor multiplies it: the
+// products are exact in fp32 either way. Else they are floats.
+inline bool bf16_dots(int64_t q_dtype, int64_t k_dtype) {
+  return LOKI_BF16_DOTS && q_dtype == kBFloat16 && k_dtype == kBFloat16;
+}
 
-// Where dim d of head g of `heads` lies: vector after vector, in each head after head; where
-// vectors are left to the compiler, head after head, each of `size`.
-template <class E>
-inline int64_t query_slot([[maybe_unused]] int64_t heads, int64_t g, int64_t d,
-                          [[maybe_unused]] int64_t size) {
+// Where dim d of head g of `heads` lies among queries of type Q, which meet keys of 16 bits
+// (`halves`) or 32: vector after vector, in each head after head; where vectors are left to the
+// compiler, head after head, each of `size`.
+template <class Q>
+inline int64_t query_slot([[maybe_unused]] bool halves, [[maybe_unused]] int64_t heads, int64_t g,
+                          int64_t d, [[maybe_unused]] int64_t size) {
 #if LOKI_AVX512
-  constexpr int64_t kVector = 64 / sizeof(Query<E>);
-  int64_t slot = kVector == 16 ? accumulator_slot<E>(d) : d;
+  constexpr int64_t kVector = 64 / sizeof(Q);
+  int64_t slot = kVector == 16 ? accumulator_slot(halves, d) : d;
   return (slot / kVector * heads + g) * kVector + slot % kVector;
 #else
   return g * size + d;
@@ -186,10 +184,12 @@ inline __m512 sums_of_16(const __m512* value) {
               Odd{});
 }
 
-// logit[i * GB + head] = q . k for the first n of the queue, n > 0.
-template <class E, int GB>
-void dots(const E* k, int64_t stride, const Queue& queue, int64_t n, const Query<E>* q, int64_t d,
-          float* logit) {
+// logit[i * GB + head] = q . k for the first n of the queue, n > 0; k of E, q of Q.
+template <class E, class Q, int GB>
+void dots(const void* rows, int64_t stride, const Queue& queue, int64_t n, const void* queries,
+          int64_t d, float* logit) {
+  const E* k = static_cast<const E*>(rows);
+  const Q* q = static_cast<const Q*>(queries);
   constexpr int kRows = 16 / GB, kVectors = Chunk<E>::kVectors;
   constexpr int64_t kSize = Chunk<E>::kSize;
   for (int64_t first = 0; first < n; first += kRows) {
@@ -205,7 +205,7 @@ void dots(const E* k, int64_t stride, const Queue& queue, int64_t n, const Query
         return load_chunk<decltype(whole)::value>(row[i] + done, d - done);
       };
 #if LOKI_BF16_DOTS
-      if constexpr (std::is_same_v<E, BFloat16>) {
+      if constexpr (std::is_same_v<Q, BFloat16>) {
         __m512i weight[GB];
         unroll<GB>([&](auto g) LOKI_INLINE {
           weight[g] = _mm512_loadu_si512(q + done * GB + kSize * g);
@@ -258,7 +258,7 @@ void accumulate_piece(const E* v, int64_t stride, const Queue& queue, int64_t n,
   });
   for (int64_t i = 0; i < n; ++i) {
     const E* row = v + queue.position[i] * stride;
-    prefetch(v + queue.at_most(i + kAhead) * stride, min_of(left, kPiece));
+    prefetch(v + queue.at_most(i + kAhead) * stride, min_of(left, kPiece) * sizeof(E));
     __m512 weights[GB];
     unroll<GB>([&](auto g) LOKI_INLINE { weights[g] = _mm512_set1_ps(weight[i * GB + g]); });
     unroll<kChunks>([&](auto c) LOKI_INLINE {
@@ -280,8 +280,10 @@ void accumulate_piece(const E* v, int64_t stride, const Queue& queue, int64_t n,
 }
 
 template <class E, int GB>
-void accumulate(const E* v, int64_t stride, const Queue& queue, int64_t n, const float* weight,
-                int64_t dv, const float* rescale, float* sum, int64_t sum_stride) {
+void accumulate(const void* rows, int64_t stride, const Queue& queue, int64_t n,
+                const float* weight, int64_t dv, const float* rescale, float* sum,
+                int64_t sum_stride) {
+  const E* v = static_cast<const E*>(rows);
   constexpr int64_t kPiece = kAccumulator / GB;
   for (int64_t done = 0; done < dv; done += kPiece) {
     auto piece =
@@ -292,18 +294,22 @@ void accumulate(const E* v, int64_t stride, const Queue& queue, int64_t n, const
 
 #else
 
-template <class E, int GB>
-void dots(const E* k, int64_t stride, const Queue& queue, int64_t n, const float* q, int64_t d,
-          float* logit) {
+template <class E, class Q, int GB>
+void dots(const void* rows, int64_t stride, const Queue& queue, int64_t n, const void* queries,
+          int64_t d, float* logit) {
+  const E* k = static_cast<const E*>(rows);
+  const Q* q = static_cast<const Q*>(queries);
   for (int64_t i = 0; i < n; ++i) {
-    prefetch(k + queue.at_most(i + kAhead) * stride, d);
+    prefetch(k + queue.at_most(i + kAhead) * stride, d * sizeof(E));
     dot_row<E, GB>(k + queue.position[i] * stride, d, q, round_up(d, 32), logit + i * GB);
   }
 }
 
 template <class E, int GB>
-void accumulate(const E* v, int64_t stride, const Queue& queue, int64_t n, const float* weight,
-                int64_t dv, const float* rescale, float* sum, int64_t sum_stride) {
+void accumulate(const void* rows, int64_t stride, const Queue& queue, int64_t n,
+                const float* weight, int64_t dv, const float* rescale, float* sum,
+                int64_t sum_stride) {
+  const E* v = static_cast<const E*>(rows);
   constexpr int kParts = 8 / GB;  // vectors of dims that fit in registers with all heads
   for (int64_t done = 0; done < dv; done += 8 * kParts) {
     Float8 part[GB * kParts];
@@ -313,7 +319,7 @@ void accumulate(const E* v, int64_t stride, const Queue& queue, int64_t n, const
     });
     for (int64_t i = 0; i < n; ++i) {
       const E* row = v + queue.position[i] * stride + done;
-      if (done == 0) prefetch(v + queue.at_most(i + kAhead) * stride, dv);
+      if (done == 0) prefetch(v + queue.at_most(i + kAhead) * stride, dv * sizeof(E));
       unroll<kParts>([&](auto x) LOKI_INLINE {
         int64_t left = dv - done - 8 * x;
         if (left <= 0) return;
@@ -330,6 +336,37 @@ void accumulate(const E* v, int64_t stride, const Queue& queue, int64_t n, const
 }
 
 #endif
+
+// `dots` and `accumulate` of one type of rows, for 1, 2, 4 and 8 heads.
+using Dots = void (*)(const void*, int64_t, const Queue&, int64_t, const void*, int64_t, float*);
+using Accumulate = void (*)(const void*, int64_t, const Queue&, int64_t, const float*, int64_t,
+                            const float*, float*, int64_t);
+
+template <class E, class Q>
+const Dots* dots_of() {
+  static constexpr Dots all[] = {dots<E, Q, 1>, dots<E, Q, 2>, dots<E, Q, 4>, dots<E, Q, 8>};
+  return all;
+}
+
+inline const Dots* dots_of(int64_t k_dtype, [[maybe_unused]] int64_t q_dtype) {
+  if (k_dtype == kFloat16) return dots_of<Float16, float>();
+  if (k_dtype == kFloat32) return dots_of<float, float>();
+#if LOKI_BF16_DOTS
+  if (bf16_dots(q_dtype, k_dtype)) return dots_of<BFloat16, BFloat16>();
+#endif
+  return dots_of<BFloat16, float>();
+}
+
+inline const Accumulate* accumulate_of(int64_t dtype) {
+  const Accumulate* found = nullptr;
+  with_float_type(dtype, [&](auto type) {
+    using E = decltype(type);
+    static constexpr Accumulate all[] = {accumulate<E, 1>, accumulate<E, 2>, accumulate<E, 4>,
+                                         accumulate<E, 8>};
+    found = all;
+  });
+  return found;
+}
 
 // Partial softmax of a few heads: logits to weights, in place. Slots past `n` are at -inf.
 // Returns in rescale what the sums so far must be multiplied by.
@@ -377,28 +414,34 @@ class Attend {
         rows_(p.q.size[0] * hq_ / together_ * s_),
         sum_stride_(round_up(dv_, kAccumulator)),
         partial_stride_(round_up(together_, kMaxHeads) * (sum_stride_ + 16)),
-        query_size_(round_up(d_, 32) + round_up(rest_, 32)) {}
+        query_size_(round_up(d_, 32) + round_up(rest_, 32)),
+        k_bytes_(p.k.element_size()), rest_bytes_(p.rest.element_size()),
+        v_bytes_(p.v.element_size()),
+        dots_(dots_of(p.k.dtype, p.q.dtype)), rest_dots_(dots_of(p.rest.dtype, p.q.dtype)),
+        accumulate_(accumulate_of(p.v.dtype)) {}
 
-  template <class E>
-  void run() {
-    find_spans();
-    int64_t bytes = blocks_ * kSlots * (d_ + rest_ + dv_) * static_cast<int64_t>(sizeof(E));
+  // Bytes of scratch that could not be had, then nothing is written; else 0.
+  int64_t run() {
+    if (int64_t missing = find_spans()) return missing;
+    int64_t bytes = blocks_ * kSlots * (d_ * k_bytes_ + rest_ * rest_bytes_ + dv_ * v_bytes_);
     int threads = static_cast<int>(min_of(p_.threads, bytes / kBytesPerThread + 1));
     thread_local Scratch scratch;
     int64_t query_floats = round_up(together_, kMaxHeads) * query_size_;
-    float* room = static_cast<float*>(scratch.reserve(
-        4 * (threads * query_floats + (rows_ + threads) * partial_stride_)));
+    int64_t wanted = 4 * (threads * query_floats + (rows_ + threads) * partial_stride_);
+    float* room = static_cast<float*>(scratch.reserve(wanted));
+    if (!room) return wanted;
     partials_ = room + threads * query_floats;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-      work<E>(me, all, reinterpret_cast<Query<E>*>(room + me * query_floats));
+      work(me, all, room + me * query_floats);
 #pragma omp barrier
       int64_t heads = rows_ * together_;
       for (int64_t i = heads * me / all; i < heads * (me + 1) / all; ++i) {
-        combine<E>(i / together_, i % together_, all);
+        combine(i / together_, i % together_, all);
       }
     }
+    return 0;
   }
 
  private:
@@ -420,9 +463,12 @@ class Attend {
     return static_cast<uint32_t>(position) < static_cast<uint32_t>(t_);
   }
 
-  void find_spans() {
+  // As `run` in what it returns.
+  int64_t find_spans() {
     thread_local Scratch scratch;
-    spans_ = static_cast<Span*>(scratch.reserve((rows_ + 1) * sizeof(Span)));
+    int64_t wanted = (rows_ + 1) * sizeof(Span);
+    spans_ = static_cast<Span*>(scratch.reserve(wanted));
+    if (!spans_) return wanted;
 #pragma omp parallel for num_threads(p_.threads) if (rows_ * slots_ > 1 << 17)
     for (int64_t row = 0; row < rows_; ++row) {
       const int32_t* position = positions_of(row);
@@ -440,6 +486,7 @@ class Attend {
       blocks_ += (spans_[row].slots + kSlots - 1) / kSlots;
     }
     spans_[rows_].first_block = blocks_;
+    return 0;
   }
 
   bool any_valid(const int32_t* position, int64_t n) const {
@@ -483,54 +530,73 @@ class Attend {
     return most_of(partial) + round_up(together_, kMaxHeads);
   }
 
-  template <class E>
-  void work(int64_t me, int64_t all, Query<E>* queries) {
+  void work(int64_t me, int64_t all, float* queries) {
     int64_t from = blocks_ * me / all, stop = blocks_ * (me + 1) / all;
     for (int64_t row = 0; from < stop; ++row) {
       int64_t row_stop = min_of(stop, spans_[row + 1].first_block);
       if (row_stop <= from) continue;
       int64_t first = (from - spans_[row].first_block) * kSlots;
       int64_t last = min_of((row_stop - spans_[row].first_block) * kSlots, spans_[row].slots);
-      load_queries<E>(row, queries);
-      attend_slots<E>(row, first, last, queries, partial(row, me));
+      load_queries(row, queries);
+      attend_slots(row, first, last, queries, partial(row, me));
       from = row_stop;
     }
   }
 
-  // Block after block of heads; in each the dims that meet k, then those that meet the rest.
-  template <class E>
-  void load_queries(int64_t row, Query<E>* queries) const {
-    int64_t size = round_up(d_, 32);
+  // Block after block of heads; in each the dims that meet k, then those that meet the rest, each in
+  // the type in which they meet them.
+  void load_queries(int64_t row, float* queries) const {
+    int64_t size = round_up(d_, 32), rest_size = query_size_ - size;
     for (int64_t g = 0; g < together_;) {
       int64_t heads = head_block(together_ - g);
       std::memset(queries, 0, heads * query_size_ * sizeof(*queries));
-      Query<E>* rest = queries + heads * size;
       for (int64_t x = 0; x < heads; ++x) {
         int64_t h = head_of(row) + min_of(g + x, together_ - 1);
-        const E* q = p_.q.row<E>(batch_of(row), h, token_of(row));
-        for (int64_t d = 0; d < d_; ++d) {
-          from_float(to_float(q[d]), &queries[query_slot<E>(heads, x, d, size)]);
-        }
-        for (int64_t d = 0; d < rest_; ++d) {
-          from_float(to_float(q[d_ + d]), &rest[query_slot<E>(heads, x, d, query_size_ - size)]);
-        }
+        load_head(row, h, 0, d_, p_.k.dtype, heads, x, size, queries);
+        load_head(row, h, d_, rest_, p_.rest.dtype, heads, x, rest_size, queries + heads * size);
       }
       queries += heads * query_size_;
       g += heads;
     }
   }
 
-  template <class E>
-  void attend_slots(int64_t row, int64_t first, int64_t last, const Query<E>* queries,
+  // Dims [from, from + dims) of head h of q as head x of `heads` of `size` dims, for `dots_of`.
+  void load_head(int64_t row, int64_t h, int64_t from, int64_t dims, int64_t k_dtype,
+                 int64_t heads, int64_t x, int64_t size, float* to) const {
+    bool halves = k_dtype != kFloat32;
+    with_float_type(p_.q.dtype, [&](auto type) {
+      using E = decltype(type);
+      const E* q = p_.q.row<E>(batch_of(row), h, token_of(row)) + from;
+      auto load = [&](auto* out) {
+        using Q = std::remove_pointer_t<decltype(out)>;
+        for (int64_t d = 0; d < dims; ++d) {
+          from_float(to_float(q[d]), out + query_slot<Q>(halves, heads, x, d, size));
+        }
+      };
+      if (std::is_same_v<E, BFloat16> && bf16_dots(p_.q.dtype, k_dtype)) {
+        load(reinterpret_cast<BFloat16*>(to));
+      } else {
+        load(to);
+      }
+    });
+  }
+
+  // The first row of a KV head, (T, dims).
+  const char* rows_of(const View4& tensor, int64_t row) const {
+    int64_t at = batch_of(row) * tensor.step(0) + kv_head_of(row) * tensor.step(1);
+    return tensor.data + at * tensor.element_size();
+  }
+
+  void attend_slots(int64_t row, int64_t first, int64_t last, const float* queries,
                     float* partial) const {
     MaskRow mask(p_.mask, batch_of(row), head_of(row), token_of(row));
     float* most = most_of(partial);
     float* total = total_of(partial);
     std::memset(partial, 0, partial_stride_ * sizeof(float));
     for (int64_t g = 0; g < round_up(together_, kMaxHeads); ++g) most[g] = -kInf;
-    const E* k = p_.k.row<E>(batch_of(row), kv_head_of(row), 0);
-    const E* rest = rest_ ? p_.rest.row<E>(batch_of(row), kv_head_of(row), 0) : nullptr;
-    const E* v = p_.v.row<E>(batch_of(row), kv_head_of(row), 0);
+    const char* k = rows_of(p_.k, row);
+    const char* rest = rest_ ? rows_of(p_.rest, row) : nullptr;
+    const char* v = rows_of(p_.v, row);
     Queue queue;
     queue.biased = mask.additive();
     for (bool begun = false;; begun = true) {
@@ -539,19 +605,19 @@ class Attend {
       }
       if (queue.n == 0) return;
       for (int64_t i = 0; !begun && i < min_of(kAhead, queue.n); ++i) {
-        prefetch(k + queue.position[i] * p_.k.stride[2], d_);
-        prefetch(v + queue.position[i] * p_.v.stride[2], dv_);
+        prefetch(k + queue.position[i] * p_.k.stride[2] * k_bytes_, d_ * k_bytes_);
+        prefetch(v + queue.position[i] * p_.v.stride[2] * v_bytes_, dv_ * v_bytes_);
       }
       int64_t n = min_of(queue.n, kSlots);
-      const Query<E>* q = queries;
+      const float* q = queries;
       for (int64_t g = 0; g < together_;) {
         int64_t heads = head_block(together_ - g);
         float* sum = partial + g * sum_stride_;
         switch (heads) {
-          case 1: take<E, 1>(k, rest, v, queue, n, q, sum, most + g, total + g); break;
-          case 2: take<E, 2>(k, rest, v, queue, n, q, sum, most + g, total + g); break;
-          case 4: take<E, 4>(k, rest, v, queue, n, q, sum, most + g, total + g); break;
-          default: take<E, 8>(k, rest, v, queue, n, q, sum, most + g, total + g);
+          case 1: take<1>(k, rest, v, queue, n, q, sum, most + g, total + g); break;
+          case 2: take<2>(k, rest, v, queue, n, q, sum, most + g, total + g); break;
+          case 4: take<4>(k, rest, v, queue, n, q, sum, most + g, total + g); break;
+          default: take<8>(k, rest, v, queue, n, q, sum, most + g, total + g);
         }
         q += heads * query_size_;
         g += heads;
@@ -560,14 +626,16 @@ class Attend {
     }
   }
 
-  template <class E, int GB>
-  void take(const E* k, const E* rest, const E* v, const Queue& queue, int64_t n,
-            const Query<E>* q, float* sum, float* most, float* total) const {
+  template <int GB>
+  void take(const void* k, const void* rest, const void* v, const Queue& queue, int64_t n,
+            const float* q, float* sum, float* most, float* total) const {
+    constexpr int kWidth = GB == 8 ? 3 : GB / 2;  // its place among 1, 2, 4 and 8 heads
     float logit[kSlots * GB], rescale[GB];
-    dots<E, GB>(k, p_.k.stride[2], queue, n, q, d_, logit);
+    dots_[kWidth](k, p_.k.stride[2], queue, n, q, d_, logit);
     if (rest_) {
       float more[kSlots * GB];
-      dots<E, GB>(rest, p_.rest.stride[2], queue, n, q + GB * round_up(d_, 32), rest_, more);
+      const float* q_rest = q + GB * round_up(d_, 32);
+      rest_dots_[kWidth](rest, p_.rest.stride[2], queue, n, q_rest, rest_, more);
       for (int64_t i = 0; i < n * GB; ++i) logit[i] += more[i];
     }
     float scale = static_cast<float>(p_.scale);
@@ -584,10 +652,9 @@ class Attend {
     }
     for (int64_t i = n * GB; i < round_up(n * GB, 16); ++i) logit[i] = -kInf;
     soften<GB>(logit, round_up(n * GB, 16) / GB, most, total, rescale);
-    accumulate<E, GB>(v, p_.v.stride[2], queue, n, logit, dv_, rescale, sum, sum_stride_);
+    accumulate_[kWidth](v, p_.v.stride[2], queue, n, logit, dv_, rescale, sum, sum_stride_);
   }
 
-  template <class E>
   void combine(int64_t row, int64_t g, int64_t all) const {
     int64_t h = head_of(row) + g;
     int64_t first = spans_[row].first_block, last = spans_[row + 1].first_block;
@@ -603,7 +670,7 @@ class Attend {
     float base = most == -kInf ? 0.0f : most;
     float total = sink == -kInf ? 0.0f : exp_of(sink - base);
     float sum[256];
-    E* out = static_cast<E*>(p_.out) + ((batch_of(row) * hq_ + h) * s_ + token_of(row)) * dv_;
+    int64_t first_out = ((batch_of(row) * hq_ + h) * s_ + token_of(row)) * dv_;
     for (int64_t thread = 0; thread < all; ++thread) {
       if (!touched(thread)) continue;
       float* part = partial(row, thread);
@@ -619,13 +686,21 @@ class Attend {
         float weight = exp_of(most_of(part)[g] - base) * inverse;
         for (int64_t d = 0; d < 256; ++d) sum[d] += weight * part[g * sum_stride_ + d0 + d];
       }
-      for (int64_t d = 0; d < dims; ++d) from_float(sum[accumulator_slot<E>(d)], out + d0 + d);
+      with_float_type(p_.q.dtype, [&](auto type) {
+        auto* out = static_cast<decltype(type)*>(p_.out) + first_out + d0;
+        for (int64_t d = 0; d < dims; ++d) {
+          from_float(sum[accumulator_slot(v_bytes_ == 2, d)], out + d);
+        }
+      });
     }
   }
 
   const AttendParams& p_;
   const int64_t hq_, s_, d_, hkv_, t_, rest_, dv_, slots_, together_, rows_;
-  const int64_t sum_stride_, partial_stride_, query_size_;
+  const int64_t sum_stride_, partial_stride_, query_size_, k_bytes_, rest_bytes_, v_bytes_;
+  const Dots* const dots_;
+  const Dots* const rest_dots_;
+  const Accumulate* const accumulate_;
   int64_t blocks_ = 0;
   Span* spans_ = nullptr;
   float* partials_ = nullptr;
@@ -634,8 +709,8 @@ class Attend {
 }  // namespace
 }  // namespace loki
 
-extern "C" __attribute__((visibility("default"))) void loki_attend(
+// Returns the bytes of scratch memory that could not be had; then nothing is written. Else 0.
+extern "C" __attribute__((visibility("default"))) int64_t loki_attend(
     const loki::AttendParams* params) {
-  loki::Attend op(*params);
-  loki::with_float_type(params->q.dtype, [&](auto type) { op.run<decltype(type)>(); });
+  return loki::Attend(*params).run();
 }

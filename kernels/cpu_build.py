@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+_LOGGER = logging.getLogger("loki_compile")
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("cpu_common.h", "cpu_select.cpp", "cpu_attend.cpp")
@@ -31,16 +34,32 @@ def load() -> ctypes.CDLL:
     own and moves it into place.
     """
     if not sys.platform.startswith("linux"):
-        raise KernelsUnavailable(f"they are built on Linux, this is {sys.platform}")
+        raise KernelsUnavailable(_only_on_linux())
     sources = {name: (_FOLDER / name).read_bytes() for name in _SOURCES}
     compiler = _compiler()
     library = _cache_folder() / f"{_key(sources, compiler)}.so"
     try:
         if not library.exists():
+            _LOGGER.warning("compiling the CPU kernels, once on this machine: up to a minute")
             _compile(compiler, library)
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise KernelsUnavailable(str(error)) from error
+
+
+def obstacle() -> str:
+    """Why the kernels are not even tried to be compiled here, "" where they are."""
+    if not sys.platform.startswith("linux"):
+        return _only_on_linux()
+    try:
+        _compiler()
+    except KernelsUnavailable as error:
+        return str(error)
+    return ""
+
+
+def _only_on_linux() -> str:
+    return f"they are built on Linux, this is {sys.platform}"
 
 
 def _compiler() -> str:

@@ -136,12 +136,13 @@ struct MaskRow {
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
+  // Null where there is not so much memory; what was held before is given back then too.
   void* reserve(size_t bytes) {
     if (bytes > size_) {
       std::free(data_);
       size_ = (bytes + (1 << 20)) & ~static_cast<size_t>(63);
       data_ = std::aligned_alloc(64, size_);
-      if (!data_) std::abort();
+      if (!data_) size_ = 0;
     }
     return data_;
   }

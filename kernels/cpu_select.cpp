@@ -551,16 +551,18 @@ class Select {
         pairs_(p.q.size[0] * hkv_), rows_(p.q.size[0] * heads_ * s_),
         columns_(round_up(r_, 16)), key_stride_(round_up(t_, 16) + kBlock) {}
 
-  void run() {
+  // Bytes of scratch that could not be had, then nothing is written; else 0.
+  int64_t run() {
     int64_t bytes = pairs_ * t_ * r_ * p_.index.element_size();
     int threads = static_cast<int>(min_of(p_.threads, bytes / kBytesPerThread + 1));
     int64_t pairs_at_once =
         min_of(max_of<int64_t>(kMaxKeys / (rows_per_pair() * key_stride_), 1), pairs_);
-    allocate(threads, pairs_at_once);
+    if (int64_t missing = allocate(threads, pairs_at_once)) return missing;
     plan();
     for (int64_t first = 0; first < pairs_; first += pairs_at_once) {
       take(first, min_of(first + pairs_at_once, pairs_), threads);
     }
+    return 0;
   }
 
  private:
@@ -600,7 +602,8 @@ class Select {
 
   int32_t* keys_of(int64_t row) const { return keys_ + (row - first_row_) * key_stride_; }
 
-  void allocate(int threads, int64_t pairs_at_once) {
+  // As `run` in what it returns.
+  int64_t allocate(int threads, int64_t pairs_at_once) {
     thread_local Scratch scratch;
     int64_t padded_heads = round_up(group_, 8);
     int64_t per_token = padded_heads * (columns_ * (4 + kLimbs) + 4 * (kLimbs + 1));
@@ -609,12 +612,14 @@ class Select {
     int64_t plan_bytes = round_up(rows_ * sizeof(RowPlan), 64);
     int64_t span_bytes = round_up((pairs_ + 1) * sizeof(Span), 64);
     int64_t key_bytes = pairs_at_once * rows_per_pair() * key_stride_ * 4;
-    char* at = static_cast<char*>(
-        scratch.reserve(plan_bytes + span_bytes + threads * room_bytes_ + key_bytes));
+    int64_t wanted = plan_bytes + span_bytes + threads * room_bytes_ + key_bytes;
+    char* at = static_cast<char*>(scratch.reserve(wanted));
+    if (!at) return wanted;
     plans_ = reinterpret_cast<RowPlan*>(at);
     spans_ = reinterpret_cast<Span*>(at += plan_bytes);
     rooms_ = at += span_bytes;
     keys_ = reinterpret_cast<int32_t*>(at + threads * room_bytes_);
+    return 0;
   }
 
   void plan() {
@@ -835,7 +840,8 @@ class Select {
 }  // namespace
 }  // namespace loki
 
-extern "C" __attribute__((visibility("default"))) void loki_select(
+// Returns the bytes of scratch memory that could not be had; then nothing is written. Else 0.
+extern "C" __attribute__((visibility("default"))) int64_t loki_select(
     const loki::SelectParams* params) {
-  loki::Select(*params).run();
+  return loki::Select(*params).run();
 }

@@ -7,18 +7,23 @@ the legend of the letters; `checks` has what is refused.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from loki_compile.kernels import cpu
+from loki_compile.kernels import cpu, cpu_build
 from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.checks import KEEP_ALL_Q16, check_attend, check_select, hidden_below
 from torch import Tensor
 
 __all__ = [
+    "BACKENDS",
     "KEEP_ALL_Q16",
+    "Backend",
     "Budget",
     "attend",
     "check_attend",
@@ -27,9 +32,55 @@ __all__ = [
     "index_rows",
     "mask_bounds",
     "select",
+    "unserved",
+    "without_autocast",
 ]
 
 _INT8_MAX = 127
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What runs both ops on one type of device.
+
+    `available` says why it cannot run here, "" where it can; `note` says what a user may want to
+    know where it does run, "" where there is nothing. Neither builds a kernel.
+    """
+
+    available: Callable[[], str]
+    note: Callable[[], str] = lambda: ""
+
+
+def _plain_ops() -> str:
+    obstacle = cpu_build.obstacle()
+    return obstacle and f"plain PyTorch ops, slower than compiled kernels: {obstacle}"
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return ""
+
+
+# By `torch.device.type`; ROCm's devices are called "cuda" too.
+BACKENDS = {
+    "cpu": Backend(available=lambda: "", note=_plain_ops),
+    "cuda": Backend(available=_triton),
+}
+
+
+def unserved(device_type: str) -> str:
+    """Why the ops cannot run on devices of a type, "" where they can."""
+    if device_type not in BACKENDS:
+        return f"the kernels serve {' and '.join(BACKENDS)}"
+    return BACKENDS[device_type].available()
+
+
+def without_autocast(device_type: str) -> torch.autocast | contextlib.nullcontext[None]:
+    """A region in which products are computed in the dtype of their operands."""
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def mask_bounds(mask: Tensor) -> Tensor:
@@ -55,12 +106,14 @@ def mask_bounds(mask: Tensor) -> Tensor:
 def index_rows(keys: Tensor, basis: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Index rows of new keys: their projection, stored as `dtype`.
 
-    keys (B, Hkv, S, D) floating; basis (Hkv, D, R) fp32, the key-side projection; math in fp32.
+    keys (B, Hkv, S, D) floating; basis (Hkv, D, R) fp32, the key-side projection; math in fp32,
+    under autocast too.
     Returns rows (B, Hkv, S, R) and, for int8, their scale (B, Hkv, S, 1) fp32, else None.
     int8 is symmetric per token and head: scale = max |row| / 127, row = round(value / scale).
     Entries that are not finite count as 0; a zero row has scale 0.
     """
-    rows = torch.matmul(keys.float(), basis)
+    with without_autocast(keys.device.type):
+        rows = torch.matmul(keys.float(), basis)
     if dtype != torch.int8:
         return rows.to(dtype), None
     rows = torch.where(rows.isfinite(), rows, 0.0)

@@ -4,6 +4,8 @@
               the query heads that share them, online softmax in fp32, products on tensor cores
     combine   one program per (row, head, block of Dv): joins the splits by their log-sum-exp
 
+Products are in the dtype of q, to which tiles of the others are brought once they are loaded.
+
 Keys may lie in two tensors, the first dims of each in `k` and the others in `k_rest`; where v is k
 itself (attention over cached latents), its rows are loaded once.
 
@@ -300,8 +302,10 @@ def attend_stages(
     device = device_of(q)
     block_d, block_rest, block_dv = (max(16, triton.next_power_of_2(n)) for n in (d, rest, dv))
     if launch is None:
+        given = (q, k, v) if k_rest is None else (q, k, v, k_rest)
+        widest = max(tensor.element_size() for tensor in given)
         launch = attend_launch(
-            device, group=group, block_d=max(block_d, block_dv), bytes_each=q.element_size()
+            device, group=group, block_d=max(block_d, block_dv), bytes_each=widest
         )
     sinks = None if sinks is None else sinks.contiguous()
     head_blocks = triton.cdiv(group, launch.heads)
@@ -317,7 +321,9 @@ def attend_stages(
     k_align, v_align = alignment(d, k_strides), alignment(dv, v_strides)
     rest_strides = broadcast_strides(k_rest, 3)
     rest_align = alignment(rest, rest_strides)
-    v_is_k = d == dv and k.data_ptr() == v.data_ptr() and k_strides == v_strides
+    v_is_k = (
+        d == dv and k.dtype == v.dtype and k.data_ptr() == v.data_ptr() and k_strides == v_strides
+    )
     mask_kind, head_mask = NO_MASK.value, False
     mask_strides = broadcast_strides(mask)
     if mask is not None:

@@ -89,6 +89,7 @@ def loki(
             known=len(fake_mode_of(normal.graph).shape_env.guards),
             tally=tally,
             sites=len(plan.sites),
+            autocast=_autocast_now(normal),
         )
         decode = DecodeGraph(normal, plan, config, bindings, parts, late, tally)
     elif plan.dense:
@@ -354,6 +355,16 @@ def default_engine(engine: Engine) -> Iterator[None]:
         _engine = before
 
 
+def _autocast_now(gm: fx.GraphModule) -> list[tuple[str, torch.dtype, bool]]:
+    """Autocast as it is: (type, dtype, whether enabled) for each type of device in the graph."""
+    values = [value for value in _fakes(gm) if isinstance(value, torch.Tensor)]
+    types = {"cpu", *(value.device.type for value in values)}
+    return [
+        (name, torch.get_autocast_dtype(name), torch.is_autocast_enabled(name))
+        for name in sorted(filter(torch.amp.is_autocast_available, types))
+    ]
+
+
 def _compile_late(
     gm: fx.GraphModule,
     which: str,
@@ -363,19 +374,26 @@ def _compile_late(
     known: int,
     tally: Tally,
     sites: int,
+    autocast: Sequence[tuple[str, torch.dtype, bool]],
 ) -> Variant:
     """Compiles a variant after Dynamo has returned, under the fake mode it traced with.
 
     Private API, checked on torch 2.11 and 2.13: `torch._guards.tracing` and the guards of a
     `ShapeEnv`. Dynamo's guards exist already, so a guard that Inductor adds now must be checked by
     us; where it does not hold, the same graph runs node by node.
+
+    `autocast` is `_autocast_now` of then: whoever traces the graph again takes the casts of
+    autocast from the state around it.
     """
     _say_compiling(tally, f"the {which} variant of a decode graph", sites)
     values = _fakes(gm)
     fake_mode = fake_mode_of(gm.graph)
     shape_env = fake_mode.shape_env
     try:
-        with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+        with contextlib.ExitStack() as around:
+            around.enter_context(torch._guards.tracing(torch._guards.TracingContext(fake_mode)))
+            for device_type, dtype, enabled in autocast:
+                around.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled))
             run = compile_graph(copy_of(gm)[0], values)  # Inductor may edit what it is given
     except RestartAnalysis as error:  # for Dynamo, which has returned: nobody would trace again
         log.warning(

@@ -86,7 +86,8 @@ def _row(site: SiteReport, config: LokiConfig, context: int) -> list[str]:
         if site.index_bytes_per_token is not None:
             index = _bytes(site.index_bytes_per_token * context)
     path = site.path or site.cache or "(fragment)"
-    why = site.basis if sparse else f"{site.reason} ({site.see})"
+    served = f"{site.basis}; {site.note}" if site.note else site.basis
+    why = served if sparse else f"{site.reason} ({site.see})"
     return [path, outcome, heads, dims, keys, index, why]
 
 

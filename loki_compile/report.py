@@ -33,7 +33,8 @@ class SiteReport:
     outcome: "sparse", "dense by plan" or "dense". reason: why it is dense, "" where sparse; see:
     the section of this project's documents that says what would have to change.
     Heads and dims are counts; index_bytes_per_token is what the key index costs per cached token
-    in the cache's own dtype (None where dense); basis tells where the projection comes from.
+    in the cache's own dtype (None where dense); basis tells where the projection comes from; note
+    is what one should know of the kernels that serve its device, mostly "".
     """
 
     path: str
@@ -46,6 +47,7 @@ class SiteReport:
     rank: int | None = None
     basis: str = ""
     index_bytes_per_token: float | None = None
+    note: str = ""
     see: str = ""
 
 
@@ -130,7 +132,8 @@ def record_graph(
     for site in report.sites:
         name = site.path or site.cache or "attention"
         if site.outcome == "sparse":
-            log.debug("%s: sparse, rank %s, basis %s", name, site.rank, site.basis)
+            note = f" ({site.note})" if site.note else ""
+            log.debug("%s: sparse, rank %s, basis %s%s", name, site.rank, site.basis, note)
         else:
             log.debug("%s: %s: %s", name, site.outcome, site.reason)
     if report.sites:
@@ -174,6 +177,7 @@ def describe(plan: Plan, config: LokiConfig, bindings: list[CacheBinding]) -> Gr
                     rank=rank,
                     basis=binding.basis_name(),
                     index_bytes_per_token=per_token,
+                    note=sparse.note,
                 ),
             )
         )

@@ -10,9 +10,9 @@ import fnmatch
 import re
 from dataclasses import dataclass, field
 
-from loki_compile.kernels.ops import Budget
+from loki_compile.kernels.ops import BACKENDS, Budget, unserved
 from loki_compile.passes.cache_writes import KeyCache, trace_cache
-from loki_compile.passes.fx_tools import concrete, input_of, remap, shape_of, writes_of
+from loki_compile.passes.fx_tools import concrete, fake_value, input_of, remap, shape_of, writes_of
 from loki_compile.passes.latent import absorb
 from loki_compile.passes.sites import AttentionSite, Reason, Skipped
 from torch import fx
@@ -23,7 +23,7 @@ class SparseSite:
     """A site that the sparse variant rewrites. `cache` numbers its cache in `Plan.caches`.
 
     `views` lead from that cache to the site's keys: layers that share a cache share its index,
-    whatever part of it each reads.
+    whatever part of it each reads. `note` is what the kernels of its device say to their user.
     """
 
     site: AttentionSite
@@ -31,6 +31,7 @@ class SparseSite:
     views: tuple[fx.Node, ...]
     budget: Budget
     per_head: bool
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ def make_plan(
         if isinstance(cache, Skipped):
             dense.append(cache)
             continue
+        device = fake_value(cache.past).device.type
+        why_not = unserved(device)
+        if why_not:
+            dense.append(Skipped(site.node, Reason.DEVICE, (device, why_not), site.path))
+            continue
         if site.query_tokens < 0 and not _counts_tokens(site, cache):
             dense.append(Skipped(site.node, Reason.PREFILL, (site.tokens,), site.path))
             continue
@@ -91,7 +97,11 @@ def make_plan(
             caches.append(cache)
         heads_differ = any(term.varies(heads) for term in site.masks for heads in "hg")
         each = per_head or heads_differ
-        sparse.append(SparseSite(site, caches.index(cache), cache.views, budget, each))
+        sparse.append(
+            SparseSite(
+                site, caches.index(cache), cache.views, budget, each, BACKENDS[device].note()
+            )
+        )
     return Plan(tuple(sparse), tuple(dense), tuple(sites), tuple(caches))
 
 

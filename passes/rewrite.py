@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from loki_compile.kernels.ops import attend, index_rows, mask_bounds, select
+from loki_compile.kernels.ops import attend, index_rows, mask_bounds, select, without_autocast
 from loki_compile.passes.cache_writes import CacheWrite, KeyCache, splits_heads
 from loki_compile.passes.fx_tools import (
     call,
@@ -72,8 +72,15 @@ def pack_groups(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
         if site.group == 1 or site.tiled or site.query_tokens != 1 or not site.sdpa:
             continue
         with graph.inserting_before(site.node):
-            query = call(graph, _rows_of_group, site.query, site.kv_heads, like=site.node)
-            key, value = (_canonical(graph, h, site) for h in (site.key, site.value))
+            query, key, value = (
+                _as_called(graph, site, name, node)
+                for name, node in (
+                    ("query", site.query),
+                    ("key", _canonical(graph, site.key, site)),
+                    ("value", _canonical(graph, site.value, site)),
+                )
+            )
+            query = call(graph, _rows_of_group, query, site.kv_heads, like=site.node)
             mask = None
             for term in site.masks:  # an SDPA call has one at most
                 mask = call(graph, _mask_of_group, term.node, site.kv_heads, like=site.node)
@@ -90,6 +97,17 @@ def pack_groups(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
             out = call(graph, _rows_of_heads, out, like=site.node)
         site.node.replace_all_uses_with(out)
     return finish(gm)
+
+
+def _as_called(graph: fx.Graph, site: AttentionSite, name: str, node: fx.Node) -> fx.Node:
+    """`node` in the dtype of that operand of an SDPA call: its casts were looked behind."""
+    return _cast(graph, site, node, fake_value(operand(site.node, name)).dtype)
+
+
+def _cast(graph: fx.Graph, site: AttentionSite, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    if fake_value(node).dtype == dtype:
+        return node
+    return call(graph, torch.Tensor.to, node, dtype, like=site.node)
 
 
 def rewrite_sparse(
@@ -333,7 +351,14 @@ def _sparse_attention(
     complete: fx.Node | None,
 ) -> fx.Node:
     site, budget = sparse.site, sparse.budget
+    dtype = fake_value(site.node).dtype
     query, sinks = _queries_by_head(graph, site), site.sinks
+    # SDPA computes in the dtype that it returns (autocast's, whatever it is given). Attention
+    # written out may have better queries than its last product returns: they are not rounded.
+    wide = dtype
+    for node in () if site.sdpa else (query, *(by for _, by in site.query_scales)):
+        wide = torch.promote_types(wide, fake_value(node).dtype)
+    query = _cast(graph, site, query, wide)
     for scaled, by in site.query_scales:
         query = call(graph, scaled, query, by, like=site.node)
     if site.row_sinks:
@@ -407,6 +432,7 @@ def _sparse_attention(
         out = call(graph, expanded_values, out, weight, maps, like=site.node)
     if site.tiled:
         out = call(graph, _tiles_to_blocks, out, 1, site.group, like=site.node)
+    out = _cast(graph, site, out, dtype)
     return _strided_like(graph, out, site)
 
 
@@ -462,7 +488,8 @@ def unit_queries(weight: torch.Tensor, latent: Latent, heads: int) -> torch.Tens
     unit = torch.eye(dims, dtype=weight.dtype, device=weight.device).expand(1, heads, dims, dims)
     kept = (latent.kept_at, latent.kept)
     maps = _numbers(latent.keys)
-    return absorbed_queries(unit, weight, maps, latent.absorbed_at, kept, latent.at == 0)
+    with without_autocast(weight.device.type):
+        return absorbed_queries(unit, weight, maps, latent.absorbed_at, kept, latent.at == 0)
 
 
 def _absorb(graph: fx.Graph, query: fx.Node, latent: Latent, *, like: fx.Node) -> fx.Node:

@@ -30,6 +30,7 @@ from torch import fx
 
 # More new tokens than this in one call are a prefill: each query would choose for itself.
 MAX_QUERY_TOKENS = 8
+_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 
 
 class Reason(enum.Enum):
@@ -40,7 +41,8 @@ class Reason(enum.Enum):
     LAYOUT = "which dimensions are batch, heads, tokens and head_dim cannot be told: {}"
     GROUPS = "query heads do not map onto KV heads in groups: {}"
     PREFILL = "prefill ({} query tokens; up to 8 are rewritten): dense by plan"
-    DTYPE = "queries, keys, values and result do not share float32, bfloat16 or float16: {}"
+    DTYPE = "queries, keys, values and result are not all float32, bfloat16 or float16: {}"
+    DEVICE = "its cache lies on a device of type {}, which none of the kernels runs on: {}"
     SCALE = "the scale is a computed value ({})"
     SOFTMAX = "the scores reach the softmax through `{}`, which is not understood"
     BROKEN = "a graph break lies within attention: its scores {}"
@@ -383,8 +385,7 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
     query = _narrow(core.query)
     scales = [by for _, by in core.query_scales]
     dtypes = {fake_value(x).dtype for x in (query, key.base, value.base, core.node, *scales)}
-    dtype = fake_value(query).dtype
-    if len(dtypes) > 1 or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if not dtypes <= _FLOATS:
         return skip(Reason.DTYPE, ", ".join(sorted(map(str, dtypes))))
     heads, head_dim = concrete(q_shape[1]), concrete(q_shape[3])
     kv_heads, value_dim = concrete(k_shape[1]), concrete(v_shape[3])
@@ -538,9 +539,10 @@ def heads_of(
     """Walks from a core's K or V operand back through permutations and head repetition.
 
     Stops at the first node that is neither; `base` is that node. The views it understands are
-    transposes, permutations, a repetition of each KV head in place (`repeat_kv` by expand and
-    reshape, `repeat_interleave`, an expand of one head), one of all KV heads behind each other
-    (`repeat`, or expand and reshape) and copies that keep the values. `at` says which dimension of
+    transposes, permutations, casts between floating dtypes, a repetition of each KV head in place
+    (`repeat_kv` by expand and reshape, `repeat_interleave`, an expand of one head), one of all KV
+    heads behind each other (`repeat`, or expand and reshape) and copies that keep the values. `at`
+    says which dimension of
     `node` is batch, head, token and head_dim; `most` is the largest repetition to look behind.
     `scaled` says to look behind a product with a positive number too.
     """
@@ -629,7 +631,7 @@ def _through(node: fx.Node, order: list[int]) -> tuple[fx.Node, list[int], int] 
         if name in ("contiguous", "detach", "alias"):
             return source, order, 1
         if name in ("to", "float"):
-            return (source, order, 1) if widens(node) else None
+            return (source, order, 1) if _recasts(node) else None
         back = permutation(node)
         return source, [back[d] if d >= 0 else d for d in order], 1
     if name == "repeat_interleave":
@@ -675,6 +677,16 @@ def widens(node: fx.Node) -> bool:
     before, after = fake_value(node.args[0]), fake_value(node)  # type: ignore[arg-type]
     wider = after.dtype == torch.float32 and before.dtype in (torch.float16, torch.bfloat16)
     return before.device == after.device and (wider or before.dtype == after.dtype)
+
+
+def _recasts(node: fx.Node) -> bool:
+    """Whether a cast on one device leads from one floating dtype to another.
+
+    The ops read a cache as it is stored. A cast that narrows it loses what they do not lose.
+    """
+    before, after = fake_value(node.args[0]), fake_value(node)  # type: ignore[arg-type]
+    floating = before.dtype.is_floating_point and after.dtype.is_floating_point
+    return before.device == after.device and floating
 
 
 def _narrow(query: fx.Node) -> fx.Node:

@@ -384,6 +384,32 @@ def test_keys_in_two_tensors_are_one_key(implementation, dims, heads, dtype):
     assert error <= 2 * theirs + floor, f"error {error:.2e}, PyTorch's {theirs:.2e}"
 
 
+MIXED = [d for d in itertools.product(DTYPES, DTYPES, DTYPES) if len(set(d)) > 1]
+
+
+@pytest.mark.parametrize("dtypes", MIXED, ids=lambda d: "-".join(str(x)[6:] for x in d))
+def test_queries_keys_and_values_may_each_have_their_dtype(implementation, dtypes):
+    """As autocast leaves them. PyTorch's own attention brings all to the dtype of queries."""
+    shape = (2, 6, 2, 2, 157, 72, 40, 16, 61)
+    q, k, v, positions = attend_inputs(shape, torch.float32)
+    q, k, v = (x.to(dtype) for x, dtype in zip((q, k, v), dtypes, strict=True))
+    mask = masks("additive", 2, 2, 157)
+    mask[0, 0, 0] = 0
+    found = implementation.attend(q, k, v, positions, mask, scale=0.1)
+    truth = reference.attend(q.double(), k.double(), v.double(), positions, mask, scale=0.1)
+    assert found.dtype == q.dtype
+    theirs = pytorch_attention(q, k.to(q.dtype), v.to(q.dtype), positions, mask, scale=0.1)
+    error, theirs = ((x.double() - truth).abs().max() for x in (found, theirs))
+    floor = torch.finfo(q.dtype).eps * truth.abs().max()
+    assert error <= 2 * theirs + floor, f"error {error:.2e}, PyTorch's {theirs:.2e}"
+    parts = [x.contiguous() for x in k.split((40, 32), -1)]
+    for rest in (parts[1], parts[1].to(torch.float16)):
+        whole = torch.cat((parts[0].float(), rest.float()), -1)
+        expected = implementation.attend(q, whole, v, positions, mask, scale=0.1)
+        found = implementation.attend(q, parts[0], v, positions, mask, scale=0.1, k_rest=rest)
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=float(2 * theirs + floor))
+
+
 def test_values_may_be_part_of_the_keys(implementation):
     """One cache row holds latent and rotated part: the values are a slice of it."""
     q, keys, _, positions = attend_inputs((1, 5, 1, 1, 99, 36, 36, 16, 40), torch.float32)
@@ -535,6 +561,49 @@ def test_python_threads_do_not_share_scratch():
             for (positions, out), expected in zip(pool.map(run, cases), alone, strict=True):
                 assert torch.equal(positions, expected[0])
                 torch.testing.assert_close(out, expected[1])
+
+
+_IN_LITTLE_MEMORY = """
+import resource, torch
+from loki_compile.kernels import cpu
+
+def limited(op, *args, **options):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit = pages * resource.getpagesize() + (12 << 20)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        return op(*args, **options)
+    except MemoryError as error:
+        print(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+torch.set_num_threads(1)
+b, h, s, t = 32, 32, 8, 40
+q, k = torch.randn(b, h, s, 8), torch.randn(b, h, t, 8)
+few = torch.arange(3, dtype=torch.int32).expand(b, h, s, 3).contiguous()
+expected = cpu.attend(q[:1], k[:1], k[:1], few[:1], None, scale=0.1)
+assert limited(cpu.attend, q, k, k, few, None, scale=0.1) is None
+again = cpu.attend(q, k, k, few, None, scale=0.1)[:1]
+assert torch.equal(again, expected), "not as before, once there is memory"
+index, basis = torch.randn(1, 1, 1 << 22, 1), torch.ones(1, 8, 1)
+options = dict(scale=1.0, top_k=5, keep_q16=65536, sink=0, recent=0, per_head=False)
+args = (q[:1, :1], basis, index, None, None, None)
+assert limited(cpu.select, *args, **options) is None
+assert cpu.select(*args, **options).shape == (1, 1, 8, 5)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_scratch_that_cannot_be_had_is_a_memory_error_and_not_the_end_of_the_process():
+    assert cpu._kernels() is not None  # built
+    code = [sys.executable, "-c", _IN_LITTLE_MEMORY]
+    done = subprocess.run(code, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    attend, select = done.stdout.splitlines()
+    assert attend.startswith("loki::attend: ") and "bytes of scratch memory" in attend
+    assert select.startswith("loki::select: ") and "decode fewer rows" in select
 
 
 # ---- the build ---------------------------------------------------------------------------------

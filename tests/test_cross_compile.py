@@ -148,12 +148,12 @@ def select_launches(
 
 def attend_launches(
     chip, *, b=1, hq=32, hkv=8, s=1, t=300, d=128, dv=None, dtype=torch.bfloat16, slots=2048,
-    mask=None, softcap=0.0, sinks=False, rest=0,
+    mask=None, softcap=0.0, sinks=False, rest=0, keys=None, values=None,
 ):  # fmt: skip
     """rest: dims of a second tensor of keys; the values then are the first itself (latents)."""
     mask, _ = mask_tensors(mask, b, hq, s, t)
-    k = torch.empty(b, hkv, t, d, dtype=dtype)
-    v = k if rest else torch.empty(b, hkv, t, dv or d, dtype=dtype)
+    k = torch.empty(b, hkv, t, d, dtype=keys or dtype)
+    v = k if rest else torch.empty(b, hkv, t, dv or d, dtype=values or dtype)
     return recorded(
         triton_attend, ATTEND_KERNELS, chip,
         lambda: triton_attend.attend(
@@ -222,6 +222,7 @@ ATTEND_COMMON = [
     dict(),
     dict(d=192, dv=128, mask="additive", softcap=50.0, sinks=True),
     dict(hq=16, hkv=1, d=512, rest=64, mask="additive"),
+    dict(keys=torch.float32, mask="bool"),  # autocast: rotated keys stay fp32
 ]
 ATTEND_MORE = [
     dict(d=64, mask="bool", sinks=True),
@@ -234,6 +235,8 @@ ATTEND_MORE = [
     dict(hq=40, hkv=1, d=256, rest=32, dtype=torch.float16),
     dict(hq=16, hkv=1, d=512, rest=64, dtype=torch.float32),
     dict(dtype=torch.float32, d=64),
+    dict(dtype=torch.float32, keys=torch.bfloat16, values=torch.bfloat16),
+    dict(dtype=torch.float16, keys=torch.float32, values=torch.float32, d=256, mask="additive"),
     dict(dtype=torch.float32, mask="additive", softcap=30.0),
     dict(dtype=torch.float32, hq=64, hkv=1, mask="per head"),
 ]

@@ -459,8 +459,8 @@ BAD_SELECT = {
 BAD_ATTEND = {
     "rank of k is 3": {"k": torch.ones(HKV, T, D)},
     "q dtype is torch.float64": {"q": torch.ones(B, HQ, S, D).double()},
-    "dtypes of (k, v) is (torch.bfloat16, torch.float32); allowed: that of q": {
-        "k": torch.ones(B, HKV, T, D).bfloat16()
+    "dtypes of (k, v) is (torch.float64, torch.float32); allowed: each bfloat16": {
+        "k": torch.ones(B, HKV, T, D).double()
     },
     "shape of k is (2, 4, 37, 24); allowed: (B, Hkv, T, D) with B = 2, D = 24": {
         "k": torch.ones(B, 4, T, D),

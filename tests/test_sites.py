@@ -801,7 +801,7 @@ def keys_times_numbers(q, keys, values, mask):
 
 
 @torch.no_grad()
-def test_queries_are_not_scaled_by_a_tensor_of_another_dtype_than_theirs(use_engine):
+def test_queries_are_scaled_by_a_tensor_of_another_dtype_in_the_wider_of_both(use_engine):
     def widened(q, keys, values, mask):
         scores = q.float() @ repeat_kv(keys).float().mT / torch.sqrt(torch.tensor(7.0)) + mask
         return torch.softmax(scores, dim=-1).to(q.dtype) @ repeat_kv(values)
@@ -811,11 +811,17 @@ def test_queries_are_not_scaled_by_a_tensor_of_another_dtype_than_theirs(use_eng
     dtype, x = torch.bfloat16, tokens(spelling, 1)[0]
     for half in (False, True):
         module = ToyDecoder(spelling).eval().to(dtype if half else torch.float32)
-        conversation = Conversation.start(spelling, dtype=dtype if half else None)
+        here = Conversation.start(spelling, dtype=dtype if half else None)
+        there = here.fork()
         torch._dynamo.reset()
+        compiled.graphs.clear()
         fast = torch.compile(module, backend="loki", options={"min_context": 0, "top_k": 1.0})
-        conversation.step(fast, x.to(dtype) if half else x)
-        assert compiled.calls("loki.") == 2, "select and attend in the first run alone"
+        out = here.step(fast, x.to(dtype) if half else x)
+        assert compiled.calls("loki.") == 2, "select and attend"
+        (attend,) = [n for gm in compiled.graphs for n in gm.graph.nodes if "attend" in n.name]
+        assert attend.args[0].meta["example_value"].dtype == torch.float32, "a rounded query"
+        expected = there.step(module, x.to(dtype) if half else x)
+        torch.testing.assert_close(out, expected, rtol=0.02, atol=0.05 if half else 1e-5)
 
 
 def test_attention_that_a_graph_break_cuts_is_reported(use_engine):

@@ -446,6 +446,30 @@ def test_attention_over_the_chosen_keys(dtype, b, hq, hkv, s, d, dv, programs):
 
 
 @here
+@pytest.mark.parametrize("programs", [0, 4])
+@pytest.mark.parametrize(
+    ("dtype", "k_dtype", "v_dtype"),
+    [
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16, torch.float16),
+    ],
+)
+def test_keys_and_values_of_other_dtypes_are_brought_to_that_of_queries(
+    dtype, k_dtype, v_dtype, programs
+):
+    q, k, v = attention_inputs(1, 4, 2, 2, 150, 64, 40, torch.float32)
+    q, k, v = q.to(dtype), k.to(k_dtype), v.to(v_dtype)
+    positions = random_positions(1, 2, 2, 150, 61, 43)
+    launch = small_tiles((q, k, v), programs)
+    error, truth = attend_error((q, k, v), positions, None, launch, scale=0.125)
+    alike = (q, k.to(dtype), v.to(dtype))  # what PyTorch asks for
+    theirs = pytorchs_error(*alike, positions, None, truth, 0.125)
+    floor = torch.finfo(dtype).eps * float(truth.abs().max())
+    assert error <= 2 * theirs + floor, (error, theirs, floor)
+
+
+@here
 @pytest.mark.parametrize(("d", "dv"), [(128, 128), (192, 128), (256, 256), (64, 128)])
 def test_every_head_dim_with_the_tables_launch(d, dv):
     tensors = attention_inputs(1, 4, 2, 1, 200, d, dv, torch.bfloat16)

@@ -759,6 +759,8 @@ REWRITTEN = [
     _static.but(write=one_head_3d, kv_heads=1, layout="btd", attend=mqa_broadcast),
     _static.but(write=roll_window, mask=no_mask, attend=gqa_repeat_kv),
     _static.but(write=ring, mask=no_mask, slots=FILLED + 2),
+    _static.but(write=cast_to_query, cache_dtype=torch.bfloat16),
+    _static.but(write=cast_to_query, cache_dtype=torch.float16, attend=gqa_repeat_kv),
     # Ways to group heads.
     _cat.but(attend=plain, kv_heads=HEADS),
     _static.but(attend=plain, kv_heads=HEADS),
@@ -831,7 +833,7 @@ UNTOUCHED = [
     _static.but(write=namesake_op, reason=Reason.WRITE),
     _static.but(write=snapshot_before_write, attend=plain, reason=Reason.OPAQUE_VIEW),
     _static.but(write=values_before_write, attend=plain, reason=Reason.GROUPS),
-    _static.but(write=cast_to_query, cache_dtype=torch.bfloat16, reason=Reason.DTYPE),
+    _static.but(write=cast_to_query, cache_dtype=torch.float64, reason=Reason.DTYPE),
     _static.but(write=keys_transposed, layout="bhdt", values="bhtd",
                 reason=Reason.NON_CONTIGUOUS_HEAD_DIM),
     _static.but(write=values_transposed, values="bhdt", reason=Reason.NON_CONTIGUOUS_HEAD_DIM),
