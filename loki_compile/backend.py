@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from loki_compile.config import LokiConfig
-from loki_compile.passes.cache_writes import nearest_matrix
+from loki_compile.passes.cache_writes import adapters_of, nearest_matrix
 from loki_compile.passes.fx_tools import copy_of, fake_mode_of, fake_value
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.parts import Part, take_parts, with_parts
@@ -73,7 +73,7 @@ def loki(
             known=len(fake_mode_of(normal.graph).shape_env.guards),
         )
         decode = DecodeGraph(normal, plan, config, bindings, parts, late)
-    record_graph(plan, config, bindings, decode)
+    record_graph(plan, config, bindings, decode, _adapters(normal, bindings, example_inputs, parts))
     if decode is not None:
         return decode
     if config.pack_gqa and not parts and any(site.group > 1 for site in plan.sites):
@@ -91,7 +91,8 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfi
     normal, _ = normalize(gm)
     parts = take_parts(normal)
     plan = plan_graph(normal, config)
-    return describe(plan, config, _bind_caches(normal, plan, example_inputs, parts, config))
+    bindings = _bind_caches(normal, plan, example_inputs, parts, config)
+    return describe(plan, config, bindings, _adapters(normal, bindings, example_inputs, parts))
 
 
 def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
@@ -174,6 +175,18 @@ def _bind_caches(
     if config.basis != "auto" or bindings:
         _choose_bases(bindings, blocks, config)
     return bindings
+
+
+def _adapters(
+    gm: fx.GraphModule,
+    bindings: list[CacheBinding],
+    example_inputs: Sequence[Any],
+    parts: Sequence[Part],
+) -> int:
+    """Adapters that the graph adds, where a basis that was fitted before them is used."""
+    if all(binding.basis is None for binding in bindings):
+        return 0
+    return adapters_of(gm.graph, parameter_test(gm, with_parts(example_inputs, parts)))
 
 
 def parameter_test(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[[fx.Node], bool]:

@@ -25,10 +25,10 @@ RUN = Path(__file__).with_name("tensor_parallel_run.py")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A Llama of 2 layers and 4 KV heads, saved; its calibrated basis is stored as "whole"."""
+    from loki_compile.pca_store.store import Store
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from loki_compile import calibrate
-    from loki_compile.pca_store.store import Store
 
     torch.manual_seed(4)
     config = LlamaConfig(
