@@ -25,7 +25,7 @@ from loki_compile.config import LokiConfig
 from loki_compile.counts import Tally, say_once, tally_of
 from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
 from loki_compile.indexes import CacheBinding, token_count
-from loki_compile.passes.cache_writes import nearest_matrix
+from loki_compile.passes.cache_writes import adapters_of, nearest_matrix
 from loki_compile.passes.fx_tools import copy_of, fake_mode_of, fake_value
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.parts import Part, take_parts, with_parts
@@ -33,7 +33,7 @@ from loki_compile.passes.plan import Plan, make_plan
 from loki_compile.passes.rewrite import pack_groups
 from loki_compile.passes.sites import Reason, Skipped, find_sites
 from loki_compile.pca_store.basis import Basis, BasisSet
-from loki_compile.pca_store.fingerprint import weights_fingerprint
+from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
 from loki_compile.pca_store.store import Store
 from loki_compile.report import GraphReport, describe, record_graph
 from loki_compile.runtime import DecodeGraph, Variant
@@ -102,7 +102,8 @@ def loki(
         compiled = compile_graph(pack_groups(packed, plan.on(mapping).sites), example_inputs)
     else:
         compiled = compile_graph(gm, example_inputs)
-    record_graph(plan, config, bindings, decode)  # last: Inductor may have it traced again
+    adapters = _adapters(normal, bindings, example_inputs, parts)
+    record_graph(plan, config, bindings, decode, adapters)  # last: it may be traced again
     _say_what_stays_dense(plan, config, tally)
     return compiled
 
@@ -117,7 +118,8 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfi
     ask_for_values(normal.graph)
     parts = take_parts(normal)
     plan = plan_graph(normal, config)
-    return describe(plan, config, bind_caches(normal, plan, example_inputs, parts, config))
+    bindings = bind_caches(normal, plan, example_inputs, parts, config)
+    return describe(plan, config, bindings, _adapters(normal, bindings, example_inputs, parts))
 
 
 def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
@@ -206,16 +208,22 @@ def bind_caches(
     example_inputs = with_parts(example_inputs, parts)
     is_parameter = parameter_test(gm, example_inputs)
     bindings = []
+    blocks: dict[str, tuple[str, ...]] = {}
     for number, cache in enumerate(plan.caches):
         site = next(s.site for s in plan.sparse if s.cache == number)
         maps = site.latent.keys if site.latent is not None else None
         weight = nearest_matrix(cache.new_keys, is_parameter)
+        weights = ""
+        if weight is not None:
+            matrix = example_inputs[places[weight]]
+            weights = weights_fingerprint(matrix)
+            blocks[weights] = block_fingerprints(matrix, site.head_dim)
         bindings.append(
             CacheBinding(
                 cache=cache,
                 argument=places[cache.past],
                 part=parts[places[cache.past] - own] if places[cache.past] >= own else None,
-                weights=weights_fingerprint(example_inputs[places[weight]]) if weight else "",
+                weights=weights,
                 layer=site.path or cache.source,
                 kv_heads=site.kv_heads,
                 head_dim=site.head_dim,
@@ -227,8 +235,20 @@ def bind_caches(
             )
         )
     if config.basis != "auto" or bindings:
-        _choose_bases(bindings, config)
+        _choose_bases(bindings, blocks, config)
     return bindings
+
+
+def _adapters(
+    gm: fx.GraphModule,
+    bindings: list[CacheBinding],
+    example_inputs: Sequence[Any],
+    parts: Sequence[Part],
+) -> int:
+    """Adapters that the graph adds, where a basis that was fitted before them is used."""
+    if all(binding.basis is None for binding in bindings):
+        return 0
+    return adapters_of(gm.graph, parameter_test(gm, with_parts(example_inputs, parts)))
 
 
 def parameter_test(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[[fx.Node], bool]:
@@ -237,10 +257,15 @@ def parameter_test(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callabl
     return lambda node: isinstance(inputs[node], torch.nn.Parameter)
 
 
-def _choose_bases(bindings: list[CacheBinding], config: LokiConfig) -> None:
-    """Fills in `binding.basis` from the user's choice or the store; None is fitted at run time."""
+def _choose_bases(
+    bindings: list[CacheBinding], blocks: dict[str, tuple[str, ...]], config: LokiConfig
+) -> None:
+    """Fills in `binding.basis` from the user's choice or the store; None is fitted at run time.
+
+    blocks: fingerprints of the rows of weights, by the weights' own.
+    """
     if config.basis == "auto":
-        chosen = _once(Store().find(b.weights for b in bindings if b.weights))
+        chosen = _once(Store().find((b.weights for b in bindings if b.weights), blocks))
     else:
         chosen = load_basis(config.basis)
     uses: dict[str, int] = {}
@@ -248,7 +273,8 @@ def _choose_bases(bindings: list[CacheBinding], config: LokiConfig) -> None:
         occurrence = uses.get(binding.weights, 0)
         uses[binding.weights] = occurrence + 1
         must = config.basis != "auto" and binding.latent is None
-        binding.basis = _pick(chosen, binding, occurrence, must=must)
+        rows = blocks.get(binding.weights, ())
+        binding.basis = _pick(chosen, binding, occurrence, rows, must=must)
         if binding.basis is not None and not isinstance(config.rank, str):
             binding.basis.rank_for(config.rank)
     if isinstance(config.rank, int):
@@ -261,11 +287,16 @@ def _choose_bases(bindings: list[CacheBinding], config: LokiConfig) -> None:
 
 
 def _pick(
-    chosen: BasisSet | None, binding: CacheBinding, occurrence: int, *, must: bool
+    chosen: BasisSet | None,
+    binding: CacheBinding,
+    occurrence: int,
+    blocks: tuple[str, ...],
+    *,
+    must: bool,
 ) -> Basis | None:
-    if chosen is None or not binding.weights:  # a read-only cache: no weight here made its keys
+    if chosen is None or not binding.weights:  # no weight here made its keys, or none we can read
         return None
-    if not must and chosen.find(binding.weights) is None:
+    if not must and not chosen.find(binding.weights, blocks=blocks, num_kv_heads=binding.kv_heads):
         return None
     return chosen.match(
         binding.weights,
@@ -273,6 +304,7 @@ def _pick(
         num_kv_heads=binding.kv_heads,
         head_dim=binding.head_dim,
         occurrence=occurrence,
+        blocks=blocks,
     )
 
 

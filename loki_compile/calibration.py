@@ -33,7 +33,7 @@ from loki_compile.passes.sites import QUERIES, AttentionSite, Heads, Layout, fin
 from loki_compile.pca_store.attention_fit import STEPS, AttentionSamples
 from loki_compile.pca_store.basis import CALIBRATIONS, Basis, BasisSet, library_versions
 from loki_compile.pca_store.covariance import KeyCovariance
-from loki_compile.pca_store.fingerprint import weights_fingerprint
+from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
 
 FITTED_KINDS = ("attention", "pca", "score-optimal")
 # Dynamo runs a frame eagerly, unseen, once it has been compiled this often.
@@ -185,6 +185,7 @@ class _Seen:
     held: dict[tuple[str, int], KeyCovariance | AttentionSamples] = field(default_factory=dict)
     head_dims: dict[tuple[str, int], int] = field(default_factory=dict)
     layers: dict[tuple[str, int], str] = field(default_factory=dict)
+    blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
     mask: Tensor | None = None
     in_batch: int = 0
     reasons: dict[str, None] = field(default_factory=dict)
@@ -233,7 +234,15 @@ class _Seen:
                 where = site.path or site.node.name
                 self.reasons[f"{where}: no weight matrix is behind its keys"] = None
                 continue
-            fingerprint = weights_fingerprint(_input(gm, example_inputs, weight))
+            matrix = _input(gm, example_inputs, weight)
+            fingerprint = weights_fingerprint(matrix)
+            if not fingerprint:
+                where = site.path or site.node.name
+                self.reasons[f"{where}: its weights ({type(matrix).__name__}) cannot be read"] = (
+                    None
+                )
+                continue
+            self.blocks[fingerprint] = block_fingerprints(matrix, site.head_dim)
             occurrence = uses.get(fingerprint, 0)
             uses[fingerprint] = occurrence + 1
             caches.append(
@@ -324,7 +333,9 @@ class _Seen:
                 bases.append(
                     held.pca(**origin) if self.kind == "pca" else held.score_optimal(**origin)
                 )
-        return tuple(bases)
+        return tuple(
+            dataclasses.replace(basis, blocks=self.blocks[basis.weights]) for basis in bases
+        )
 
 
 def _columns(rank: int | float, head_dim: int) -> int:

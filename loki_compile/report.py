@@ -124,9 +124,10 @@ def record_graph(
     config: LokiConfig,
     bindings: list[CacheBinding],
     decode: DecodeGraph | None,
+    adapters: int = 0,
 ) -> GraphReport:
-    """Keeps, logs and traces what the plan decided for one graph."""
-    report = describe(plan, config, bindings)
+    """Keeps, logs and traces what the plan decided for one graph; `adapters` as for `describe`."""
+    report = describe(plan, config, bindings, adapters)
     with _lock:
         _reports.append((report, (lambda: None) if decode is None else weakref.ref(decode)))
     for site in report.sites:
@@ -155,8 +156,13 @@ def record_graph(
     return report
 
 
-def describe(plan: Plan, config: LokiConfig, bindings: list[CacheBinding]) -> GraphReport:
-    """The report of a plan; order of the graph."""
+def describe(
+    plan: Plan, config: LokiConfig, bindings: list[CacheBinding], adapters: int = 0
+) -> GraphReport:
+    """The report of a plan; order of the graph.
+
+    adapters: low-rank adapters that the graph adds, which a stored basis was not fitted for.
+    """
     entries: list[tuple[Any, SiteReport]] = []
     for sparse in plan.sparse:
         site, binding = sparse.site, bindings[sparse.cache]
@@ -175,7 +181,7 @@ def describe(plan: Plan, config: LokiConfig, bindings: list[CacheBinding]) -> Gr
                     kv_heads=site.kv_heads,
                     head_dim=site.head_dim,
                     rank=rank,
-                    basis=binding.basis_name(),
+                    basis=_basis_text(binding, adapters),
                     index_bytes_per_token=per_token,
                     note=sparse.note,
                 ),
@@ -203,3 +209,12 @@ def describe(plan: Plan, config: LokiConfig, bindings: list[CacheBinding]) -> Gr
         position = {node: i for i, node in enumerate(entries[0][0].graph.nodes)}
         entries.sort(key=lambda entry: position[entry[0]])
     return GraphReport(tuple(report for _, report in entries))
+
+
+def _basis_text(binding: CacheBinding, adapters: int) -> str:
+    if binding.basis is None or not adapters:
+        return binding.basis_name()
+    return (
+        f"{binding.basis_name()}, of the base weights: {adapters} adapters change what it was "
+        "fitted for (merge them and calibrate, or check with loki eval)"
+    )

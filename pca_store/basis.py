@@ -19,7 +19,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from loki_compile.pca_store.fingerprint import combine_fingerprints
+from loki_compile.pca_store.fingerprint import combine_fingerprints, run_of
 from torch import Tensor
 
 # "random" is the control: any orthonormal basis, fitted to nothing.
@@ -55,6 +55,9 @@ class Basis:
         weights: hex fingerprint of the weights that produce these keys; "" where there are none.
         layer: display path of the attention module; may be "".
         tokens: keys seen per head when fitted.
+        blocks: fingerprints of the rows of these weights, head_dim at a time; () where they have
+            none. A process that holds some of the rows finds its heads by them.
+        cut_from: the basis of all KV heads, where this is one of some of them.
 
     Raises:
         ValueError: shapes, dtypes or values that cannot be a basis.
@@ -67,6 +70,8 @@ class Basis:
     weights: str = ""
     layer: str = ""
     tokens: int = 0
+    blocks: tuple[str, ...] = ()
+    cut_from: Basis | None = None
 
     def __post_init__(self) -> None:
         for name in ("query", "key", "spectrum"):
@@ -135,6 +140,28 @@ class Basis:
             query = key if self.query is self.key else self.query[..., :rank].contiguous()
         return query, key
 
+    def heads(self, first: int, count: int, *, weights: str, blocks: tuple[str, ...]) -> Basis:
+        """The basis of `count` KV heads from `first` on: it ranks their keys as this one does.
+
+        Args:
+            weights: fingerprint of the rows that make these heads' keys.
+            blocks: theirs, block by block.
+
+        Raises:
+            ValueError: there are no such heads.
+        """
+        if first < 0 or count < 1 or first + count > self.num_kv_heads:
+            raise ValueError(
+                f"{self._where}found KV heads {first} to {first + count - 1} asked for; needed "
+                f"some of 0 to {self.num_kv_heads - 1}"
+            )
+        key = self.key[first : first + count]
+        query = key if self.query is self.key else self.query[first : first + count]
+        spectrum = self.spectrum[first : first + count]
+        return Basis(
+            query, key, spectrum, self.kind, weights, self.layer, self.tokens, blocks, self
+        )
+
     def rank_for(self, spec: int | float | str) -> int:
         """The rank, in dims, that a setting asks for.
 
@@ -160,6 +187,8 @@ class Basis:
         return rank
 
     def _rank_for_variance(self, share: float) -> int:
+        if self.cut_from is not None:  # processes that share a layer's heads keep as many dims
+            return self.cut_from._rank_for_variance(share)
         running = self.spectrum.double().cumsum(-1)
         # A head whose keys never vary reaches every share with its first dim.
         short = (running < share * running[:, -1:]).sum(-1)
@@ -255,6 +284,8 @@ class BasisSet:
     source: str = ""
     versions: Mapping[str, str] = field(default_factory=library_versions)
     created: str = field(default_factory=_now)
+    # An index belongs to a basis: who asks again for the same heads must get the same one.
+    _cuts: dict[tuple[int, str], Basis] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bases", tuple(self.bases))
@@ -266,6 +297,8 @@ class BasisSet:
             )
         for basis in self.bases:
             check_fingerprint(f"weights of the basis of {basis.layer or 'a site'}", basis.weights)
+            for block in basis.blocks:
+                check_fingerprint(f"rows of the basis of {basis.layer or 'a site'}", block)
             check_text("layer", basis.layer)
         check_metadata(self)
 
@@ -283,25 +316,67 @@ class BasisSet:
         """Fingerprint of the model: of the weights of all its sites."""
         return combine_fingerprints(basis.weights for basis in self.bases)
 
-    def find(self, weights: str, *, occurrence: int = 0) -> Basis | None:
+    def find(
+        self,
+        weights: str,
+        *,
+        occurrence: int = 0,
+        blocks: tuple[str, ...] = (),
+        num_kv_heads: int = 0,
+    ) -> Basis | None:
         """The basis for keys made by these weights, or None.
 
         A block used several times has one cache per use and one set of weights: `occurrence` counts
         the uses. Where the set holds fewer uses, the last of them serves.
+
+        Args:
+            blocks: fingerprints of the weights' rows. Where the set knows no such weights, but
+                weights of which these are some rows, the basis is cut to the heads they make.
+            num_kv_heads: KV heads of these weights' cache; only needed to cut.
         """
         matches = [basis for basis in self.bases if basis.weights == weights]
+        if not matches and blocks:
+            cuts = (
+                self._cut(number, weights, blocks, num_kv_heads)
+                for number in range(len(self.bases))
+            )
+            matches = [basis for basis in cuts if basis is not None]
         return matches[min(occurrence, len(matches) - 1)] if matches else None
 
+    def _cut(
+        self, number: int, weights: str, blocks: tuple[str, ...], num_kv_heads: int
+    ) -> Basis | None:
+        basis = self.bases[number]
+        place, heads, total = run_of(blocks, basis.blocks), basis.num_kv_heads, len(basis.blocks)
+        if place is None:
+            return None
+        if num_kv_heads == heads:  # its rows are elsewhere too, but what they make comes together
+            return basis
+        first, between = divmod(place * heads, total)
+        if between or num_kv_heads * total != len(blocks) * heads:
+            return None  # blocks that make no whole heads
+        key = (number, weights)
+        if key not in self._cuts:
+            self._cuts[key] = basis.heads(first, num_kv_heads, weights=weights, blocks=blocks)
+        return self._cuts[key]
+
     def match(
-        self, weights: str, *, layer: str, num_kv_heads: int, head_dim: int, occurrence: int = 0
+        self,
+        weights: str,
+        *,
+        layer: str,
+        num_kv_heads: int,
+        head_dim: int,
+        occurrence: int = 0,
+        blocks: tuple[str, ...] = (),
     ) -> Basis:
-        """The basis for one site of a model.
+        """The basis for one site of a model; `blocks` as for `find`.
 
         Raises:
             BasisMismatch: the set has none for these weights, or one of other dims.
         """
         site = f"{layer} ({num_kv_heads} KV heads x {head_dim} dims, key weights {weights})"
-        basis = self.find(weights, occurrence=occurrence)
+        basis = self.find(weights, occurrence=occurrence, blocks=blocks, num_kv_heads=num_kv_heads)
         if basis is None:
             same_name = [b for b in self.bases if b.layer == layer]
             held = f"key weights {same_name[0].weights} there" if same_name else "no such layer"

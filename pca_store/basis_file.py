@@ -30,10 +30,12 @@ from loki_compile.pca_store.basis import (
     check_metadata,
     check_text,
 )
-from loki_compile.pca_store.fingerprint import combine_fingerprints
+from loki_compile.pca_store.fingerprint import MAX_BLOCKS, combine_fingerprints
 from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 knows no blocks.
+_READ_VERSIONS = (1, 2)
 META_KEY = "loki_compile.basis"
 CHECKSUM_KEY = "loki_compile.sha256"
 
@@ -64,10 +66,16 @@ class SiteRecord:
     head_dim: int
     columns: int
     tokens: int
+    blocks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_text("layer", self.layer)
         check_fingerprint("weights", self.weights)
+        if not isinstance(self.blocks, (list, tuple)) or len(self.blocks) > MAX_BLOCKS:
+            raise ValueError(f"found blocks that are not a list of at most {MAX_BLOCKS} entries")
+        for block in self.blocks:
+            check_fingerprint("block", block)
+        object.__setattr__(self, "blocks", tuple(self.blocks))
         _check_count("num_kv_heads", self.num_kv_heads, 1, MAX_KV_HEADS)
         _check_count("head_dim", self.head_dim, 1, MAX_HEAD_DIM)
         _check_count("columns", self.columns, 1, self.head_dim)
@@ -115,7 +123,7 @@ _HEADER_FIELDS = (
     "created",
     "sites",
 )
-_SITE_FIELDS = ("layer", "weights", "num_kv_heads", "head_dim", "columns", "tokens")
+_SITE_FIELDS = ("layer", "weights", "num_kv_heads", "head_dim", "columns", "tokens", "blocks")
 
 
 def encode(basis_set: BasisSet) -> bytes:
@@ -204,7 +212,7 @@ def verify_file(path: Path) -> BasisHeader:
 def header_of(basis_set: BasisSet) -> BasisHeader:
     """The header that a basis set is stored under."""
     sites = tuple(
-        SiteRecord(b.layer, b.weights, b.num_kv_heads, b.head_dim, b.columns, b.tokens)
+        SiteRecord(b.layer, b.weights, b.num_kv_heads, b.head_dim, b.columns, b.tokens, b.blocks)
         for b in basis_set.bases
     )
     fields = {name: getattr(basis_set, name) for name in _HEADER_FIELDS[:-1]}
@@ -293,7 +301,7 @@ def _no_constant(name: str) -> None:
 
 def _basis_header(record: dict[str, Any]) -> BasisHeader:
     version = record.pop("format", None)
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in _READ_VERSIONS:
         raise ValueError(
             f"found format version {version!r:.80}; needed {FORMAT_VERSION}: another release of "
             "loki_compile reads it"
@@ -304,7 +312,7 @@ def _basis_header(record: dict[str, Any]) -> BasisHeader:
     if not isinstance(sites, list) or len(sites) > MAX_SITES:
         raise ValueError(f"found sites that are not a list of at most {MAX_SITES} entries")
     for site in sites:
-        _check_keys("site", site, _SITE_FIELDS)
+        _check_keys("site", site, _SITE_FIELDS if version > 1 else _SITE_FIELDS[:-1])
     header = BasisHeader(**record, sites=tuple(SiteRecord(**site) for site in sites))
     if header.fingerprint != model_fingerprint:
         raise ValueError(
@@ -376,7 +384,16 @@ def _basis_set(header: BasisHeader, tensors: dict[str, Tensor]) -> BasisSet:
         query = tensors.get(f"query.{i}", key)
         spectrum = tensors[f"spectrum.{i}"]
         bases.append(
-            Basis(query, key, spectrum, header.kind, site.weights, site.layer, site.tokens)
+            Basis(
+                query,
+                key,
+                spectrum,
+                header.kind,
+                site.weights,
+                site.layer,
+                site.tokens,
+                site.blocks,
+            )
         )
     fields = {name: getattr(header, name) for name in _HEADER_FIELDS[1:-1]}
     return BasisSet(tuple(bases), **fields)

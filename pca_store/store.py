@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +22,7 @@ from loki_compile.pca_store.basis_file import (
     read_header,
     verify_file,
 )
+from loki_compile.pca_store.fingerprint import run_of
 
 SUFFIX = ".safetensors"
 HUB_FILE = "loki_basis.safetensors"
@@ -167,16 +168,30 @@ class Store:
             entries.append(StoredBasis(path, header, status.st_size, status.st_mtime_ns))
         return sorted(entries, key=lambda entry: entry._age_key, reverse=True)
 
-    def find(self, site_fingerprints: Iterable[str]) -> BasisSet | None:
+    def find(
+        self,
+        site_fingerprints: Iterable[str],
+        blocks: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> BasisSet | None:
         """The stored set that covers most of these weights fingerprints, the newest of equals.
 
         None where no stored set covers any. Loads the tensors of the set returned alone; a set
         that proves damaged is passed over with a warning.
+
+        Args:
+            blocks: fingerprints of the rows of weights, by their fingerprint: what is some of the
+                rows of stored weights counts as covered by them.
         """
-        wanted = set(site_fingerprints)
+        wanted, rows = set(site_fingerprints), blocks or {}
 
         def covered(entry: StoredBasis) -> int:
-            return len(wanted & {site.weights for site in entry.header.sites})
+            sites = entry.header.sites
+            held = {site.weights for site in sites}
+            return sum(
+                weights in held
+                or any(run_of(rows.get(weights, ()), site.blocks) is not None for site in sites)
+                for weights in wanted
+            )
 
         # Stable: newest first among equals.
         for entry in sorted(self.list(), key=covered, reverse=True):

@@ -614,8 +614,7 @@ class TestFingerprint:
         assert len(weights_fingerprint(weight)) == 32
 
     def test_meta_weights_have_none(self):
-        with pytest.raises(ValueError, match="meta device"):
-            weights_fingerprint(torch.empty(3, device="meta"))
+        assert weights_fingerprint(torch.empty(3, device="meta")) == ""
 
     def test_combining_ignores_order_and_keeps_repetition(self):
         assert combine_fingerprints([SITE_A, SITE_B]) == combine_fingerprints([SITE_B, SITE_A])
