@@ -10,6 +10,7 @@ variants are compiled when they are first needed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections import deque
@@ -31,6 +32,7 @@ from loki_compile.passes.sites import Reason, Skipped, find_sites
 from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from loki_compile.pca_store.store import Store
+from loki_compile.refusal import plainly
 from loki_compile.report import GraphReport, describe, record_graph
 from loki_compile.runtime import CacheBinding, DecodeGraph, Variant, token_count
 
@@ -54,17 +56,18 @@ def loki(
       options: see `LokiConfig`.
 
     Raises:
-      ValueError: an unknown or impossible option, a basis that does not belong to the model.
+      ValueError: an unknown or impossible option, a basis that is not there or does not belong to
+        the model. Options and the basis' name are checked first, before the graph is looked at.
       RuntimeError: under `strict=True`, listing every site that could not be rewritten.
     """
-    config = LokiConfig.from_options({**(options or {}), **unknown})
+    config = plainly(_checked, {**(options or {}), **unknown}, mode)
     compile_graph = functools.partial(_inductor, mode=mode, options=config.inductor)
     normal, _ = normalize(gm)
     parts = take_parts(normal)
     plan = plan_graph(normal, config)
     if config.strict:
-        _refuse_dense(plan)
-    bindings = _bind_caches(normal, plan, example_inputs, parts, config)
+        plainly(_refuse_dense, plan)
+    bindings = plainly(_bind_caches, normal, plan, example_inputs, parts, config)
     decode = None
     if plan.sparse:
         late = functools.partial(
@@ -80,6 +83,27 @@ def loki(
         packed, mapping = copy_of(normal)
         return compile_graph(pack_groups(packed, plan.on(mapping).sites), example_inputs)
     return compile_graph(gm, example_inputs)
+
+
+def _checked(options: dict[str, Any], mode: str | None) -> LokiConfig:
+    """The configuration, with a basis that was named read in; says once what cannot be meant.
+
+    Raises:
+      ValueError: an option, a mode or a basis that there is not.
+    """
+    config = LokiConfig.from_options(options)
+    if mode and mode not in (modes := torch._inductor.list_mode_options()):
+        raise ValueError(f"mode={mode!r}: needs one of {', '.join(map(repr, modes))}.")
+    for notice in config.notices():
+        if notice not in _said:
+            _said.add(notice)
+            log.warning(notice)
+    if config.basis == "auto":
+        return config
+    return dataclasses.replace(config, basis=load_basis(config.basis))
+
+
+_said: set[str] = set()
 
 
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfig) -> GraphReport:
