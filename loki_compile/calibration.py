@@ -374,7 +374,11 @@ class _Seen:
         """A basis of each cache, in the order of first sight; what was seen of it is given up."""
         bases: list[Basis] = []
         total = STEPS * len(self.layers)
+        if expect is not None:
+            pace.probe(self)
         pace.begin_fitting(total)
+        if expect is not None:
+            expect(pace.left(self))
 
         def step(count: int) -> None:
             pace.step(count)
