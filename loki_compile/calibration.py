@@ -34,7 +34,7 @@ from loki_compile.passes.normalize import normalize
 from loki_compile.passes.rewrite import insert_rows, queries_by_head
 from loki_compile.passes.rotary import Unrotated, before_rotation
 from loki_compile.passes.sites import QUERIES, AttentionSite, Heads, Layout, find_sites
-from loki_compile.pca_store.attention_fit import STEPS, AttentionSamples
+from loki_compile.pca_store.attention_fit import RECENT, SINK, STEPS, AttentionSamples
 from loki_compile.pca_store.basis import CALIBRATIONS, Basis, BasisSet, library_versions
 from loki_compile.pca_store.covariance import KeyCovariance
 from loki_compile.pca_store.fingerprint import weights_fingerprint
@@ -175,6 +175,21 @@ def check_choices(calibration: str, kind: str, rank: int | float) -> None:
     if not count and not (isinstance(rank, float) and 0 < rank <= 1):
         raise ValueError(
             f"rank={rank!r}: needs a count >= 1 (int) or a fraction of head_dim in (0, 1] (float)."
+        )
+
+
+def check_lengths(batches: Sequence[Tensor], kind: str) -> None:
+    """Refuses text that nothing can be fitted from, before a model is loaded.
+
+    Raises:
+        ValueError: no prompt, or none long enough for an "attention" basis.
+    """
+    longest = max((batch.shape[1] for batch in batches), default=0)
+    needed = SINK + RECENT + 1 if kind == "attention" else 2
+    if longest < needed:
+        raise ValueError(
+            f"the longest prompt holds {longest} tokens; a basis of kind {kind!r} needs {needed}: "
+            "pass more text, or a larger --length"
         )
 
 

@@ -98,6 +98,15 @@ def _runs_sparse(config: LokiConfig, context: int) -> bool:
     return context >= config.min_context and not config.budget.covers(context)
 
 
+def dense_because(config: LokiConfig, context: int) -> str:
+    """Why nothing runs sparse at `context` visible keys; "" where it does."""
+    if _runs_sparse(config, context):
+        return ""
+    if config.budget.covers(context):
+        return f"top_k={config.top_k} covers them"
+    return f"min_context={config.min_context}"
+
+
 def summary(reports: Sequence[GraphReport], config: LokiConfig, context: int) -> str:
     """One line: how many sites, how many sparse, what the indexes cost in all."""
     sites = [site for report in reports for site in report.sites]
@@ -110,10 +119,7 @@ def summary(reports: Sequence[GraphReport], config: LokiConfig, context: int) ->
     }
     memory = sum(each.values()) * context
     line = f"{len(sparse)} of {len(sites)} sites sparse in {len(reports)} graph(s)"
-    if sparse and not _runs_sparse(config, context):
-        why = f"min_context={config.min_context}"
-        if config.budget.covers(context):
-            why = f"top_k={config.top_k} covers them"
+    if sparse and (why := dense_because(config, context)):
         return f"{line}; at {context} cached tokens they run dense ({why})"
     return f"{line}; indexes take {_bytes(memory)} at {context} cached tokens" if sparse else line
 
