@@ -259,8 +259,8 @@ class Stopped(Exception):
 @pytest.fixture
 def samples(monkeypatch):
     """Weak references to everything that calibration keeps of prompts; fits are short."""
-    monkeypatch.setattr(attention_fit, "STEPS", 10)
-    monkeypatch.setattr(calibration, "STEPS", 10)
+    monkeypatch.setattr(attention_fit, "STEPS", 12)
+    monkeypatch.setattr(calibration, "STEPS", 12)
     alive = []
     update = attention_fit.AttentionSamples.update
 
@@ -301,7 +301,7 @@ def test_samples_of_a_layer_are_given_back_when_it_is_fitted(samples):
         fit_progress=lambda done, _: alive.append((done, left_alive(samples))),
     )
     assert dict(alive)[1] == 8
-    assert dict(alive)[11] == 4  # the second cache: what was seen of the first is gone
+    assert dict(alive)[13] == 4  # the second cache: what was seen of the first is gone
 
 
 def stopped_run(model, batches, folder, *, kind="attention", at=2, in_fit=None):
@@ -344,7 +344,7 @@ def test_what_was_stopped_goes_on_to_the_same_basis(kind, samples, tmp_path):
 def test_fitted_layers_are_kept(samples, tmp_path, monkeypatch):
     model, batches = Looped().eval(), [tokens(1, 90, n) for n in range(2)]
     whole = calibrate_any(model, batches)
-    stopped_run(model, batches, tmp_path, in_fit=13)  # three steps into the second of two
+    stopped_run(model, batches, tmp_path, in_fit=15)  # three steps into the second of two
     monkeypatch.setattr(
         calibration._LookingOn, "run", lambda *_: pytest.fail("the text was read again")
     )
@@ -352,7 +352,7 @@ def test_fitted_layers_are_kept(samples, tmp_path, monkeypatch):
     again = calibrate_any(
         model, batches, partial=tmp_path, fit_progress=lambda done, _: steps.append(done)
     )
-    assert steps == list(range(11, 21))
+    assert steps == list(range(13, 25))
     assert_equal_sets(whole, again)
 
 
@@ -427,7 +427,7 @@ def test_the_time_that_is_left_is_measured(samples, monkeypatch):
         return run(self, *arguments)
 
     def slow_loss(*arguments):
-        clock[0] += 2
+        clock[0] += 2 if torch.is_grad_enabled() else 0.75  # 32 of these are 12 steps
         return draw(*arguments)
 
     monkeypatch.setattr(calibration._LookingOn, "run", slow_run)
@@ -435,8 +435,8 @@ def test_the_time_that_is_left_is_measured(samples, monkeypatch):
     said = []
     calibrate_any(model, batches, expect=lambda left: said.append((clock[0], left)))
     first_at, first = said[0]
-    assert first == pytest.approx(3 * 7 + 2 * 2 * 22)
-    assert clock[0] - first_at == pytest.approx(first, rel=0.25)
+    assert first == pytest.approx(3 * 7 + 2 * 2 * 24)
+    assert clock[0] - first_at == pytest.approx(first, rel=0.05)
     assert said[-1][1] == 0
 
 
@@ -587,11 +587,11 @@ def test_pre_rotary_is_what_the_key_module_puts_out(name):
 def test_attention_written_out_is_observed_as_well():
     model, _, _ = build("llama", layers=1)
     ids = tokens(2, 27)
-    for calibration in ("pre-rotary", "post-rotary"):
+    for which in ("pre-rotary", "post-rotary"):
         found = []
         for form in ("sdpa", "eager"):
             model.set_attn_implementation(form)
-            found += calibrate(model, [ids], calibration=calibration).bases
+            found += calibrate(model, [ids], calibration=which).bases
         assert found[0].weights == found[1].weights
         assert_same_basis(found[1], found[0])
 
