@@ -1,15 +1,19 @@
-"""loki_compile: `torch.compile(model, backend="loki")` makes long-context decoding sparse.
+"""loki_compile: `model.compile(backend="loki")` makes long-context decoding sparse.
 
 Importing is not needed to use the backend (it is an entry point); this module has what surrounds
 it: fit a basis (`calibrate`), what would become of each attention site (`explain`), what became
 of it (`reports`), what Dynamo did not compile (`given_up`), what ran (`stats`).
 """
 
-from loki_compile.calibration import calibrate
-from loki_compile.config import LokiConfig
-from loki_compile.counts import reset_stats, stats
-from loki_compile.explanation import explain
-from loki_compile.report import GraphReport, SiteReport, given_up, reports
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loki_compile.calibration import calibrate
+    from loki_compile.config import LokiConfig
+    from loki_compile.counts import reset_stats, stats
+    from loki_compile.explanation import explain
+    from loki_compile.report import GraphReport, SiteReport, given_up, reports
 
 __all__ = [
     "GraphReport",
@@ -22,3 +26,26 @@ __all__ = [
     "reset_stats",
     "stats",
 ]
+
+# PyTorch is imported with the first name that is used: `loki --help` needs none.
+_HOME = {
+    "GraphReport": "report",
+    "LokiConfig": "config",
+    "SiteReport": "report",
+    "calibrate": "calibration",
+    "explain": "explanation",
+    "given_up": "report",
+    "reports": "report",
+    "reset_stats": "counts",
+    "stats": "counts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

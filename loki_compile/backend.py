@@ -11,6 +11,7 @@ variants are compiled when they are first needed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections import deque
@@ -35,6 +36,7 @@ from loki_compile.passes.sites import Reason, Skipped, find_sites
 from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
 from loki_compile.pca_store.store import Store
+from loki_compile.refusal import Refusal, plainly
 from loki_compile.report import GraphReport, describe, record_graph
 from loki_compile.runtime import DecodeGraph, Variant
 
@@ -65,10 +67,11 @@ def loki(
         `backend=functools.partial(loki, engine=...)`.
 
     Raises:
-      ValueError: an unknown or impossible option, a basis that does not belong to the model.
+      ValueError: an unknown or impossible option, a basis that is not there or does not belong to
+        the model. Options and the basis' name are checked first, before the graph is looked at.
       RuntimeError: under `strict=True`, listing every site that could not be rewritten.
     """
-    config = LokiConfig.from_options({**(options or {}), **unknown})
+    config = plainly(_checked, {**(options or {}), **unknown}, mode)
     compile_graph = functools.partial(engine or _engine, mode=mode, options=config.inductor)
     normal, _ = normalize(gm)
     ask_for_values(normal.graph)
@@ -78,8 +81,8 @@ def loki(
     if plan.sparse or refusal:
         ask_what_inductor_asks(gm, example_inputs)  # what is traced again is not judged
     if refusal:
-        raise RuntimeError(refusal)
-    bindings = bind_caches(normal, plan, example_inputs, parts, config)
+        raise Refusal(refusal)
+    bindings = plainly(bind_caches, normal, plan, example_inputs, parts, config)
     tally = tally_of(gm, example_inputs)
     decode = None
     if plan.sparse:
@@ -106,6 +109,22 @@ def loki(
     record_graph(plan, config, bindings, decode, adapters)  # last: it may be traced again
     _say_what_stays_dense(plan, config, tally)
     return compiled
+
+
+def _checked(options: dict[str, Any], mode: str | None) -> LokiConfig:
+    """The configuration, with a basis that was named read in; says once what cannot be meant.
+
+    Raises:
+      ValueError: an option, a mode or a basis that there is not.
+    """
+    config = LokiConfig.from_options(options)
+    if mode and mode not in (modes := torch._inductor.list_mode_options()):
+        raise ValueError(f"mode={mode!r}: needs one of {', '.join(map(repr, modes))}.")
+    for notice in config.notices():
+        say_once(notice, notice)
+    if config.basis == "auto":
+        return config
+    return dataclasses.replace(config, basis=load_basis(config.basis))
 
 
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfig) -> GraphReport:
@@ -173,13 +192,8 @@ def _say_what_stays_dense(plan: Plan, config: LokiConfig, tally: Tally) -> None:
     """Says once where options or the model leave nothing of a decode step to be sparse."""
     why = {skip.reason for skip in plan.dense}
     if plan.sparse:
-        if config.min_context and config.top_k == 1.0:
-            say_once(
-                (tally.model, "top_k"),
-                f"{tally.model}: top_k={config.top_k} reads every key of any context, so all "
-                "steps run dense: lower top_k to decode sparsely.",
-            )
-    elif Reason.SHORT_CACHE in why:
+        return
+    if Reason.SHORT_CACHE in why:
         skip = next(skip for skip in plan.dense if skip.reason is Reason.SHORT_CACHE)
         say_once(
             (tally.model, "short"),

@@ -10,13 +10,17 @@ looks like.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
-import itertools
+import json
+import logging
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,14 +34,16 @@ from loki_compile.passes.normalize import normalize
 from loki_compile.passes.rewrite import insert_rows, queries_by_head
 from loki_compile.passes.rotary import Unrotated, before_rotation
 from loki_compile.passes.sites import QUERIES, AttentionSite, Heads, Layout, find_sites
-from loki_compile.pca_store.attention_fit import STEPS, AttentionSamples
+from loki_compile.pca_store.attention_fit import RECENT, SINK, STEPS, AttentionSamples
 from loki_compile.pca_store.basis import CALIBRATIONS, Basis, BasisSet, library_versions
 from loki_compile.pca_store.covariance import KeyCovariance
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
+from loki_compile.pca_store.partial import Partial
+from loki_compile.watching import watched
 
 FITTED_KINDS = ("attention", "pca", "score-optimal")
-# Dynamo runs a frame eagerly, unseen, once it has been compiled this often.
-RECOMPILE_LIMIT = 256
+
+log = logging.getLogger("loki_compile")
 
 
 @torch.no_grad()
@@ -52,8 +58,12 @@ def calibrate(
     source: str = "",
     progress: Callable[[int], None] | None = None,
     fit_progress: Callable[[int, int], None] | None = None,
+    expect: Callable[[float], None] | None = None,
+    partial: str | Path | None = None,
 ) -> BasisSet:
     """Fits one basis per key cache of a decoder; the model is left as it was.
+
+    What it has seen is given back: of each cache once it is fitted, and all of it at the end.
 
     Args:
         model: a decoder in eval mode. It is called with `input_ids=`, and with `use_cache=False`
@@ -72,6 +82,12 @@ def calibrate(
         source: what the text is, for display.
         progress: called with the number of tokens of each batch when it is done.
         fit_progress: called with the steps done and the steps in all while "attention" is fitted.
+        expect: called with the seconds that reading and fitting will still take, as measured: after
+            each batch from the first on, and while "attention" is fitted.
+        partial: a folder in which to keep what was seen and fitted until the end, so that the same
+            call goes on where one was stopped; as large as what "attention" keeps in memory.
+            A file there that is damaged, or does not belong to this very run, is not used, with a
+            warning. None: a stop loses everything.
 
     Returns:
         One basis for each set of key weights, in the order in which the model uses them.
@@ -83,27 +99,52 @@ def calibrate(
     """
     check_choices(calibration, kind, rank)
     model = getattr(model, "_orig_mod", model)
-    seen = _Seen(pre_rotary=calibration == "pre-rotary", kind=kind)
-    run = torch.compile(model.forward, backend=seen.observe)
+    device = next(model.parameters()).device
+    seen = _Seen(pre_rotary=calibration == "pre-rotary", kind=kind, rank=rank)
     extra = _accepted(model, {"use_cache": False, "logits_to_keep": 1})
-    done, per_batch = 0, 0
-    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        for batch in batches:
-            inputs = _inputs(batch, next(model.parameters()).device)
-            seen.start(inputs.get("attention_mask"))
-            run(**{**extra, **inputs})
-            if seen.error is not None:
-                raise seen.error
-            per_batch = per_batch or seen.in_batch
-            if seen.in_batch < max(per_batch, 1):
-                raise _unseen(seen, per_batch)
-            done += 1
-            if progress is not None:
-                progress(inputs["input_ids"].numel() if "input_ids" in inputs else 0)
-    if not done:
-        raise ValueError("found no batches to calibrate with; needs at least one: pass more text.")
+    sizes: list[int] = []
+    if partial is not None or expect is not None:
+        batches = list(batches)
+        sizes = [_tokens(batch) for batch in batches]
+    kept = None
+    if partial is not None:
+        settings = {"calibration": calibration, "kind": kind, "rank": rank}
+        kept = _Kept(Partial(partial, _run_key(model, settings, batches)), device)
+    try:
+        done = kept.restore(seen) if kept is not None else 0
+        pace = _Pace(sum(sizes[done:]))
+        with watched(model, seen.observe) as run:
+            for number, batch in enumerate(batches):
+                inputs = _inputs(batch, device)
+                if number >= done:
+                    begin = time.perf_counter()
+                    seen.start(inputs.get("attention_mask"))
+                    run(**{**extra, **inputs})
+                    if seen.error is not None:
+                        raise seen.error
+                    seen.per_batch = seen.per_batch or seen.in_batch
+                    if seen.in_batch < max(seen.per_batch, 1):
+                        raise _unseen(seen, seen.per_batch)
+                    if kept is not None:
+                        kept.keep(seen, number)
+                    pace.read(_tokens(batch), time.perf_counter() - (seen.running_since or begin))
+                if progress is not None:
+                    progress(_tokens(batch))
+                if expect is not None and number >= done:
+                    pace.probe(seen)
+                    expect(pace.left(seen))
+                done = max(done, number + 1)
+        if not done:
+            raise ValueError(
+                "found no batches to calibrate with; needs at least one: pass more text."
+            )
+        bases = seen.fit(fit_progress, expect, pace, kept)
+    finally:
+        seen.forget()
+    if kept is not None:
+        kept.files.remove()
     return BasisSet(
-        seen.fit(rank, fit_progress),
+        bases,
         model=name,
         calibration=calibration,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -134,6 +175,21 @@ def check_choices(calibration: str, kind: str, rank: int | float) -> None:
     if not count and not (isinstance(rank, float) and 0 < rank <= 1):
         raise ValueError(
             f"rank={rank!r}: needs a count >= 1 (int) or a fraction of head_dim in (0, 1] (float)."
+        )
+
+
+def check_lengths(batches: Sequence[Tensor], kind: str) -> None:
+    """Refuses text that nothing can be fitted from, before a model is loaded.
+
+    Raises:
+        ValueError: no prompt, or none long enough for an "attention" basis.
+    """
+    longest = max((batch.shape[1] for batch in batches), default=0)
+    needed = SINK + RECENT + 1 if kind == "attention" else 2
+    if longest < needed:
+        raise ValueError(
+            f"the longest prompt holds {longest} tokens; a basis of kind {kind!r} needs {needed}: "
+            "pass more text, or a larger --length"
         )
 
 
@@ -182,12 +238,16 @@ class _Seen:
 
     pre_rotary: bool
     kind: str
+    rank: int | float
     held: dict[tuple[str, int], KeyCovariance | AttentionSamples] = field(default_factory=dict)
+    scales: dict[tuple[str, int], float] = field(default_factory=dict)
     head_dims: dict[tuple[str, int], int] = field(default_factory=dict)
     layers: dict[tuple[str, int], str] = field(default_factory=dict)
     blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
     mask: Tensor | None = None
     in_batch: int = 0
+    per_batch: int = 0
+    running_since: float | None = None
     reasons: dict[str, None] = field(default_factory=dict)
     error: ValueError | None = None
 
@@ -195,6 +255,12 @@ class _Seen:
         """Begins a batch; `mask` (B, T) marks its real tokens."""
         self.mask = None if mask is None else mask.bool()
         self.in_batch = 0
+        self.running_since = None
+
+    def forget(self) -> None:
+        """Lets go of every tensor."""
+        self.held.clear()
+        self.mask = None
 
     def observe(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """A TorchDynamo backend: the graph as it was, run by an interpreter that looks on."""
@@ -205,7 +271,13 @@ class _Seen:
             caches, self.error = [], error
         if not caches:
             return gm.forward
-        return lambda *args: _LookingOn(normal, caches, self).run(*args)
+
+        def run(*args: Any) -> Any:
+            if self.running_since is None:  # Dynamo has compiled what comes first
+                self.running_since = time.perf_counter()
+            return _LookingOn(normal, caches, self).run(*args)
+
+        return run
 
     def _caches(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[_Observed]:
         sites, skipped = find_sites(gm.graph, max_query_tokens=None)
@@ -294,6 +366,7 @@ class _Seen:
         if held is None:
             held = self.held[cache.identity] = self._empty(cache)
             self.layers[cache.identity] = cache.layer
+            self.scales[cache.identity] = cache.scale
             self.head_dims[cache.identity] = cache.head_dim
         groups = [q.unflatten(1, (cache.kv_heads, -1)) for q in queries]
         together = torch.cat(groups, 2).flatten(1, 2)
@@ -311,24 +384,44 @@ class _Seen:
             return AttentionSamples(cache.kv_heads, cache.head_dim, scale=cache.scale)
         return KeyCovariance(cache.kv_heads, cache.head_dim)
 
+    def columns(self, identity: tuple[str, int]) -> int:
+        """Of an "attention" basis; a count above head_dim is head_dim, for layers may differ."""
+        return _columns(self.rank, self.head_dims[identity])
+
     def fit(
-        self, rank: int | float, progress: Callable[[int, int], None] | None
+        self,
+        progress: Callable[[int, int], None] | None,
+        expect: Callable[[float], None] | None,
+        pace: _Pace,
+        kept: _Kept | None,
     ) -> tuple[Basis, ...]:
-        """A basis of each cache, in the order of first sight."""
+        """A basis of each cache, in the order of first sight; what was seen of it is given up."""
         bases: list[Basis] = []
-        total = STEPS * len(self.held)
+        total = STEPS * len(self.layers)
+        if expect is not None:
+            pace.probe(self)
+        pace.begin_fitting(total)
+        if expect is not None:
+            expect(pace.left(self))
 
-        steps_done = itertools.count(1)
-
-        def step(_: int) -> None:
+        def step(count: int) -> None:
+            pace.step(count)
             if progress is not None:
-                progress(next(steps_done), total)
+                progress(total - pace.steps_left, total)
+            if expect is not None:
+                expect(pace.left(self))
 
-        for identity, held in self.held.items():
+        for number, identity in enumerate(self.layers):
             origin = {"weights": identity[0], "layer": self.layers[identity]}
-            if isinstance(held, AttentionSamples):
-                columns = _columns(rank, self.head_dims[identity])
-                bases.append(held.fit(columns, **origin, progress=step))
+            held = self.held.pop(identity, None)
+            if held is None:  # an earlier run has fitted it
+                assert kept is not None
+                bases.append(kept.fitted[number])
+                pace.skip(STEPS)
+            elif isinstance(held, AttentionSamples):
+                bases.append(held.fit(self.columns(identity), **origin, progress=step))
+                if kept is not None:
+                    kept.keep_basis(bases[-1], number)
             else:
                 bases.append(
                     held.pca(**origin) if self.kind == "pca" else held.score_optimal(**origin)
@@ -336,6 +429,210 @@ class _Seen:
         return tuple(
             dataclasses.replace(basis, blocks=self.blocks[basis.weights]) for basis in bases
         )
+
+
+# Of a fit, beside its steps: the scores of where it begins and ends, in steps.
+_STEPS_BESIDE = 12
+
+
+class _Pace:
+    """How long the rest will take, from what has been measured. Seconds and tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens_left = tokens
+        self.tokens_read = 0
+        self.reading = 0.0
+        self.step_seconds: float | None = None
+        self.steps_left = 0
+        self._begun: float | None = None
+        self._steps_done = 0
+
+    def read(self, tokens: int, seconds: float) -> None:
+        self.tokens_left -= tokens
+        self.tokens_read += tokens
+        self.reading += seconds
+
+    def probe(self, seen: _Seen) -> None:
+        """Measures a step of the fit, once."""
+        if self.step_seconds is not None:
+            return
+        self.step_seconds = 0.0
+        for identity, held in seen.held.items():
+            if isinstance(held, AttentionSamples):
+                self.step_seconds = held.seconds_per_step(seen.columns(identity))
+                break
+
+    def begin_fitting(self, steps: int) -> None:
+        self.steps_left = steps
+        self._begun = time.perf_counter()
+
+    def skip(self, steps: int) -> None:
+        self.steps_left -= steps
+
+    def step(self, count: int) -> None:
+        self.steps_left -= count
+        self._steps_done += count
+
+    def left(self, seen: _Seen) -> float:
+        seconds = self.tokens_left * self.reading / max(self.tokens_read, 1)
+        each = (self.step_seconds or 0.0) * (STEPS + _STEPS_BESIDE) / STEPS
+        if self._begun is None:
+            return seconds + len(seen.held) * STEPS * each
+        if self._steps_done >= STEPS // 10:
+            each = (time.perf_counter() - self._begun) / self._steps_done
+        return self.steps_left * each
+
+
+class _Kept:
+    """What a `Partial` holds of a run: "seen" (moments, and how far it has come), "chunk-N" (the
+    samples of batch N), "basis-N"."""
+
+    def __init__(self, files: Partial, device: torch.device) -> None:
+        self.files = files
+        self.device = device
+        self.fitted: dict[int, Basis] = {}
+        self._prompts: dict[tuple[str, int], int] = {}
+        self._broken = False
+
+    def restore(self, seen: _Seen) -> int:
+        """Fills in what was kept; the number of batches that need not be read again."""
+        if not self.files.has("seen"):
+            return 0
+        try:
+            done = self._restore(seen)
+        except ValueError as error:
+            log.warning("%s: it is not used, and calibration begins anew", error)
+            for known in (seen.held, seen.layers, seen.scales, seen.head_dims, self.fitted):
+                known.clear()
+            self._prompts.clear()
+            seen.per_batch = 0
+            self.files.remove()
+            return 0
+        log.info(
+            "going on from %s: %d batches, %d bases", self.files.folder, done, len(self.fitted)
+        )
+        return done
+
+    def _restore(self, seen: _Seen) -> int:
+        moments, record = self.files.read("seen")
+        prompts: dict[int, list[dict[str, Tensor]]] = {}
+        for number, (weights, occurrence, layer, kv_heads, head_dim, scale) in enumerate(
+            record["caches"]
+        ):
+            identity = (weights, occurrence)
+            seen.layers[identity], seen.head_dims[identity] = layer, head_dim
+            seen.scales[identity] = scale
+            if self.files.has(f"basis-{number}"):
+                self.fitted[number] = self._basis(number)
+                continue
+            prompts[number] = []
+            if seen.kind == "attention":
+                seen.held[identity] = AttentionSamples(kv_heads, head_dim, scale=scale)
+            else:
+                seen.held[identity] = KeyCovariance(kv_heads, head_dim)
+        if seen.kind == "attention" and prompts:
+            for batch in range(record["done"]):
+                tensors, counts = self.files.read(
+                    f"chunk-{batch}", lambda name: int(name.split(".")[0]) in prompts
+                )
+                for number, held in prompts.items():
+                    for row in range(counts[number]):
+                        names = ("keys", "seen", "queries", "positions")
+                        held.append(
+                            {n: tensors[f"{number}.{row}.{n}"].to(self.device) for n in names}
+                        )
+        for number, identity in enumerate(seen.layers):
+            if number not in prompts:
+                continue
+            held = seen.held[identity]
+            state = {
+                name.partition(".")[2]: value
+                for name, value in moments.items()
+                if name.partition(".")[0] == str(number)
+            }
+            if isinstance(held, AttentionSamples):
+                held.restore(state, prompts[number])
+                self._prompts[identity] = held.prompts
+            else:
+                held.restore(state)
+        seen.per_batch = record["per_batch"]
+        return int(record["done"])
+
+    def keep(self, seen: _Seen, number: int) -> None:
+        """After a batch: its samples first, then how far the run has come."""
+        tensors, counts, moments, caches = {}, [], {}, []
+        for place, (identity, held) in enumerate(seen.held.items()):
+            if isinstance(held, AttentionSamples):
+                first = self._prompts.get(identity, 0)
+                counts.append(held.prompts - first)
+                for row in range(held.prompts - first):
+                    for name, value in held.prompt(first + row).items():
+                        tensors[f"{place}.{row}.{name}"] = value
+                self._prompts[identity] = held.prompts
+            moments |= {f"{place}.{name}": value for name, value in held.state().items()}
+            kv_heads = (held.moments if isinstance(held, AttentionSamples) else held).num_kv_heads
+            shape = (kv_heads, seen.head_dims[identity], seen.scales[identity])
+            caches.append((*identity, seen.layers[identity], *shape))
+        record = {"done": number + 1, "per_batch": seen.per_batch, "caches": caches}
+        if counts:
+            self._write(f"chunk-{number}", tensors, counts)
+        self._write("seen", moments, record)
+
+    def keep_basis(self, basis: Basis, number: int) -> None:
+        tensors = {"query": basis.query, "key": basis.key, "spectrum": basis.spectrum}
+        record = {"weights": basis.weights, "layer": basis.layer, "tokens": basis.tokens}
+        self._write(f"basis-{number}", tensors, record)
+
+    def _basis(self, number: int) -> Basis:
+        tensors, record = self.files.read(f"basis-{number}")
+        return Basis(**tensors, **record, kind="attention")
+
+    def _write(self, name: str, tensors: dict[str, Tensor], record: Any) -> None:
+        if self._broken:
+            return
+        try:
+            self.files.write(name, tensors, record)
+        except OSError as error:
+            self._broken = True
+            log.warning(
+                "cannot keep what was seen in %s (%s): a stop will lose it. Free some space, or "
+                "set LOKI_HOME to another folder.",
+                self.files.folder,
+                error,
+            )
+
+
+def _run_key(
+    model: nn.Module, settings: dict[str, Any], batches: Iterable[Tensor | Mapping[str, Any]]
+) -> str:
+    """Names a run (64 hex digits): the weights of the model, the settings, and every token."""
+    digest = hashlib.sha256(json.dumps([type(model).__name__, settings, STEPS]).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {_fingerprint(parameter)} ".encode())
+    for batch in batches:
+        given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        for name, value in sorted(given.items()):
+            digest.update(f"{name} ".encode())
+            if isinstance(value, Tensor):
+                digest.update(f"{tuple(value.shape)} {value.dtype} ".encode())
+                flat = value.detach().cpu().contiguous().reshape(-1)
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def _fingerprint(parameter: Tensor) -> str:
+    """Weights of a kind that has no fingerprint are told by their shape."""
+    try:
+        return weights_fingerprint(parameter)
+    except Exception:  # of whatever library's tensor subclass
+        return str(tuple(parameter.shape))
+
+
+def _tokens(batch: Tensor | Mapping[str, Any]) -> int:
+    ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
+    return ids.numel() if isinstance(ids, Tensor) else 0
 
 
 def _columns(rank: int | float, head_dim: int) -> int:

@@ -40,7 +40,7 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
             if ctx.params.get("traceback"):
                 raise
             message = _user_message(error)
@@ -51,12 +51,14 @@ class _Commands(click.Group):
 
 def _user_message(error: Exception) -> str | None:
     """What to tell the user, or None for an error that is not of their making."""
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    if isinstance(error, BackendCompilerFailed):
-        error = error.inner_exception
-        return str(error) if isinstance(error, (ValueError, RuntimeError)) else None
-    return str(error) if isinstance(error, (ValueError, OSError)) else None
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    if isinstance(error, ImportError):
+        return f"{error}; needed for this command: pip install 'loki-compile[eval]'"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        first = str(error).partition("\n")[0]
+        return f"out of memory ({first}); needed a shorter context, or a smaller --dtype"
+    return None
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,7 +66,7 @@ def _user_message(error: Exception) -> str | None:
 @click.option("--traceback", is_flag=True, help="Show where an error came from.")
 @click.version_option(package_name="loki-compile")
 def main(verbose: bool, traceback: bool) -> None:
-    """Sparse attention for long-context decoding: torch.compile(model, backend="loki")."""
+    """Sparse attention for long-context decoding: model.compile(backend="loki")."""
     if verbose:
         handler = RichHandler(console=err, show_path=False)
         logger = logging.getLogger("loki_compile")
@@ -114,6 +116,19 @@ def _with(options: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
     return add
 
 
+def _say(line: str) -> None:
+    """What begins now, where it takes long; to stderr."""
+    err.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _say_if_dense(options: dict[str, Any], context: int) -> None:
+    from loki_compile.config import LokiConfig
+    from loki_compile.explanation import dense_because
+
+    if why := dense_because(LokiConfig.from_options(options), context):
+        _say(f"note: behind {context} tokens every step of loki runs dense ({why})")
+
+
 def _loki_options(**given: Any) -> dict[str, Any]:
     """The options that were given, checked; the names are `LokiConfig`'s.
 
@@ -132,14 +147,14 @@ def _loki_options(**given: Any) -> dict[str, Any]:
 
 @main.command()
 @click.option("--model", "name", default="reference", show_default=True, help=MODEL_HELP)
-@click.option("--context", type=int, default=4096, show_default=True, help="Tokens of the prompt.")
+@click.option("--context", type=int, help="Tokens of the prompt. [4096, or what the model allows]")
 @click.option("--out", "picture", type=click.Path(path_type=Path), default=Path("loki_demo.png"))
 @click.option("--quick", is_flag=True, help="Leave out the picture of latency against context.")
 @_with(_LOKI_OPTIONS)
 @_with(_MODEL_OPTIONS)
 def demo(
     name: str,
-    context: int,
+    context: int | None,
     picture: Path,
     quick: bool,
     device: str | None,
@@ -148,11 +163,33 @@ def demo(
     **loki: Any,
 ) -> None:
     """Dense against sparse decoding on one model: speed, tokens, recall, perplexity, a picture."""
-    from loki_compile.demo import run_demo
-    from loki_compile.models import load_model, load_tokenizer
+    import importlib.util
+
+    from loki_compile.demo import NEW_TOKENS, check_context, run_demo
+    from loki_compile.models import (
+        check_placement,
+        check_writable,
+        fitting_context,
+        load_config,
+        load_model,
+        load_tokenizer,
+    )
 
     options = _loki_options(**loki)
+    check_placement(device, dtype)
+    if not quick:
+        check_writable("--out", picture)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError(
+                "matplotlib is not installed; needed for the picture: pip install "
+                "'loki-compile[eval]', or pass --quick"
+            )
+    config = load_config(name)
+    context = fitting_context("--context", context, 4096, config, NEW_TOKENS)
+    check_context(context, config)
     tokenizer = load_tokenizer(name)
+    _say_if_dense(options, context)
+    _say(f"loading {name}; then it is calibrated, and decodes by eager, Inductor and loki in turn")
     model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
     run_demo(model, tokenizer, name, context, options, None if quick else picture, out, err)
 
@@ -165,8 +202,9 @@ def demo(
 @click.argument("more_text", metavar="[FILES]...", nargs=-1)
 @click.option("--text", "first_text", multiple=True, help="Text files. [Python's own library]")
 @click.option("--tokens", type=click.IntRange(2), default=65536, show_default=True)
-@click.option("--length", type=click.IntRange(2), default=4096, show_default=True,
-              help="Tokens per prompt; as long as you decode, where memory allows.")  # fmt: skip
+@click.option("--length", "--context", "length", type=click.IntRange(2),
+              help="Tokens per prompt; as long as you decode, where memory allows. "
+              "[4096, or what the model allows]")  # fmt: skip
 @click.option("--kind", default="attention", show_default=True,
               help='"attention", "pca" or "score-optimal".')  # fmt: skip
 @click.option("--rank", default="0.25", show_default=True,
@@ -180,7 +218,7 @@ def calibrate(
     more_text: tuple[str, ...],
     first_text: tuple[str, ...],
     tokens: int,
-    length: int,
+    length: int | None,
     kind: str,
     rank: str,
     calibration: str,
@@ -189,48 +227,88 @@ def calibrate(
     dtype: str,
     random_weights: bool,
 ) -> None:
-    """Fit a basis for MODEL from text, and store it."""
+    """Fit a basis for MODEL from text, and store it.
+
+    How long it takes is said after the first prompt. Ctrl-C loses nothing: the same command goes on
+    from there (it is kept beside the store, in `partial`).
+    """
     import torch
 
     from loki_compile.calibration import calibrate as fit
-    from loki_compile.calibration import check_choices
-    from loki_compile.models import batches_of, encode, load_model, load_tokenizer, longest_context
+    from loki_compile.calibration import check_choices, check_lengths
+    from loki_compile.models import (
+        batches_of,
+        check_placement,
+        check_writable,
+        encode,
+        fitting_context,
+        load_config,
+        load_model,
+        load_tokenizer,
+    )
+    from loki_compile.pca_store.partial import default_partial_root
     from loki_compile.pca_store.store import Store
     from loki_compile.reference_data import calibration_prompts
 
     columns = NUMBER.convert(rank, None, None)
     check_choices(calibration, kind, columns)
+    check_placement(device, dtype)
     store = Store(folder)
+    check_writable("--out" if folder else "the store", store.root, folder=True)
     files = (*first_text, *more_text)
     text, source = _text_of(files, "train") if files else ("", "")
+    length = fitting_context("--length", length, 4096, load_config(name))
     tokenizer = load_tokenizer(name)
-    model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
-    length = min(length, longest_context(model))
     if files:
         batches = batches_of(encode(tokenizer, text[: 16 * tokens]), length, tokens)
     else:
         prompts, source = calibration_prompts(tokenizer, length, tokens)
         batches = [torch.tensor([prompt]) for prompt in prompts]
+    check_lengths(batches, kind)
     total = sum(batch.numel() for batch in batches)
     if total < tokens:
-        err.print(f"the text holds {total} tokens of the {tokens} asked for; all are used")
-    with _progress() as bar:
-        task = bar.add_task(f"reading with {name}", total=total)
-        fitting = bar.add_task("fitting", total=None, visible=kind == "attention")
-        basis_set = fit(
-            model,
-            batches,
-            calibration=calibration,
-            kind=kind,
-            rank=columns,
-            name=name,
-            source=source,
-            progress=lambda done: bar.advance(task, done),
-            fit_progress=lambda done, steps: bar.update(fitting, completed=done, total=steps),
-        )
+        _say(f"the text holds {total} tokens of the {tokens} asked for; all are used")
+    _say(f"loading {name}; then it reads {len(batches)} prompts eagerly, {total} tokens")
+    model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
+    try:
+        with _progress(left=True) as bar:
+            task = bar.add_task(f"reading with {name}", total=total, left="")
+            fitting = bar.add_task("fitting", total=None, visible=kind == "attention", left="")
+            said = False
+
+            def expect(seconds: float) -> None:
+                nonlocal said
+                if not said:
+                    _say(f"about {_duration(seconds)} to go: the rest of the text, and the fit")
+                said = True
+                current = fitting if bar.tasks[0].finished else task
+                bar.update(current, left=f"{_duration(seconds)} left")
+
+            basis_set = fit(
+                model,
+                batches,
+                calibration=calibration,
+                kind=kind,
+                rank=columns,
+                name=name,
+                source=source,
+                progress=lambda done: bar.advance(task, done),
+                fit_progress=lambda done, steps: bar.update(fitting, completed=done, total=steps),
+                expect=expect,
+                partial=default_partial_root(),
+            )
+    except KeyboardInterrupt:
+        _say("stopped; the same command goes on from here")
+        raise
     path = store.save(basis_set)
     out.print(_spectra(basis_set))
     out.print(f"wrote {path}", soft_wrap=True, highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _text_of(files: Sequence[str], split: str) -> tuple[str, str]:
@@ -245,7 +323,8 @@ def _text_of(files: Sequence[str], split: str) -> tuple[str, str]:
     return read_text(files), "".join(c for c in shown + more if c.isprintable())[:4096]
 
 
-def _progress() -> Any:
+def _progress(*, left: bool = False) -> Any:
+    """Bars on stderr; with `left` each task's field of that name says what time it still takes."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -258,7 +337,7 @@ def _progress() -> Any:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}") if left else TimeRemainingColumn(),
         console=err,
     )
 
@@ -377,15 +456,15 @@ def _spectra(basis_set: BasisSet) -> Table:
 @main.command(epilog=MODEL_HELP)
 @click.argument("name", metavar="MODEL")
 @click.option("--cache", type=click.Choice(["static", "dynamic"]), default="static")
-@click.option("--context", type=click.IntRange(2), default=4096, show_default=True,
-              help="Cached tokens that budgets and memory are given for.")  # fmt: skip
+@click.option("--context", type=click.IntRange(2), help="Cached tokens that budgets and memory are "
+              "given for. [4096, or what the model allows]")  # fmt: skip
 @click.option("--basis", help="Store name, path or hub id.")
 @_with(_LOKI_OPTIONS)
 @_with(_MODEL_OPTIONS)
 def explain(
     name: str,
     cache: str,
-    context: int,
+    context: int | None,
     basis: str | None,
     device: str | None,
     dtype: str,
@@ -396,10 +475,13 @@ def explain(
     from loki_compile.config import LokiConfig
     from loki_compile.evaluation import decode_reports
     from loki_compile.explanation import site_table, summary
-    from loki_compile.models import load_model
+    from loki_compile.models import check_placement, fitting_context, load_config, load_model
     from loki_compile.report import given_up
 
     config = LokiConfig.from_options(_loki_options(basis=basis, **loki))
+    check_placement(device, dtype)
+    _check_basis(basis or "auto")
+    context = fitting_context("--context", context, 4096, load_config(name))
     model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
     found = decode_reports(model, cache, context, config.to_options())
     out.print(site_table(found, config, context))
@@ -414,7 +496,8 @@ def explain(
 @main.command("eval", epilog=MODEL_HELP)
 @click.argument("name", metavar="MODEL")
 @click.option("--text", "files", multiple=True, help="Text file. [held-out Python library]")
-@click.option("--context", type=click.IntRange(8), default=4096, show_default=True)
+@click.option("--context", type=click.IntRange(8),
+              help="Tokens of each piece. [4096, or what the model allows]")  # fmt: skip
 @click.option("--prefill", "start", type=click.IntRange(1),
               help="Tokens before the ones that count. [3/4 of the context]")  # fmt: skip
 @click.option("--windows", type=click.IntRange(1), default=2, show_default=True,
@@ -428,7 +511,7 @@ def explain(
 def evaluate(
     name: str,
     files: tuple[str, ...],
-    context: int,
+    context: int | None,
     start: int | None,
     windows: int,
     recall_prompts: int,
@@ -439,16 +522,29 @@ def evaluate(
     random_weights: bool,
     **loki: Any,
 ) -> None:
-    """Perplexity, token agreement and recall of decoding MODEL, sparse against dense."""
+    """Perplexity, token agreement and recall of decoding MODEL, sparse against dense.
+
+    It decodes token by token. Log-likelihood tasks (lm-eval's multiple choice and perplexity) never
+    decode: they are prefills, dense by plan, and their score says nothing of this backend.
+    """
     import torch
 
     from loki_compile.evaluation import follow, many_variants, new_cache
-    from loki_compile.models import encode, load_model, load_tokenizer
+    from loki_compile.models import (
+        check_placement,
+        encode,
+        fitting_context,
+        load_config,
+        load_model,
+        load_tokenizer,
+    )
 
     options = _loki_options(**loki)
     named = {f"loki, basis {b}": {**options, "basis": b} for b in chosen or ("auto",)}
     for each in named.values():
         _check_basis(each["basis"])
+    check_placement(device, dtype)
+    context = fitting_context("--context", context, 4096, load_config(name))
     start = context * 3 // 4 if start is None else start
     if start > context - 2:
         raise ValueError(f"--prefill {start}: needs at most {context - 2} of {context} tokens.")
@@ -457,6 +553,8 @@ def evaluate(
     ids = encode(tokenizer, text[: 16 * windows * context])
     if len(ids) < context:
         raise ValueError(f"the text holds {len(ids)} tokens; needs {context}: pass more text")
+    _say_if_dense(options, context)
+    _say(f"loading {name}")
     model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
     pieces = ids[: len(ids) // context * context].view(-1, context)[:windows].to(model.device)
     recall = _recall_prompts(tokenizer, name, context, recall_prompts)
@@ -470,6 +568,8 @@ def evaluate(
     with many_variants(), _progress() as bar:
         task = bar.add_task(f"decoding with {name}", total=per_variant * len(steps))
         for label, step in steps.items():
+            how = "eagerly" if label == "dense" else "compiled by Inductor at the first steps"
+            _say(f"{label}: prefills {start} tokens eagerly, decodes one by one {how}")
             for piece in pieces:
                 trace = follow(model, step, piece, start, new_cache(model, cache, context))
                 traces[label] = traces[label].joined(trace) if label in traces else trace
@@ -481,6 +581,10 @@ def evaluate(
                 answers.setdefault(label, []).extend(right)
                 bar.advance(task, len(trace.nats))
     out.print(_quality_table(traces, answers, context))
+    out.print(
+        "Log-likelihood tasks (lm-eval) never decode: their score says nothing of this backend.",
+        highlight=False,
+    )
 
 
 def _check_basis(choice: str) -> None:
@@ -538,7 +642,7 @@ def _quality_table(traces: dict[str, Trace], answers: dict[str, list[bool]], con
 @main.command(epilog=MODEL_HELP)
 @click.argument("name", metavar="MODEL")
 @click.option("--context", "contexts", type=click.IntRange(1), multiple=True,
-              default=(1024, 4096, 16384), show_default=True, help="May be repeated.")  # fmt: skip
+              help="May be repeated. [1024, 4096, 16384 where the model allows]")  # fmt: skip
 @click.option("--cache", type=click.Choice(["static", "dynamic"]), default="static")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
 @click.option("--out", "file", type=click.Path(path_type=Path), help="Write the rows as JSON.")
@@ -556,10 +660,30 @@ def bench(
     **loki: Any,
 ) -> None:
     """Tokens per second of MODEL by context, dense and sparse in one run, over a cache of noise."""
-    from loki_compile.evaluation import latencies, many_variants, variants
-    from loki_compile.models import load_model
+    from loki_compile.evaluation import latencies, many_variants, room_for, variants
+    from loki_compile.models import (
+        check_placement,
+        check_writable,
+        fitting_context,
+        load_config,
+        load_model,
+        longest_context,
+    )
 
     options = _loki_options(**loki)
+    check_placement(device, dtype)
+    if file is not None:
+        check_writable("--out", file)
+    config, room = load_config(name), room_for(rounds)
+    if contexts:
+        for context in contexts:
+            fitting_context("--context", context, context, config, room)
+    else:
+        longest = longest_context(config) - room
+        contexts = tuple(c for c in (1024, 4096, 16384) if c <= longest) or (max(longest, 1),)
+    for context in contexts:
+        _say_if_dense(options, context)
+    _say(f"loading {name}")
     model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
     steps = variants(model, {"loki": options})
     table = Table(title=f"{name}: tokens per second ({cache} cache)", title_justify="left")
@@ -569,7 +693,11 @@ def bench(
     with many_variants(), err.status("compiling and timing") as status:
         for context in contexts:
             status.update(f"{context} cached tokens")
-            ms = latencies(model, steps, context, cache=cache, rounds=rounds)
+
+            def begin(what: str, context: int = context) -> None:
+                _say(f"{context} cached tokens: {what}")
+
+            ms = latencies(model, steps, context, cache=cache, rounds=rounds, begin=begin)
             ratio = min(ms["eager"], ms["inductor"]) / ms["loki"]
             table.add_row(
                 str(context), *(f"{1e3 / ms[step]:.1f}" for step in steps), f"{ratio:.2f}x"

@@ -13,6 +13,8 @@ from loki_compile.kernels.ops import KEEP_ALL_Q16, Budget
 from loki_compile.pca_store.basis import BasisSet
 
 POLICIES = ("loki",)
+# Keys: no model of today caches as many.
+_LONGEST = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,23 @@ class LokiConfig:
             object.__setattr__(self, "layers", tuple(picks))
         if not isinstance(self.inductor, dict):
             raise ValueError(f"inductor={self.inductor!r}: needs a dict of Inductor options.")
+        if self.inductor:
+            _inductor_options(self.inductor)
+
+    def notices(self) -> list[str]:
+        """What is allowed and is hardly meant, a sentence each."""
+        found = []
+        if self.min_context > 0 and self.budget.covers(_LONGEST):
+            found.append(
+                f"top_k={self.top_k!r} covers every context: nothing will run sparse. Lower top_k "
+                "(the default is 0.125)."
+            )
+        elif self.min_context >= _LONGEST:
+            found.append(
+                f"min_context={self.min_context} is longer than any context: nothing will run "
+                "sparse. Lower min_context (the default is 1024)."
+            )
+        return found
 
     @property
     def budget(self) -> Budget:
@@ -132,6 +151,20 @@ def _variance(value: str) -> None:
             f'rank={value!r}: needs a count, a fraction of head_dim, or "variance:0.9" '
             "(the share of the keys' variance that the index must hold)."
         )
+
+
+def _inductor_options(given: dict[str, Any]) -> None:
+    import torch._inductor
+
+    known = torch._inductor.list_options()
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f'; did you mean "{near[0]}"?' if near else ""
+            raise ValueError(
+                f"inductor={{{name!r}: ...}}: Inductor has no such option{hint or ';'} "
+                "torch._inductor.list_options() has all of them."
+            )
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

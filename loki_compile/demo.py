@@ -99,6 +99,7 @@ def run_demo(
     prompts = make_prompts(model, tokenizer, context)
     out.print(_headline(model, name, context), highlight=False)
     with many_variants():
+        _say(err, f"calibrating a basis: reading {CALIBRATION_TOKENS} tokens eagerly, then a fit")
         with err.status("calibrating a basis on Python's standard library"):
             basis = _calibrated(model, tokenizer, name, context, options)
         config = LokiConfig.from_options({**options, "basis": basis})
@@ -108,8 +109,11 @@ def run_demo(
         outcomes = {}
         steps = variants(model, {"loki": config.to_options()})
         for number, (label, step) in enumerate(steps.items(), 1):
-            with err.status(f"{label} ({number} of {len(steps)}): compiling and decoding"):
+            how = "decoding" if label == "eager" else "Inductor compiles, then decoding"
+            _say(err, f"{label}: {how} behind {context} tokens")
+            with err.status(f"{label} ({number} of {len(steps)})"):
                 outcomes[label] = try_out(model, step, prompts)
+        _say(err, "measuring all three, in turns")
         with err.status("timing all three, in turns"):
             ms = latencies(model, steps, context, room=NEW_TOKENS)
         dense = min("eager", "inductor", key=ms.__getitem__)
@@ -118,8 +122,14 @@ def run_demo(
             out.print(line, highlight=False, markup=False)
         if picture is not None:
             torch._dynamo.reset()
+            _say(err, "picture: compiling and measuring at several contexts; --quick leaves it out")
             _draw(model, name, config, picture, err)
             out.print(f"wrote {picture}", soft_wrap=True, highlight=False)
+
+
+def _say(err: Console, line: str) -> None:
+    """What begins now, also where no terminal shows a status."""
+    err.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _calibrated(
@@ -138,17 +148,26 @@ def _calibrated(
     )
 
 
-def make_prompts(model: Any, tokenizer: Any, context: int) -> Prompts:
-    """Held-out code to read, and recall questions where the tokenizer has the words for them.
+def check_context(context: int, model: Any) -> None:
+    """Refuses a context that a model, or its configuration, has no positions for.
 
     Raises:
-        ValueError: a context that the model or the text cannot fill.
+        ValueError: as said.
     """
     longest = longest_context(model) - NEW_TOKENS
     if not 2 * TEXT_TOKENS <= context <= longest:
         raise ValueError(
             f"--context {context}: needs {2 * TEXT_TOKENS} to {longest} tokens for this model."
         )
+
+
+def make_prompts(model: Any, tokenizer: Any, context: int) -> Prompts:
+    """Held-out code to read, and recall questions where the tokenizer has the words for them.
+
+    Raises:
+        ValueError: a context that the model or the text cannot fill.
+    """
+    check_context(context, model)
     # The end of the text: code as every other, where the start is a licence.
     ids = encode(tokenizer, stdlib_text("held_out")[-16 * context :])[-context:]
     if len(ids) < context:

@@ -176,6 +176,11 @@ def filled_cache(model: Any, kind: str, context: int, room: int) -> Any:
     return cache
 
 
+def room_for(rounds: int, steps_per_round: int = 4) -> int:
+    """Tokens that `latencies` decodes behind a context."""
+    return WARM_UP_STEPS + rounds * steps_per_round
+
+
 @torch.no_grad()
 def latencies(
     model: Any,
@@ -187,29 +192,34 @@ def latencies(
     steps_per_round: int = 4,
     room: int = 64,
     most_seconds: float = math.inf,
+    begin: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Milliseconds per token of each variant behind `context` cached tokens, in one run.
 
     Each variant has its own cache of noise, with room for `room` more tokens (at least as many as
     are timed); rounds are interleaved, and the median counts. `most_seconds` ends the rounds early,
-    after the first.
+    after the first. `begin` is told what begins, where it may take long.
     """
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    room = max(room, WARM_UP_STEPS + rounds * steps_per_round)
+    room = max(room, room_for(rounds, steps_per_round))
     caches = {}
     for name, step in steps.items():
+        if begin is not None:
+            begin(f"{name}: first steps" + (", Inductor compiles" if step is not model else ""))
         caches[name] = filled_cache(model, cache, context, room)
         for _ in range(WARM_UP_STEPS):
             step(token, past_key_values=caches[name], use_cache=True)
+    if begin is not None:
+        begin(f"measuring {', '.join(steps)} in turn")
     times: dict[str, list[float]] = {name: [] for name in steps}
     started = time.perf_counter()
     for number in range(rounds):
         if number and time.perf_counter() - started > most_seconds:
             break
         for name, step in steps.items():
-            begin = time.perf_counter()
+            start = time.perf_counter()
             for _ in range(steps_per_round):
                 out = step(token, past_key_values=caches[name], use_cache=True)
             out.logits[0, -1, 0].item()  # waits for the device
-            times[name].append((time.perf_counter() - begin) * 1e3 / steps_per_round)
+            times[name].append((time.perf_counter() - start) * 1e3 / steps_per_round)
     return {name: statistics.median(samples) for name, samples in times.items()}

@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from loki_compile.backend import analyse
 from loki_compile.config import LokiConfig
-from loki_compile.report import GraphReport, SiteReport
+from loki_compile.report import Folded, GraphReport, Reports, fold
+from loki_compile.watching import watched
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def explain(
     model: nn.Module, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any
-) -> list[GraphReport]:
+) -> Reports:
     """The report of each graph of `model(*args, **kwargs)`; nothing is compiled or rewritten.
 
     The call itself takes place once, eagerly: a cache that is passed grows by its tokens. Pass a
@@ -33,7 +34,7 @@ def explain(
         ValueError: an option or a basis that the backend would refuse.
     """
     config = LokiConfig.from_options(options)
-    found: list[GraphReport] = []
+    found = Reports()
     refused: list[ValueError] = []
 
     def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -44,8 +45,8 @@ def explain(
         return gm.forward
 
     model = getattr(model, "_orig_mod", model)
-    with torch.no_grad():
-        torch.compile(model.forward, backend=look)(*args, **kwargs)
+    with torch.no_grad(), watched(model, look) as run:
+        run(*args, **kwargs)
     if refused:
         raise refused[0]
     return found
@@ -66,29 +67,29 @@ def site_table(reports: Sequence[GraphReport], config: LokiConfig, context: int)
         ("basis, or why not", "left"),
     ):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for report in reports:
-        for site in report.sites:
-            table.add_row(*_row(site, config, context))
+    for row in fold(reports):
+        table.add_row(*_row(row, config, context))
     return table
 
 
-def _row(site: SiteReport, config: LokiConfig, context: int) -> list[str]:
+def _row(row: Folded, config: LokiConfig, context: int) -> list[str]:
+    site = row.sites[0]
     sparse = site.outcome == "sparse"
-    heads = f"{site.query_heads}/{site.kv_heads}" if site.query_heads else ""
     dims = f"{site.head_dim}" if site.head_dim else ""
-    keys, index, outcome = "", "", site.outcome
+    keys, index, outcome = "", "", row.now or site.outcome
     if sparse:
-        dims = f"{site.rank if site.rank is not None else '?'} of {site.head_dim}"
+        dims = row.dims
         if not _runs_sparse(config, context):
             outcome, keys = "dense here", f"all {context}"
         else:
             keys = f"{config.budget.keys(context)} of {context}"
-        if site.index_bytes_per_token is not None:
-            index = _bytes(site.index_bytes_per_token * context)
-    path = site.path or site.cache or "(fragment)"
+        # Sites that share a cache share its index.
+        each = {s.cache or s.path: s.index_bytes_per_token for s in row.sites}
+        if None not in each.values():
+            index = _bytes(sum(each.values()) * context)  # type: ignore[arg-type]
     served = f"{site.basis}; {site.note}" if site.note else site.basis
     why = served if sparse else f"{site.reason} ({site.see})"
-    return [path, outcome, heads, dims, keys, index, why]
+    return [row.where, outcome, row.heads, dims, keys, index, why]
 
 
 def _runs_sparse(config: LokiConfig, context: int) -> bool:
@@ -96,6 +97,15 @@ def _runs_sparse(config: LokiConfig, context: int) -> bool:
     if config.min_context == 0:
         return True
     return context >= config.min_context and not config.budget.covers(context)
+
+
+def dense_because(config: LokiConfig, context: int) -> str:
+    """Why nothing runs sparse at `context` visible keys; "" where it does."""
+    if _runs_sparse(config, context):
+        return ""
+    if config.budget.covers(context):
+        return f"top_k={config.top_k} covers them"
+    return f"min_context={config.min_context}"
 
 
 def summary(reports: Sequence[GraphReport], config: LokiConfig, context: int) -> str:
@@ -110,10 +120,7 @@ def summary(reports: Sequence[GraphReport], config: LokiConfig, context: int) ->
     }
     memory = sum(each.values()) * context
     line = f"{len(sparse)} of {len(sites)} sites sparse in {len(reports)} graph(s)"
-    if sparse and not _runs_sparse(config, context):
-        why = f"min_context={config.min_context}"
-        if config.budget.covers(context):
-            why = f"top_k={config.top_k} covers them"
+    if sparse and (why := dense_because(config, context)):
         return f"{line}; at {context} cached tokens they run dense ({why})"
     return f"{line}; indexes take {_bytes(memory)} at {context} cached tokens" if sparse else line
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,9 @@ def load_model(
     Raises:
         ValueError: no such model, or it cannot be had here; says what to do.
     """
+    check_placement(device, dtype)
     transformers, source = _transformers(), _source(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"found dtype {dtype!r}; needed auto, float32, bfloat16 or float16")
     try:
         if random_weights:
             config = transformers.AutoConfig.from_pretrained(source)
@@ -44,7 +44,39 @@ def load_model(
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         return model.to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of any library that reads a part of it
+        raise ValueError(_cannot_load(name, error)) from error
+
+
+def check_placement(device: str | None, dtype: str) -> None:
+    """Refuses a device that is not here and a dtype that no model has, before anything is loaded.
+
+    Raises:
+        ValueError: as said.
+    """
+    kind = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ValueError(f"found dtype {dtype!r}; needed auto, float32, bfloat16 or float16")
+    try:
+        if device is not None:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"cannot use device {device!r} ({_first_line(error)}); needed one that is here, such "
+            "as cpu"
+        ) from error
+
+
+def load_config(name: str) -> Any:
+    """A model's configuration alone: cheap, and says how many positions there are.
+
+    Raises:
+        ValueError: no such model.
+    """
+    transformers, source = _transformers(), _source(name)
+    try:
+        return transformers.AutoConfig.from_pretrained(source)
+    except Exception as error:
         raise ValueError(_cannot_load(name, error)) from error
 
 
@@ -56,18 +88,66 @@ def load_tokenizer(name: str) -> Any:
     """
     transformers, source = _transformers(), _source(name)
     try:
-        return transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(_cannot_load(name, error)) from error
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        known = len(tokenizer("a b", add_special_tokens=False)["input_ids"]) > 0
+        reason = "it makes no tokens of text"
+    except Exception as error:  # of any library that reads a part of it
+        known, reason = False, _first_line(error)
+    if not known:
+        raise ValueError(
+            f"found no tokenizer for {name} ({reason}); needed the model's own beside its weights: "
+            "save it with tokenizer.save_pretrained"
+        )
+    return tokenizer
 
 
 def longest_context(model: Any) -> int:
-    """Positions that the model's configuration allows, or a large number where it says none."""
-    config = getattr(model, "config", None)
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(value := getattr(config, name, None), int):
-            return value
+    """Positions that a model or its configuration allows; a large number where none are stated."""
+    config = getattr(model, "config", model)
+    for part in (config, getattr(config, "text_config", None)):
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            if isinstance(value := getattr(part, name, None), int):
+                return value
     return 1 << 20
+
+
+def fitting_context(option: str, given: int | None, usual: int, config: Any, room: int = 0) -> int:
+    """The context to take: what was given, else `usual` or what the model allows.
+
+    Args:
+        option: what it is called, for the message.
+        room: tokens that are needed behind it.
+
+    Raises:
+        ValueError: more than the model has positions for.
+    """
+    longest = longest_context(config) - room
+    if given is not None and given > longest:
+        behind = f" with {room} tokens behind it" if room else ""
+        raise ValueError(
+            f"{option} {given}: this model has {longest_context(config)} positions; needs at most "
+            f"{longest}{behind}."
+        )
+    return min(usual, longest) if given is None else given
+
+
+def check_writable(option: str, path: Path, *, folder: bool = False) -> None:
+    """Refuses a path that will not be writable, before the work that ends in writing it.
+
+    Raises:
+        ValueError: as said.
+    """
+    path = path.expanduser()
+    if not folder and path.is_dir():
+        raise ValueError(f"{option} {path}: is a folder; needs the name of a file.")
+    at = path if folder or path.exists() else path.parent
+    while not at.exists() and at != at.parent:
+        at = at.parent
+    wrong = "is not a folder" if at != path and not at.is_dir() else "cannot be written to"
+    if folder and at == path and not at.is_dir():
+        wrong = "is not a folder"
+    if wrong == "is not a folder" or not os.access(at, os.W_OK):
+        raise ValueError(f"{option} {path}: {at} {wrong}; needs a place that can be written to.")
 
 
 def read_text(files: Sequence[str | Path]) -> str:

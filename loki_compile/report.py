@@ -8,7 +8,7 @@ import re
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ class SiteReport:
 class GraphReport:
     """All attention sites of one graph, in the order in which the graph runs them.
 
-    now: what runs now in place of what was planned, "" where that is the plan.
+    now: what runs in place of the plan at this moment ("gave up: ..."); "" while it is as planned.
     """
 
     sites: tuple[SiteReport, ...]
@@ -65,19 +65,159 @@ class GraphReport:
         return sum(site.outcome == outcome for site in self.sites)
 
 
+class Reports(list[GraphReport]):
+    """Reports that print as a short table: equal layers in one row, graphs that decode first."""
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text("..." if cycle else str(self))
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Sites of one graph that differ in their layer alone, and what a table shows of them.
+
+    where: "layers 0-29: model.layers.*.self_attn". heads: query heads / KV heads. dims: of the
+    index, of head_dim. now: as in `GraphReport`.
+    """
+
+    sites: tuple[SiteReport, ...]
+    where: str
+    now: str = ""
+
+    @property
+    def heads(self) -> str:
+        site = self.sites[0]
+        return f"{site.query_heads}/{site.kv_heads}" if site.query_heads else ""
+
+    @property
+    def dims(self) -> str:
+        ranks = {site.rank for site in self.sites if site.rank is not None}
+        shown = "?" if not ranks else "-".join(map(str, sorted({min(ranks), max(ranks)})))
+        return f"{shown} of {self.sites[0].head_dim}"
+
+
+def fold(reports: Iterable[GraphReport]) -> list[Folded]:
+    """The rows of all sites: those of graphs that decode first, prefills last, equal rows once."""
+    rows: dict[Folded, None] = {}
+    for report in sorted(reports, key=_by_plan):
+        kinds: dict[tuple[Any, ...], list[SiteReport]] = {}
+        for site in report.sites:
+            alike = replace(site, path="", cache="", rank=None, index_bytes_per_token=None)
+            kinds.setdefault((alike, _NUMBER.sub("*", site.path)), []).append(site)
+        for sites in kinds.values():
+            for same, where in _by_layer(sites):
+                rows[Folded(tuple(same), where, report.now)] = None
+    return list(rows)
+
+
+def as_text(reports: Sequence[GraphReport]) -> str:
+    """What became of all sites, a line per kind of layer; what runs now where that is not the plan.
+    Graphs without a decode step are one line at the end."""
+    if not reports:
+        return NOTHING
+    tables: dict[tuple[Folded, ...], int] = {}
+    last: list[GraphReport] = []
+    for report in reports:
+        if _by_plan(report):
+            last.append(report)
+        else:
+            rows = tuple(fold([report]))
+            tables[rows] = tables.get(rows, 0) + 1
+    lines = []
+    for rows, count in tables.items():
+        sites = sum(len(row.sites) for row in rows)
+        sparse = sum(len(row.sites) for row in rows if row.sites[0].outcome == "sparse")
+        graphs = "1 graph" if count == 1 else f"{count} graphs"
+        lines.append(f"{graphs} of {sites} attention sites, {sparse} sparse")
+        if rows[0].now:
+            lines.append(f"  now: {rows[0].now}")
+        cells = [_cells(row) for row in rows]
+        widths = [max(len(cell[i]) for cell in cells) for i in range(len(cells[0]))]
+        for cell in cells:
+            padded = (text.ljust(width) for text, width in zip(cell, widths, strict=True))
+            lines.append("  " + "  ".join(padded).rstrip())
+    if last:
+        sites = sum(len(report.sites) for report in last)
+        reasons = dict.fromkeys(site.reason for report in last for site in report.sites)
+        graphs = "1 graph" if len(last) == 1 else f"{len(last)} graphs"
+        why = f"dense by plan: {'; '.join(reasons)}" if sites else "nothing to rewrite"
+        lines.append(f"{graphs} of {sites} attention sites, {why}")
+        lines += [f"  now: {now}" for now in dict.fromkeys(r.now for r in last if r.now)]
+    return "\n".join(lines)
+
+
+NOTHING = (
+    'No graph was compiled by backend="loki". torch.compile(model, ...).generate() runs the model '
+    'uncompiled: call model.compile(backend="loki") and then model.generate().'
+)
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def _by_plan(report: GraphReport) -> bool:
+    """Whether nothing was to be sparse here: prefills, and graphs without attention."""
+    return all(site.outcome == "dense by plan" for site in report.sites)
+
+
+def _cells(row: Folded) -> tuple[str, str, str, str, str]:
+    site = row.sites[0]
+    heads = f"{row.heads} heads" if row.heads else ""
+    if site.outcome == "sparse":
+        basis = f"basis {site.basis}; {site.note}" if site.note else f"basis {site.basis}"
+        return row.where, site.outcome, heads, f"{row.dims} dims", basis
+    return row.where, site.outcome, heads, "", f"{site.reason} ({site.see})"
+
+
+def _by_layer(sites: Sequence[SiteReport]) -> list[tuple[list[SiteReport], str]]:
+    """Sites whose paths differ in numbers alone, with what to call them: apart by every number but
+    the last that differs, which becomes a range."""
+    numbers = [tuple(map(int, _NUMBER.findall(site.path))) for site in sites]
+    differ = [at for at, column in enumerate(zip(*numbers, strict=True)) if len(set(column)) > 1]
+    if not differ:
+        site = sites[0]
+        name = site.path or site.cache or "(fragment)"
+        more = f" ({len(sites)} sites)" if len(sites) > 1 else ""
+        return [(list(sites), name + more)]
+    if len(differ) > 1:
+        groups: dict[int, list[SiteReport]] = {}
+        for site, found in zip(sites, numbers, strict=True):
+            groups.setdefault(found[differ[0]], []).append(site)
+        return [part for group in groups.values() for part in _by_layer(group)]
+    (at,) = differ
+    match = list(_NUMBER.finditer(sites[0].path))[at]
+    before, after = sites[0].path[: match.start()], sites[0].path[match.end() :]
+    kind = before.rstrip(".").rpartition(".")[2] or "layers"
+    shown = _ranges({found[at] for found in numbers})
+    return [(list(sites), f"{kind} {shown}: {before}*{after}")]
+
+
+def _ranges(numbers: set[int]) -> str:
+    """ "0-4, 6, 8-9"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+
+
 _lock = threading.Lock()
 _reports: deque[tuple[GraphReport, Callable[[], DecodeGraph | None]]] = deque(maxlen=_KEPT_GRAPHS)
 
 
-def reports() -> list[GraphReport]:
-    """The reports of the graphs compiled by this process, oldest first (the last 256).
+def reports() -> Reports:
+    """The reports of the graphs compiled by this process, oldest first (the last 256); a list that
+    prints as a table.
 
     They say what is, not what was planned: sites of a graph that gave up are dense, with the
     reason, and `now` tells what is held back or interpreted.
     """
     with _lock:
         kept = list(_reports)
-    return [_as_it_is(report, graph()) for report, graph in kept]
+    return Reports(_as_it_is(report, graph()) for report, graph in kept)
 
 
 def _as_it_is(report: GraphReport, graph: DecodeGraph | None) -> GraphReport:

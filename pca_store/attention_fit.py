@@ -6,7 +6,8 @@ N queries of one step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,52 @@ class AttentionSamples:
                     seen = seen[:, None, None]
                     self._prompts.append(_Prompt(kept, seen, q[:, :, at].clone(), at + first))
 
+    @property
+    def prompts(self) -> int:
+        """Prompts kept so far."""
+        return len(self._prompts)
+
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` takes besides prompts: moments, and the state of the draws."""
+        return {**self.moments.state(), "generator": self._generator.get_state()}
+
+    def prompt(self, number: int) -> dict[str, Tensor]:
+        """The tensors of one kept prompt, by name, in their dtypes and on their device."""
+        return dict(vars(self._prompts[number]))
+
+    def restore(self, state: dict[str, Tensor], prompts: Sequence[dict[str, Tensor]]) -> None:
+        """Takes the place of what was taken in; `prompts` lie where the fit is to run.
+
+        Raises:
+            ValueError: tensors are missing or do not fit together.
+        """
+        heads, dim = self.moments.num_kv_heads, self.moments.head_dim
+        try:
+            kept = [_Prompt(**prompt) for prompt in prompts]
+            self._generator.set_state(state["generator"])
+        except (TypeError, KeyError, RuntimeError) as error:
+            raise ValueError(f"found samples that are not whole ({error})") from None
+        for p in kept:
+            if p.keys.dim() != 3 or (p.keys.shape[0], p.keys.shape[2]) != (heads, dim):
+                raise ValueError(f"found keys of shape {tuple(p.keys.shape)}")
+        self.moments.restore(state)
+        self._prompts = kept
+
+    def seconds_per_step(self, rank: int, steps: int = 3) -> float:
+        """Measured on the samples so far: how long a step of `fit` takes. 0.0 without samples."""
+        if not self._prompts:
+            return 0.0
+        where = self._prompts[0].keys.device
+        generator = torch.Generator("cpu").manual_seed(self._seed)
+        with torch.inference_mode(False), torch.no_grad():
+            start = self.moments.score_optimal().truncate(rank)
+            query, key = (part.to(where) for part in start)
+            self._descend(query, key, generator, None, steps=2)
+            begin = time.perf_counter()
+            fitted = self._descend(query, key, generator, None, steps=steps)
+            float(fitted[0].sum())  # waits for the device
+        return (time.perf_counter() - begin) / steps
+
     def fit(
         self,
         rank: int,
@@ -141,9 +188,11 @@ class AttentionSamples:
         key: Tensor,
         generator: torch.Generator,
         progress: Callable[[int], None] | None,
+        steps: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """In coordinates in which queries and keys have unit covariance, so that one learning rate
         suits large dims and small."""
+        steps = STEPS if steps is None else steps
         where = key.device
         roots = (part.to(where, torch.float32) for part in self.moments.score_roots())
         query_root, query_inverse, key_root, key_inverse = roots
@@ -156,9 +205,9 @@ class AttentionSamples:
             rate = LEARNING_RATE * float(_rms(pair[0].detach()).mean())
             optimizer = torch.optim.Adam(pair, lr=rate)
             schedule = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, max_lr=rate, total_steps=STEPS, pct_start=0.1
+                optimizer, max_lr=rate, total_steps=steps, pct_start=0.1
             )
-            for _ in range(STEPS):
+            for _ in range(steps):
                 projections = query_inverse @ pair[0], key_inverse @ pair[1]
                 loss = _loss(*projections, *self._draw(generator, where), self.scale)
                 optimizer.zero_grad()

@@ -18,6 +18,7 @@ CHUNK_TOKENS = 8192
 # the best fixed ridge; with D / 4 samples 1.4 times, where a fixed 1e-6 reached 23 times PCA's.
 RIDGE = 0.02
 RIDGE_FLOOR = 1e-6
+_STATE = ("count", "mean", "scatter", "query_count", "query_moment")
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -80,6 +81,22 @@ class KeyCovariance:
                 seen = None if mask is None else mask[row, first:][window]
                 for member in range(groups.shape[1]):
                     self._add_queries(groups[:, member, window], seen)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that was taken in, by name; fp64 on the CPU."""
+        return {name: getattr(self, f"_{name}") for name in _STATE}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Takes the place of what was taken in; the names and shapes of `state()`.
+
+        Raises:
+            ValueError: a name is missing, or a shape is another.
+        """
+        for name in _STATE:
+            found, own = state.get(name), getattr(self, f"_{name}")
+            if found is None or found.shape != own.shape or found.dtype != own.dtype:
+                raise ValueError(f"found no {name} of shape {tuple(own.shape)}")
+            setattr(self, f"_{name}", found)
 
     @torch.no_grad()
     def merge(self, other: KeyCovariance) -> None:

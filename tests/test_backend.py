@@ -11,7 +11,6 @@ import torch
 import torch._dynamo
 from loki_compile.pca_store.basis import BasisSet, random_basis
 from loki_compile.pca_store.store import Store
-from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from toy_decoders import (
     BATCH,
@@ -331,7 +330,7 @@ def test_strict_lists_every_site_that_stays_dense(interpreted):
     fast = torch.compile(both, backend="loki", options={**EVERYTHING, "strict": True})
     conversation = Conversation.start(STATIC)
     keys = conversation.keys.clone()
-    with pytest.raises(BackendCompilerFailed) as error:
+    with pytest.raises(RuntimeError) as error:
         conversation.step(fast, tokens(STATIC, 1)[0])
     message = str(error.value)
     assert "2 attention site(s)" in message and message.count("`flip`") == 2
@@ -341,7 +340,7 @@ def test_strict_lists_every_site_that_stays_dense(interpreted):
 
 def test_strict_refuses_a_model_without_attention(interpreted):
     fast = torch.compile(lambda x: x * 2, backend="loki", options={"strict": True})
-    with pytest.raises(BackendCompilerFailed, match="no attention to rewrite"):
+    with pytest.raises(RuntimeError, match="no attention to rewrite"):
         fast(torch.ones(3))
 
 
@@ -368,7 +367,7 @@ def refused(basis, match, *, rank=0.25, spelling=STATIC):
     fast = torch.compile(module, backend="loki", options=options)
     conversation = Conversation.start(spelling)
     keys = conversation.keys.clone()
-    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match=match):
+    with torch.no_grad(), pytest.raises(ValueError, match=match):
         conversation.step(fast, tokens(spelling, 1)[0])
     assert torch.equal(conversation.keys, keys)
     assert stats()["sparse_steps"] == stats()["dense_steps"] == 0

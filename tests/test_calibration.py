@@ -1,15 +1,23 @@
 """Calibration: which keys are fitted, and that decode graphs find the basis again."""
 
+import contextlib
 import functools
+import gc
+import pathlib
+import shutil
+import time
+import weakref
 
 import pytest
 import torch
 from loki_compile.passes.normalize import normalize
+from loki_compile.pca_store import attention_fit
 from loki_compile.pca_store.covariance import KeyCovariance
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from torch import nn
 from torch.nn import functional as F
 
+from loki_compile import calibration
 from loki_compile.backend import bind_caches, plan_graph
 from loki_compile.calibration import calibrate as calibrate_any
 from loki_compile.config import LokiConfig
@@ -240,6 +248,197 @@ def test_a_block_used_twice_gets_a_basis_per_use(calibration):
             assert_same_basis(first, pca_of(model.block.keys(ids)))
 
 
+# ------------------------------------------------------------------- what is kept, and for how long
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def samples(monkeypatch):
+    """Weak references to everything that calibration keeps of prompts; fits are short."""
+    monkeypatch.setattr(attention_fit, "STEPS", 12)
+    monkeypatch.setattr(calibration, "STEPS", 12)
+    alive = []
+    update = attention_fit.AttentionSamples.update
+
+    def noting(self, *arguments):
+        update(self, *arguments)
+        alive.extend(weakref.ref(t) for t in self.prompt(self.prompts - 1).values())
+
+    monkeypatch.setattr(attention_fit.AttentionSamples, "update", noting)
+    return alive
+
+
+def left_alive(references):
+    gc.collect()
+    return sum(reference() is not None for reference in references)
+
+
+@pytest.mark.parametrize("stop", [None, Stopped, KeyboardInterrupt])
+def test_samples_are_given_back_while_the_model_lives(samples, stop):
+    model, batches = Decoder(whole_halves).eval(), [tokens(1, 90), tokens(1, 90, 1)]
+
+    def stopping(_):
+        if len(samples) > 4 and stop is not None:
+            raise stop
+
+    with contextlib.suppress(Stopped, KeyboardInterrupt):
+        calibrate_any(model, batches, progress=stopping)
+    assert len(samples) == 8
+    assert left_alive(samples) == 0
+    assert model(batches[0]).shape[1] == 90
+
+
+def test_samples_of_a_layer_are_given_back_when_it_is_fitted(samples):
+    model = Looped().eval()
+    alive = []
+    calibrate_any(
+        model,
+        [tokens(1, 90)],
+        fit_progress=lambda done, _: alive.append((done, left_alive(samples))),
+    )
+    assert dict(alive)[1] == 8
+    assert dict(alive)[13] == 4  # the second cache: what was seen of the first is gone
+
+
+def stopped_run(model, batches, folder, *, kind="attention", at=2, in_fit=None):
+    seen = []
+
+    def stop(_):
+        seen.append(1)
+        if in_fit is None and len(seen) == at:
+            raise Stopped
+
+    def stop_fit(done, _):
+        if done == in_fit:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        calibrate_any(
+            model, batches, kind=kind, partial=folder, progress=stop, fit_progress=stop_fit
+        )
+
+
+def assert_equal_sets(one, other):
+    for a, b in zip(one.bases, other.bases, strict=True):
+        assert (a.weights, a.layer, a.tokens, a.kind) == (b.weights, b.layer, b.tokens, b.kind)
+        for name in ("key", "query", "spectrum"):
+            assert torch.equal(getattr(a, name), getattr(b, name))
+
+
+@pytest.mark.parametrize("kind", ["attention", "pca", "score-optimal"])
+def test_what_was_stopped_goes_on_to_the_same_basis(kind, samples, tmp_path):
+    model, batches = Decoder(whole_halves).eval(), [tokens(2, 57, n) for n in range(4)]
+    whole = calibrate_any(model, batches, kind=kind)
+    stopped_run(model, batches, tmp_path, kind=kind)
+    calls = []
+    again = calibrate_any(model, batches, kind=kind, partial=tmp_path, progress=calls.append)
+    assert_equal_sets(whole, again)
+    assert calls == [114] * 4
+    assert not list(tmp_path.rglob("*.safetensors"))  # nothing is left behind
+
+
+def test_fitted_layers_are_kept(samples, tmp_path, monkeypatch):
+    model, batches = Looped().eval(), [tokens(1, 90, n) for n in range(2)]
+    whole = calibrate_any(model, batches)
+    stopped_run(model, batches, tmp_path, in_fit=15)  # three steps into the second of two
+    monkeypatch.setattr(
+        calibration._LookingOn, "run", lambda *_: pytest.fail("the text was read again")
+    )
+    steps = []
+    again = calibrate_any(
+        model, batches, partial=tmp_path, fit_progress=lambda done, _: steps.append(done)
+    )
+    assert steps == list(range(13, 25))
+    assert_equal_sets(whole, again)
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("what", ["seen", "chunk-0"])
+@pytest.mark.parametrize("how", [damage, lambda path: path.write_bytes(b"no"), pathlib.Path.unlink])
+def test_damaged_files_are_not_used(what, how, samples, tmp_path, caplog):
+    model, batches = Decoder(whole_halves).eval(), [tokens(1, 57, n) for n in range(3)]
+    whole = calibrate_any(model, batches)
+    stopped_run(model, batches, tmp_path)
+    (file,) = tmp_path.rglob(f"{what}.safetensors")
+    how(file)
+    with caplog.at_level("WARNING", "loki_compile"):
+        assert_equal_sets(calibrate_any(model, batches, partial=tmp_path), whole)
+    missing = what == "seen" and how is pathlib.Path.unlink  # as if nothing had been begun
+    assert len([m for m in caplog.messages if "calibration begins anew" in m]) == (not missing)
+
+
+@pytest.mark.parametrize("other", ["weights", "text", "settings"])
+def test_what_belongs_to_another_run_is_not_used(other, samples, tmp_path):
+    model, batches = Decoder(whole_halves).eval(), [tokens(1, 57, n) for n in range(3)]
+    stopped_run(model, batches, tmp_path)
+    rank = 0.25
+    if other == "weights":
+        with torch.no_grad():
+            model.v.weight.mul_(1.5)
+    elif other == "text":
+        batches[2][0, 5] += 1
+    else:
+        rank = 5
+    whole = calibrate_any(model, batches, rank=rank)
+    assert_equal_sets(calibrate_any(model, batches, rank=rank, partial=tmp_path), whole)
+
+
+def test_a_foreign_file_in_the_folder_is_not_used(samples, tmp_path, caplog):
+    model, batches = Decoder(whole_halves).eval(), [tokens(1, 57, n) for n in range(3)]
+    stopped_run(model, batches, tmp_path)
+    mine, theirs = [tokens(1, 57, n) for n in range(5, 8)], tmp_path / "theirs"
+    stopped_run(model, mine, theirs)
+    (file,) = (f for f in tmp_path.rglob("seen.safetensors") if theirs not in f.parents)
+    (foreign,) = theirs.rglob("seen.safetensors")
+    shutil.copy(foreign, file)
+    whole = calibrate_any(model, batches)
+    with caplog.at_level("WARNING", "loki_compile"):
+        assert_equal_sets(calibrate_any(model, batches, partial=tmp_path), whole)
+    assert "belongs to another calibration" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(samples, tmp_path, caplog):
+    model, batches = Decoder(whole_halves).eval(), [tokens(1, 57)]
+    (tmp_path / "file").write_text("")
+    with caplog.at_level("WARNING", "loki_compile"):
+        found = calibrate_any(model, batches, partial=tmp_path / "file")
+    assert_equal_sets(found, calibrate_any(model, batches))
+    assert caplog.text.count("a stop will lose it") == 1
+
+
+def test_the_time_that_is_left_is_measured(samples, monkeypatch):
+    """A clock that ticks in the model and in each step: what is announced comes true."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    model, batches = Looped().eval(), [tokens(1, 90, n) for n in range(4)]
+    run, draw = calibration._LookingOn.run, attention_fit._loss
+
+    def slow_run(self, *arguments):
+        clock[0] += 7
+        return run(self, *arguments)
+
+    def slow_loss(*arguments):
+        clock[0] += 2 if torch.is_grad_enabled() else 0.75  # 32 of these are 12 steps
+        return draw(*arguments)
+
+    monkeypatch.setattr(calibration._LookingOn, "run", slow_run)
+    monkeypatch.setattr(attention_fit, "_loss", slow_loss)
+    said = []
+    calibrate_any(model, batches, expect=lambda left: said.append((clock[0], left)))
+    first_at, first = said[0]
+    assert first == pytest.approx(3 * 7 + 2 * 2 * 24)
+    assert clock[0] - first_at == pytest.approx(first, rel=0.05)
+    assert said[-1][1] == 0
+
+
 # ----------------------------------------------------------------------------------- bad input
 
 
@@ -387,11 +586,11 @@ def test_pre_rotary_is_what_the_key_module_puts_out(name):
 def test_attention_written_out_is_observed_as_well():
     model, _, _ = build("llama", layers=1)
     ids = tokens(2, 27)
-    for calibration in ("pre-rotary", "post-rotary"):
+    for which in ("pre-rotary", "post-rotary"):
         found = []
         for form in ("sdpa", "eager"):
             model.set_attn_implementation(form)
-            found += calibrate(model, [ids], calibration=calibration).bases
+            found += calibrate(model, [ids], calibration=which).bases
         assert found[0].weights == found[1].weights
         assert_same_basis(found[1], found[0])
 
