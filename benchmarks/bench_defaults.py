@@ -156,7 +156,9 @@ def bench_rows(args: argparse.Namespace) -> Iterator[Rows]:
         eager = [decode(model.forward, model, kind, [row], None) for row in texts]
         fast = torch.compile(model.forward, backend="loki")
         fed = torch.cat([tokens for _, tokens in eager])
+        before = loki_compile.stats()["sparse_steps"]
         both, _ = decode(fast, model, kind, texts, fed)
+        sparse = loki_compile.stats()["sparse_steps"] - before
         rows = []
         for i, length in enumerate(lengths):
             truth = eager[i][0][0]
@@ -166,6 +168,7 @@ def bench_rows(args: argparse.Namespace) -> Iterator[Rows]:
                     "batch": str(lengths),
                     "cache": kind,
                     "row": length,
+                    "sparse_steps": sparse,
                     "error_vs_alone": row_error(both[i], alone),
                     "error_vs_eager": row_error(both[i], truth),
                     "alone_vs_eager": row_error(alone, truth),
@@ -201,7 +204,7 @@ def encoder_decoder(kind: str, own: int = 20, encoded: int = 3000) -> dict[str, 
             layer.encoder_attn.out_proj.weight.zero_()
             layer.encoder_attn.out_proj.bias.zero_()
         states = model.get_encoder()(text(1, encoded))
-    logits = []
+    logits, before = [], loki_compile.stats()["sparse_steps"]
     for step in (model.forward, torch.compile(model.forward, backend="loki")):
         cache = EncoderDecoderCache(
             new_cache(model.config, kind, own + STEPS + 4), new_cache(model.config, kind, encoded)
@@ -228,6 +231,7 @@ def encoder_decoder(kind: str, own: int = 20, encoded: int = 3000) -> dict[str, 
         "batch": f"encoder-decoder {own}/{encoded}",
         "cache": kind,
         "row": own,
+        "sparse_steps": loki_compile.stats()["sparse_steps"] - before,
         "error_vs_alone": None,
         "error_vs_eager": row_error(found, truth),
         "alone_vs_eager": row_error(found, truth),
@@ -359,7 +363,7 @@ def converse(step: Callable[..., Any], model: Any, ids: Tensor, steps: int = 8) 
 
 def bench_warm_up(args: argparse.Namespace) -> Iterator[Rows]:
     for warm_up in WARM_UPS:
-        shown = run_python(["-P", __file__, "--serve", warm_up, "--engine", args.engine])
+        shown = run_python([__file__, "--serve", warm_up, "--engine", args.engine])
         yield [{"warm_up": warm_up, "mean_logit_error": float(shown.split()[-1])}]
 
 

@@ -119,17 +119,20 @@ def test_conversations_in_turn_stay_sparse_with_one_build_each(many, kind, mode,
 @CACHES
 @pytest.mark.parametrize("mode", ["default", "interleaved with another conversation"])
 def test_beam_search_keeps_its_protection(kind, mode, interpreted):
-    """It makes every cache a new tensor at every step: no rebuild at each of them."""
+    """It makes every cache a new tensor at every step: no rebuild at each of them.
+
+    The other conversation has as many rows as there are beams: both decode by one graph.
+    """
     model = make_model()
     model.compile(backend="loki")
     new, theirs = 60, Counter()
     with torch.no_grad():
-        other = started(model, kind, prompt(9))
+        other = started(model, kind, prompt(9, rows=4))
         ran = Steps()
 
         def step_of_the_other(ids, scores, **_):
             ran_of_beams.update(ran())
-            model(ids[:1, -1:], past_key_values=other)
+            model(ids[:4, -1:], past_key_values=other)
             theirs.update(ran())
             return False
 
@@ -303,14 +306,15 @@ def generate_once(model, number: int) -> None:
 def test_generate_calls_of_varying_lengths_leave_no_tensor_behind(interpreted):
     model = make_model(2)
     model.compile(backend="loki")
-    for number in range(12):
+    for number in range(10):
         generate_once(model, number)
     before, ran = alive_bytes(), Steps()
-    for number in range(12, 24):
+    for number in range(10, 20):
         generate_once(model, number)
         gc.collect()
         assert stats()["index_bytes"] == 0
-    assert mostly_sparse(ran) or stats()["sparse_steps"] > 12
+    ran = ran()  # of 3 to 5 decode steps for each prefill
+    assert ran["sparse_steps"] >= 3 * 10, ran
     # A basis is 2 * 2 * 16 * 4 * 4 bytes for each layer: none of them stays with each call.
     assert alive_bytes() - before < 2000
 
