@@ -62,7 +62,7 @@ def select(
     forced = visible & ((rank > count - recent_kept) | (rank <= sink_kept))
     key = _ordered(score).masked_fill(~visible, _HIDDEN).masked_fill(forced, _FORCED)
     chosen = visible & _first_best(key, budget)
-    slots = Budget(top_k, keep_q16, sink, recent, min_keys).slots(t)
+    slots = int(Budget(top_k, keep_q16, sink, recent, min_keys).slots(t))
     slot = torch.where(chosen, chosen.cumsum(-1) - 1, slots)
     positions = torch.full((b, heads, s, slots + 1), -1, dtype=torch.int32)
     positions.scatter_(-1, slot, torch.arange(t, dtype=torch.int32).expand(slot.shape))

@@ -657,7 +657,7 @@ def select_stages(
     heads_out = hq if per_head else hkv
     group = hq // heads_out
     rows = b * heads_out * s
-    slots = Budget(top_k, keep_q16, sink, recent, min_keys).slots(t)
+    slots = int(Budget(top_k, keep_q16, sink, recent, min_keys).slots(t))
     positions = q.new_empty((b, heads_out, s, slots), dtype=torch.int32)
     if rows == 0:
         return positions, ()

@@ -502,7 +502,14 @@ class _Kept:
             done = self._restore(seen)
         except ValueError as error:
             log.warning("%s: it is not used, and calibration begins anew", error)
-            for known in (seen.held, seen.layers, seen.scales, seen.head_dims, self.fitted):
+            for known in (
+                seen.held,
+                seen.layers,
+                seen.scales,
+                seen.head_dims,
+                seen.blocks,
+                self.fitted,
+            ):
                 known.clear()
             self._prompts.clear()
             seen.per_batch = 0
@@ -535,10 +542,10 @@ class _Kept:
                 tensors, counts = self.files.read(
                     f"chunk-{batch}", lambda name: int(name.split(".")[0]) in prompts
                 )
-                for number, held in prompts.items():
+                for number, samples in prompts.items():
                     for row in range(counts[number]):
                         names = ("keys", "seen", "queries", "positions")
-                        held.append(
+                        samples.append(
                             {n: tensors[f"{number}.{row}.{n}"].to(self.device) for n in names}
                         )
         for number, identity in enumerate(seen.layers):
@@ -556,11 +563,14 @@ class _Kept:
             else:
                 held.restore(state)
         seen.per_batch = record["per_batch"]
+        seen.blocks = {weights: tuple(blocks) for weights, blocks in record["blocks"].items()}
         return int(record["done"])
 
     def keep(self, seen: _Seen, number: int) -> None:
         """After a batch: its samples first, then how far the run has come."""
-        tensors, counts, moments, caches = {}, [], {}, []
+        tensors: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
+        counts, caches = [], []
         for place, (identity, held) in enumerate(seen.held.items()):
             if isinstance(held, AttentionSamples):
                 first = self._prompts.get(identity, 0)
@@ -574,6 +584,7 @@ class _Kept:
             shape = (kv_heads, seen.head_dims[identity], seen.scales[identity])
             caches.append((*identity, seen.layers[identity], *shape))
         record = {"done": number + 1, "per_batch": seen.per_batch, "caches": caches}
+        record["blocks"] = seen.blocks
         if counts:
             self._write(f"chunk-{number}", tensors, counts)
         self._write("seen", moments, record)
@@ -585,7 +596,7 @@ class _Kept:
 
     def _basis(self, number: int) -> Basis:
         tensors, record = self.files.read(f"basis-{number}")
-        return Basis(**tensors, **record, kind="attention")
+        return Basis(**tensors, **record, kind="attention")  # type: ignore[arg-type]
 
     def _write(self, name: str, tensors: dict[str, Tensor], record: Any) -> None:
         if self._broken:

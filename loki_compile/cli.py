@@ -282,6 +282,7 @@ def calibrate(
                     _say(f"about {_duration(seconds)} to go: the rest of the text, and the fit")
                 said = True
                 current = fitting if bar.tasks[0].finished else task
+                bar.update(task, left="")
                 bar.update(current, left=f"{_duration(seconds)} left")
 
             basis_set = fit(

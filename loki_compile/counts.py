@@ -109,7 +109,7 @@ def stats() -> dict[str, Any]:
     indexes alive now, and the most since `reset_stats`; models: the same counts for each model.
     """
     with _lock:
-        each = {
+        each: dict[str, dict[str, Any]] = {
             tally.model: {
                 **{name: tally.counts[name] for name in _STEPS},
                 "dense_because": dict(tally.dense_because),
@@ -117,9 +117,7 @@ def stats() -> dict[str, Any]:
             for tally in _tallies.values()
             if tally.counts
         }
-        because: Counter[str] = Counter()
-        for counts in each.values():
-            because.update(counts["dense_because"])
+        because = sum((tally.dense_because for tally in _tallies.values()), Counter())
         return {
             **{name: sum(counts[name] for counts in each.values()) for name in _STEPS},
             "dense_because": dict(because),

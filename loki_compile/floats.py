@@ -83,7 +83,7 @@ def ask_what_inductor_asks(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         return make_boxed_func(lowered.forward)
 
     with tracing(TracingContext(fake_mode_of(gm.graph))):
-        compile_fx(copy_of(gm)[0], list(inputs), inner_compile=stop_here)
+        compile_fx(copy_of(gm)[0], list(inputs), inner_compile=stop_here)  # type: ignore[arg-type]
 
 
 def _before_scores(graph: fx.Graph) -> Iterator[str]:

@@ -112,4 +112,4 @@ class Partial:
 
 def _sum(value: Tensor) -> int:
     flat = value.reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0
+    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0

@@ -95,9 +95,10 @@ def test_explaining_often_harms_no_later_compile(interpreted):
         assert [s.outcome for graph in found for s in graph.sites] == ["sparse"] * 2
     assert str(found).splitlines()[0] == "1 graph of 2 attention sites, 2 sparse"
     assert not reports()
+    step = decode_step(model)
     model.compile(backend="loki")
     with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
-        model(**decode_step(model))
+        model(**step)
     assert [s.outcome for graph in reports() for s in graph.sites] == ["sparse"] * 2
 
 
