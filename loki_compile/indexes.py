@@ -381,27 +381,24 @@ def find(binding: CacheBinding, cached: Cached) -> IndexRecord | None:
         return held.get(binding.identity)
 
 
-def is_true(
-    binding: CacheBinding, cached: Cached, record: IndexRecord, visible: int, most: int
-) -> bool:
+def is_true(binding: CacheBinding, cached: Cached, record: IndexRecord, filled: int) -> bool:
     """Whether an index mirrors its cache, as far as stamps and lengths tell (not `Witness`es).
 
-    `visible` keys will be there behind this step, `most` can be at these sizes: windows are full
-    before other caches are.
+    `filled` tokens will be there behind this step.
     """
     if record.stamp != cached.stamp:
         return False
     if cached.counts_writes or not binding.cache.writes or binding.cache.replaced:
         return True
-    return visible == min(most, record.filled + cached.stored)
+    return filled == min(cached.slots, record.filled + cached.stored)
 
 
-def is_outgrown(record: IndexRecord, cached: Cached, visible: int, least: int) -> bool:
-    """Whether the index's automatic basis is to be fitted again; not below `least` visible keys,
-    where every key is read anyway."""
-    if record.fit is None or visible < least:
+def is_outgrown(record: IndexRecord, cached: Cached, filled: int, least: int) -> bool:
+    """Whether the index's automatic basis is to be fitted again; not below `least` tokens, where
+    every key is read anyway."""
+    if record.fit is None or filled < least:
         return False
-    return tokens_before(cached, visible) >= FIT_AGAIN * record.fit.tokens
+    return tokens_before(cached, filled) >= FIT_AGAIN * record.fit.tokens
 
 
 class Witness:
@@ -493,7 +490,7 @@ def build(
     old: IndexRecord | None,
     made: Build,
     *,
-    visible: int,
+    filled: int,
     rank: int | float | str,
     dtype: torch.dtype | None,
     tally: Tally,
@@ -502,7 +499,7 @@ def build(
 
     Args:
       old: the index that the cache had, whose memory is used again.
-      visible: tokens that will be there behind this step.
+      filled: tokens that will be there behind this step.
       rank: as in `LokiConfig`; what the spectrum asks for may raise the layout's rank.
       dtype: of the index; None: the cache's.
     """
@@ -510,12 +507,12 @@ def build(
         old.stamp = None  # its memory is written over, and that may fail half way
     fit, basis = None, binding.basis
     if basis is None:
-        fit = _basis_for(binding, cached, old, visible, tally)
+        fit = _basis_for(binding, cached, old, filled, tally)
         basis = fit.basis
     binding.layout = layout = _layout(binding, basis, rank, dtype or cached.past.dtype)
     bound = bind(basis, layout.rank, cached.past.device)
     tensors = _project(binding, cached, bound, layout, old)
-    record = IndexRecord(tensors, cached.stamp, visible, bound, layout, made, fit)
+    record = IndexRecord(tensors, cached.stamp, filled, bound, layout, made, fit)
     with _lock:
         _indexes.setdefault(cached.holder, {})[binding.identity] = record
     tally.add("rebuilds")
@@ -562,16 +559,16 @@ def _project(
     return tensors
 
 
-def tokens_before(cached: Cached, visible: int) -> int:
-    """Tokens that a cache holds before the step behind which `visible` are there."""
-    return min(visible - cached.stored, cached.slots)
+def tokens_before(cached: Cached, filled: int) -> int:
+    """Tokens that a cache holds before the step behind which `filled` are there."""
+    return min(filled - cached.stored, cached.slots)
 
 
 def _basis_for(
-    binding: CacheBinding, cached: Cached, old: IndexRecord | None, visible: int, tally: Tally
+    binding: CacheBinding, cached: Cached, old: IndexRecord | None, filled: int, tally: Tally
 ) -> Fit:
     """The basis that was fitted from these very keys, if there is one, else one fitted now."""
-    tokens = tokens_before(cached, visible)
+    tokens = tokens_before(cached, filled)
     with _lock:
         origin = _fitted_from.get(cached.past.untyped_storage())
         known: Fit | None = None
@@ -646,16 +643,16 @@ def _fit(binding: CacheBinding, cached: Cached, tokens: int) -> Basis:
 
 
 def adopt(
-    binding: CacheBinding, left: Cached, tensors: list[Tensor], used: IndexRecord, visible: int
+    binding: CacheBinding, left: Cached, tensors: list[Tensor], used: IndexRecord, filled: int
 ) -> IndexRecord:
     """Ties an index to the cache tensor that a step has left behind."""
     with _lock:
         if not binding.cache.replaced:
-            used.stamp, used.filled = left.stamp, visible
+            used.stamp, used.filled = left.stamp, filled
             record = used
         else:
             record = IndexRecord(
-                tensors, left.stamp, visible, used.bound, used.layout, used.build, used.fit
+                tensors, left.stamp, filled, used.bound, used.layout, used.build, used.fit
             )
             _indexes.setdefault(left.holder, {})[binding.identity] = record
         if record.fit is not None:
@@ -668,10 +665,10 @@ def adopt(
     return record
 
 
-def remember_filled(left: Cached, visible: int) -> None:
+def remember_filled(left: Cached, filled: int) -> None:
     """How many of a cache's slots are filled, as long as nothing else writes it."""
     with _lock:
-        _filled[left.holder] = (stamp_of(left.holder), visible)
+        _filled[left.holder] = (stamp_of(left.holder), filled)
 
 
 def filled_before(cached: Cached) -> int | None:

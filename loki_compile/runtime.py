@@ -53,12 +53,17 @@ Variant = Callable[..., Any]
 
 @dataclass
 class Step:
-    """One call: its arguments, its caches in the plan's order, and how many keys are visible behind
-    it, the most of any cache."""
+    """One call: its arguments, its caches in the plan's order, and how many tokens each of them
+    holds behind it."""
 
     args: Sequence[Any]
     caches: list[Cached]
-    visible: int
+    filled: list[int]
+
+    @property
+    def visible(self) -> int:
+        """Keys that can be seen behind the call, the most of any cache."""
+        return max(self.filled)
 
 
 class DecodeGraph:
@@ -104,7 +109,7 @@ class DecodeGraph:
     def __call__(self, *args: Any) -> Any:
         args = with_parts(args, self.parts)
         caches = [binding.at(args) for binding in self.bindings]
-        step = Step(args, caches, self.visible_keys(args, caches))
+        step = Step(args, caches, self._filled_after(args, caches))
         why = self.why_dense(step)
         return self.run_sparse(step) if why is None else self.run_dense(step, why)
 
@@ -146,31 +151,34 @@ class DecodeGraph:
         if self.short_of_memory:
             self.short_of_memory -= 1
             return Because.SHORTAGE
-        for binding, cached in zip(self.bindings, step.caches, strict=True):
-            if binding.basis is None and indexes.tokens_before(cached, step.visible) < 1:
+        for binding, cached, filled in zip(self.bindings, step.caches, step.filled, strict=True):
+            if binding.basis is None and indexes.tokens_before(cached, filled) < 1:
                 return Because.EMPTY
         return None
 
-    def visible_keys(self, args: Sequence[Any], caches: Sequence[Cached]) -> int:
-        """Filled slots after this step, the most of any cache; no device sync in steady state."""
-        pairs = zip(self.bindings, caches, strict=True)
-        return max(self._filled_after(args, *pair) for pair in pairs)
+    def _filled_after(self, args: Sequence[Any], caches: Sequence[Cached]) -> list[int]:
+        """Tokens in each cache behind this step; no device sync in steady state."""
+        written: list[int] = []  # what the fill graph says, asked once
 
-    def _filled_after(self, args: Sequence[Any], binding: CacheBinding, cached: Cached) -> int:
-        slots = cached.slots
-        if binding.grows:
-            return slots + cached.stored
-        # Counting costs nothing; reading the position costs a sync where it lies on a device.
-        if cached.holder.device.type != "cpu":
-            filled = indexes.filled_before(cached)
-            if filled is not None:
-                return min(slots, filled + cached.stored)
-        if self.fill_graph is None:
-            return slots
-        if binding is not self.fill_graph.binding:
-            return 0
-        filled = int(self.fill_graph.read(args))
-        return min(slots, filled) if filled > 0 else slots  # positions counted from the end
+        def after(binding: CacheBinding, cached: Cached) -> int:
+            slots = cached.slots
+            if binding.grows:
+                return slots + cached.stored
+            if not binding.cache.writes:
+                return slots
+            # Counting costs nothing; reading a position costs a sync where it lies on a device.
+            if cached.holder.device.type != "cpu":
+                before = indexes.filled_before(cached)
+                if before is not None:
+                    return min(slots, before + cached.stored)
+            if self.fill_graph is None:
+                return slots
+            if not written:
+                written.append(int(self.fill_graph.read(args)))
+            # Positions that are counted from the end are no number of tokens.
+            return min(slots, written[0]) if written[0] > 0 else slots
+
+        return [after(*pair) for pair in zip(self.bindings, caches, strict=True)]
 
     # -- the dense variant
 
@@ -237,17 +245,13 @@ class DecodeGraph:
 
     def _true_indexes(self, step: Step) -> list[IndexRecord | None]:
         """For each cache its index, None where there is none that is known to mirror it."""
-        most = max(
-            cached.slots + cached.stored if binding.grows else cached.slots
-            for binding, cached in zip(self.bindings, step.caches, strict=True)
-        )
         held: list[IndexRecord | None] = []
         unwatched = []
-        for binding, cached in zip(self.bindings, step.caches, strict=True):
+        for binding, cached, filled in zip(self.bindings, step.caches, step.filled, strict=True):
             record = indexes.find(binding, cached)
             if record is not None and (
-                not indexes.is_true(binding, cached, record, step.visible, most)
-                or indexes.is_outgrown(record, cached, step.visible, self.config.min_context)
+                not indexes.is_true(binding, cached, record, filled)
+                or indexes.is_outgrown(record, cached, filled, self.config.min_context)
             ):
                 record = None
             held.append(record)
@@ -270,8 +274,8 @@ class DecodeGraph:
 
     def _has_moved(self, step: Step, graph: FillGraph) -> Tensor | None:
         """Whether positions on a device are not those that were counted, 0-d, without waiting."""
-        cached = step.caches[self.bindings.index(graph.binding)]
-        counted = self._filled_after(step.args, graph.binding, cached)
+        place = self.bindings.index(graph.binding)
+        cached, counted = step.caches[place], step.filled[place]
         filled = graph.read(step.args)
         if not isinstance(filled, Tensor):
             return None  # the host has read it
@@ -341,14 +345,16 @@ class DecodeGraph:
     def _build_missing(self, step: Step, held: Sequence[IndexRecord | None]) -> list[IndexRecord]:
         made = Build(self.watch)
         records = []
-        for binding, cached, record in zip(self.bindings, step.caches, held, strict=True):
+        for binding, cached, filled, record in zip(
+            self.bindings, step.caches, step.filled, held, strict=True
+        ):
             if record is None:
                 record = indexes.build(
                     binding,
                     cached,
                     indexes.find(binding, cached),
                     made,
-                    visible=step.visible,
+                    filled=filled,
                     rank=self.config.rank,
                     dtype=self._index_dtype,
                     tally=self.tally,
@@ -440,7 +446,9 @@ class DecodeGraph:
         """Ties each index to the cache tensor that the step has left behind."""
         place = self.outputs
         left, unwatched = [], []
-        for binding, before, record in zip(self.bindings, step.caches, records, strict=True):
+        for binding, before, filled, record in zip(
+            self.bindings, step.caches, step.filled, records, strict=True
+        ):
             after = binding.left_by(outputs, before)
             left.append(after)
             tensors = []
@@ -450,7 +458,7 @@ class DecodeGraph:
                 # the compiled graph takes them to be next to each other.
                 tensors = [x.contiguous() for x in outputs[place : place + parts]]
                 place += parts
-            record = indexes.adopt(binding, after, tensors, record, step.visible)
+            record = indexes.adopt(binding, after, tensors, record, filled)
             if not after.counts_writes:
                 unwatched.append((record, after))
         if unwatched:
@@ -463,9 +471,9 @@ class DecodeGraph:
         self._remember_filled(step, outputs)
 
     def _remember_filled(self, step: Step, outputs: Sequence[Any]) -> None:
-        for binding, before in zip(self.bindings, step.caches, strict=True):
+        for binding, before, filled in zip(self.bindings, step.caches, step.filled, strict=True):
             if not binding.grows and before.holder.device.type != "cpu":
-                indexes.remember_filled(binding.left_by(outputs, before), step.visible)
+                indexes.remember_filled(binding.left_by(outputs, before), filled)
 
 
 @contextmanager
