@@ -539,11 +539,11 @@ def heads_of(
     """Walks from a core's K or V operand back through permutations and head repetition.
 
     Stops at the first node that is neither; `base` is that node. The views it understands are
-    transposes, permutations, casts between floating dtypes, a repetition of each KV head in place (`repeat_kv` by expand and
-    reshape, `repeat_interleave`, an expand of one head), one of all KV heads behind each other
-    (`repeat`, or expand and reshape) and copies that keep the values. `at` says which dimension of
-    `node` is batch, head, token and head_dim; `most` is the largest repetition to look behind.
-    `scaled` says to look behind a product with a positive number too.
+    transposes, permutations, casts between floating dtypes, a repetition of each KV head in place
+    (`repeat_kv` by expand and reshape, `repeat_interleave`, an expand of one head), one of all KV
+    heads behind each other (`repeat`, or expand and reshape) and copies that keep the values. `at`
+    says which dimension of `node` is batch, head, token and head_dim; `most` is the largest
+    repetition to look behind. `scaled` says to look behind a product with a positive number too.
     """
     base, order, group, tiled, number = node, list(at), 1, False, 1.0
     while True:
