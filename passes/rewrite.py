@@ -72,18 +72,23 @@ def pack_groups(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
         if site.group == 1 or site.tiled or site.query_tokens != 1 or not site.sdpa:
             continue
         with graph.inserting_before(site.node):
+            # What SDPA computes in: autocast would do the same to the operands, where it is on, and
+            # casts behind which they were found did.
+            dtype = fake_value(site.node).dtype
             query, key, value = (
-                _as_called(graph, site, name, node)
-                for name, node in (
-                    ("query", site.query),
-                    ("key", _canonical(graph, site.key, site)),
-                    ("value", _canonical(graph, site.value, site)),
+                _cast(graph, site, node, dtype)
+                for node in (
+                    site.query,
+                    _canonical(graph, site.key, site),
+                    _canonical(graph, site.value, site),
                 )
             )
             query = call(graph, _rows_of_group, query, site.kv_heads, like=site.node)
             mask = None
             for term in site.masks:  # an SDPA call has one at most
                 mask = call(graph, _mask_of_group, term.node, site.kv_heads, like=site.node)
+                if fake_value(mask).is_floating_point():
+                    mask = _cast(graph, site, mask, dtype)
             out = call(
                 graph,
                 torch.nn.functional.scaled_dot_product_attention,
@@ -97,11 +102,6 @@ def pack_groups(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
             out = call(graph, _rows_of_heads, out, like=site.node)
         site.node.replace_all_uses_with(out)
     return finish(gm)
-
-
-def _as_called(graph: fx.Graph, site: AttentionSite, name: str, node: fx.Node) -> fx.Node:
-    """`node` in the dtype of that operand of an SDPA call: its casts were looked behind."""
-    return _cast(graph, site, node, fake_value(operand(site.node, name)).dtype)
 
 
 def _cast(graph: fx.Graph, site: AttentionSite, node: fx.Node, dtype: torch.dtype) -> fx.Node:

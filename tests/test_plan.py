@@ -1,9 +1,13 @@
 """Which sites become sparse: the plan of a graph, before anything is edited or run."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+from loki_compile.kernels import cpu_build, ops
 from loki_compile.kernels.ops import Budget
+from loki_compile.passes import plan
 from loki_compile.passes.fx_tools import copy_of
 from loki_compile.passes.plan import make_plan
 from loki_compile.passes.sites import Reason, find_sites
@@ -203,3 +207,29 @@ def test_a_share_of_the_visible_keys_is_rounded_up_and_never_none():
     assert [third.keys(n) for n in (1, 2, 3, 4, 300)] == [1, 1, 1, 2, 100]
     assert [third.covers(n) for n in (1, 2, 3)] == [True, False, False]
     assert third.keys(1 << 20) == 16 * 21845  # a part in 65536 too small, times the length
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda"])
+def test_a_cache_on_a_device_that_nothing_serves_stays_dense(device, monkeypatch):
+    """Not a failure of the first sparse step."""
+    gm = graph_of(STATIC)
+    where = plan.fake_value
+
+    def elsewhere(node):
+        value = where(node)
+        return SimpleNamespace(device=torch.device(device)) if node.op == "placeholder" else value
+
+    monkeypatch.setattr(plan, "fake_value", elsewhere)
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+    (skip,) = plan_of(gm).dense
+    assert skip.reason is Reason.DEVICE and not skip.by_plan
+    assert f"type {device}" in skip.sentence()
+    assert ("Triton is not installed" in skip.sentence()) == (device == "cuda")
+
+
+def test_where_no_compiler_is_a_site_is_sparse_and_says_what_runs_it(monkeypatch):
+    gm = graph_of(STATIC)
+    assert [sparse.note for sparse in plan_of(gm).sparse] == [""]
+    monkeypatch.setattr(cpu_build, "obstacle", lambda: "no C++ compiler")
+    (sparse,) = plan_of(gm).sparse
+    assert sparse.note == "plain PyTorch ops, slower than compiled kernels: no C++ compiler"
