@@ -654,13 +654,15 @@ def adapters_of(graph: fx.Graph, is_parameter: Callable[[fx.Node], bool]) -> int
 _LEAVE_THE_VALUE = ("to", "float", "type", "dropout", "contiguous")
 
 
-def _adapted(node: fx.Node, is_parameter: Callable[[fx.Node], bool]) -> fx.Node | None:
+def _adapted(node: Any, is_parameter: Callable[[fx.Node], bool]) -> fx.Node | None:
     """What an adapter is added to by this call; None where none is."""
-    if op_name(node) not in ("add", "add_") or len(node.args) != 2:
+    if not isinstance(node, fx.Node) or op_name(node) not in ("add", "add_"):
+        return None
+    if len(node.args) != 2:
         return None
     for base, other in (node.args, node.args[::-1]):
         adapter = _value(other)
-        if op_name(adapter) == "mul":  # its scale
+        if isinstance(adapter, fx.Node) and op_name(adapter) == "mul":  # its scale
             factors = [arg for arg in adapter.args if isinstance(arg, fx.Node)]
             adapter = _value(factors[0]) if factors else None
         inner = _input_of_map(adapter, is_parameter)
@@ -677,7 +679,7 @@ def _adapted(node: fx.Node, is_parameter: Callable[[fx.Node], bool]) -> fx.Node 
 
 def _input_of_map(node: Any, is_parameter: Callable[[fx.Node], bool]) -> fx.Node | None:
     """What a linear map with a weight of the model is applied to."""
-    if op_name(node) != "linear" or len(node.args) < 2:
+    if not isinstance(node, fx.Node) or op_name(node) != "linear" or len(node.args) < 2:
         return None
     weight = node.args[1]
     if not isinstance(weight, fx.Node) or weight.op != "placeholder" or not is_parameter(weight):
