@@ -56,8 +56,9 @@ def assert_close_and_sparse(model, compiled):
 
 
 def all_keys(model):
-    # As many as are there, as a count: the default `min_context` stays.
-    return torch.compile(model.forward, backend="loki", options={"top_k": CONTEXT})
+    # At the default `min_context` a budget of all keys would run the dense variant.
+    options = {"min_context": 0, "top_k": 1.0}
+    return torch.compile(model.forward, backend="loki", options=options)
 
 
 class TestSteps:
@@ -122,6 +123,7 @@ class TestStoredBasis:
         model.base_model.set_adapter(names)
         torch._dynamo.reset()
         logits_of(torch.compile(model.forward, backend="loki", options={"basis": chosen}))
+        assert stats()["sparse_steps"] == NEW - 1  # at the default options
         for site in self.decode_report().sites:
             assert site.basis.startswith("pca, 300 tokens")
             assert f"{2 * 3 * adapters} adapters change" in site.basis
