@@ -654,9 +654,11 @@ def adapters_of(graph: fx.Graph, is_parameter: Callable[[fx.Node], bool]) -> int
 _LEAVE_THE_VALUE = ("to", "float", "type", "dropout", "contiguous")
 
 
-def _adapted(node: fx.Node, is_parameter: Callable[[fx.Node], bool]) -> fx.Node | None:
+def _adapted(node: Any, is_parameter: Callable[[fx.Node], bool]) -> fx.Node | None:
     """What an adapter is added to by this call; None where none is."""
-    if op_name(node) not in ("add", "add_") or len(node.args) != 2:
+    if not isinstance(node, fx.Node) or op_name(node) not in ("add", "add_"):
+        return None
+    if len(node.args) != 2:
         return None
     for base, other in (node.args, node.args[::-1]):
         adapter = _value(other)

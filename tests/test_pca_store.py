@@ -821,7 +821,7 @@ class TestFileFormat:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            ({"format": 2}, "format version 2"),
+            ({"format": 3}, "format version 3"),
             ({"format": True}, "format version True"),
             ({"format": 1.0}, "format version 1.0"),
             ({"format": None}, "format version None"),
