@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from toy_decoders import (
     HEAD_DIM,
     HIDDEN,
     KV_HEADS,
+    Compiled,
     Conversation,
     DirectSparse,
     Spelling,
@@ -214,6 +216,25 @@ def test_inductors_options_reach_inductor(use_engine):
     )
     Conversation.start(STATIC).step(fast, tokens(STATIC, 1)[0])
     assert seen == [(None, {"epilogue_fusion": False})]
+
+
+@torch.no_grad()
+def test_an_engine_goes_with_a_partial_and_through_a_deep_copy():
+    mine, default = Compiled(), Compiled()
+    chosen = copy.deepcopy(functools.partial(backend.loki, engine=mine))  # as `generate` does
+    module = ToyDecoder(STATIC).eval()
+    with backend.default_engine(default):
+        fast = torch.compile(module, backend=chosen, options=EVERYTHING)
+        Conversation.start(STATIC).step(fast, tokens(STATIC, 1)[0])
+    assert stats()["sparse_steps"] == 1 and not default.graphs
+    assert chosen.keywords["engine"].calls("loki.select") == 1
+
+
+def test_the_engine_before_comes_back_where_something_is_raised(interpreted):
+    with pytest.raises(KeyError), backend.default_engine(Compiled()):
+        raise KeyError
+    torch.compile(lambda x: x + 1, backend="loki")(torch.ones(3))
+    assert len(interpreted.graphs) == 1
 
 
 @torch.no_grad()

@@ -156,7 +156,11 @@ def test_beams_and_a_conversation_on_one_graph_do_not_decide_for_each_other(kind
 @CACHES
 @pytest.mark.parametrize("index_dtype", ["auto", "int8"])
 @pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+    "dtype",
+    [
+        pytest.param(torch.bfloat16, id="bfloat16"),
+        pytest.param(torch.float32, id="float32", marks=pytest.mark.slow),
+    ],
 )
 def test_under_inference_mode_inductors_steps_build_an_index_once(kind, index_dtype, dtype, fresh):
     """The engine is the real one: fused, it rounds otherwise than the projection of an index."""

@@ -353,8 +353,8 @@ def test_where_dense_raises_too_the_counters_are_as_they_were(make, mode, use_en
     assert not warnings_in(caplog) and stats()["sparse_steps"] == 6
 
 
-def test_under_strict_a_kernel_that_raises_leaves_the_counters_as_they_were(monkeypatch):
-    Breaks(monkeypatch, 2)
+def test_under_strict_a_kernel_that_raises_leaves_the_counters_as_they_were(use_engine):
+    Breaks(use_engine, 2)
     model = tiny_llama()
     fast = compiled(model, strict=True, **EVERYTHING)
     ids = torch.randint(64, (1, 30))
@@ -377,9 +377,9 @@ WINDOW = Spelling(roll_window, mask=no_mask, attend=gqa_repeat_kv)
 
 
 @MODES
-def test_a_kernel_that_raises_at_once_is_dense_where_a_window_has_moved(mode, monkeypatch, caplog):
+def test_a_kernel_that_raises_at_once_is_dense_where_a_window_has_moved(mode, use_engine, caplog):
     """The first run of a variant has all it writes saved, also what is moved."""
-    Breaks(monkeypatch, 1)
+    Breaks(use_engine, 1)
     with mode():
         module = ToyDecoder(WINDOW).eval()
         fast = compiled(module, basis=basis_for(module), **EVERYTHING)
@@ -391,10 +391,10 @@ def test_a_kernel_that_raises_at_once_is_dense_where_a_window_has_moved(mode, mo
 @MODES
 @pytest.mark.parametrize("limit", ["SAVED_EACH_STEP", "SAVED_PART"])
 def test_a_kernel_that_raises_late_is_dense_where_what_has_moved_is_little(
-    limit, mode, monkeypatch, caplog
+    limit, mode, monkeypatch, use_engine, caplog
 ):
     """Few bytes, or a small part of all that the graph is given, are saved at every step."""
-    Breaks(monkeypatch, 3)
+    Breaks(use_engine, 3)
     if limit == "SAVED_PART":
         monkeypatch.setattr(runtime, "SAVED_EACH_STEP", 10)
         monkeypatch.setattr(runtime, "SAVED_PART", 1)
