@@ -51,8 +51,8 @@ FIT_TOKENS = 16384
 # An automatic basis is fitted again when the cache holds so many times the keys that it was
 # fitted from: the first ones of a long generation need not be like those that follow.
 FIT_AGAIN = 2
-# Rows of each cache that a witness remembers.
-WITNESS_ROWS = 8
+# Rows of each cache that a witness remembers, beside the newest.
+WITNESS_ROWS = 16
 # Rows compared to tell whether a cache that was written still holds what a basis was fitted from,
 # and the share of them that must be as it was.
 SAMPLED_ROWS = 64
@@ -84,7 +84,11 @@ class Fit:
 
 
 class Watch:
-    """Counts, for the calls of one graph, the builds in a row that served a single step."""
+    """How many more builds served a single step than served others, for the calls of one graph.
+
+    What one cache does says nothing of another: a conversation that uses its index at every step
+    counts once, when it first does, and does not excuse the builds of a beam search beside it.
+    """
 
     def __init__(self) -> None:
         self.wasted = 0
@@ -99,8 +103,9 @@ class Build:
 
     def use(self) -> None:
         """A later call was served."""
-        self.used = True
-        self.watch.wasted = 0
+        if not self.used:
+            self.used = True
+            self.watch.wasted = max(0, self.watch.wasted - 1)
 
     def __del__(self) -> None:
         if not self.used:
@@ -402,8 +407,8 @@ def is_outgrown(record: IndexRecord, cached: Cached, filled: int, least: int) ->
 
 
 class Witness:
-    """Some rows of caches that have no version counter, as a step has left them: WITNESS_ROWS of
-    each, the newest among them, the others at distances that change from step to step.
+    """Some rows of caches that have no version counter, as a step has left them: the newest of each,
+    and WITNESS_ROWS evenly spread over the others, which move on from step to step.
 
     Rows of all caches are compared at once. On a CPU the answer is there at once; elsewhere waiting
     for it would stop the device at every step, so it is asked for at the next step, and a foreign
@@ -412,12 +417,12 @@ class Witness:
 
     def __init__(self, caches: Sequence[tuple[Cached, int]], turn: int) -> None:
         """caches: each with how many tokens it holds; turn: changes from step to step."""
-        self.rows = []
+        self.rows: list[tuple[slice, slice]] = []
         for cached, filled in caches:
             last = max(0, min(filled, cached.slots) - 1)
-            widest = last // (WITNESS_ROWS - 1)
-            step = max(1, widest - turn % 7 * widest // 8)
-            self.rows.append(slice(max(0, last - step * (WITNESS_ROWS - 1)), last + 1, step))
+            step = max(1, last // WITNESS_ROWS)
+            first = turn * 40503 % step  # of Knuth's multiplicative hash: no period of a text
+            self.rows.append((slice(first, last, step), slice(last, last + 1)))
         self.held = self._gather([cached for cached, _ in caches])
         self.late: list[tuple[Tensor, Any]] = []
 
@@ -447,7 +452,7 @@ class Witness:
         """The rows as integers, those of one shape and dtype in one tensor."""
         alike: dict[Any, list[Tensor]] = {}
         for cached, rows in zip(caches, self.rows, strict=True):
-            for piece in cached.every(rows):
+            for piece in (piece for part in rows for piece in cached.every(part)):
                 alike.setdefault((piece.shape, piece.dtype), []).append(piece)
         return [
             torch.stack(pieces).view(_INTEGERS[dtype.itemsize])

@@ -32,8 +32,8 @@ from loki_compile.passes.undo import what_to_save
 log = logging.getLogger("loki_compile")
 
 # A cache that is a new tensor at every step (beam search) would be read whole at every step to
-# build its index. After so many builds in a row that served one step each, calls which need another
-# build are dense, so many of them; calls whose indexes are true stay sparse.
+# build its index. When so many more builds have served one step than served others, calls that need
+# another build are dense, so many of them; calls whose indexes are true stay sparse.
 WASTED_BUILDS = 8
 HELD_BACK_CALLS = 64
 # Dense steps after a first shortage of memory, before an index is tried again; twice as many after
@@ -124,7 +124,7 @@ class DecodeGraph:
         if self.held_back:
             return (
                 f"held back: {self.held_back} more calls that need a new index run dense, since "
-                f"{WASTED_BUILDS} indexes in a row served one step each"
+                f"{WASTED_BUILDS} indexes served one step each"
             )
         return ""
 
@@ -290,7 +290,7 @@ class DecodeGraph:
         if self.watch.wasted >= WASTED_BUILDS and self.config.min_context:
             self.watch.wasted, self.held_back = 0, HELD_BACK_CALLS
             log.info(
-                "%d indexes in a row served one step each: the next %d calls that need another "
+                "%d indexes served one step each: the next %d calls that need another "
                 "run dense", WASTED_BUILDS, HELD_BACK_CALLS,
             )  # fmt: skip
         if missing and self.held_back:

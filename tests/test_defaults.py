@@ -21,7 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from loki_compile import stats
 from loki_compile.config import LokiConfig
-from loki_compile.runtime import indexes_of
+from loki_compile.indexes import indexes_of
 
 VOCABULARY, SLOTS = 256, 1400
 LONG = LokiConfig().min_context + 77
@@ -63,13 +63,18 @@ class Steps:
     """What `stats` have counted since this was made, or was last asked."""
 
     def __init__(self) -> None:
-        self.before = Counter(stats())
+        self.before = self._now()
 
     def __call__(self) -> Counter[str]:
-        now = Counter(stats())
+        now = self._now()
         ran = Counter({name: now[name] - self.before[name] for name in now})
         self.before = now
         return ran
+
+
+    @staticmethod
+    def _now() -> Counter[str]:
+        return Counter({name: n for name, n in stats().items() if isinstance(n, int)})
 
 
 def mostly_sparse(ran: Counter[str]) -> bool:
