@@ -8,6 +8,7 @@ TEST_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-test
+FOREIGN_STAMP := $(VENV)/.installed-foreign
 DEV_STAMP := $(VENV)/.installed-dev
 MUTANTS_STAMP := $(VENV)/.installed-mutants
 TYPED := build/typed
@@ -18,7 +19,7 @@ TYPED := build/typed
 demo: $(STAMP)
 	$(BIN)/loki demo
 
-test: $(STAMP)
+test: $(FOREIGN_STAMP)
 	$(WORKERS) $(TEST_FLAGS)
 
 # Hours: the slow tests, and thousands of generated cases for each clause; one table at the end.
@@ -62,6 +63,11 @@ $(BIN)/pip:
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e ".[test]"
+	touch $@
+
+# Other people's tensors and adapters: the tests try them, nothing of ours needs them.
+$(FOREIGN_STAMP): $(STAMP)
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e ".[foreign]"
 	touch $@
 
 $(DEV_STAMP): $(STAMP)

@@ -289,6 +289,12 @@ def _choose_bases(
         must = config.basis != "auto" and binding.latent is None
         rows = blocks.get(binding.weights, ())
         binding.basis = _pick(chosen, binding, occurrence, rows, must=must)
+        if must and binding.basis is None and binding.cache.writes:
+            say_once(
+                ("unreadable", binding.layer),
+                f"the weights that make the keys of {binding.layer} cannot be read, so basis="
+                f"{config.basis!r} cannot be told to be theirs: one is fitted from each cache.",
+            )
         if binding.basis is not None and not isinstance(config.rank, str):
             binding.basis.rank_for(config.rank)
     if isinstance(config.rank, int):

@@ -431,6 +431,8 @@ class DecodeGraph:
         Most of what can break breaks in the first run of a variant. Behind it no step pays much for
         copies of windows.
         """
+        if not self.undo.alone:
+            return False
         large = sum(args[place].nbytes for place in self.undo.large)
         if large <= SAVED_EACH_STEP:
             return True

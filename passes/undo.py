@@ -37,11 +37,13 @@ _STORES = ("index_copy_", "copy_", "setitem", "index_put_", "scatter_")
 class Undo:
     """Positions, among a graph's placeholders, of what it writes and a second run would notice.
 
-    `small` are tensors of a few numbers; saving the `large` takes time and memory.
+    `small` are tensors of a few numbers; saving the `large` takes time and memory. `alone` says that
+    no other process takes part: where one does, a second run would send it what it does not expect.
     """
 
     small: tuple[int, ...]
     large: tuple[int, ...]
+    alone: bool = True
 
 
 def what_to_save(graph: fx.Graph) -> Undo:
@@ -57,7 +59,15 @@ def what_to_save(graph: fx.Graph) -> Undo:
         sizes = [concrete(size) for size in fake_value(past).shape]
         few = None not in sizes and math.prod(sizes) <= FEW_NUMBERS  # type: ignore[arg-type]
         (small if few else large).append(place)
-    return Undo(tuple(small), tuple(large))
+    return Undo(tuple(small), tuple(large), not any(map(_is_collective, graph.nodes)))
+
+
+def _is_collective(node: fx.Node) -> bool:
+    """Whether other processes may take part in a call: one of torch.distributed, or on a tensor of
+    its kinds (DTensor)."""
+    kinds = (type(fake_value(node)), node.target if callable(node.target) else None)
+    homes = [getattr(kind, "__module__", None) or "" for kind in kinds]
+    return "c10d" in str(node.target) or any(h.startswith("torch.distributed") for h in homes)
 
 
 def _stored_before_read(past: fx.Node, writes: list[Write], order: dict[fx.Node, int]) -> bool:

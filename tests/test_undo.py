@@ -176,3 +176,21 @@ def test_what_is_saved_is_no_more_than_that(write, more, small, large):
     undo = what_to_save(gm.graph)
     names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
     assert ({names[i] for i in undo.small}, {names[i] for i in undo.large}) == (small, large)
+
+
+def test_a_graph_that_other_processes_take_part_in_is_not_run_again():
+    """Its first run has sent them what a second one would send again."""
+    import torch.distributed._functional_collectives as collectives  # registers the ops
+
+    def alone(x):
+        return x * 2
+
+    def together(x):
+        return torch.ops._c10d_functional.wait_tensor(x * 2)
+
+    assert collectives is not None
+    for function, expected in ((alone, True), (together, False)):
+        graph = torch.fx.symbolic_trace(function).graph
+        for node in graph.nodes:
+            node.meta["example_value"] = torch.ones(2)
+        assert what_to_save(graph).alone is expected
