@@ -103,9 +103,9 @@ def dense_because(config: LokiConfig, context: int) -> str:
     """Why nothing runs sparse at `context` visible keys; "" where it does."""
     if _runs_sparse(config, context):
         return ""
-    if config.budget.covers(context):
-        return f"top_k={config.top_k} covers them"
-    return f"min_context={config.min_context}"
+    if context < config.min_context:
+        return f"min_context={config.min_context}"
+    return f"top_k={config.top_k} covers them"
 
 
 def summary(reports: Sequence[GraphReport], config: LokiConfig, context: int) -> str:

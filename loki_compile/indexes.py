@@ -407,7 +407,7 @@ def is_outgrown(record: IndexRecord, cached: Cached, filled: int, least: int) ->
 
 
 class Witness:
-    """Some rows of caches that have no version counter, as a step has left them: the newest of each,
+    """Some rows of caches that have no version counter, as a step has left them: of each the newest
     and WITNESS_ROWS evenly spread over the others, which move on from step to step.
 
     Rows of all caches are compared at once. On a CPU the answer is there at once; elsewhere waiting

@@ -37,8 +37,8 @@ _STORES = ("index_copy_", "copy_", "setitem", "index_put_", "scatter_")
 class Undo:
     """Positions, among a graph's placeholders, of what it writes and a second run would notice.
 
-    `small` are tensors of a few numbers; saving the `large` takes time and memory. `alone` says that
-    no other process takes part: where one does, a second run would send it what it does not expect.
+    `small` are tensors of a few numbers; saving the `large` takes time and memory. `alone` says
+    that no other process takes part: one would be sent by a second run what it does not expect.
     """
 
     small: tuple[int, ...]

@@ -18,7 +18,7 @@ from toy_decoders import (
     tokens,
 )
 
-from loki_compile import backend, reports, stats
+from loki_compile import reports, stats
 from loki_compile.backend import loki
 
 PROMPT = 1500
@@ -149,11 +149,11 @@ def test_a_cache_that_the_ops_cannot_read_stays_dense_with_a_reason(interpreted)
 
 @pytest.mark.parametrize("min_context", [0, 4096])
 @torch.no_grad()
-def test_a_variant_is_compiled_under_the_autocast_it_was_traced_under(monkeypatch, min_context):
+def test_a_variant_is_compiled_under_the_autocast_it_was_traced_under(use_engine, min_context):
     """Variants are compiled when they are first needed, behind Dynamo's back."""
     torch._dynamo.reset()
     trace = aot_autograd(fw_compiler=lambda gm, _: gm)
-    monkeypatch.setattr(backend, "_inductor", lambda gm, inputs, **_: trace(gm, list(inputs)))
+    use_engine(lambda gm, inputs, **_: trace(gm, list(inputs)))
     spelling = next(s for s in REWRITTEN if s.write is cat_bhtd).but(mask=no_mask)
     module = ToyDecoder(spelling).eval()
     inputs = Conversation.start(spelling).inputs(tokens(spelling, 1)[0])

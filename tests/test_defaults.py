@@ -71,7 +71,6 @@ class Steps:
         self.before = now
         return ran
 
-
     @staticmethod
     def _now() -> Counter[str]:
         return Counter({name: n for name, n in stats().items() if isinstance(n, int)})
