@@ -110,13 +110,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--dynamic", action="store_true", default=None)
     args = parser.parse_args()
-    if args.engine == "interpreted":
-        backend._inductor = lambda gm, inputs, **_: gm.forward
+    engine = backend.interpreter if args.engine == "interpreted" else backend.inductor
     rows = []
-    for kind in ("growing", "static"):
-        for chosen in ("inductor", "loki"):
-            for row in rows_of(kind, chosen, args.engine, args.layers, args.dynamic):
-                rows.append({**stamp("cpu"), "bench": "chat", "layers": args.layers, **row})
+    with backend.default_engine(engine):
+        for kind in ("growing", "static"):
+            for chosen in ("inductor", "loki"):
+                for row in rows_of(kind, chosen, args.engine, args.layers, args.dynamic):
+                    rows.append({**stamp("cpu"), "bench": "chat", "layers": args.layers, **row})
     print(table(rows, COLUMNS))
     print("written to", write_rows("chat", rows))
 
