@@ -228,7 +228,7 @@ def test_a_wish_to_trace_again_that_comes_too_late_costs_speed_alone(variant, us
 def test_strict_still_refuses_what_stays_dense_when_it_is_traced_again():
     model = llama()
     model.compile(backend="loki", options={"strict": True}, dynamic=True)
-    with pytest.raises(RuntimeError, match="^strict=True") as error, torch.no_grad():
+    with pytest.raises(RuntimeError, match=r"^strict=True") as error, torch.no_grad():
         model.forward(torch.zeros(1, 9, dtype=torch.long), use_cache=False)
         model(torch.zeros(1, 9, dtype=torch.long), use_cache=False, output_attentions=True)
     assert "computed value" not in str(error.value)
