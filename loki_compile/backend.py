@@ -38,7 +38,7 @@ from loki_compile.pca_store.fingerprint import block_fingerprints, weights_finge
 from loki_compile.pca_store.store import Store
 from loki_compile.refusal import Refusal, plainly
 from loki_compile.report import GraphReport, describe, record_graph
-from loki_compile.runtime import DecodeGraph, Variant
+from loki_compile.runtime import DecodeGraph, Served, Variant
 
 log = logging.getLogger("loki_compile")
 
@@ -94,7 +94,13 @@ def loki(
             sites=len(plan.sites),
             autocast=_autocast_now(normal),
         )
-        decode = DecodeGraph(normal, plan, config, bindings, parts, late, tally)
+        served = Served(bindings, tally)
+
+        def serve(args: Sequence[Any]) -> Served:
+            return Served(bind_caches(normal, plan, args, parts, config), tally_of(gm, args))
+
+        decode = DecodeGraph(normal, plan, config, parts, late, served, serve)
+        decode.remember(example_inputs)
     elif plan.dense:
         _say_compiling(tally, "a graph that stays dense", len(plan.dense))
     compiled: Callable[..., Any]
@@ -242,6 +248,7 @@ def bind_caches(
                 kv_heads=site.kv_heads,
                 head_dim=site.head_dim,
                 new_tokens=token_count(gm.graph, site) if cache.writes else 0,
+                weight=places[weight] if weight is not None else None,
                 beside=places[cache.beside.past] if cache.beside is not None else None,
                 latent=site.latent,
                 map=places.get(maps.weight) if maps is not None else None,

@@ -212,7 +212,7 @@ class Cached:
 
 def stamp_of(tensor: Tensor) -> tuple[Any, ...]:
     """What changes when a tensor is another or is written; None last where nothing counts."""
-    version = None if tensor.is_inference() else tensor._version
+    version = version_of(tensor)
     # `x.data = y` counts as no write, and a new storage may lie where one before it lay: while a
     # weak reference to that is held, the two are not taken for one.
     storage = StorageWeakRef(tensor.untyped_storage())
@@ -225,7 +225,8 @@ class CacheBinding:
 
     `argument` is the position of its past tensor among the graph's arguments; `beside` that of the
     tensor whose rows continue its rows, if there is one; `weights` the fingerprint of the weights
-    that make its keys ("" if none was found); each call stores `new_tokens`. `latent` says how rows
+    that make its keys ("" if none was found), which come in at position `weight`; each call stores
+    `new_tokens`. `latent` says how rows
     are expanded, if they are, by the weight at position `map` (None where the graph computes it),
     for `query_heads`. A set of bases need not hold one for such rows, which `calibrate` may not
     have seen: it is fitted then.
@@ -240,6 +241,7 @@ class CacheBinding:
     kv_heads: int
     head_dim: int
     new_tokens: int | GivenSize
+    weight: int | None = None
     beside: int | None = None
     latent: Latent | None = None
     map: int | None = None
@@ -577,7 +579,7 @@ def _basis_for(
     with _lock:
         origin = _fitted_from.get(cached.past.untyped_storage())
         known: Fit | None = None
-        if origin is not None and origin[0] == _version(cached.past):
+        if origin is not None and origin[0] == version_of(cached.past):
             known = origin[1].get(_place(binding, cached))
     if known is None and old is not None and old.fit is not None:
         known = old.fit if _mirrors_still(binding, cached, old, tokens) else None
@@ -593,7 +595,8 @@ def _place(binding: CacheBinding, cached: Cached) -> tuple[Any, ...]:
     return *binding.kin, cached.past.storage_offset()
 
 
-def _version(tensor: Tensor) -> int | None:
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written; None where nothing counts."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -664,7 +667,7 @@ def adopt(
             storage = left.past.untyped_storage()
             _, fits = _fitted_from.get(storage, (None, {}))
             _fitted_from[storage] = (
-                _version(left.past),
+                version_of(left.past),
                 {**fits, _place(binding, left): record.fit},
             )
     return record

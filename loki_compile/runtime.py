@@ -17,11 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from loki_compile import indexes
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Because, Tally, say_once
-from loki_compile.indexes import Build, CacheBinding, Cached, IndexRecord, Watch, token_count
+from loki_compile.indexes import (
+    Build,
+    CacheBinding,
+    Cached,
+    IndexRecord,
+    Watch,
+    token_count,
+    version_of,
+)
 from loki_compile.passes.fx_tools import copy_of, extract
 from loki_compile.passes.parts import Part, with_parts
 from loki_compile.passes.plan import Plan
@@ -51,12 +60,24 @@ SAVED_PART = 128
 Variant = Callable[..., Any]
 
 
+@dataclass(frozen=True, eq=False)
+class Served:
+    """What a graph has for one model: the bases that were stored for its weights, its counts.
+
+    Dynamo runs one graph for all models of a class whose sizes agree.
+    """
+
+    bindings: list[CacheBinding]
+    tally: Tally
+
+
 @dataclass
 class Step:
-    """One call: its arguments, its caches in the plan's order, and how many tokens each of them
-    holds behind it."""
+    """One call: its arguments, whose model's it is, its caches in the plan's order, and how many
+    tokens each of them holds behind it."""
 
     args: Sequence[Any]
+    served: Served
     caches: list[Cached]
     filled: list[int]
 
@@ -74,25 +95,33 @@ class DecodeGraph:
         gm: fx.GraphModule,
         plan: Plan,
         config: LokiConfig,
-        bindings: list[CacheBinding],
         parts: Sequence[Part],
         compile_graph: Callable[[fx.GraphModule, str, Callable[[], None]], Variant],
-        tally: Tally,
+        served: Served,
+        serve: Callable[[Sequence[Any]], Served],
     ) -> None:
-        """compile_graph: makes a variant of a graph, given in words which it is, and what to call
-        when it has to be run node by node."""
+        """
+        Args:
+          compile_graph: makes a variant of a graph, given in words which it is, and what to call
+            when it has to be run node by node.
+          served: for the model that the graph was traced with.
+          serve: the same for another one, given the arguments of its call.
+        """
         self.gm = gm
         self.plan = plan
         self.config = config
-        self.bindings = bindings
         self.parts = parts
         self.compile_graph = compile_graph
-        self.tally = tally
+        self.served = served
+        self.serve = serve
+        # A weight that tells models apart; its version tells whether it is what it was.
+        self.owner = next((b.weight for b in served.bindings if b.weight is not None), None)
+        self.known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         counts = {token_count(gm.graph, sparse.site) for sparse in plan.sparse}
         self.token_counts = [count for count in counts if not isinstance(count, int)]
         self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self.undo = what_to_save(gm.graph)
-        self.fill_graph = _fill_graph(gm, bindings)
+        self.fill_graph = _fill_graph(gm, served.bindings)
         self.dense: Variant | None = None
         self.sparse: dict[tuple[IndexLayout, ...], Variant] = {}
         self.gave_up: str | None = None
@@ -107,11 +136,33 @@ class DecodeGraph:
         self.building = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
+        served = self.served_to(args)
         args = with_parts(args, self.parts)
-        caches = [binding.at(args) for binding in self.bindings]
-        step = Step(args, caches, self._filled_after(args, caches))
+        caches = [binding.at(args) for binding in served.bindings]
+        step = Step(args, served, caches, self._filled_after(args, served.bindings, caches))
         why = self.why_dense(step)
         return self.run_sparse(step) if why is None else self.run_dense(step, why)
+
+    def remember(self, args: Sequence[Any]) -> None:
+        """`served` is for the model whose call this is."""
+        if self.owner is not None:
+            weight = args[self.owner]
+            self.known[weight] = (version_of(weight), self.served)
+
+    def served_to(self, args: Sequence[Any]) -> Served:
+        """What there is for the model whose call this is.
+
+        Raises:
+          ValueError: the basis that the options name does not belong to it.
+        """
+        if self.owner is None:
+            return self.served
+        weight = args[self.owner]
+        version, served = self.known.get(weight, (None, None))
+        if served is None or version != version_of(weight):
+            served = self.serve(args)
+            self.known[weight] = (version_of(weight), served)
+        return served
 
     def state(self) -> str:
         """What differs now from the plan, in words: "" if nothing does."""
@@ -130,7 +181,7 @@ class DecodeGraph:
 
     def _missed(self) -> None:
         self.interpreted += 1
-        self.tally.add("interpreted_steps")
+        self.served.tally.add("interpreted_steps")
 
     # -- which variant
 
@@ -151,12 +202,11 @@ class DecodeGraph:
         if self.short_of_memory:
             self.short_of_memory -= 1
             return Because.SHORTAGE
-        for binding, cached, filled in zip(self.bindings, step.caches, step.filled, strict=True):
-            if binding.basis is None and indexes.tokens_before(cached, filled) < 1:
-                return Because.EMPTY
         return None
 
-    def _filled_after(self, args: Sequence[Any], caches: Sequence[Cached]) -> list[int]:
+    def _filled_after(
+        self, args: Sequence[Any], bindings: Sequence[CacheBinding], caches: Sequence[Cached]
+    ) -> list[int]:
         """Tokens in each cache behind this step; no device sync in steady state."""
         written: list[int] = []  # what the fill graph says, asked once
 
@@ -174,23 +224,26 @@ class DecodeGraph:
             if self.fill_graph is None:
                 return slots
             if not written:
-                written.append(int(self.fill_graph.read(args)))
+                end = int(self.fill_graph.read(args))
+                # A ring buffer begins again at its first slot, and is as full as it was.
+                before = indexes.filled_before(caches[self.fill_graph.place])
+                written.append(max(end, before or 0) if end > 0 else end)
             # Positions that are counted from the end are no number of tokens.
             return min(slots, written[0]) if written[0] > 0 else slots
 
-        return [after(*pair) for pair in zip(self.bindings, caches, strict=True)]
+        return [after(*pair) for pair in zip(bindings, caches, strict=True)]
 
     # -- the dense variant
 
     def run_dense(self, step: Step, why: Because) -> Any:
         if why in (Because.GAVE_UP, Because.SHORTAGE):
-            indexes.forget(self.bindings)
+            self._forget()
         if self.dense is None:
             with self.building:
                 if self.dense is None:
                     self.dense = self.compile_graph(self._dense_graph(), "dense", self._missed)
         outputs = self.dense(*step.args)
-        self.tally.dense(why)
+        step.served.tally.dense(why)
         self._remember_filled(step, outputs)
         return outputs
 
@@ -205,6 +258,8 @@ class DecodeGraph:
     def run_sparse(self, step: Step) -> Any:
         layouts = self._layouts(step)  # what an index is found by
         held = self._true_indexes(step)
+        if self._lacks_keys(step, held):
+            return self.run_dense(step, Because.EMPTY)
         if self._hold_back(held):
             return self.run_dense(step, Because.HELD_BACK)
         # Compiled first where that is possible: no keys are read for an index that nothing uses.
@@ -222,7 +277,7 @@ class DecodeGraph:
         if variant is None:
             return self.run_dense(step, Because.GAVE_UP)
         extra: list[Tensor] = []
-        for binding, record in zip(self.bindings, records, strict=True):
+        for binding, record in zip(step.served.bindings, records, strict=True):
             extra += [*record.tensors, record.bound.key, record.bound.query]
             if not binding.cache.replaced:
                 record.stamp = None  # until the step has ended well
@@ -239,7 +294,7 @@ class DecodeGraph:
         except Exception as error:  # out of memory: the step is right, its index is built anew
             if not self.config.strict:
                 self._set_back("a key index could not be kept", error)
-        self.tally.add("sparse_steps")
+        step.served.tally.add("sparse_steps")
         del outputs[self.outputs :]
         return outputs
 
@@ -247,7 +302,9 @@ class DecodeGraph:
         """For each cache its index, None where there is none that is known to mirror it."""
         held: list[IndexRecord | None] = []
         unwatched = []
-        for binding, cached, filled in zip(self.bindings, step.caches, step.filled, strict=True):
+        for binding, cached, filled in zip(
+            step.served.bindings, step.caches, step.filled, strict=True
+        ):
             record = indexes.find(binding, cached)
             if record is not None and (
                 not indexes.is_true(binding, cached, record, filled)
@@ -274,12 +331,20 @@ class DecodeGraph:
 
     def _has_moved(self, step: Step, graph: FillGraph) -> Tensor | None:
         """Whether positions on a device are not those that were counted, 0-d, without waiting."""
-        place = self.bindings.index(graph.binding)
-        cached, counted = step.caches[place], step.filled[place]
+        cached, counted = step.caches[graph.place], step.filled[graph.place]
         filled = graph.read(step.args)
         if not isinstance(filled, Tensor):
             return None  # the host has read it
         return (filled > 0) & (filled.clamp(max=cached.slots) != counted)
+
+    def _lacks_keys(self, step: Step, held: Sequence[IndexRecord | None]) -> bool:
+        """Whether a basis is to be fitted where nothing is cached yet."""
+        return any(
+            record is None and binding.basis is None and indexes.tokens_before(cached, filled) < 1
+            for binding, cached, filled, record in zip(
+                step.served.bindings, step.caches, step.filled, held, strict=True
+            )
+        )
 
     def _hold_back(self, held: Sequence[IndexRecord | None]) -> bool:
         """Whether this call needs a build that experience says will serve no other."""
@@ -301,7 +366,7 @@ class DecodeGraph:
     def _layouts(self, step: Step) -> tuple[IndexLayout, ...] | None:
         """Of all indexes; None where a spectrum decides that is not known yet."""
         layouts = []
-        for binding, cached in zip(self.bindings, step.caches, strict=True):
+        for binding, cached in zip(step.served.bindings, step.caches, strict=True):
             rank = binding.rank(self.config.rank)
             if rank is None:
                 return None
@@ -346,7 +411,7 @@ class DecodeGraph:
         made = Build(self.watch)
         records = []
         for binding, cached, filled, record in zip(
-            self.bindings, step.caches, step.filled, held, strict=True
+            step.served.bindings, step.caches, step.filled, held, strict=True
         ):
             if record is None:
                 record = indexes.build(
@@ -357,7 +422,7 @@ class DecodeGraph:
                     filled=filled,
                     rank=self.config.rank,
                     dtype=self._index_dtype,
-                    tally=self.tally,
+                    tally=step.served.tally,
                 )
             records.append(record)
         if not any(record.build is made for record in records):
@@ -368,11 +433,11 @@ class DecodeGraph:
         if self.sparse_ran:
             return
         self.sparse_ran = True
-        sites, visible = len(self.plan.sparse), step.visible
+        sites, visible, model = len(self.plan.sparse), step.visible, step.served.tally.model
         say_once(
-            (self.tally.model, "sparse"),
+            (model, "sparse"),
             lambda: (
-                f"{self.tally.model}: first sparse step done: {sites} of "
+                f"{model}: first sparse step done: {sites} of "
                 f"{len(self.plan.sites)} attention sites read at most "
                 f"{self.config.budget.keys(visible)} of {visible} keys. loki_compile.stats() "
                 "counts steps, loki_compile.reports() says what became of each site."
@@ -401,7 +466,7 @@ class DecodeGraph:
             return self.give_up(what, error)
         self.short_of_memory = min(SHORTAGE_CALLS << self.shortages, SHORTAGE_CALLS_MOST)
         self.shortages += 1
-        indexes.forget(self.bindings)
+        self._forget()
         log.warning(
             "%s for want of memory: decoding is dense for %d steps, then it is tried again (%s).",
             what,
@@ -417,13 +482,18 @@ class DecodeGraph:
         failure = f"{type(error).__name__}: {error}"
         self.gave_up = f"{what}: {failure}"
         self.sparse.clear()
-        indexes.forget(self.bindings)
+        self._forget()
         log.warning(
             "%s and decoding stays dense: %s. Set strict=True to raise instead.",
             what,
             failure,
             exc_info=log.isEnabledFor(logging.DEBUG),
         )
+
+    def _forget(self) -> None:
+        """Gives back the memory of all indexes that this graph would find."""
+        for _, served in list(self.known.values()) or [(None, self.served)]:
+            indexes.forget(served.bindings)
 
     def _saves_all(self, args: Sequence[Any]) -> bool:
         """Whether all that a second run of this step would notice is saved before the first.
@@ -449,7 +519,7 @@ class DecodeGraph:
         place = self.outputs
         left, unwatched = [], []
         for binding, before, filled, record in zip(
-            self.bindings, step.caches, step.filled, records, strict=True
+            step.served.bindings, step.caches, step.filled, records, strict=True
         ):
             after = binding.left_by(outputs, before)
             left.append(after)
@@ -473,9 +543,13 @@ class DecodeGraph:
         self._remember_filled(step, outputs)
 
     def _remember_filled(self, step: Step, outputs: Sequence[Any]) -> None:
-        for binding, before, filled in zip(self.bindings, step.caches, step.filled, strict=True):
-            if not binding.grows and before.holder.device.type != "cpu":
-                indexes.remember_filled(binding.left_by(outputs, before), filled)
+        asked = None if self.fill_graph is None else self.fill_graph.place
+        for place, (binding, before) in enumerate(
+            zip(step.served.bindings, step.caches, strict=True)
+        ):
+            on_host = before.holder.device.type == "cpu"
+            if not binding.grows and (place == asked or not on_host):
+                indexes.remember_filled(binding.left_by(outputs, before), step.filled[place])
 
 
 @contextmanager
@@ -520,7 +594,7 @@ class FillGraph:
     """Computes, outside the compiled graph, how far one cache will be filled in its slots."""
 
     gm: fx.GraphModule
-    binding: CacheBinding
+    place: int  # of the cache, in the plan
     plus: list[int]
 
     def read(self, args: Sequence[Any]) -> int | Tensor:
@@ -534,12 +608,12 @@ class FillGraph:
 
 def _fill_graph(gm: fx.GraphModule, bindings: Sequence[CacheBinding]) -> FillGraph | None:
     """For the first cache with slots whose writes say where they go: layers advance together."""
-    for binding in bindings:
+    for place, binding in enumerate(bindings):
         writes = [write for write in binding.cache.writes if write.fill is not None]
         fills = [write.fill for write in writes if write.fill is not None]
         if binding.grows or not fills:
             continue
         graph = extract(gm, [what for what, _ in fills], [write.node for write in writes])
         if graph is not None:
-            return FillGraph(graph, binding, [plus for _, plus in fills])
+            return FillGraph(graph, place, [plus for _, plus in fills])
     return None

@@ -566,3 +566,41 @@ def test_a_dense_site_names_the_section_that_says_what_would_have_to_change(inte
     page, _, section = site.see.partition("#")
     text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
     assert site.outcome == "dense" and f"### {section.upper()}\n" in text
+
+
+# --- one graph, several models
+
+
+def test_models_that_share_a_graph_have_bases_of_their_own(interpreted):
+    """Dynamo runs the graph of the first for the second: sizes agree, weights do not."""
+    modules = [ToyDecoder(STATIC).eval() for _ in range(2)]
+    sets = [basis_for(module, seed) for seed, module in enumerate(modules)]
+    both = BasisSet(sum((chosen.bases for chosen in sets), ()))
+    with torch.no_grad():
+        for module, (basis,) in zip(modules, (chosen.bases for chosen in sets), strict=True):
+            fast = torch.compile(module, backend="loki", options={**FEW, "basis": both})
+            here = Conversation.start(STATIC)
+            for x in tokens(STATIC, 2):
+                here.step(fast, x)
+            (index,) = indexes_of(here.keys)
+            assert torch.equal(index.basis.key, basis.truncate(4)[1]) and index.valid
+    assert len(interpreted.graphs) == 1 and stats()["sparse_steps"] == 4
+    assert [counts["sparse_steps"] for counts in stats()["models"].values()] == [2, 2]
+
+
+def test_weights_that_change_take_no_basis_that_was_fitted_for_what_they_were(interpreted):
+    """As an adapter that is merged does it: in place, while graphs stay as they are."""
+    module = ToyDecoder(STATIC).eval()
+    options = {**FEW, "basis": basis_for(module)}
+    with torch.no_grad():
+        fast = torch.compile(module, backend="loki", options=options)
+        here = Conversation.start(STATIC)
+        here.step(fast, tokens(STATIC, 1)[0])
+        module.key_weight.mul_(2)
+        keys = here.keys.clone()
+        with pytest.raises(ValueError, match="belongs to other weights"):
+            here.step(fast, tokens(STATIC, 1)[0])
+        assert torch.equal(here.keys, keys), "before anything is written"
+        module.key_weight.div_(2)
+        here.step(fast, tokens(STATIC, 1)[0])
+    assert stats()["sparse_steps"] == 2

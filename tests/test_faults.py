@@ -45,7 +45,7 @@ from transformers import (
     StaticCache,
 )
 
-from loki_compile import indexes, runtime, stats
+from loki_compile import indexes, reports, runtime, stats
 from loki_compile.backend import interpreter
 from loki_compile.indexes import indexes_of
 
@@ -140,11 +140,11 @@ def test_no_memory_to_keep_an_index_loses_no_step(
     """It is found out behind the writes: that step is right, and the index is built anew."""
     steps, behind, real = itertools.count(1), [], indexes.Cached
 
-    def rows(*args):
+    def rows(*args, **named):
         if behind:
             behind.clear()
             raise torch.OutOfMemoryError("no memory for 3 GiB")
-        return real(*args)
+        return real(*args, **named)
 
     def engine(gm, inputs, **options):
         run = interpreter(gm, inputs, **options)
@@ -181,8 +181,7 @@ def test_an_index_left_half_way_is_not_used_again(monkeypatch, caplog):
         here.filled -= 1  # not where the index ended: rebuilt, which fails
         torch._dynamo.reset()
         here.step(compiled(module, **options), tokens(STATIC, 1)[0])
-        (index,) = indexes_of(here.keys)
-        assert not index.valid and index.tensors[0].isnan().any()
+        assert not indexes_of(here.keys)  # given back
         torch._dynamo.reset()
         fast = compiled(module, **options)
         compare(fast, module, here, here.fork(), 2)
@@ -789,3 +788,61 @@ def test_the_report_states_the_bytes_of_the_indexes_alive():
         del past, pasts
         gc.collect()
     assert stats()["index_bytes"] == 0
+
+
+# --- what passes, and what does not
+
+
+@BOTH
+@MODES
+def test_a_shortage_of_memory_passes(spelling, mode, monkeypatch, caplog):
+    """Dense for a while, then the index is tried again; each further shortage lasts longer."""
+    monkeypatch.setattr(runtime, "SHORTAGE_CALLS", 2)
+    with mode():
+        module = ToyDecoder(spelling).eval()
+        fast = compiled(module, basis=basis_for(module), **EVERYTHING)
+        here = Conversation.start(spelling)
+        there = here.fork()
+        compare(fast, module, here, there, 2)  # two graphs where the cache grows
+        before = stats()
+        OutOfMemory(monkeypatch, 1)
+        here.step(module, x := tokens(spelling, 1)[0])  # uncompiled: the index is old
+        there.step(module, x)
+        compare(fast, module, here, there, 1)
+        assert "no memory" in reports()[-1].now and not indexes_of(here.keys)
+        assert stats()["index_bytes"] == 0
+        compare(fast, module, here, there, 4)
+    assert stats()["dense_because"] == {"shortage": 3}
+    assert stats()["sparse_steps"] - before["sparse_steps"] == 2
+    assert reports()[-1].now == "" and len(warnings_in(caplog)) == 1
+
+
+@MODES
+def test_what_gave_up_gives_back_the_indexes_of_all_conversations(mode, use_engine, caplog):
+    def engine(gm, inputs, **options):
+        run = interpreter(gm, inputs, **options)
+
+        def step(*args):
+            if broken and is_sparse(gm):
+                raise RuntimeError("no such instruction")
+            return run(*args)
+
+        return step
+
+    broken: list[int] = []
+    use_engine(engine)
+    with mode():
+        module = ToyDecoder(STATIC).eval()
+        fast = compiled(module, basis=basis_for(module), **EVERYTHING)
+        talks = [Conversation.start(STATIC) for _ in range(3)]
+        for talk in talks:
+            talk.step(fast, tokens(STATIC, 1)[0])
+        assert all(indexes_of(talk.keys) for talk in talks)
+        held = stats()["index_bytes"]
+        broken.append(1)
+        compare(fast, module, talks[0], talks[0].fork(), 2)
+    assert held and not any(indexes_of(talk.keys) for talk in talks)
+    assert stats()["index_bytes"] == 0 and stats()["peak_index_bytes"] >= held
+    assert stats()["dense_because"] == {"gave up": 2} and len(warnings_in(caplog)) == 1
+    (site,) = reports()[-1].sites
+    assert site.outcome == "dense" and "no such instruction" in site.reason
