@@ -224,10 +224,7 @@ class DecodeGraph:
             if self.fill_graph is None:
                 return slots
             if not written:
-                end = int(self.fill_graph.read(args))
-                # A ring buffer begins again at its first slot, and is as full as it was.
-                before = indexes.filled_before(caches[self.fill_graph.place])
-                written.append(max(end, before or 0) if end > 0 else end)
+                written.append(int(self.fill_graph.read(args)))
             # Positions that are counted from the end are no number of tokens.
             return min(slots, written[0]) if written[0] > 0 else slots
 
@@ -543,12 +540,9 @@ class DecodeGraph:
         self._remember_filled(step, outputs)
 
     def _remember_filled(self, step: Step, outputs: Sequence[Any]) -> None:
-        asked = None if self.fill_graph is None else self.fill_graph.place
-        for place, (binding, before) in enumerate(
-            zip(step.served.bindings, step.caches, strict=True)
-        ):
-            on_host = before.holder.device.type == "cpu"
-            if not binding.grows and (place == asked or not on_host):
+        for place, binding in enumerate(step.served.bindings):
+            before = step.caches[place]
+            if not binding.grows and before.holder.device.type != "cpu":
                 indexes.remember_filled(binding.left_by(outputs, before), step.filled[place])
 
 
