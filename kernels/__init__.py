@@ -14,7 +14,7 @@
 
 Shapes (legend: B batch, Hq query heads, Hkv KV heads, G = Hq/Hkv, S new tokens, T cached tokens,
 D dims of q and k, Dv dims of v, R index dims, K slots):
-q (B,Hq,S,D), k (B,Hkv,T,D), v (B,Hkv,T,Dv), basis (Hkv,D,R), index (B,Hkv,T,R),
+q (B,Hq,S,D), k (B,Hkv,T,D), v (B,Hkv,T,Dv), basis (Hkv,D,R) or (B,Hkv,D,R), index (B,Hkv,T,R),
 index_scale (B,Hkv,T,1), mask broadcastable to (B,Hq,S,T), positions (B,Hkv or Hq,S,K).
 
 `ops` is the public door, `reference` the definition, `budget` how many keys a row chooses; `cpu`,

@@ -49,9 +49,10 @@ def check_select(
         raise _wrong(op, "KV heads of index", hkv, f"a divisor of the {hq} query heads")
     if min(b, s, t, r) < 1 or t > MAX_KEYS:
         raise _wrong(op, "sizes (B, S, T, R)", (b, s, t, r), f"1 or more, T at most {MAX_KEYS}")
-    if basis.shape != (hkv, d, r) or basis.dtype != torch.float32:
+    if basis.shape not in ((hkv, d, r), (b, hkv, d, r)) or basis.dtype != torch.float32:
         found = (tuple(basis.shape), basis.dtype)
-        raise _wrong(op, "basis", found, f"shape (Hkv, D, R) = {(hkv, d, r)}, float32")
+        allowed = f"shape (Hkv, D, R) = {(hkv, d, r)}, or one for each of {b} rows, float32"
+        raise _wrong(op, "basis", found, allowed)
     if index.dtype == torch.int8:
         if index_scale is None:
             raise _wrong(op, "index_scale", None, "a tensor, since index is int8")

@@ -66,7 +66,7 @@ def select(
     missing = kernels.loki_select(
         _pack_select(
             *_view(q),
-            *_view(basis.unsqueeze(0)),
+            *_view(basis if basis.dim() == 4 else basis.unsqueeze(0)),
             *_view(index),
             *(_NO_TENSOR if index_scale is None else _view(index_scale)),
             *(_NO_TENSOR if mask is None else _view(mask)),

@@ -12,7 +12,7 @@ namespace {
 
 struct SelectParams {
   View4 q;            // (B, Hq, S, D)
-  View4 basis;        // (1, Hkv, D, R) float
+  View4 basis;        // (1 or B, Hkv, D, R) float
   View4 index;        // (B, Hkv, T, R)
   View4 index_scale;  // (B, Hkv, T, 1) float, or none
   View4 mask;         // (B, Hq, S, T) after broadcasting, or none
@@ -691,7 +691,7 @@ class Select {
   void project_head(int64_t pair, int64_t g, int64_t s, int64_t x, Query* query) const {
     constexpr int64_t kRanks = 64;
     int64_t i = pair / hkv_, h = pair % hkv_;
-    const float* basis = p_.basis.row<float>(0, h, 0);
+    const float* basis = p_.basis.row<float>(i, h, 0);
     for (int64_t r0 = 0; r0 < columns_; r0 += kRanks) {
       int64_t ranks = min_of(kRanks, max_of<int64_t>(r_ - r0, 0));
       float low[kRanks] = {};

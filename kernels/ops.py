@@ -106,8 +106,8 @@ def mask_bounds(mask: Tensor) -> Tensor:
 def index_rows(keys: Tensor, basis: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Index rows of new keys: their projection, stored as `dtype`.
 
-    keys (B, Hkv, S, D) floating; basis (Hkv, D, R) fp32, the key-side projection; math in fp32,
-    under autocast too.
+    keys (B, Hkv, S, D) floating; basis (Hkv, D, R) or (B, Hkv, D, R) fp32, the key-side projection;
+    math in fp32, under autocast too.
     Returns rows (B, Hkv, S, R) and, for int8, their scale (B, Hkv, S, 1) fp32, else None.
     int8 is symmetric per token and head: scale = max |row| / 127, row = round(value / scale).
     Entries that are not finite count as 0; a zero row has scale 0.

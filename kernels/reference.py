@@ -60,7 +60,8 @@ def scores(
     b, hq, s, _ = q.shape
     hkv, t = index.shape[1:3]
     rows = index.double() if index_scale is None else index.double() * index_scale.double()
-    q_low = torch.einsum("bhgsd,hdr->bhgsr", q.double().unflatten(1, (hkv, -1)), basis.double())
+    each = basis.double().expand(b, *basis.shape[-3:])
+    q_low = torch.einsum("bhgsd,bhdr->bhgsr", q.double().unflatten(1, (hkv, -1)), each)
     score = scale * torch.einsum("bhgsr,bhtr->bhgst", q_low, rows)
     score = score.masked_fill(score.isnan(), -torch.inf)
     score = score.flatten(1, 2) if per_head else score.amax(2)

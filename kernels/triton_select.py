@@ -320,7 +320,7 @@ def _project(
 
 _RUNTIME_SIZES = [
     "S", "T", "H", "parts", "slots", "top_k", "keep_q16", "sink", "recent", "min_keys",
-    "q_sb", "q_sh", "q_ss", "basis_sh", "basis_sd",
+    "q_sb", "q_sh", "q_ss", "basis_sb", "basis_sh", "basis_sd",
     "index_sb", "index_sh", "index_st", "index_scale_sb", "index_scale_sh", "index_scale_st",
     "mask_sb", "mask_sh", "mask_ss", "mask_st", "bounds_sb", "bounds_sh", "bounds_ss",
 ]  # fmt: skip
@@ -330,7 +330,7 @@ _RUNTIME_SIZES = [
 def prepare_kernel(
     p_q, p_basis, p_index, p_index_scale, p_mask, p_bounds,
     p_high, p_low, p_source, p_rows, p_sample,
-    q_sb, q_sh, q_ss, basis_sh, basis_sd, index_sb, index_sh, index_st,
+    q_sb, q_sh, q_ss, basis_sb, basis_sh, basis_sd, index_sb, index_sh, index_st,
     index_scale_sb, index_scale_sh, index_scale_st,
     mask_sb, mask_sh, mask_ss, mask_st, bounds_sb, bounds_sh, bounds_ss,
     H, S, T, scale, hidden_below, top_k, keep_q16, sink, recent, min_keys,
@@ -349,7 +349,8 @@ def prepare_kernel(
     p_rows += i_row * ROW_FIELDS
     p_sample += i_row * SAMPLE
     unit = _project(
-        p_q + i_b * q_sb + i_h * GROUP * q_sh + i_s * q_ss, p_basis + i_kv * basis_sh,
+        p_q + i_b * q_sb + i_h * GROUP * q_sh + i_s * q_ss,
+        p_basis + i_b * basis_sb + i_kv * basis_sh,
         p_high, p_low, p_source, q_sh, basis_sd, scale,
         D, R, BLOCK_D, BLOCK_R, GROUP, GROUP_PAD, 8, LOW, INT8,
     )  # fmt: skip
@@ -711,10 +712,12 @@ def select_stages(
         LOW=index.dtype != torch.float32, INT8=int8, DOT=dot, BLOCK_T=launch.block_t,
     )  # fmt: skip
 
+    basis_strides = basis.stride()[:3] if basis.dim() == 4 else (0, *basis.stride()[:2])
+
     def prepare() -> None:
         prepare_kernel[(rows,)](
             q, basis, index, index_scale, mask, bounds, high, low, source, records, sample,
-            *broadcast_strides(q, 3), *basis.stride()[:2], *index_strides, *scale_strides,
+            *broadcast_strides(q, 3), *basis_strides, *index_strides, *scale_strides,
             *mask_strides, *broadcast_strides(bounds, 3),
             heads_out, s, t, scale, hidden, cap, keep_q16, sink, recent, least,
             D=d, BLOCK_D=block_d, SAMPLE=launch.sample, LIST_ALL=launch.list_all, **tile,

@@ -12,9 +12,10 @@ among them, must be what they were behind that step, bit for bit (see `Witness`)
 old keys between two steps can escape that, so edit caches under `torch.no_grad`. A stale index can
 only misrank: attention itself always reads the cache's own keys and values.
 
-Bases. One that was stored for the model serves every cache. Otherwise each cache has its own,
-fitted from its keys when its index is built, and again when the index is built anew from keys that
-are not those it was fitted from, or when the cache has come to hold twice as many.
+Bases. One that was stored for the model serves every cache. Otherwise each sequence of each cache
+has its own, fitted from the keys that it sees when the index is built, and again when the index is
+built anew from keys that are not those it was fitted from, or when the cache has come to hold twice
+as many.
 """
 
 from __future__ import annotations
@@ -37,7 +38,12 @@ from loki_compile.counts import Tally, hold_bytes
 from loki_compile.passes.cache_writes import KeyCache
 from loki_compile.passes.fx_tools import fake_value, input_of
 from loki_compile.passes.parts import Part
-from loki_compile.passes.rewrite import IndexLayout, project_new_keys, unit_queries
+from loki_compile.passes.rewrite import (
+    IndexLayout,
+    project_new_keys,
+    rows_and_heads_first,
+    unit_queries,
+)
 from loki_compile.passes.sites import AttentionSite, Latent
 from loki_compile.pca_store.basis import Basis
 from loki_compile.pca_store.covariance import KeyCovariance
@@ -69,7 +75,8 @@ _fitted_from: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 @dataclass(frozen=True, eq=False)
 class BoundBasis:
-    """A basis cut to a rank, on a device: what graphs take as input. Each (Hkv, D, R) fp32."""
+    """A basis cut to a rank, on a device: what graphs take as input. Each (Hkv, D, R) fp32, or
+    (B, Hkv, D, R): one for each sequence."""
 
     query: Tensor
     key: Tensor
@@ -77,10 +84,19 @@ class BoundBasis:
 
 @dataclass(frozen=True)
 class Fit:
-    """An automatic basis, and how many tokens its cache held when it was fitted."""
+    """An automatic basis of a cache, or one for each of its sequences, and how many tokens it held
+    when they were fitted."""
 
-    basis: Basis
+    bases: tuple[Basis, ...]
     tokens: int
+
+    def bound(self, layout: IndexLayout, device: torch.device) -> BoundBasis:
+        """What a graph takes for an index of this layout."""
+        if not layout.each_row:
+            return bind(self.bases[0], layout.rank, device)
+        pairs = [basis.truncate(layout.rank) for basis in self.bases]
+        query, key = (torch.stack(side).to(device) for side in zip(*pairs, strict=True))
+        return BoundBasis(query, key)
 
 
 class Watch:
@@ -253,6 +269,7 @@ class CacheBinding:
     def __post_init__(self) -> None:
         # What each call asks; a graph's node need not be asked again and again.
         self.grows = self.cache.grows
+        self.rows_apart = self.cache.rows_apart
 
     def at(self, args: Sequence[Any]) -> Cached:
         """The cache, given the graph's arguments."""
@@ -313,7 +330,7 @@ class CacheBinding:
     def basis_name(self) -> str:
         """Where the basis comes from, for reports."""
         if self.basis is None:
-            return "auto (fitted from the keys of each cache)"
+            return "auto (fitted from the keys of each sequence)"
         return f"{self.basis.kind}, {self.basis.tokens} tokens"
 
 
@@ -500,6 +517,7 @@ def build(
     filled: int,
     rank: int | float | str,
     dtype: torch.dtype | None,
+    seen: Callable[[], Tensor | None],
     tally: Tally,
 ) -> IndexRecord:
     """Projects all of a cache's keys, by a basis that is fitted from them where none is stored.
@@ -509,31 +527,29 @@ def build(
       filled: tokens that will be there behind this step.
       rank: as in `LokiConfig`; what the spectrum asks for may raise the layout's rank.
       dtype: of the index; None: the cache's.
+      seen: which tokens each sequence sees behind this step, bool (B, T); None: all.
     """
     if old is not None:
         old.stamp = None  # its memory is written over, and that may fail half way
-    fit, basis = None, binding.basis
-    if basis is None:
-        fit = _basis_for(binding, cached, old, filled, tally)
-        basis = fit.basis
-    binding.layout = layout = _layout(binding, basis, rank, dtype or cached.past.dtype)
-    bound = bind(basis, layout.rank, cached.past.device)
+    fit = None
+    dtype = dtype or cached.past.dtype
+    if binding.basis is None:
+        fit = _basis_for(binding, cached, old, filled, seen, tally)
+        # One graph serves caches whose spectra ask for different ranks: the most of them.
+        least = 1 if binding.layout is None else binding.layout.rank
+        dims = max(least, *(basis.rank_for(rank) for basis in fit.bases))
+        layout = IndexLayout(dims, dtype, binding.rows_apart)
+        bound = fit.bound(layout, cached.past.device)
+    else:
+        layout = IndexLayout(binding.basis.rank_for(rank), dtype)
+        bound = bind(binding.basis, layout.rank, cached.past.device)
+    binding.layout = layout
     tensors = _project(binding, cached, bound, layout, old)
     record = IndexRecord(tensors, cached.stamp, filled, bound, layout, made, fit)
     with _lock:
         _indexes.setdefault(cached.holder, {})[binding.identity] = record
     tally.add("rebuilds")
     return record
-
-
-def _layout(
-    binding: CacheBinding, basis: Basis, rank: int | float | str, dtype: torch.dtype
-) -> IndexLayout:
-    dims = basis.rank_for(rank)
-    if binding.layout is not None and binding.basis is None:
-        # One graph serves caches whose spectra ask for different ranks: the most of them.
-        dims = max(dims, binding.layout.rank)
-    return IndexLayout(dims, dtype)
 
 
 def _project(
@@ -559,7 +575,11 @@ def _project(
     for start in range(0, cached.slots, REBUILD_TOKENS):
         length = min(REBUILD_TOKENS, cached.slots - start)
         rows = project_new_keys(
-            cached.narrow(start, length), bound.key, cache.head_axis, layout.dtype
+            cached.narrow(start, length),
+            bound.key,
+            cache.head_axis,
+            layout.dtype,
+            cache.batch_axis,
         )
         for tensor, new in zip(tensors, rows, strict=False):
             tensor.narrow(cached.token_axis, start, length).copy_(new)  # type: ignore[arg-type]
@@ -572,7 +592,12 @@ def tokens_before(cached: Cached, filled: int) -> int:
 
 
 def _basis_for(
-    binding: CacheBinding, cached: Cached, old: IndexRecord | None, filled: int, tally: Tally
+    binding: CacheBinding,
+    cached: Cached,
+    old: IndexRecord | None,
+    filled: int,
+    seen: Callable[[], Tensor | None],
+    tally: Tally,
 ) -> Fit:
     """The basis that was fitted from these very keys, if there is one, else one fitted now."""
     tokens = tokens_before(cached, filled)
@@ -585,9 +610,9 @@ def _basis_for(
         known = old.fit if _mirrors_still(binding, cached, old, tokens) else None
     if known is not None and tokens < FIT_AGAIN * known.tokens:
         return known
-    basis = _fit(binding, cached, tokens)
+    bases = _fit(binding, cached, tokens, seen())
     tally.add("fitted_bases")
-    return Fit(basis, tokens)
+    return Fit(bases, tokens)
 
 
 def _place(binding: CacheBinding, cached: Cached) -> tuple[Any, ...]:
@@ -611,8 +636,10 @@ def _mirrors_still(binding: CacheBinding, cached: Cached, old: IndexRecord, toke
         return False
     picked = torch.linspace(0, last, SAMPLED_ROWS, device=cached.past.device).long()
     keys = cached.at(picked)
-    axis, head_axis = cached.token_axis, binding.cache.head_axis
-    now = project_new_keys(keys, old.bound.key, head_axis, torch.float32)[0]
+    axis, cache = cached.token_axis, binding.cache
+    if old.layout.each_row and len(old.bound.key) != keys.shape[cache.batch_axis]:
+        return False
+    now = project_new_keys(keys, old.bound.key, cache.head_axis, torch.float32, cache.batch_axis)[0]
     held = [tensor.index_select(axis, picked).float() for tensor in old.tensors]
     if len(held) == 2 and binding.cache.heads_are_folded:
         now, held[0] = (x.unflatten(-1, (binding.kv_heads, -1)) for x in (now, held[0]))
@@ -623,28 +650,66 @@ def _mirrors_still(binding: CacheBinding, cached: Cached, old: IndexRecord, toke
     return bool(near >= SAME_SHARE)
 
 
-def _fit(binding: CacheBinding, cached: Cached, tokens: int) -> Basis:
-    """PCA of the first `tokens` keys in a cache; the new keys are not in it yet.
+def _fit(
+    binding: CacheBinding, cached: Cached, tokens: int, seen: Tensor | None
+) -> tuple[Basis, ...]:
+    """PCA of the first `tokens` keys in a cache, for each sequence of those that it sees; the new
+    keys are not in it yet. One for all sequences where these do not lie along a dimension.
 
     Rows that are expanded to keys are fitted for the scores of the queries that are known, which is
     PCA of what they expand to: dims of a row count as far as heads read them.
     """
-    cache, past = binding.cache, cached.past
+    cache, device = binding.cache, cached.past.device
+    if seen is not None:
+        seen = seen[:, :tokens] if seen.shape[1] >= tokens else None
     if tokens > FIT_TOKENS:
-        keys = cached.at(torch.linspace(0, tokens - 1, FIT_TOKENS, device=past.device).long())
+        picked = torch.linspace(0, tokens - 1, FIT_TOKENS, device=device).long()
+        keys = cached.at(picked)
+        seen = None if seen is None else seen[:, picked]
     else:
         keys = cached.narrow(0, tokens)
     if cache.heads_are_folded:
         keys = keys.unflatten(-1, (binding.kv_heads, -1))
-    heads = keys.unsqueeze(0) if cache.head_axis < 0 else keys.movedim(cache.head_axis, 0)
-    flat = heads.reshape(1, heads.shape[0], -1, heads.shape[-1])
+    if cache.batch_axis >= 0:
+        heads = rows_and_heads_first(keys, cache.head_axis, cache.batch_axis).flatten(2, -2)
+        seen = None if seen is None else seen.expand(len(heads), -1)
+    else:
+        heads = keys.unsqueeze(0) if cache.head_axis < 0 else keys.movedim(cache.head_axis, 0)
+        heads = heads.reshape(1, heads.shape[0], -1, heads.shape[-1])
+        seen = None
     queries = cached.queries()
-    moments = KeyCovariance(binding.kv_heads, binding.head_dim)
-    if queries is not None and queries.shape[2] > flat.shape[2]:  # no more queries than keys
+    if queries is not None and queries.shape[2] > heads.shape[2]:  # no more queries than keys
         queries = queries.flatten(1, 2).unsqueeze(2)
-    moments.update(flat, queries)
+    groups = [slice(row, row + 1) for row in range(len(heads))]
+    if not binding.rows_apart:
+        groups = [slice(None)]
+    return tuple(
+        _fit_rows(binding, heads[rows], None if seen is None else seen[rows], queries)
+        for rows in groups
+    )
+
+
+def _fit_rows(
+    binding: CacheBinding, keys: Tensor, seen: Tensor | None, queries: Tensor | None
+) -> Basis:
+    """The basis of keys (B, Hkv, N, D), those that are `seen` (B, N)."""
+    moments = KeyCovariance(binding.kv_heads, binding.head_dim)
+    if queries is None:
+        moments.update(keys, None, seen)
+    else:  # they are known once, and serve every sequence
+        for row in range(len(keys)):
+            asks = queries if row == 0 else None
+            moments.update(keys[row : row + 1], asks, None if seen is None else seen[row : row + 1])
+    if not moments.tokens:  # a sequence that sees nothing ranks nothing
+        return _any_basis(binding)
     fitted = moments.pca if queries is None else moments.score_optimal
     return fitted(weights=binding.weights, layer=binding.layer)
+
+
+def _any_basis(binding: CacheBinding) -> Basis:
+    eye = torch.eye(binding.head_dim).expand(binding.kv_heads, -1, -1).contiguous()
+    spectrum = torch.ones(binding.kv_heads, binding.head_dim)
+    return Basis(eye, eye, spectrum, "pca", binding.weights, binding.layer, 0)
 
 
 # --- behind a step

@@ -8,11 +8,12 @@ fewer than `min_context` keys reads all of them in either.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ from loki_compile.indexes import (
 from loki_compile.passes.fx_tools import copy_of, extract
 from loki_compile.passes.parts import Part, with_parts
 from loki_compile.passes.plan import Plan
-from loki_compile.passes.rewrite import IndexLayout, pack_groups, rewrite_sparse
-from loki_compile.passes.sites import MAX_QUERY_TOKENS
+from loki_compile.passes.rewrite import IndexLayout, pack_groups, rewrite_sparse, what_is_seen
+from loki_compile.passes.sites import MAX_QUERY_TOKENS, MaskTerm
 from loki_compile.passes.undo import what_to_save
 
 log = logging.getLogger("loki_compile")
@@ -73,13 +74,14 @@ class Served:
 
 @dataclass
 class Step:
-    """One call: its arguments, whose model's it is, its caches in the plan's order, and how many
-    tokens each of them holds behind it."""
+    """One call: its arguments, whose model's it is, its caches in the plan's order, how many tokens
+    each of them holds behind it, and, once it is asked for, what masks let see of them."""
 
     args: Sequence[Any]
     served: Served
     caches: list[Cached]
     filled: list[int]
+    seen: dict[tuple[MaskTerm, ...], Tensor | None] = field(default_factory=dict)
 
     @property
     def visible(self) -> int:
@@ -122,6 +124,7 @@ class DecodeGraph:
         self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self.undo = what_to_save(gm.graph)
         self.fill_graph = _fill_graph(gm, served.bindings)
+        self.seen_graphs: dict[tuple[MaskTerm, ...], fx.GraphModule | None] = {}
         self.dense: Variant | None = None
         self.sparse: dict[tuple[IndexLayout, ...], Variant] = {}
         self.gave_up: str | None = None
@@ -368,7 +371,8 @@ class DecodeGraph:
             if rank is None:
                 return None
             if binding.layout is None:
-                binding.layout = IndexLayout(rank, self._index_dtype or cached.past.dtype)
+                dtype, own = self._index_dtype or cached.past.dtype, binding.basis is None
+                binding.layout = IndexLayout(rank, dtype, own and binding.rows_apart)
             layouts.append(binding.layout)
         return tuple(layouts)
 
@@ -407,8 +411,8 @@ class DecodeGraph:
     def _build_missing(self, step: Step, held: Sequence[IndexRecord | None]) -> list[IndexRecord]:
         made = Build(self.watch)
         records = []
-        for binding, cached, filled, record in zip(
-            step.served.bindings, step.caches, step.filled, held, strict=True
+        for place, (binding, cached, filled, record) in enumerate(
+            zip(step.served.bindings, step.caches, step.filled, held, strict=True)
         ):
             if record is None:
                 record = indexes.build(
@@ -419,12 +423,23 @@ class DecodeGraph:
                     filled=filled,
                     rank=self.config.rank,
                     dtype=self._index_dtype,
+                    seen=functools.partial(self._seen, step, place),
                     tally=step.served.tally,
                 )
             records.append(record)
         if not any(record.build is made for record in records):
             made.used = True  # it was not needed
         return records
+
+    def _seen(self, step: Step, place: int) -> Tensor | None:
+        """Which tokens of a cache the newest token of each sequence sees, bool (1 or B, T)."""
+        site = next(sparse.site for sparse in self.plan.sparse if sparse.cache == place)
+        if site.masks not in step.seen:
+            if site.masks not in self.seen_graphs:
+                self.seen_graphs[site.masks] = what_is_seen(self.gm, self.plan, place)
+            graph = self.seen_graphs[site.masks]
+            step.seen[site.masks] = None if graph is None else graph(*step.args)[0]
+        return step.seen[site.masks]
 
     def _say_it_ran(self, step: Step) -> None:
         if self.sparse_ran:

@@ -57,7 +57,8 @@ class CacheWrite:
 
     A full window moves all its rows before it takes new ones (`roll`, a write into the result, a
     copy back): then `moved` has those calls in order, new keys come in by the writes among them,
-    and `node` copies the result back.
+    and `node` copies the result back. `batch_axis` is the source's dimension of sequences, as many
+    as the cache has; -1 where there is none, or none is seen.
     """
 
     node: fx.Node
@@ -66,6 +67,7 @@ class CacheWrite:
     views: tuple[fx.Node, ...] = ()
     fill: tuple[Any, int] | None = None
     moved: tuple[fx.Node | CacheWrite, ...] = ()
+    batch_axis: int = -1
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ class KeyCache:
     replaced (then `output` is its place among the graph's outputs, after the views `leaves`: a
     sliding window keeps a slice). `views` lead from `root` to the site's `key.base`. `head_axis`
     and `token_axis` are dimensions of `root`; head_dim is last, or heads and head_dim in one, where
-    `heads_are_folded`. `beside` is a second cache of the
-    same tokens, written by the same calls, whose rows continue these: both have one index.
+    `heads_are_folded`; `batch_axis` is that of sequences (-1: none is seen). `beside` is a second
+    cache of the same tokens, written by the same calls, whose rows continue these: both have one
+    index.
     """
 
     past: fx.Node
@@ -91,6 +94,18 @@ class KeyCache:
     output: int | None = None
     leaves: tuple[fx.Node, ...] = ()
     beside: KeyCache | None = None
+    batch_axis: int = -1
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether sequences lie along a dimension of the cache and of all that is written into it,
+        and there may be several."""
+        if self.batch_axis < 0 or concrete((shape_of(self.past) or ())[self.batch_axis]) == 1:
+            return False
+        inner = [step for write in self.writes for step in (*write.moved, write)]
+        steps = [step for step in inner if isinstance(step, CacheWrite) and not step.moved]
+        together = self.beside is None or self.beside.rows_apart
+        return together and all(step.batch_axis >= 0 for step in steps)
 
     @property
     def replaced(self) -> bool:
@@ -177,6 +192,7 @@ def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skip
         source=source_name(past) or past.name,
         output=output,
         leaves=leaves,
+        batch_axis=-1 if order[0] is None else order[0],
     )
 
 
@@ -221,7 +237,8 @@ def _replaced(
     if left is None:
         users = ", ".join(sorted({op_name(user) or user.op for user in node.users}))
         return _No((Reason.CACHE_LEAVES, f"its users are {users}"))
-    return past, (CacheWrite(node, source, head_axis, fill=fill),), *left
+    batch_axis = _batch_axis(source, target, past, labels)
+    return past, (CacheWrite(node, source, head_axis, fill=fill, batch_axis=batch_axis),), *left
 
 
 def _way_out(node: fx.Node) -> tuple[int, tuple[fx.Node, ...]] | None:
@@ -313,7 +330,8 @@ def _mirrorable(
     known = concrete(rows)
     if (known is None and not same_size(rows, site.tokens)) or (known or 0) > MAX_QUERY_TOKENS:
         return _No((Reason.WRITE, name, "it writes more rows than there are new tokens"))
-    return CacheWrite(node, source, head_axis, views, fill)
+    batch_axis = _batch_axis(source, target, node.args[0], labels)
+    return CacheWrite(node, source, head_axis, views, fill, batch_axis=batch_axis)
 
 
 def _moved_rows(
@@ -421,6 +439,15 @@ def _head_axis(source: Any, target: list[Any] | None, site: AttentionSite) -> in
     axis = target.index("H") - (len(target) - len(shape))
     kv_heads = site.kv_heads
     return axis if axis >= 0 and concrete(shape[axis]) == kv_heads else None
+
+
+def _batch_axis(source: Any, target: list[Any] | None, cache: Any, labels: list[Any]) -> int:
+    """Dimension of sequences in `source`, if it holds as many as the cache (with `labels`)."""
+    shape, sizes = shape_of(source), shape_of(cache)
+    if shape is None or sizes is None or not target or "B" not in target or "B" not in labels:
+        return -1
+    axis = target.index("B") - (len(target) - len(shape))
+    return axis if axis >= 0 and same_size(shape[axis], sizes[labels.index("B")]) else -1
 
 
 def _after_index(node: fx.Node, labels: list[Any]) -> list[Any] | None:

@@ -16,11 +16,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from loki_compile.kernels.ops import attend, index_rows, mask_bounds, select, without_autocast
+from loki_compile.kernels.ops import (
+    attend,
+    hidden_below,
+    index_rows,
+    mask_bounds,
+    select,
+    without_autocast,
+)
 from loki_compile.passes.cache_writes import CacheWrite, KeyCache, splits_heads
 from loki_compile.passes.fx_tools import (
     call,
     concrete,
+    copy_of,
+    extract,
     fake_mode_of,
     fake_value,
     finish,
@@ -49,10 +58,14 @@ from torch import fx
 
 @dataclass(frozen=True)
 class IndexLayout:
-    """What one cache's key index looks like: `rank` dims of `dtype`; int8 carries scales."""
+    """What one cache's key index looks like: `rank` dims of `dtype`; int8 carries scales.
+
+    `each_row`: every sequence of the batch is projected by a basis of its own.
+    """
 
     rank: int
     dtype: torch.dtype
+    each_row: bool = False
 
     @property
     def parts(self) -> int:
@@ -157,6 +170,30 @@ def rewrite_sparse(
     return finish(gm)
 
 
+def what_is_seen(gm: fx.GraphModule, plan: Plan, number: int) -> fx.GraphModule | None:
+    """A graph with the inputs of `gm` that computes which tokens of cache `number` the newest token
+    of each sequence sees, bool (1 or B, T), by the masks of the first site that reads it.
+
+    None where there is no mask, or none that can be computed before the graph writes anything.
+    """
+    gm, mapping = copy_of(gm)
+    plan = _with_plain_masks(gm.graph, plan.on(mapping))
+    site = next(sparse.site for sparse in plan.sparse if sparse.cache == number)
+    complete = _masks_complete(gm.graph, [site]).get(site.node)
+    if complete is None:
+        return None
+    mask = _one_mask(gm.graph, site, complete)
+    with gm.graph.inserting_after(mask):
+        seen = call(gm.graph, seen_by_newest, mask, like=site.node)
+    return extract(gm, [seen], [site.node])
+
+
+def seen_by_newest(mask: torch.Tensor) -> torch.Tensor:
+    """A `joint_mask` (Bm, Hm, Sm, T) as what any head of its last row sees: bool (Bm, T)."""
+    least = hidden_below(mask.dtype) if mask.is_floating_point() else 0
+    return (mask[:, :, -1] > least).any(1)
+
+
 def _add_placeholders(
     graph: fx.Graph,
     number: int,
@@ -167,7 +204,9 @@ def _add_placeholders(
 ) -> tuple[list[fx.Node], fx.Node, fx.Node]:
     past = fake_value(cache.past)
     sizes = list(past.shape)
-    basis_sizes = [kv_heads, head_dim, layout.rank]
+    basis_sizes: list[Any] = [kv_heads, head_dim, layout.rank]
+    if layout.each_row:
+        basis_sizes.insert(0, sizes[cache.batch_axis])
     each = kv_heads if cache.heads_are_folded else 1
     wanted: list[tuple[str, list[Any], torch.dtype]] = [
         ("index", [*sizes[:-1], each * layout.rank], layout.dtype)
@@ -193,18 +232,34 @@ def _add_placeholders(
 
 
 def project_new_keys(
-    source: torch.Tensor, basis: torch.Tensor, head_axis: int, dtype: torch.dtype
+    source: torch.Tensor,
+    basis: torch.Tensor,
+    head_axis: int,
+    dtype: torch.dtype,
+    batch_axis: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`index_rows` for keys in any layout whose last dimension is head_dim.
 
     source (..., D) with the KV heads at `head_axis` (-1: one head, no such dimension); basis
-    (Hkv, D, R) fp32. Returns rows (..., R) and, for int8, their scales (..., 1). Where `head_axis`
-    is the last dimension it holds heads and head_dim in one, and so do the results.
+    (Hkv, D, R) fp32, or (B, Hkv, D, R) for the sequences along `batch_axis`. Returns rows (..., R)
+    and, for int8, their scales (..., 1). Where `head_axis` is the last dimension it holds heads and
+    head_dim in one, and so do the results.
     """
     if head_axis == source.ndim - 1:
-        apart = source.unflatten(-1, (basis.shape[0], -1))
-        rows, scale = project_new_keys(apart, basis, head_axis, dtype)
+        apart = source.unflatten(-1, (basis.shape[-3], -1))
+        rows, scale = project_new_keys(apart, basis, head_axis, dtype, batch_axis)
         return rows.flatten(-2), None if scale is None else scale.flatten(-2)
+    if basis.ndim == 4:
+        apart = rows_and_heads_first(source, head_axis, batch_axis)
+        rows, scale = index_rows(apart.flatten(2, -2), basis, dtype)
+
+        def as_it_was(x: torch.Tensor) -> torch.Tensor:
+            x = x.reshape(*apart.shape[:-1], x.shape[-1])
+            if head_axis < 0:
+                return x.squeeze(1).movedim(0, batch_axis)
+            return x.movedim((0, 1), (batch_axis, head_axis))
+
+        return as_it_was(rows), None if scale is None else as_it_was(scale)
     heads_first = source.unsqueeze(0) if head_axis < 0 else source.movedim(head_axis, 0)
     flat = heads_first.reshape(1, heads_first.shape[0], -1, heads_first.shape[-1])
     rows, scale = index_rows(flat, basis, dtype)
@@ -214,6 +269,13 @@ def project_new_keys(
         return x.squeeze(0) if head_axis < 0 else x.movedim(0, head_axis)
 
     return back(rows), None if scale is None else back(scale)
+
+
+def rows_and_heads_first(x: torch.Tensor, head_axis: int, batch_axis: int) -> torch.Tensor:
+    """Keys in any layout as a view (B, Hkv, ..., D); -1 as `head_axis`: one head."""
+    if head_axis < 0:
+        return x.movedim(batch_axis, 0).unsqueeze(1)
+    return x.movedim((batch_axis, head_axis), (0, 1))
 
 
 def _mirror(
@@ -245,6 +307,7 @@ def _mirror(
                 key_basis,
                 step.head_axis,
                 layout.dtype,
+                step.batch_axis,
                 like=step.node,
             )
         after = [
