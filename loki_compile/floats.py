@@ -76,7 +76,7 @@ def ask_what_inductor_asks(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """
     if not _float_inputs(gm.graph):
         return
-    from functorch.compile import make_boxed_func
+    from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor.compile_fx import compile_fx
 
     def stop_here(lowered: fx.GraphModule, _: Sequence[Any], **__: Any) -> Callable[..., Any]:

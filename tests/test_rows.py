@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loki_compile.pca_store.basis import BasisSet, random_basis
-from loki_compile.pca_store.fingerprint import weights_fingerprint
 from toy_decoders import recorded
 from transformers import (
     BartConfig,
@@ -51,17 +49,6 @@ ROUNDING = 2e-5  # of the logits' standard deviation
 def llama(**changes):
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})).eval()
-
-
-def a_basis(model) -> BasisSet:
-    """One basis for every run: a fitted one is of the prompts it has seen."""
-    layers = [layer.self_attn.k_proj.weight for layer in model.model.layers]
-    return BasisSet(
-        tuple(
-            random_basis(2, 16, seed=n, weights=weights_fingerprint(weight), layer=str(n))
-            for n, weight in enumerate(layers)
-        )
-    )
 
 
 def left_padded(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,9 +101,8 @@ def reads(calls) -> list[torch.Tensor]:
 def check_rows(model, prompt, kind, new=1, short=()):
     """The rows of `short` are what they are alone and what eager makes of them, the others what
     they are alone; returns the calls of `select` for the batch."""
-    options = {"basis": a_basis(model)}  # whatever else there is: the defaults
     eager = decode(model, model, prompt, kind, new)
-    fast = torch.compile(model, backend="loki", options=options)
+    fast = torch.compile(model, backend="loki")  # the defaults, so a basis for each row
     by_themselves = [
         decode(fast, model, alone(*prompt, row), kind, new) for row in range(len(eager))
     ]
@@ -148,6 +134,19 @@ def test_a_short_row_beside_a_long_one_is_what_it_is_alone(lengths, kind, interp
         seen = [length + n // 2 + 1 for length in lengths]  # two layers
         expected = [-(-seen[0] // 8), *seen[1:]]
         assert (read == torch.tensor(expected).view(-1, 1, 1)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("index_dtype", ["auto", "int8"])
+def test_long_rows_rank_by_what_they_see_themselves(kind, index_dtype, interpreted):
+    """Neither the padding in front of a row nor its neighbours' keys are in its basis."""
+    model, prompt = llama(), left_padded(2000, 1400)
+    fast = torch.compile(model, backend="loki", options={"index_dtype": index_dtype})
+    found = decode(fast, model, prompt, kind, 1)
+    for row in range(2):
+        by_itself = decode(fast, model, alone(*prompt, row), kind, 1)[0]
+        assert error(found[row], by_itself) < ROUNDING
+    assert stats()["sparse_steps"] == 3 * STEPS
 
 
 @pytest.mark.parametrize("kind", KINDS)
