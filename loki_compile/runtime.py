@@ -184,7 +184,7 @@ class DecodeGraph:
 
     def run_dense(self, step: Step, why: Because) -> Any:
         if why in (Because.GAVE_UP, Because.SHORTAGE):
-            indexes.forget(self.bindings)
+            indexes.forget(self.bindings, step.caches)
         if self.dense is None:
             with self.building:
                 if self.dense is None:
@@ -401,7 +401,7 @@ class DecodeGraph:
             return self.give_up(what, error)
         self.short_of_memory = min(SHORTAGE_CALLS << self.shortages, SHORTAGE_CALLS_MOST)
         self.shortages += 1
-        indexes.forget(self.bindings)
+        indexes.forget_all(self.watch)
         log.warning(
             "%s for want of memory: decoding is dense for %d steps, then it is tried again (%s).",
             what,
@@ -417,7 +417,7 @@ class DecodeGraph:
         failure = f"{type(error).__name__}: {error}"
         self.gave_up = f"{what}: {failure}"
         self.sparse.clear()
-        indexes.forget(self.bindings)
+        indexes.forget_all(self.watch)
         log.warning(
             "%s and decoding stays dense: %s. Set strict=True to raise instead.",
             what,
