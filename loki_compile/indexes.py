@@ -604,7 +604,10 @@ def _basis_for(
     with _lock:
         origin = _fitted_from.get(cached.past.untyped_storage())
         known: Fit | None = None
-        if origin is not None and origin[0] == version_of(cached.past):
+        # A cache that counts no writes may have been filled with another prompt: if it still has an
+        # index, rows are compared below.
+        trusted = cached.counts_writes or old is None
+        if origin is not None and trusted and origin[0] == version_of(cached.past):
             known = origin[1].get(_place(binding, cached))
     if known is None and old is not None and old.fit is not None:
         known = old.fit if _mirrors_still(binding, cached, old, tokens) else None
@@ -646,8 +649,11 @@ def _mirrors_still(binding: CacheBinding, cached: Cached, old: IndexRecord, toke
         held[1] = held[1].unsqueeze(-1)
     before = math.prod(held[1:], start=held[0])
     error = (now - before).abs().amax(-1)
-    near = (error <= 0.05 * now.abs().amax(-1)).float().mean()
-    return bool(near >= SAME_SHARE)
+    near = (error <= 0.05 * now.abs().amax(-1)).float()
+    if old.layout.each_row:  # no sequence keeps the basis of another that was in its place
+        near = near.movedim(cache.batch_axis, 0).flatten(1).mean(1)
+        return bool(near.min() >= SAME_SHARE)
+    return bool(near.mean() >= SAME_SHARE)
 
 
 def _fit(
@@ -751,10 +757,16 @@ def filled_before(cached: Cached) -> int | None:
     return filled if stamp == stamp_of(cached.holder) else None
 
 
-def forget(bindings: Iterable[CacheBinding]) -> None:
-    """Gives back the memory of all indexes that these bindings would find."""
-    identities = {binding.identity for binding in bindings}
+def forget(bindings: Iterable[CacheBinding], caches: Iterable[Cached]) -> None:
+    """Gives back the memory of the indexes that these bindings would find for these caches."""
+    with _lock:
+        for binding, cached in zip(bindings, caches, strict=True):
+            _indexes.get(cached.holder, {}).pop(binding.identity, None)
+
+
+def forget_all(watch: Watch) -> None:
+    """Gives back the memory of all indexes that calls of one graph have built."""
     with _lock:
         for held in list(_indexes.values()):
-            for identity in identities & held.keys():
+            for identity in [key for key, record in held.items() if record.build.watch is watch]:
                 del held[identity]

@@ -237,7 +237,7 @@ class DecodeGraph:
 
     def run_dense(self, step: Step, why: Because) -> Any:
         if why in (Because.GAVE_UP, Because.SHORTAGE):
-            self._forget()
+            indexes.forget(step.served.bindings, step.caches)
         if self.dense is None:
             with self.building:
                 if self.dense is None:
@@ -478,7 +478,7 @@ class DecodeGraph:
             return self.give_up(what, error)
         self.short_of_memory = min(SHORTAGE_CALLS << self.shortages, SHORTAGE_CALLS_MOST)
         self.shortages += 1
-        self._forget()
+        indexes.forget_all(self.watch)
         log.warning(
             "%s for want of memory: decoding is dense for %d steps, then it is tried again (%s).",
             what,
@@ -494,18 +494,13 @@ class DecodeGraph:
         failure = f"{type(error).__name__}: {error}"
         self.gave_up = f"{what}: {failure}"
         self.sparse.clear()
-        self._forget()
+        indexes.forget_all(self.watch)
         log.warning(
             "%s and decoding stays dense: %s. Set strict=True to raise instead.",
             what,
             failure,
             exc_info=log.isEnabledFor(logging.DEBUG),
         )
-
-    def _forget(self) -> None:
-        """Gives back the memory of all indexes that this graph would find."""
-        for _, served in list(self.known.values()) or [(None, self.served)]:
-            indexes.forget(served.bindings)
 
     def _saves_all(self, args: Sequence[Any]) -> bool:
         """Whether all that a second run of this step would notice is saved before the first.

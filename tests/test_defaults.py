@@ -19,7 +19,7 @@ from torch import Tensor
 from toy_decoders import clear_runtime
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from loki_compile import stats
+from loki_compile import indexes, stats
 from loki_compile.config import LokiConfig
 from loki_compile.indexes import indexes_of
 
@@ -118,6 +118,42 @@ def test_conversations_in_turn_stay_sparse_with_one_build_each(many, kind, mode,
     assert ran["sparse_steps"] + ran["dense_steps"] == many * steps
     assert mostly_sparse(ran), ran
     assert ran["rebuilds"] == many, "one layer each"
+
+
+@CACHES
+@pytest.mark.parametrize("theirs", ["of the same model", "of another model"])
+def test_a_graph_that_is_short_of_memory_takes_no_index_of_another(
+    theirs, kind, interpreted, monkeypatch
+):
+    """Caches of both have heads alike, so that their indexes are found alike."""
+    model = make_model()
+    other = model if theirs == "of the same model" else make_model()
+    for each in {model, other}:
+        each.compile(backend="loki")
+    real, failing = indexes.project_new_keys, [False]
+
+    def project(*args):
+        if failing[0]:
+            raise torch.OutOfMemoryError("no memory for 3 GiB")
+        return real(*args)
+
+    monkeypatch.setattr(indexes, "project_new_keys", project)
+    with torch.no_grad():
+        talk, short = started(model, kind, prompt(1)), started(other, kind, prompt(2, rows=2))
+        before = started(other, kind, prompt(3, rows=2))
+        for _ in range(3):  # Dynamo is done with both graphs
+            model(torch.full((1, 1), 2), past_key_values=talk)
+            other(torch.full((2, 1), 2), past_key_values=before)
+        mine, ran = Counter(), Steps()
+        for step in range(20):
+            failing[0] = step == 0
+            other(torch.full((2, 1), step + 2), past_key_values=short)
+            failing[0] = False
+            assert ran()["dense_steps"] == 1
+            model(torch.full((1, 1), step + 2), past_key_values=talk)
+            mine.update(ran())
+    assert mine["sparse_steps"] == 20 and mine["rebuilds"] == 0, mine
+    assert not any(indexes_of(layer.keys) for layer in short.layers)
 
 
 @CACHES
@@ -264,6 +300,23 @@ def test_a_conversation_inherits_no_basis(interpreted):
         if max((ours - basis).abs().max(), (logits - expected).abs().max()) > 1e-4
     ]
     assert not inherited
+
+
+@MODES
+def test_a_static_cache_that_starts_again_has_a_basis_of_its_new_keys(mode, interpreted):
+    """Reset and filled with another prompt: what the memory held before decides nothing."""
+    model = make_model()
+    model.compile(backend="loki")
+    with mode():
+        used, unused = new_cache(model, "static"), new_cache(model, "static")
+        bases = []
+        for cache, prompts in ((used, (1, 2)), (unused, (2,))):
+            for seed in prompts:
+                cache.reset()
+                model.forward(prompt(seed), past_key_values=cache, logits_to_keep=1)
+                model(torch.full((1, 1), 2), past_key_values=cache)
+            bases.append(indexes_of(cache.layers[0].keys)[0].basis.key)
+    torch.testing.assert_close(*bases, rtol=0, atol=1e-4)
 
 
 def test_a_conversation_after_a_change_of_weights_has_a_basis_of_its_own_keys(interpreted):
