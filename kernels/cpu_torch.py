@@ -142,7 +142,10 @@ class Rows:
         q, logits = self.q[part], None
         for keys in self.keys:
             here, q = q.split((keys.shape[3], q.shape[2] - keys.shape[3]), -1)
-            product = torch.bmm(here, _gather(keys, i, kv, at).transpose(1, 2))
+            # One fp32 sum over many dims errs more than those of PyTorch's attention.
+            wide = torch.float64 if keys.dtype == torch.float32 else torch.float32
+            read = _gather(keys, i, kv, at).to(wide)
+            product = torch.bmm(here.to(wide), read.transpose(1, 2)).float()
             logits = product if logits is None else logits + product
         assert logits is not None
         logits = logits * self.scale

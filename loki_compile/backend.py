@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -102,7 +103,9 @@ def loki(
         decode = DecodeGraph(normal, plan, config, parts, late, served, serve)
         decode.remember(example_inputs)
     elif plan.dense:
-        _say_compiling(tally, "a graph that stays dense", len(plan.dense))
+        prefill = all(skip.reason is Reason.PREFILL for skip in plan.dense)
+        what = "a prefill, which is dense" if prefill else "a graph that stays dense"
+        _say_compiling(tally, what, len(plan.dense))
     compiled: Callable[..., Any]
     if decode is not None:
         compiled = decode
@@ -187,11 +190,16 @@ def _refusal(plan: Plan) -> str:
 
 
 def _say_compiling(tally: Tally, what: str, sites: int) -> None:
+    """Each time where that takes minutes, else once."""
+    again = time.monotonic() if sites >= _LONG else None
     say_once(
-        (tally.model, what, sites),
+        (tally.model, what, sites, again),
         f"{tally.model}: compiling {what} ({sites} attention sites). A large model takes minutes; "
-        "later calls reuse it.",
+        "later calls of these sizes reuse it.",
     )
+
+
+_LONG = 8  # attention sites of a graph from which on a compilation is long
 
 
 def _say_what_stays_dense(plan: Plan, config: LokiConfig, tally: Tally) -> None:

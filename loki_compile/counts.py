@@ -17,6 +17,8 @@ from torch import fx, nn
 from torch._dynamo.utils import counters
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from loki_compile.report import given_up
+
 log = logging.getLogger("loki_compile")
 _notices = logging.getLogger("loki_compile.notices")
 
@@ -106,7 +108,8 @@ def stats() -> dict[str, Any]:
     interpreted_steps: calls, of either variant, that ran node by node, since the sizes were not
     those that Inductor had compiled for; rebuilds: indexes projected anew from a cache;
     fitted_bases: bases fitted because none was stored; index_bytes, peak_index_bytes: memory of the
-    indexes alive now, and the most since `reset_stats`; models: the same counts for each model.
+    indexes alive now, and the most since `reset_stats`; given_up: what Dynamo runs eagerly, counted
+    nowhere, and what to set (see `given_up`); models: the same counts for each model.
     """
     with _lock:
         each: dict[str, dict[str, Any]] = {
@@ -123,6 +126,7 @@ def stats() -> dict[str, Any]:
             "dense_because": dict(because),
             "index_bytes": _bytes_now,
             "peak_index_bytes": _bytes_most,
+            "given_up": given_up(),
             "models": each,
         }
 

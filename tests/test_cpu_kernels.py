@@ -588,7 +588,9 @@ assert limited(cpu.attend, q, k, k, few, None, scale=0.1) is None
 again = cpu.attend(q, k, k, few, None, scale=0.1)[:1]
 assert torch.equal(again, expected), "not as before, once there is memory"
 index, basis = torch.randn(1, 1, 1 << 22, 1), torch.ones(1, 8, 1)
-options = dict(scale=1.0, top_k=5, keep_q16=65536, sink=0, recent=0, per_head=False)
+options = dict(
+    scale=1.0, top_k=5, keep_q16=65536, sink=0, recent=0, min_keys=0, per_head=False
+)
 args = (q[:1, :1], basis, index, None, None, None)
 assert limited(cpu.select, *args, **options) is None
 assert cpu.select(*args, **options).shape == (1, 1, 8, 5)
