@@ -32,7 +32,7 @@ from loki_compile.passes.fx_tools import copy_of, fake_mode_of, fake_value
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.parts import Part, take_parts, with_parts
 from loki_compile.passes.plan import Plan, make_plan
-from loki_compile.passes.rewrite import pack_groups
+from loki_compile.passes.rewrite import lay_out_first_keys, pack_groups
 from loki_compile.passes.sites import Reason, Skipped, find_sites
 from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
@@ -111,9 +111,10 @@ def loki(
         compiled = decode
     elif config.pack_gqa and not parts and any(site.group > 1 for site in plan.sites):
         packed, mapping = copy_of(normal)
-        compiled = compile_graph(pack_groups(packed, plan.on(mapping).sites), example_inputs)
+        packed = pack_groups(packed, plan.on(mapping).sites)
+        compiled = compile_graph(lay_out_first_keys(packed), example_inputs)
     else:
-        compiled = compile_graph(gm, example_inputs)
+        compiled = compile_graph(lay_out_first_keys(gm), example_inputs)
     adapters = _adapters(normal, bindings, example_inputs, parts)
     record_graph(plan, config, bindings, decode, adapters)  # last: it may be traced again
     _say_what_stays_dense(plan, config, tally)

@@ -97,15 +97,15 @@ class LokiConfig:
     def notices(self) -> list[str]:
         """What is allowed and is hardly meant, a sentence each."""
         found = []
-        if self.min_context > 0 and self.budget.covers(_LONGEST):
-            found.append(
-                f"top_k={self.top_k!r} covers every context: nothing will run sparse. Lower top_k "
-                "(the default is 0.125)."
-            )
-        elif self.min_context >= _LONGEST:
+        if self.min_context >= _LONGEST:
             found.append(
                 f"min_context={self.min_context} is longer than any context: nothing will run "
                 "sparse. Lower min_context (the default is 1024)."
+            )
+        elif self.min_context > 0 and self.budget.covers(_LONGEST):
+            found.append(
+                f"top_k={self.top_k!r} covers every context: nothing will run sparse. Lower top_k "
+                "(the default is 0.125)."
             )
         return found
 

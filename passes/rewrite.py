@@ -170,6 +170,37 @@ def rewrite_sparse(
     return finish(gm)
 
 
+def lay_out_first_keys(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph whose first keys and values leave it as the graph says: contiguous.
+
+    A cache that grows begins as `cat([empty, keys])`. Inductor (run on 2.13) makes a copy of the
+    keys of it, in the layout that they have, where eager makes a contiguous tensor, as each later
+    step does. Dynamo guards strides: the first step behind a prompt of another length would be
+    compiled again, for minutes.
+    """
+    (results,) = gm.graph.output_node().args
+    if not any(isinstance(node, fx.Node) and _begins_a_cache(node) for node in results):
+        return gm
+    gm, _ = copy_of(gm)
+    result = gm.graph.output_node()
+    laid: dict[fx.Node, fx.Node] = {}
+    for node in result.args[0]:  # type: ignore[union-attr]
+        if isinstance(node, fx.Node) and _begins_a_cache(node) and node not in laid:
+            with gm.graph.inserting_before(result):
+                laid[node] = call(gm.graph, torch.Tensor.contiguous, node, like=node)
+    result.args = (tuple(laid.get(node, node) for node in result.args[0]),)  # type: ignore
+    return finish(gm)
+
+
+def _begins_a_cache(node: fx.Node) -> bool:
+    if op_name(node) != "cat" or not fake_value(node).is_contiguous():
+        return False
+    parts = operand(node, "tensors")
+    return isinstance(parts, (list, tuple)) and any(
+        0 in [concrete(size) for size in shape_of(part) or ()] for part in parts
+    )
+
+
 def what_is_seen(gm: fx.GraphModule, plan: Plan, number: int) -> fx.GraphModule | None:
     """A graph with the inputs of `gm` that computes which tokens of cache `number` the newest token
     of each sequence sees, bool (1 or B, T), by the masks of the first site that reads it.

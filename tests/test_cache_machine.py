@@ -557,7 +557,7 @@ class CacheMachine(RuleBasedStateMachine):
                         continue
                     layout = index.layout
                     cached = held.narrow(0, layer.keys.shape[2])
-                    rows, _ = project_new_keys(cached, index.basis.key, 1, layout.dtype)
+                    rows, _ = project_new_keys(cached, index.basis.key, 1, layout.dtype, 0)
                     atol = self.near(rows) if layout.dtype == torch.bfloat16 else 1e-4
                     torch.testing.assert_close(index.tensors[0], rows, rtol=0, atol=atol)
                     count("state machine: indexes equal a projection")

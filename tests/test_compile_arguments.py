@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -369,3 +370,25 @@ def test_chats_make_no_graph_that_plain_dynamo_does_not_make(kind, dynamic):
     assert all(mine <= other for mine, other in zip(ours, theirs, strict=True))
     assert ours[2] == ours[1] <= ours[0] + (dynamic is None)
     assert stats()["sparse_steps"] == 3 * 4 * 2 and stats()["dense_steps"] == 0
+
+
+@torch.no_grad()
+def test_the_first_step_behind_a_prompt_of_another_length_is_not_compiled_again():
+    """Under Inductor itself, which gives a prefill's keys another layout than eager and later steps
+    do, and would have Dynamo trace that step once more, in mid-stream."""
+    torch._dynamo.reset()
+    model = llama()
+    model.compile(backend=functools.partial(backend.loki, engine=backend.inductor))
+    from torch._dynamo.utils import counters
+    from transformers import DynamicCache
+
+    new_graphs = []
+    for length in (CACHED, CACHED - 1, CACHED + 100):
+        cache = DynamicCache(config=model.config)
+        model(torch.randint(64, (1, length)), past_key_values=cache)
+        assert all(layer.keys.is_contiguous() for layer in cache.layers)
+        before = counters["stats"]["unique_graphs"]
+        for step in range(3):
+            model(torch.full((1, 1), step), past_key_values=cache)
+        new_graphs.append(counters["stats"]["unique_graphs"] - before)
+    assert new_graphs == [2, 0, 0]

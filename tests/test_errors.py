@@ -9,6 +9,7 @@ from loki_compile.pca_store.store import Store
 from toy_decoders import tiny_llama
 
 from loki_compile import LokiConfig, backend, calibrate, reports, stats
+from loki_compile.counts import forget_notices
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -165,8 +166,8 @@ def test_a_fault_of_ours_keeps_its_page(monkeypatch):
     ("options", "word"),
     [({"top_k": 1.0}, "top_k=1.0 covers"), ({"min_context": 1 << 40}, "is longer than any")],
 )
-def test_what_can_never_be_sparse_is_said_once(options, word, caplog, monkeypatch):
-    monkeypatch.setattr(backend, "_said", set())
+def test_what_can_never_be_sparse_is_said_once(options, word, caplog):
+    forget_notices()
     model = decoder()
     model.compile(backend="loki", options=options)
     with caplog.at_level("WARNING", "loki_compile"):

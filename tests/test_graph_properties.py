@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from loki_compile.kernels.ops import index_rows
+from loki_compile.passes.rewrite import project_new_keys
 from loki_compile.pca_store.basis import Basis
 from tally import cases, count
 from torch import Tensor, nn
@@ -359,18 +359,14 @@ def indexes_mirror_their_caches(talks: list[Conversation]) -> int:
         for index in indexes_of(talk.keys):
             if not index.valid:
                 continue
-            folded, apart = talk.spelling.layout == "btf", (talk.spelling.kv_heads, -1)
-            axis = 2 if folded else talk.spelling.layout.find("h")
-            keys = talk.keys.unflatten(-1, apart) if folded else talk.keys
-            keys = keys.unsqueeze(0) if axis < 0 else keys.movedim(axis, 0)
-            flat = keys.reshape(1, keys.shape[0], -1, keys.shape[-1])
-            rows, scale = index_rows(flat, index.basis.key, index.layout.dtype)
-            for part, now in zip(index.tensors, (rows, scale), strict=False):
-                part = part.unflatten(-1, apart) if folded else part
-                held = part.unsqueeze(0) if axis < 0 else part.movedim(axis, 0)
-                held = held.reshape(now.shape)
-                atol = 1.0 if part.dtype == torch.int8 else 1e-4  # a tie in rounding
-                torch.testing.assert_close(held.float(), now.float(), rtol=1e-4, atol=atol)
+            layout = talk.spelling.layout
+            axis = talk.keys.ndim - 1 if layout == "btf" else layout.find("h")
+            now = project_new_keys(
+                talk.keys, index.basis.key, axis, index.layout.dtype, layout.find("b")
+            )
+            for held, rows in zip(index.tensors, now, strict=False):
+                atol = 1.0 if held.dtype == torch.int8 else 1e-4  # a tie in rounding
+                torch.testing.assert_close(held.float(), rows.float(), rtol=1e-4, atol=atol)
             checked += 1
     return checked
 

@@ -865,7 +865,7 @@ def test_the_index_is_the_projection_of_both_caches():
             pair.step(here, steps=5)
             index, *others = indexes_of(*here.caches)
             assert index.valid and not others
-            rows = torch.cat(here.caches, -1) @ index.basis.key
+            rows = torch.cat(here.caches, -1) @ index.basis.key.squeeze(-3)
             torch.testing.assert_close(index.tensors[0], rows, rtol=0, atol=1e-5)
 
 
@@ -884,8 +884,9 @@ def test_a_basis_is_fitted_from_both_caches_for_what_heads_read_of_them(form):
         here.step(fast, torch.randn(BATCH, 1, HIDDEN))
     assert stats()["fitted_bases"] == 1 and stats()["sparse_steps"] == 1
     (index,) = indexes_of(*here.caches)
-    assert index.basis.key.shape == (1, LATENT + SHARED, 6)
+    assert index.basis.key.shape == (BATCH, 1, LATENT + SHARED, 6)
     moments = KeyCovariance(1, LATENT + SHARED)
+    rows = rows[:1]  # each sequence has its own
     moments.update(rows[:, None])
     own = module.expand.weight.detach().double().unflatten(0, (HEADS, -1))[:, :OWN].flatten(0, 1)
     shared = torch.eye(SHARED, dtype=torch.float64).repeat(HEADS, 1)
@@ -896,7 +897,7 @@ def test_a_basis_is_fitted_from_both_caches_for_what_heads_read_of_them(form):
         query, key = query[0].double(), key[0].double()
         return (queries @ centred.T - queries @ query @ (centred @ key).T).square().sum()
 
-    assert error(index.basis.query, index.basis.key) < 0.5 * error(*moments.pca().truncate(6))
+    assert error(index.basis.query[0], index.basis.key[0]) < 0.5 * error(*moments.pca().truncate(6))
 
 
 # --- calibration

@@ -91,7 +91,9 @@ def test_a_window_that_fills_and_moves_decodes_like_the_model(build, prompt, kin
     worst, _ = decode(build(), kind, prompt, top_k=1.0)
     assert worst < 1e-5
     assert loki_compile.stats()["sparse_steps"] == STEPS
-    assert loki_compile.stats()["rebuilds"] == 2, "one index per layer, then only moved"
+    # One index per layer, then only moved; the full layer's basis is fitted anew from 24 keys on.
+    doubled = build is one_layer_windowed and prompt + STEPS > 2 * prompt
+    assert loki_compile.stats()["rebuilds"] == 2 + doubled
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
