@@ -24,6 +24,7 @@ import logging
 import math
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -100,21 +101,32 @@ class Fit:
 
 
 class Watch:
-    """How many more builds served a single step than served others, for the calls of one graph.
+    """What became of the indexes that calls of one graph have built.
 
-    What one cache does says nothing of another: a conversation that uses its index at every step
-    counts once, when it first does, and does not excuse the builds of a beam search beside it.
+    `wasted` counts those that served a single step although their sequence went on, in other
+    tensors; `ended` has how many tokens there were when one was dropped behind its first step, be
+    it that, or a conversation that was over. One that serves a second step makes up for one wasted.
     """
 
     def __init__(self) -> None:
         self.wasted = 0
+        self.ended: deque[int] = deque(maxlen=64)
+
+    def goes_on(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens had an index that was dropped; asked once for it."""
+        if tokens not in self.ended:
+            return False
+        self.ended.remove(tokens)
+        self.wasted += 1
+        return True
 
 
 class Build:
-    """The indexes that one call built. Wasted, if none of them serves another call."""
+    """The indexes that one call built; `tokens` are in the first cache behind it."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watch, tokens: int) -> None:
         self.watch = watch
+        self.tokens = tokens
         self.used = False
 
     def use(self) -> None:
@@ -123,9 +135,14 @@ class Build:
             self.used = True
             self.watch.wasted = max(0, self.watch.wasted - 1)
 
-    def __del__(self) -> None:
+    def drop(self) -> None:
+        """Nothing will use them any more."""
         if not self.used:
-            self.watch.wasted += 1
+            self.used = True
+            self.watch.ended.append(self.tokens)
+
+    def __del__(self) -> None:
+        self.drop()
 
 
 @dataclass(eq=False)
@@ -405,6 +422,21 @@ def find(binding: CacheBinding, cached: Cached) -> IndexRecord | None:
         return held.get(binding.identity)
 
 
+def take_highest_rank(binding: CacheBinding, cached: Cached) -> None:
+    """Where a spectrum decides the rank, graphs that share a cache agree on the highest."""
+    with _lock:
+        layouts = [
+            layout
+            for basis, layout, kin in _indexes.get(cached.holder, {})
+            if (basis, kin) == (None, binding.kin)
+        ]
+    now = binding.layout
+    for layout in layouts:
+        if now is None or (layout.dtype == now.dtype and layout.rank > now.rank):
+            now = layout
+    binding.layout = now
+
+
 def is_true(binding: CacheBinding, cached: Cached, record: IndexRecord, filled: int) -> bool:
     """Whether an index mirrors its cache, as far as stamps and lengths tell (not `Witness`es).
 
@@ -547,7 +579,12 @@ def build(
     tensors = _project(binding, cached, bound, layout, old)
     record = IndexRecord(tensors, cached.stamp, filled, bound, layout, made, fit)
     with _lock:
-        _indexes.setdefault(cached.holder, {})[binding.identity] = record
+        held = _indexes.setdefault(cached.holder, {})
+        if isinstance(rank, str):  # of lower rank than this one, and never looked for again
+            for identity in [key for key in held if key[::2] == binding.identity[::2]]:
+                if identity[1].dtype == layout.dtype:
+                    del held[identity]
+        held[binding.identity] = record
     tally.add("rebuilds")
     return record
 

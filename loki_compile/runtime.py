@@ -42,10 +42,11 @@ from loki_compile.passes.undo import what_to_save
 log = logging.getLogger("loki_compile")
 
 # A cache that is a new tensor at every step (beam search) would be read whole at every step to
-# build its index. When so many more builds have served one step than served others, calls that need
-# another build are dense, so many of them; calls whose indexes are true stay sparse.
+# build its index. Behind so many builds that served one step of a sequence each, its next steps are
+# dense, so many of them; others stay sparse. So many sequences are held back at a time.
 WASTED_BUILDS = 8
 HELD_BACK_CALLS = 64
+HELD_BACK_MOST = 16
 # Dense steps after a first shortage of memory, before an index is tried again; twice as many after
 # each further one, up to the second number.
 SHORTAGE_CALLS = 64
@@ -133,7 +134,8 @@ class DecodeGraph:
         self.given_bytes = 0
         self.turn = 0
         self.watch = Watch()
-        self.held_back = 0  # calls that need a build and will be dense
+        # Sequences that are held back: by how many tokens they have come to, the calls left.
+        self.held_back: dict[int, int] = {}
         self.short_of_memory = 0  # calls that will be dense
         self.shortages = 0
         self.building = threading.Lock()
@@ -177,8 +179,8 @@ class DecodeGraph:
             return f"interpreted in {self.interpreted} calls: sizes that Inductor had fixed changed"
         if self.held_back:
             return (
-                f"held back: {self.held_back} more calls that need a new index run dense, since "
-                f"{WASTED_BUILDS} indexes served one step each"
+                f"held back: up to {max(self.held_back.values())} more steps of a sequence run "
+                f"dense, since its last {WASTED_BUILDS} indexes served one step each"
             )
         return ""
 
@@ -260,7 +262,7 @@ class DecodeGraph:
         held = self._true_indexes(step)
         if self._lacks_keys(step, held):
             return self.run_dense(step, Because.EMPTY)
-        if self._hold_back(held):
+        if self._hold_back(step, held):
             return self.run_dense(step, Because.HELD_BACK)
         # Compiled first where that is possible: no keys are read for an index that nothing uses.
         if layouts is not None and self._variant(layouts) is None:
@@ -295,6 +297,7 @@ class DecodeGraph:
             if not self.config.strict:
                 self._set_back("a key index could not be kept", error)
         step.served.tally.add("sparse_steps")
+        self.shortages = 0
         del outputs[self.outputs :]
         return outputs
 
@@ -346,27 +349,42 @@ class DecodeGraph:
             )
         )
 
-    def _hold_back(self, held: Sequence[IndexRecord | None]) -> bool:
-        """Whether this call needs a build that experience says will serve no other."""
-        missing = any(record is None for record in held)
-        if not missing:
+    def _hold_back(self, step: Step, held: Sequence[IndexRecord | None]) -> bool:
+        """Whether this call needs a build that experience says will serve no other.
+
+        A sequence whose cache is a new tensor at each step is told by its tokens: there are as many
+        as there were when the last index was dropped.
+        """
+        if None not in held:
             for build in {id(r.build): r.build for r in held if r is not None}.values():
                 build.use()
-        if self.watch.wasted >= WASTED_BUILDS and self.config.min_context:
-            self.watch.wasted, self.held_back = 0, HELD_BACK_CALLS
-            log.info(
-                "%d indexes served one step each: the next %d calls that need another "
-                "run dense", WASTED_BUILDS, HELD_BACK_CALLS,
-            )  # fmt: skip
-        if missing and self.held_back:
-            self.held_back -= 1
-            return True
-        return False
+            return False
+        before = indexes.tokens_before(step.caches[0], step.filled[0])
+        left = self.held_back.pop(before, 0)
+        if not left and self.config.min_context:
+            for binding, cached in zip(step.served.bindings, step.caches, strict=True):
+                old = indexes.find(binding, cached)
+                if old is not None:  # it is replaced now
+                    old.build.drop()
+            if self.watch.goes_on(before) and self.watch.wasted >= WASTED_BUILDS:
+                self.watch.wasted, left = 0, HELD_BACK_CALLS
+                log.info(
+                    "%d indexes of a sequence served one step each: its next %d steps run dense",
+                    WASTED_BUILDS,
+                    HELD_BACK_CALLS,
+                )
+        if left > 1:
+            self.held_back[step.filled[0]] = left - 1
+            if len(self.held_back) > HELD_BACK_MOST:  # the oldest has ended, most likely
+                del self.held_back[next(iter(self.held_back))]
+        return left > 0
 
     def _layouts(self, step: Step) -> tuple[IndexLayout, ...] | None:
         """Of all indexes; None where a spectrum decides that is not known yet."""
         layouts = []
         for binding, cached in zip(step.served.bindings, step.caches, strict=True):
+            if isinstance(self.config.rank, str) and binding.basis is None:
+                indexes.take_highest_rank(binding, cached)
             rank = binding.rank(self.config.rank)
             if rank is None:
                 return None
@@ -409,7 +427,7 @@ class DecodeGraph:
         return gm
 
     def _build_missing(self, step: Step, held: Sequence[IndexRecord | None]) -> list[IndexRecord]:
-        made = Build(self.watch)
+        made = Build(self.watch, step.filled[0])
         records = []
         for place, (binding, cached, filled, record) in enumerate(
             zip(step.served.bindings, step.caches, step.filled, held, strict=True)

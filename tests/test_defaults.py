@@ -190,6 +190,24 @@ def test_beams_and_a_conversation_on_one_graph_do_not_decide_for_each_other(kind
     assert 0 < beams["rebuilds"] <= new / 3, beams
 
 
+@CACHES
+def test_answers_of_one_step_hold_no_other_conversation_back(kind, interpreted):
+    """Their indexes serve one step each as well; but nothing of them goes on."""
+    model = make_model()
+    model.compile(backend="loki")
+    with torch.no_grad():
+        ran = Steps()
+        for seed in range(20):
+            cache = started(model, kind, prompt(seed % 3))
+            model(torch.full((1, 1), 2), past_key_values=cache)
+        for seed in range(3):
+            cache = started(model, kind, prompt(seed, LONG + seed))
+            for step in range(10):
+                model(torch.full((1, 1), step + 2), past_key_values=cache)
+    ran = ran()
+    assert (ran["sparse_steps"], ran["dense_steps"]) == (50, 0), ran
+
+
 # --- what serving code runs
 
 

@@ -529,8 +529,8 @@ def test_hysteresis_where_caches_are_replaced_at_every_step(caplog):
     assert stats()["rebuilds"] == stats()["sparse_steps"] == 1 + runtime.WASTED_BUILDS
     assert stats()["dense_steps"] == 3
     assert stats()["dense_because"] == {"held back": 3}
-    assert "8 indexes served one step each" in caplog.text
-    assert "61 more calls" in reports()[-1].now
+    assert "8 indexes of a sequence served one step each" in caplog.text
+    assert "61 more steps" in reports()[-1].now
 
 
 def test_sparse_comes_back_after_the_dense_steps(monkeypatch):
