@@ -178,17 +178,18 @@ def lay_out_first_keys(gm: fx.GraphModule) -> fx.GraphModule:
     step does. Dynamo guards strides: the first step behind a prompt of another length would be
     compiled again, for minutes.
     """
-    (results,) = gm.graph.output_node().args
+    results: Any = gm.graph.output_node().args[0]
     if not any(isinstance(node, fx.Node) and _begins_a_cache(node) for node in results):
         return gm
     gm, _ = copy_of(gm)
     result = gm.graph.output_node()
-    laid: dict[fx.Node, fx.Node] = {}
-    for node in result.args[0]:  # type: ignore[union-attr]
+    results = result.args[0]
+    laid: dict[Any, fx.Node] = {}
+    for node in results:
         if isinstance(node, fx.Node) and _begins_a_cache(node) and node not in laid:
             with gm.graph.inserting_before(result):
                 laid[node] = call(gm.graph, torch.Tensor.contiguous, node, like=node)
-    result.args = (tuple(laid.get(node, node) for node in result.args[0]),)  # type: ignore
+    result.args = (tuple(laid.get(node, node) for node in results),)
     return finish(gm)
 
 
