@@ -156,7 +156,7 @@ def _attend_fake(q, k, v, positions, mask, **_):
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
 
-def _with_bool_mask(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def with_bool_mask(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The kernel of either op, for masks of bytes as well: 0 or 1, one byte as in bool."""
 
     @functools.wraps(kernel)
@@ -182,10 +182,10 @@ def _attend_cuda(*args, **kwargs):
     return triton_attend.attend(*args, **kwargs)
 
 
-_LIBRARY.impl("select", _with_bool_mask(cpu.select), "CPU")
-_LIBRARY.impl("attend", _with_bool_mask(cpu.attend), "CPU")
-_LIBRARY.impl("select", _with_bool_mask(_select_cuda), "CUDA")
-_LIBRARY.impl("attend", _with_bool_mask(_attend_cuda), "CUDA")
+_LIBRARY.impl("select", with_bool_mask(cpu.select), "CPU")
+_LIBRARY.impl("attend", with_bool_mask(cpu.attend), "CPU")
+_LIBRARY.impl("select", with_bool_mask(_select_cuda), "CUDA")
+_LIBRARY.impl("attend", with_bool_mask(_attend_cuda), "CUDA")
 
 select = torch.ops.loki.select.default
 attend = torch.ops.loki.attend.default

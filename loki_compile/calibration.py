@@ -100,7 +100,7 @@ def calibrate(
     check_choices(calibration, kind, rank)
     model = getattr(model, "_orig_mod", model)
     device = next(model.parameters()).device
-    seen = _Seen(pre_rotary=calibration == "pre-rotary", kind=kind, rank=rank)
+    seen = Seen(pre_rotary=calibration == "pre-rotary", kind=kind, rank=rank)
     extra = _accepted(model, {"use_cache": False, "logits_to_keep": 1})
     sizes: list[int] = []
     if partial is not None or expect is not None:
@@ -233,7 +233,7 @@ class _Observed:
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What has been seen of each key cache; `observe` is the backend that adds to it."""
 
     pre_rotary: bool
@@ -275,7 +275,7 @@ class _Seen:
         def run(*args: Any) -> Any:
             if self.running_since is None:  # Dynamo has compiled what comes first
                 self.running_since = time.perf_counter()
-            return _LookingOn(normal, caches, self).run(*args)
+            return LookingOn(normal, caches, self).run(*args)
 
         return run
 
@@ -452,7 +452,7 @@ class _Pace:
         self.tokens_read += tokens
         self.reading += seconds
 
-    def probe(self, seen: _Seen) -> None:
+    def probe(self, seen: Seen) -> None:
         """Measures a step of the fit, once."""
         if self.step_seconds is not None:
             return
@@ -473,7 +473,7 @@ class _Pace:
         self.steps_left -= count
         self._steps_done += count
 
-    def left(self, seen: _Seen) -> float:
+    def left(self, seen: Seen) -> float:
         seconds = self.tokens_left * self.reading / max(self.tokens_read, 1)
         each = (self.step_seconds or 0.0) * (STEPS + _STEPS_BESIDE) / STEPS
         if self._begun is None:
@@ -494,7 +494,7 @@ class _Kept:
         self._prompts: dict[tuple[str, int], int] = {}
         self._broken = False
 
-    def restore(self, seen: _Seen) -> int:
+    def restore(self, seen: Seen) -> int:
         """Fills in what was kept; the number of batches that need not be read again."""
         if not self.files.has("seen"):
             return 0
@@ -520,7 +520,7 @@ class _Kept:
         )
         return done
 
-    def _restore(self, seen: _Seen) -> int:
+    def _restore(self, seen: Seen) -> int:
         moments, record = self.files.read("seen")
         prompts: dict[int, list[dict[str, Tensor]]] = {}
         for number, (weights, occurrence, layer, kv_heads, head_dim, scale) in enumerate(
@@ -566,7 +566,7 @@ class _Kept:
         seen.blocks = {weights: tuple(blocks) for weights, blocks in record["blocks"].items()}
         return int(record["done"])
 
-    def keep(self, seen: _Seen, number: int) -> None:
+    def keep(self, seen: Seen, number: int) -> None:
         """After a batch: its samples first, then how far the run has come."""
         tensors: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
@@ -653,13 +653,13 @@ def _columns(rank: int | float, head_dim: int) -> int:
     return min(rank, head_dim)
 
 
-class _LookingOn(fx.Interpreter):
+class LookingOn(fx.Interpreter):
     """Runs a graph and hands each cache's keys and queries over when its last core has run.
 
     Not sooner: keys may be rotated or filled in place after the node that names them.
     """
 
-    def __init__(self, gm: fx.GraphModule, caches: Sequence[_Observed], moments: _Seen) -> None:
+    def __init__(self, gm: fx.GraphModule, caches: Sequence[_Observed], moments: Seen) -> None:
         super().__init__(gm)
         self.moments = moments
         self.waiting = {cache: _nodes_of(cache) for cache in caches}
@@ -700,7 +700,7 @@ def _accepted(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in names}
 
 
-def _unseen(seen: _Seen, expected: int) -> Exception:
+def _unseen(seen: Seen, expected: int) -> Exception:
     reasons = "".join(f"\n  {reason}" for reason in seen.reasons)
     if not seen.held:
         why = reasons or "\n  the model runs no attention that is understood"

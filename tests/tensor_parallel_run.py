@@ -128,8 +128,12 @@ def main(folder, engine, what):
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    if engine == "interpreted":
-        backend._inductor = lambda gm, inputs, **_: gm.forward
+    chosen = backend.interpreter if engine == "interpreted" else backend.inductor
+    with backend.default_engine(chosen):
+        run(folder, what)
+
+
+def run(folder, what):
     sharded = load(folder, tp_plan="auto")
     assert type(sharded.model.layers[0].self_attn.k_proj.weight).__name__ == "DTensor"
     if what == "tokens":

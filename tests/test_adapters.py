@@ -31,8 +31,8 @@ def lora(seed, targets=("q_proj", "k_proj", "v_proj")):
 
 
 @pytest.fixture(autouse=True)
-def engine(monkeypatch):
-    return interpret(monkeypatch)
+def engine(use_engine):
+    return interpret(use_engine)
 
 
 @torch.no_grad()

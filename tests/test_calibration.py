@@ -345,7 +345,7 @@ def test_fitted_layers_are_kept(samples, tmp_path, monkeypatch):
     whole = calibrate_any(model, batches)
     stopped_run(model, batches, tmp_path, in_fit=15)  # three steps into the second of two
     monkeypatch.setattr(
-        calibration._LookingOn, "run", lambda *_: pytest.fail("the text was read again")
+        calibration.LookingOn, "run", lambda *_: pytest.fail("the text was read again")
     )
     steps = []
     again = calibrate_any(
@@ -419,7 +419,7 @@ def test_the_time_that_is_left_is_measured(samples, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     model, batches = Looped().eval(), [tokens(1, 90, n) for n in range(4)]
-    run, draw = calibration._LookingOn.run, attention_fit._loss
+    run, draw = calibration.LookingOn.run, attention_fit._loss
 
     def slow_run(self, *arguments):
         clock[0] += 7
@@ -429,7 +429,7 @@ def test_the_time_that_is_left_is_measured(samples, monkeypatch):
         clock[0] += 2 if torch.is_grad_enabled() else 0.75  # 32 of these are 12 steps
         return draw(*arguments)
 
-    monkeypatch.setattr(calibration._LookingOn, "run", slow_run)
+    monkeypatch.setattr(calibration.LookingOn, "run", slow_run)
     monkeypatch.setattr(attention_fit, "_loss", slow_loss)
     said = []
     calibrate_any(model, batches, expect=lambda left: said.append((clock[0], left)))

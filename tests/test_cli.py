@@ -321,7 +321,7 @@ def test_a_stopped_calibration_goes_on(tiny, text, own_store, monkeypatch):
     whole = Store().load(path)
     path.unlink()
     read = []
-    add = calibration._Seen.add
+    add = calibration.Seen.add
 
     def stopping(self, *arguments):
         read.append(arguments[1].shape[2])
@@ -329,7 +329,7 @@ def test_a_stopped_calibration_goes_on(tiny, text, own_store, monkeypatch):
             raise KeyboardInterrupt
         add(self, *arguments)
 
-    monkeypatch.setattr(calibration._Seen, "add", stopping)
+    monkeypatch.setattr(calibration.Seen, "add", stopping)
     result = run(*command)
     assert result.exit_code == 1 and "the same command goes on" in result.stderr
     assert (own_store.parent / "partial").exists() and not list(own_store.glob("*"))

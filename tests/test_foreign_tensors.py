@@ -141,9 +141,9 @@ def logits_of(call, cache):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_of_such_weights_is_sparse_and_right(kind, monkeypatch):
+def test_a_model_of_such_weights_is_sparse_and_right(kind, use_engine):
     model = KINDS[kind](llama())
-    interpret(monkeypatch)
+    interpret(use_engine)
     expected = logits_of(model.forward, DynamicCache())
     for make in (DynamicCache, lambda: StaticCache(config=model.config, max_cache_len=1200)):
         torch._dynamo.reset()
@@ -157,11 +157,11 @@ def test_a_model_of_such_weights_is_sparse_and_right(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["wrapped", "torchao int8", "quanto int8"])
-def test_a_basis_of_such_weights_is_stored_and_found_again(kind, monkeypatch, tmp_path):
+def test_a_basis_of_such_weights_is_stored_and_found_again(kind, use_engine, monkeypatch, tmp_path):
     monkeypatch.setenv("LOKI_HOME", str(tmp_path))
     basis = calibrate(KINDS[kind](llama()), [torch.randint(0, 89, (1, 300))], kind="pca")
     Store().save(basis)
-    interpret(monkeypatch)
+    interpret(use_engine)
     reset_stats()
     logits_of(torch.compile(KINDS[kind](llama()).forward, backend="loki"), DynamicCache())
     assert stats()["sparse_steps"] == NEW - 1 and stats()["fitted_bases"] == 0

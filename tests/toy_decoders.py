@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from loki_compile.kernels import cpu, reference
-from loki_compile.kernels.ops import _with_bool_mask, index_rows
+from loki_compile.kernels.ops import index_rows, with_bool_mask
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.sites import Reason
 from loki_compile.pca_store.basis import BasisSet, random_basis
@@ -1026,7 +1026,7 @@ class Compiled:
 def recorded(name: str, calls: list[tuple[tuple[Any, ...], torch.Tensor]]) -> Iterator[None]:
     """Calls of loki::<name> on the CPU are noted: their positional arguments and their result."""
     library = torch.library.Library("loki", "IMPL")
-    kernel = _with_bool_mask(getattr(cpu, name))
+    kernel = with_bool_mask(getattr(cpu, name))
 
     def note(*args, **kwargs):
         calls.append((args, kernel(*args, **kwargs)))
