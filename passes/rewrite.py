@@ -283,7 +283,8 @@ def project_new_keys(
         return rows.flatten(-2), None if scale is None else scale.flatten(-2)
     if basis.ndim == 4:
         apart = rows_and_heads_first(source, head_axis, batch_axis)
-        rows, scale = index_rows(apart.flatten(2, -2), basis, dtype)
+        together = (apart.shape[0], apart.shape[1], -1, apart.shape[-1])
+        rows, scale = index_rows(apart.reshape(together), basis, dtype)
 
         def as_it_was(x: torch.Tensor) -> torch.Tensor:
             x = x.reshape(*apart.shape[:-1], x.shape[-1])
