@@ -412,6 +412,8 @@ def axes(weights: str, kv_heads: int, head_dim: int) -> Basis:
 class AxesWhateverIsSeen:
     """In the place of moments that a basis is fitted from."""
 
+    tokens = 1  # it has seen some
+
     def __init__(self, kv_heads: int, head_dim: int) -> None:
         self.sizes = kv_heads, head_dim
 
