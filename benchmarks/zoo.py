@@ -301,6 +301,10 @@ class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
 
+    def failure(self) -> str | None:
+        """The line that says that a graph was given up: decoding goes on dense, the case fails."""
+        return next((line for line in self.lines if "could not be built" in line), None)
+
 
 def run_case(case: Case) -> dict[str, Any]:
     """Decodes the case uncompiled and compiled; the result is one line of the record.
@@ -355,8 +359,8 @@ def _compiled(model: Any, case: Case, tokens: Any, truth: Any, heard: _Warnings)
         found["plain"] = _plain(model, case, tokens, truth, "inductor")
     if wrong:
         return {**found, "status": wrong + " without us" * found["plain"]["wrong"]}
-    if any("could not be built" in line for line in heard.lines):
-        return {**found, "status": "crashes", "error": heard.lines[-1]}
+    if failure := heard.failure():
+        return {**found, "status": "crashes", "error": failure}
     if case.small and found["steps"]["sparse_steps"]:
         torch._dynamo.reset()
         try:
@@ -366,8 +370,8 @@ def _compiled(model: Any, case: Case, tokens: Any, truth: Any, heard: _Warnings)
         except Exception as error:
             trace = traceback.format_exc()[-4000:]
             return {**found, "status": "crashes", "error": _line(error), "trace": trace}
-        if any("could not be built" in line for line in heard.lines):
-            return {**found, "status": "crashes", "error": heard.lines[-1]}
+        if failure := heard.failure():
+            return {**found, "status": "crashes", "error": failure}
     return {**found, "status": "equal"}
 
 

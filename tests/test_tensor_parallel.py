@@ -92,4 +92,4 @@ def test_a_process_that_dies_ends_the_others_with_torchruns_message(folder):
     assert status != 0
     assert "ChildFailedError" in printed and "Root Cause" in printed
     assert "exitcode  : -9" in printed
-    assert "done:" not in printed
+    assert "done: death" not in printed
