@@ -24,11 +24,9 @@ test: $(FOREIGN_STAMP)
 
 # Hours: the slow tests, and thousands of generated cases for each clause; one table at the end.
 # LOKI_SOAK_CASES=100 tries that many for a clause instead of 3000.
-SOAK := tests/test_properties.py tests/test_graph_properties.py tests/test_cache_machine.py \
-  tests/test_odd_spellings.py tests/test_undo.py tests/test_faults.py tests/test_pca_store.py \
-  tests/test_latent.py tests/test_shared_tensors.py
+SOAK := properties graph_properties cache_machine odd_spellings undo faults pca_store latent shared_tensors
 soak: $(STAMP)
-	$(WORKERS) --hypothesis-profile=soak --timeout=0 -m "slow or not slow" $(SOAK) $(TEST_FLAGS)
+	$(WORKERS) --hypothesis-profile=soak --timeout=0 -m "slow or not slow" $(foreach name,$(SOAK),$(wildcard tests/*/test_$(name).py)) $(TEST_FLAGS)
 
 # Lines and branches of passes/, pca_store/ and the runtime.
 COVERING := sites cache_writes normalize fx_tools plan rotary masks rewrite undo flex latent runtime faults backend shared_tensors hand_written masks \
@@ -36,7 +34,7 @@ COVERING := sites cache_writes normalize fx_tools plan rotary masks rewrite undo
   attention_fit pca_store
 coverage: $(STAMP)
 	$(WORKERS) --timeout=1800 --hypothesis-profile=brief --cov --cov-branch \
-	  --cov-report=term-missing --cov-fail-under=95 $(COVERING:%=tests/test_%.py) $(TEST_FLAGS)
+	  --cov-report=term-missing --cov-fail-under=95 $(foreach name,$(COVERING),$(wildcard tests/*/test_$(name).py)) $(TEST_FLAGS)
 
 # Small changes to a file that some test should notice: make mutants FILE=passes/plan.py SAMPLE=30
 FILE ?= passes/plan.py

@@ -40,8 +40,8 @@ def steps() -> list[Step]:
     parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
     return [
-        Step("kernel tests", [*pytest, *parallel, "tests/test_triton_kernels.py"], 150),
-        Step("CUDA graph tests", [*pytest, "-m", "gpu", "tests/test_cuda_graphs.py"], 60),
+        Step("kernel tests", [*pytest, *parallel, "tests/kernels/test_triton_kernels.py"], 150),
+        Step("CUDA graph tests", [*pytest, "-m", "gpu", "tests/runtime/test_cuda_graphs.py"], 60),
         Step("kernels", ["benchmarks/bench_kernels.py", "--budget", "1.0"], 165),
         Step(
             "decode",

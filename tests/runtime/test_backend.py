@@ -564,7 +564,7 @@ def test_a_dense_site_names_the_section_that_says_what_would_have_to_change(inte
         Conversation.start(spelling).step(torch.compile(module, backend="loki", options=FEW), x)
     (site,) = reports()[-1].sites
     page, _, section = site.see.partition("#")
-    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent.parent / page).read_text(encoding="utf-8")
     assert site.outcome == "dense" and f"### {section.upper()}\n" in text
 
 

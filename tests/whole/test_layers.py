@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 # Folder -> import prefixes allowed besides the standard library.
 ROOMS = {
     "kernels": ("torch", "triton", "loki_compile.kernels"),

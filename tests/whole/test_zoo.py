@@ -9,7 +9,7 @@ import pytest
 import torch
 from loki_compile.passes.sites import Reason
 
-_FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "zoo.py"
+_FILE = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "zoo.py"
 _SPEC = importlib.util.spec_from_file_location("zoo", _FILE)
 zoo = importlib.util.module_from_spec(_SPEC)
 sys.modules["zoo"] = zoo

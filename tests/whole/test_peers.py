@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-_FILE = Path(__file__).resolve().parent / "peers" / "run.py"
+_FILE = Path(__file__).resolve().parent.parent / "peers" / "run.py"
 _SPEC = importlib.util.spec_from_file_location("peers_run", _FILE)
 peers = importlib.util.module_from_spec(_SPEC)
 sys.modules["peers_run"] = peers

@@ -19,7 +19,7 @@ pytest.importorskip("transformers.distributed.tensor_parallel")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs gloo", allow_module_level=True)
 
-RUN = Path(__file__).with_name("tensor_parallel_run.py")
+RUN = Path(__file__).parent.parent / "toys" / "tensor_parallel_run.py"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from test_defaults import LONG, make_model, new_cache, prompt, started
+from toy_conversations import LONG, make_model, new_cache, prompt, started
 from toy_decoders import clear_runtime
 
 from loki_compile import reports, stats
