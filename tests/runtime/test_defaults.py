@@ -18,6 +18,7 @@ from tally import count
 from torch import Tensor
 from toy_conversations import LONG, VOCABULARY, make_model, new_cache, prompt, started
 from toy_decoders import clear_runtime
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from loki_compile import indexes, stats
 from loki_compile.indexes import indexes_of
