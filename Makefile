@@ -29,7 +29,7 @@ soak: $(STAMP)
 	$(WORKERS) --hypothesis-profile=soak --timeout=0 -m "slow or not slow" $(foreach name,$(SOAK),$(wildcard tests/*/test_$(name).py)) $(TEST_FLAGS)
 
 # Lines and branches of passes/, pca_store/ and the runtime.
-COVERING := sites cache_writes normalize fx_tools plan rotary masks rewrite undo flex latent runtime faults backend shared_tensors hand_written masks \
+COVERING := sites cache_writes normalize graphs plan rotary masks rewrite undo flex latent runtime faults backend shared_tensors hand_written masks \
   odd_spellings graph_properties cache_machine windows other_decoders end_to_end config calibration \
   attention_fit pca_store
 coverage: $(STAMP)

@@ -26,9 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from loki_compile.backend import parameter_test
-from loki_compile.passes.cache_writes import nearest_matrix
-from loki_compile.passes.fx_tools import writes_of
+from loki_compile.passes.calls import writes_of
+from loki_compile.passes.graphs import nearest_matrix, parameter_test
 from loki_compile.passes.latent import over_rows
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.rewrite import insert_rows, queries_by_head

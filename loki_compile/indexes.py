@@ -37,7 +37,8 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from loki_compile.counts import Tally, hold_bytes
 from loki_compile.passes.cache_writes import KeyCache
-from loki_compile.passes.fx_tools import fake_value, input_of
+from loki_compile.passes.calls import fake_value
+from loki_compile.passes.graphs import input_of
 from loki_compile.passes.parts import Part
 from loki_compile.passes.rewrite import (
     IndexLayout,

@@ -32,7 +32,7 @@ from loki_compile.indexes import (
     token_count,
     version_of,
 )
-from loki_compile.passes.fx_tools import copy_of, extract
+from loki_compile.passes.graphs import copy_of, extract
 from loki_compile.passes.parts import Part, with_parts
 from loki_compile.passes.plan import Plan
 from loki_compile.passes.rewrite import IndexLayout, pack_groups, rewrite_sparse, what_is_seen

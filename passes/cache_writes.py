@@ -9,12 +9,12 @@ the attention core. Analysis only: nothing here edits a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from loki_compile.passes.fx_tools import (
+from loki_compile.passes.calls import (
     Write,
     concrete,
     fake_value,
@@ -38,6 +38,7 @@ from loki_compile.passes.sites import (
 from torch import fx
 
 _FUNCTIONAL_WRITES = ("cat", "index_copy", "index_put")
+
 _REARRANGEMENTS = (
     "reshape", "to", "float", "type", "repeat", "repeat_interleave", "flatten", "unflatten",
     "getitem", "transpose", "permute", "movedim", "expand", "unsqueeze", "squeeze", "select",
@@ -646,76 +647,3 @@ def _latent(keys: fx.Node, writes: list[Write]) -> fx.Node | None:
         seen.update(new)
         queue += new
     return None
-
-
-def nearest_matrix(
-    starts: list[fx.Node], is_parameter: Callable[[fx.Node], bool]
-) -> fx.Node | None:
-    """The nearest placeholder of two or more dimensions for which `is_parameter` holds.
-
-    From the new keys of a cache it is the weight that makes the keys: it identifies a site whatever
-    the graph, the module path or the kind of cache. Adapters (see `adapters_of`) are passed over:
-    what they are added to identifies the site.
-    """
-    queue, seen = list(starts), set(starts)
-    for node in queue:
-        if node.op == "placeholder" and is_parameter(node) and len(shape_of(node) or ()) >= 2:
-            return node
-        added_to = _adapted(node, is_parameter)
-        for source in node.all_input_nodes if added_to is None else [added_to]:
-            if source not in seen:
-                seen.add(source)
-                queue.append(source)
-    return None
-
-
-def adapters_of(graph: fx.Graph, is_parameter: Callable[[fx.Node], bool]) -> int:
-    """How many low-rank adapters the graph adds to what it computes.
-
-    An adapter is two linear maps with weights, one behind the other, of a value that what their
-    result is added to is made of as well: `base(x) + scale * B(A(x))`.
-    """
-    return sum(_adapted(node, is_parameter) is not None for node in graph.nodes)
-
-
-_LEAVE_THE_VALUE = ("to", "float", "type", "dropout", "contiguous")
-
-
-def _adapted(node: Any, is_parameter: Callable[[fx.Node], bool]) -> fx.Node | None:
-    """What an adapter is added to by this call; None where none is."""
-    if not isinstance(node, fx.Node) or op_name(node) not in ("add", "add_"):
-        return None
-    if len(node.args) != 2:
-        return None
-    for base, other in (node.args, node.args[::-1]):
-        adapter = _value(other)
-        if isinstance(adapter, fx.Node) and op_name(adapter) == "mul":  # its scale
-            factors = [arg for arg in adapter.args if isinstance(arg, fx.Node)]
-            adapter = _value(factors[0]) if factors else None
-        inner = _input_of_map(adapter, is_parameter)
-        source = _input_of_map(inner, is_parameter)
-        if source is None or not isinstance(base, fx.Node):
-            continue
-        made_of = base
-        while (below := _adapted(_value(made_of), is_parameter)) is not None:
-            made_of = below
-        if any(_value(value) is source for value in _value(made_of).all_input_nodes):
-            return base
-    return None
-
-
-def _input_of_map(node: Any, is_parameter: Callable[[fx.Node], bool]) -> fx.Node | None:
-    """What a linear map with a weight of the model is applied to."""
-    if not isinstance(node, fx.Node) or op_name(node) != "linear" or len(node.args) < 2:
-        return None
-    weight = node.args[1]
-    if not isinstance(weight, fx.Node) or weight.op != "placeholder" or not is_parameter(weight):
-        return None
-    return _value(node.args[0])
-
-
-def _value(node: Any) -> Any:
-    """The call behind casts and what does nothing in inference."""
-    while isinstance(node, fx.Node) and op_name(node) in _LEAVE_THE_VALUE and node.args:
-        node = node.args[0]
-    return node

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from loki_compile.passes.fx_tools import (
+from loki_compile.passes.calls import (
     Write,
     concrete,
     fake_value,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from loki_compile.passes.fx_tools import fake_value, module_path, op_name, written_operands
+from loki_compile.passes.calls import fake_value, module_path, op_name, written_operands
 from loki_compile.passes.sites import Core, MaskRule, MaskTerm, Reason, Skipped
 from torch import fx
 

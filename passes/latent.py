@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from loki_compile.passes.cache_writes import CacheWrite, KeyCache, trace_cache
-from loki_compile.passes.fx_tools import (
+from loki_compile.passes.calls import (
     Write,
     concrete,
     fake_value,

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from loki_compile.kernels.ops import BACKENDS, Budget, unserved
 from loki_compile.passes.cache_writes import KeyCache, trace_cache
-from loki_compile.passes.fx_tools import concrete, fake_value, input_of, remap, shape_of, writes_of
+from loki_compile.passes.calls import concrete, fake_value, shape_of, writes_of
+from loki_compile.passes.graphs import input_of, remap
 from loki_compile.passes.latent import absorb
 from loki_compile.passes.sites import AttentionSite, Reason, Skipped
 from torch import fx

@@ -13,13 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loki_compile.passes.fx_tools import (
-    concrete,
-    einsum_terms,
-    op_name,
-    same_size,
-    shape_of,
-)
+from loki_compile.passes.calls import concrete, einsum_terms, op_name, same_size, shape_of
 from loki_compile.passes.sites import (
     SCORES,
     Layout,

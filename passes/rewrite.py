@@ -25,15 +25,9 @@ from loki_compile.kernels.ops import (
     without_autocast,
 )
 from loki_compile.passes.cache_writes import CacheWrite, KeyCache, splits_heads
-from loki_compile.passes.fx_tools import (
-    call,
+from loki_compile.passes.calls import (
     concrete,
-    copy_of,
-    extract,
-    fake_mode_of,
     fake_value,
-    finish,
-    input_of,
     may_overlap,
     op_name,
     operand,
@@ -41,6 +35,7 @@ from loki_compile.passes.fx_tools import (
     writes_of,
     written_operands,
 )
+from loki_compile.passes.graphs import call, copy_of, extract, fake_mode_of, finish, input_of
 from loki_compile.passes.plan import Plan, SparseSite
 from loki_compile.passes.sites import (
     QUERIES,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from loki_compile.passes.fx_tools import (
+from loki_compile.passes.calls import (
     Write,
     concrete,
     fake_value,

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from loki_compile.kernels import reference
 from loki_compile.kernels.ops import Budget
-from loki_compile.passes.fx_tools import fake_value, writes_of
+from loki_compile.passes.calls import fake_value, writes_of
 from loki_compile.passes.latent import over_rows
 from loki_compile.passes.plan import make_plan
 from loki_compile.passes.rewrite import insert_rows

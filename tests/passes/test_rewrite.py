@@ -6,7 +6,7 @@ rewriting; `test_backend.py` and `test_end_to_end.py` run Inductor.
 
 import pytest
 import torch
-from loki_compile.passes.fx_tools import copy_of
+from loki_compile.passes.graphs import copy_of
 from loki_compile.passes.rewrite import (
     IndexLayout,
     bytes_per_token,

@@ -3,15 +3,8 @@
 import pytest
 import torch
 from loki_compile.passes.cache_writes import trace_cache
-from loki_compile.passes.fx_tools import (
-    concrete,
-    copy_of,
-    extract,
-    fake_mode_of,
-    may_overlap,
-    same_size,
-    writes_of,
-)
+from loki_compile.passes.calls import concrete, may_overlap, same_size, writes_of
+from loki_compile.passes.graphs import copy_of, extract, fake_mode_of
 from loki_compile.passes.sites import find_sites
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
