@@ -27,6 +27,7 @@ from loki_compile.config import LokiConfig
 from loki_compile.counts import Tally, say_once, tally_of
 from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
 from loki_compile.indexes import CacheBinding, token_count
+from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.graphs import (
     adapters_of,
@@ -39,7 +40,7 @@ from loki_compile.passes.normalize import normalize
 from loki_compile.passes.parts import Part, take_parts, with_parts
 from loki_compile.passes.plan import Plan, make_plan
 from loki_compile.passes.rewrite import lay_out_first_keys, pack_groups
-from loki_compile.passes.sites import Reason, Skipped, find_sites
+from loki_compile.passes.sites import find_sites
 from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
 from loki_compile.pca_store.store import Store

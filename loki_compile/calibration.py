@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from loki_compile.passes.attention import QUERIES, AttentionSite, Heads, Layout
 from loki_compile.passes.calls import writes_of
 from loki_compile.passes.graphs import nearest_matrix, parameter_test
 from loki_compile.passes.latent import over_rows
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.rewrite import insert_rows, queries_by_head
 from loki_compile.passes.rotary import Unrotated, before_rotation
-from loki_compile.passes.sites import QUERIES, AttentionSite, Heads, Layout, find_sites
+from loki_compile.passes.sites import find_sites
 from loki_compile.pca_store.attention_fit import RECENT, SINK, STEPS, AttentionSamples
 from loki_compile.pca_store.basis import CALIBRATIONS, Basis, BasisSet, library_versions
 from loki_compile.pca_store.covariance import KeyCovariance

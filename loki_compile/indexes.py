@@ -36,7 +36,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from loki_compile.counts import Tally, hold_bytes
-from loki_compile.passes.cache_writes import KeyCache
+from loki_compile.passes.attention import AttentionSite, Latent
+from loki_compile.passes.caches import KeyCache
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.graphs import input_of
 from loki_compile.passes.parts import Part
@@ -46,7 +47,6 @@ from loki_compile.passes.rewrite import (
     rows_and_heads_first,
     unit_queries,
 )
-from loki_compile.passes.sites import AttentionSite, Latent
 from loki_compile.pca_store.basis import Basis
 from loki_compile.pca_store.covariance import KeyCovariance
 

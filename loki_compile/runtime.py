@@ -32,11 +32,11 @@ from loki_compile.indexes import (
     token_count,
     version_of,
 )
+from loki_compile.passes.attention import MAX_QUERY_TOKENS, MaskTerm
 from loki_compile.passes.graphs import copy_of, extract
 from loki_compile.passes.parts import Part, with_parts
 from loki_compile.passes.plan import Plan
 from loki_compile.passes.rewrite import IndexLayout, pack_groups, rewrite_sparse, what_is_seen
-from loki_compile.passes.sites import MAX_QUERY_TOKENS, MaskTerm
 from loki_compile.passes.undo import what_to_save
 
 log = logging.getLogger("loki_compile")

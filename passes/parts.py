@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from loki_compile.passes.cache_writes import indexed_dims
 from loki_compile.passes.calls import (
     concrete,
     fake_value,
@@ -30,7 +29,7 @@ from loki_compile.passes.calls import (
     writes_of,
 )
 from loki_compile.passes.graphs import call, fake_mode_of
-from loki_compile.passes.sites import permutation
+from loki_compile.passes.views import indexed_dims, permutation
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 

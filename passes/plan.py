@@ -11,11 +11,12 @@ import re
 from dataclasses import dataclass, field
 
 from loki_compile.kernels.ops import BACKENDS, Budget, unserved
-from loki_compile.passes.cache_writes import KeyCache, trace_cache
+from loki_compile.passes.attention import AttentionSite, Reason, Skipped
+from loki_compile.passes.caches import KeyCache
 from loki_compile.passes.calls import concrete, fake_value, shape_of, writes_of
 from loki_compile.passes.graphs import input_of, remap
 from loki_compile.passes.latent import absorb
-from loki_compile.passes.sites import AttentionSite, Reason, Skipped
+from loki_compile.passes.trace_caches import trace_cache
 from torch import fx
 
 

@@ -24,7 +24,18 @@ from loki_compile.kernels.ops import (
     select,
     without_autocast,
 )
-from loki_compile.passes.cache_writes import CacheWrite, KeyCache, splits_heads
+from loki_compile.passes.attention import (
+    QUERIES,
+    SCORES,
+    AttentionSite,
+    HeadMaps,
+    Heads,
+    Latent,
+    Layout,
+    MaskRule,
+    MaskTerm,
+)
+from loki_compile.passes.caches import CacheWrite, KeyCache
 from loki_compile.passes.calls import (
     concrete,
     fake_value,
@@ -37,17 +48,7 @@ from loki_compile.passes.calls import (
 )
 from loki_compile.passes.graphs import call, copy_of, extract, fake_mode_of, finish, input_of
 from loki_compile.passes.plan import Plan, SparseSite
-from loki_compile.passes.sites import (
-    QUERIES,
-    SCORES,
-    AttentionSite,
-    HeadMaps,
-    Heads,
-    Latent,
-    Layout,
-    MaskRule,
-    MaskTerm,
-)
+from loki_compile.passes.views import splits_heads
 from torch import fx
 
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from loki_compile.passes.cache_writes import KeyCache, trace_cache
+from loki_compile.passes.attention import Reason, Skipped
+from loki_compile.passes.caches import KeyCache
 from loki_compile.passes.calls import writes_of
 from loki_compile.passes.graphs import nearest_matrix
-from loki_compile.passes.sites import Reason, Skipped, find_sites
+from loki_compile.passes.sites import find_sites
+from loki_compile.passes.trace_caches import trace_cache
 from toy_decoders import (
     BATCH,
     FILLED,

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from loki_compile.passes.sites import Reason, find_sites
+from loki_compile.passes.attention import Reason
+from loki_compile.passes.sites import find_sites
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from toy_decoders import (
     Conversation,

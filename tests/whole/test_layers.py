@@ -180,7 +180,7 @@ def test_passes_know_no_model(path):
 
 
 def test_every_reason_to_stay_dense_is_documented():
-    from loki_compile.passes.sites import Reason
+    from loki_compile.passes.attention import Reason
 
     sections = re.findall(r"(?m)^### (\w+)$", (ROOT / "docs" / "coverage.md").read_text())
     assert sorted(sections) == sorted(reason.name for reason in Reason)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loki_compile.passes.sites import Reason
+from loki_compile.passes.attention import Reason
 
 _FILE = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "zoo.py"
 _SPEC = importlib.util.spec_from_file_location("zoo", _FILE)
