@@ -328,9 +328,9 @@ class Seen:
                     queries=tuple(
                         self._tap(
                             s.query,
-                            s.query_layout.index("s") if "s" in s.query_layout else None,
+                            s.core.query_layout.index("s") if "s" in s.core.query_layout else None,
                             is_parameter,
-                            layout=s.query_layout,
+                            layout=s.core.query_layout,
                         )
                         for s in readers
                     ),

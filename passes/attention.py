@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from loki_compile.passes.calls import concrete, shape_of
+from loki_compile.passes.calls import concrete, op_name, shape_of
 from torch import fx
 
 # More new tokens than this in one call are a prefill: each query would choose for itself.
@@ -148,7 +148,13 @@ class Core:
     lets fewer KV heads than query heads stand for blocks of them; `causal` masks by position.
     `reads` names calls that read an operand before `node`: (operand, call). `beside` has queries,
     laid out as `query`, keys and their order of a second product, which is added to the first.
-    `row_sinks`, `nan_rows` and `query_scales` are as in `AttentionSite`.
+
+    With `softcap` c the scores are c * tanh(scale * q k^T / c); `sinks` (Hq,) are logits that
+    take part in the softmax and have no value. With `row_sinks` each row has a sink logit of its
+    own: it is subtracted from the scores by a mask that is `per_row`, and is 0 then. A row whose
+    keys are all masked with -inf is NaN with `nan_rows`, else zero. `query_scales`: tensors of one
+    number that the scores are multiplied with (`operator.mul`) or divided by (`operator.truediv`)
+    beside `scale`.
     """
 
     node: fx.Node
@@ -210,28 +216,21 @@ class Latent:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention core: `node` computes softmax(scale * q k^T + masks) v, laid out by
-    `out_layout`, from `query`, laid out by `query_layout`; "g" has the size `apart` in them, and
-    query heads are "h" and "g" together.
+    """One attention core whose operands were looked into: `core.node` computes
+    softmax(scale * q k^T + masks) v from `query`, laid out as the core's; "g" has the size `apart`
+    in layouts, and query heads are "h" and "g" together.
 
-    With `softcap` c the scores are c * tanh(scale * q k^T / c); `sinks` (Hq,) are logits that
-    take part in the softmax and have no value. With `row_sinks` each row has a sink logit of its
-    own: it is subtracted from the scores by a mask that is `per_row`, and is 0 then. A row whose
-    keys are all masked with -inf is NaN with `nan_rows`, else zero. `sdpa` says
-    that the core is the SDPA call itself. `query_tokens` is S, or -1 where each call has its own
-    (`tokens`). `tiled`: query head h reads KV head h % Hkv instead of
-    h // group. `query_scales`: tensors of one number that the scores are multiplied with
-    (`operator.mul`) or divided by (`operator.truediv`) beside `scale`. With `latent`, one KV head
-    of cached rows stands for the keys that the core reads: `key` and `value` are the rows (without
-    their `rest`), `head_dim` is that of a whole row and `value_dim` that of the latent. Then the
-    dims of queries that meet the rest may be a tensor of their own, `query_rest`.
+    `query_tokens` is S, or -1 where each call has its own (`tokens`). Query head h reads KV head
+    h // group, or h % Hkv where `tiled`. With `latent`, one KV head of cached rows stands for the
+    keys that the core reads: `key` and `value` are the rows (without their `rest`), `head_dim` is
+    that of a whole row and `value_dim` that of the latent. Then the dims of queries that meet the
+    rest may be a tensor of their own, `query_rest`.
     """
 
-    node: fx.Node
+    core: Core
     query: fx.Node
     key: Heads
     value: Heads
-    masks: tuple[MaskTerm, ...]
     scale: float
     query_heads: int
     kv_heads: int
@@ -241,19 +240,26 @@ class AttentionSite:
     path: str
     group: int = 1
     tiled: bool = False
-    softcap: float = 0.0
-    sinks: fx.Node | None = None
-    row_sinks: bool = False
-    nan_rows: bool = False
-    sdpa: bool = True
-    query_scales: tuple[tuple[Callable[..., Any], fx.Node], ...] = ()
     latent: Latent | None = None
     query_rest: fx.Node | None = None
-    query_layout: Layout = QUERIES
-    out_layout: Layout = QUERIES
     apart: int = 1
+
+    @property
+    def node(self) -> fx.Node:
+        return self.core.node
+
+    @property
+    def masks(self) -> tuple[MaskTerm, ...]:
+        return self.core.masks
+
+    @property
+    def sdpa(self) -> bool:
+        """Whether the core is the SDPA call itself."""
+        return op_name(self.node) == "scaled_dot_product_attention"
 
     @property
     def tokens(self) -> Any:
         """S, which may be a symbol."""
-        return dict(zip(self.query_layout, shape_of(self.query) or (), strict=True)).get("s", 1)
+        return dict(zip(self.core.query_layout, shape_of(self.query) or (), strict=True)).get(
+            "s", 1
+        )

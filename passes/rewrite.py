@@ -444,16 +444,16 @@ def _sparse_attention(
 ) -> fx.Node:
     site, budget = sparse.site, sparse.budget
     dtype = fake_value(site.node).dtype
-    query, sinks = _queries_by_head(graph, site), site.sinks
+    query, sinks = _queries_by_head(graph, site), site.core.sinks
     # SDPA computes in the dtype that it returns (autocast's, whatever it is given). Attention
     # written out may have better queries than its last product returns: they are not rounded.
     wide = dtype
-    for node in () if site.sdpa else (query, *(by for _, by in site.query_scales)):
+    for node in () if site.sdpa else (query, *(by for _, by in site.core.query_scales)):
         wide = torch.promote_types(wide, fake_value(node).dtype)
     query = _cast(graph, site, query, wide)
-    for scaled, by in site.query_scales:
+    for scaled, by in site.core.query_scales:
         query = call(graph, scaled, query, by, like=site.node)
-    if site.row_sinks:
+    if site.core.row_sinks:
         sinks = call(graph, torch.Tensor.new_zeros, query, (site.query_heads,), like=site.node)
     if site.tiled:  # the ops know blocks of query heads: bring the heads into that order and back
         query = call(graph, _tiles_to_blocks, query, 1, site.kv_heads, like=site.node)
@@ -482,7 +482,7 @@ def _sparse_attention(
             with graph.inserting_after(mask):
                 bounds[mask] = call(graph, mask_bounds, mask, like=site.node)
         bound = bounds[mask]
-        if site.nan_rows and mask not in blind:
+        if site.core.nan_rows and mask not in blind:
             with graph.inserting_after(bound):
                 blind[mask] = call(graph, blind_rows, mask, bound, like=site.node)
     positions = call(
@@ -512,12 +512,12 @@ def _sparse_attention(
         positions,
         mask,
         scale=site.scale,
-        softcap=site.softcap,
+        softcap=site.core.softcap,
         sinks=sinks,
         k_rest=rest,
         like=site.node,
     )
-    if site.nan_rows and mask is not None:
+    if site.core.nan_rows and mask is not None:
         out = call(graph, torch.masked_fill, out, blind[mask], float("nan"), like=site.node)
     if latent is not None and latent.values is not None:
         weight, maps = latent.values.weight, _numbers(latent.values)
@@ -530,8 +530,8 @@ def _sparse_attention(
 
 def _queries_by_head(graph: fx.Graph, site: AttentionSite) -> fx.Node:
     parts = [node for node in (site.query, site.query_rest) if node is not None]
-    if site.query_layout != QUERIES:
-        layout = site.query_layout
+    if site.core.query_layout != QUERIES:
+        layout = site.core.query_layout
         parts = [call(graph, queries_by_head, part, layout, like=site.node) for part in parts]
     return parts[0] if len(parts) == 1 else call(graph, torch.cat, parts, -1, like=site.node)
 
@@ -697,7 +697,8 @@ def _with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
                     node = call(graph, plain_mask, term.node, *operands, like=site.node)
                 plain[key] = MaskTerm(node, term.factor, term.inverted, term.fill, term.floor)
             terms.append(plain.get(key, term))
-        site = dataclasses.replace(site, masks=tuple(terms))
+        core = dataclasses.replace(site.core, masks=tuple(terms))
+        site = dataclasses.replace(site, core=core)
         sparse.append(dataclasses.replace(old, site=site))
     return dataclasses.replace(plan, sparse=tuple(sparse))
 
@@ -905,8 +906,8 @@ def _strided_like(graph: fx.Graph, out: fx.Node, site: AttentionSite) -> fx.Node
     """`out` (B, Hq, S, Dv), contiguous, with the layout of the core that it replaces and, for later
     `view`s, with its dimensions in the same order of memory."""
     value = fake_value(site.node)
-    if site.out_layout != QUERIES:
-        out = call(graph, laid_out, out, site.out_layout, site.apart, like=site.node)
+    if site.core.out_layout != QUERIES:
+        out = call(graph, laid_out, out, site.core.out_layout, site.apart, like=site.node)
     elif site.query_tokens == 1 or value.is_contiguous():
         return out
     steps = [concrete(step) for step in value.stride()]

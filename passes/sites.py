@@ -163,11 +163,10 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         query, key, query_rest, latent = rows
         head_dim = latent.dims + latent.kept
     return AttentionSite(
-        node=core.node,
+        core=core,
         query=query,
         key=key,
         value=value,
-        masks=core.masks,
         scale=(head_dim**-0.5 if core.scale is None else float(core.scale)) * key.factor,
         query_heads=heads,
         kv_heads=heads // group,
@@ -177,16 +176,8 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         path=module_path(core.node),
         group=group,
         tiled=key.tiled,
-        softcap=core.softcap,
-        sinks=core.sinks,
-        row_sinks=core.row_sinks,
-        nan_rows=core.nan_rows,
-        sdpa=op_name(core.node) == "scaled_dot_product_attention",
-        query_scales=core.query_scales,
         latent=latent,
         query_rest=query_rest,
-        query_layout=core.query_layout,
-        out_layout=core.out_layout,
         apart=apart,
     )
 

@@ -154,7 +154,7 @@ def test_the_cap_and_the_scale_are_read():
     sites, skipped = find_sites(normal_graph(step, q, keys, keys).graph)
     assert not skipped
     # 20 * tanh(0.1 * 0.5 * qk) = 20 * tanh(scale * qk / 20)
-    assert (sites[0].softcap, sites[0].scale) == (20.0, pytest.approx(0.5 * 0.1 * 20.0))
+    assert (sites[0].core.softcap, sites[0].scale) == (20.0, pytest.approx(0.5 * 0.1 * 20.0))
 
 
 # ---- what only looks like a core ----------------------------------------------------------------
