@@ -29,6 +29,7 @@ from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_induct
 from loki_compile.indexes import CacheBinding, token_count
 from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
+from loki_compile.passes.dense import lay_out_first_keys, pack_groups
 from loki_compile.passes.graphs import (
     adapters_of,
     copy_of,
@@ -37,9 +38,8 @@ from loki_compile.passes.graphs import (
     parameter_test,
 )
 from loki_compile.passes.normalize import normalize
-from loki_compile.passes.parts import Part, take_parts, with_parts
 from loki_compile.passes.plan import Plan, make_plan
-from loki_compile.passes.rewrite import lay_out_first_keys, pack_groups
+from loki_compile.passes.shared_caches import Part, take_parts, with_parts
 from loki_compile.passes.sites import find_sites
 from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint

@@ -36,17 +36,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from loki_compile.counts import Tally, hold_bytes
+from loki_compile.kernels.fused import project_new_keys, rows_and_heads_first, unit_queries
 from loki_compile.passes.attention import AttentionSite, Latent
 from loki_compile.passes.caches import KeyCache
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.graphs import input_of
-from loki_compile.passes.parts import Part
-from loki_compile.passes.rewrite import (
-    IndexLayout,
-    project_new_keys,
-    rows_and_heads_first,
-    unit_queries,
-)
+from loki_compile.passes.mirror import IndexLayout
+from loki_compile.passes.shared_caches import Part
 from loki_compile.pca_store.basis import Basis
 from loki_compile.pca_store.covariance import KeyCovariance
 
@@ -315,7 +311,8 @@ class CacheBinding:
         """What the rows meet, where that is known before any query: see `unit_queries`."""
         if self.latent is None or self.map is None:
             return None
-        return unit_queries(args[self.map].detach(), self.latent, self.query_heads)
+        weight = args[self.map].detach()
+        return unit_queries(weight, *self.latent.absorption, self.query_heads)
 
     @property
     def kin(self) -> tuple[Any, ...]:

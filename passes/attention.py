@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from loki_compile.kernels.fused import QUERIES, SCORES, Layout
 from loki_compile.passes.calls import concrete, op_name, shape_of
 from torch import fx
 
@@ -80,15 +81,6 @@ class Heads:
     group: int
     tiled: bool = False
     factor: float = 1.0
-
-
-# What each dimension of a tensor of attention holds, outermost first: "b" batch, "h" heads, "s" new
-# tokens, "t" cached tokens, "d" head_dim. Where each KV head's group of query heads has a dimension
-# of its own, that is "g", and "h" are the KV heads. "bh" is batch and heads in one dimension, "" a
-# dimension of size one; a letter that is missing everywhere has size one, too.
-Layout = tuple[str, ...]
-SCORES: Layout = ("b", "h", "s", "t")
-QUERIES: Layout = ("b", "h", "s", "d")
 
 
 @dataclass(frozen=True)
@@ -190,6 +182,11 @@ class HeadMaps:
     inside: int
     dims: int
 
+    @property
+    def numbers(self) -> tuple[bool, int, int, int, int]:
+        """Where the maps lie in the weight, as `kernels.fused` takes it."""
+        return self.columns, self.start, self.block, self.inside, self.dims
+
 
 @dataclass(frozen=True)
 class Latent:
@@ -212,6 +209,12 @@ class Latent:
     rest: Heads | None
     at: int = 0
     fills: tuple[fx.Node, ...] = ()
+
+    @property
+    def absorption(self) -> tuple[tuple[bool, int, int, int, int], int, tuple[int, int], bool]:
+        """What `absorbed_queries` is told beside queries and the weight of `keys`."""
+        assert self.keys is not None
+        return self.keys.numbers, self.absorbed_at, (self.kept_at, self.kept), self.at == 0
 
 
 @dataclass(frozen=True)

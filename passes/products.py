@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loki_compile.passes.attention import SCORES, Layout, MaskTerm
+from loki_compile.kernels.fused import SCORES, Layout
+from loki_compile.passes.attention import MaskTerm
 from loki_compile.passes.calls import concrete, einsum_terms, op_name, same_size, shape_of
 from loki_compile.passes.views import only_adds_dim, permutation, widens
 from torch import fx

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from loki_compile.passes.attention import SCORES, Layout, MaskTerm
+from loki_compile.kernels.fused import SCORES, Layout
+from loki_compile.passes.attention import MaskTerm
 from loki_compile.passes.calls import (
     Write,
     concrete,

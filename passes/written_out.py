@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from loki_compile.passes.attention import Core, Layout, Reason, Skipped
+from loki_compile.kernels.fused import Layout
+from loki_compile.passes.attention import Core, Reason, Skipped
 from loki_compile.passes.calls import concrete, module_path, op_name, operand, same_size, shape_of
 from loki_compile.passes.products import (
     PRODUCTS,
