@@ -2,7 +2,7 @@
 
 Each is seen as letters ("bhgstd") over the dimensions of its operands and its result: whatever
 their order, folded or apart, with or without a dimension for query groups, by `matmul`, `bmm`,
-`baddbmm` or `einsum`. `chains` follows what lies between the two. Analysis only.
+`baddbmm` or `einsum`. `written_out` follows what lies between the two. Analysis only.
 """
 
 from __future__ import annotations

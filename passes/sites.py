@@ -99,20 +99,12 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
     def skip(reason: Reason, *details: Any) -> Skipped:
         return Skipped(core.node, reason, details, module_path(core.node))
 
-    shapes = [shape_of(x) for x in (core.query, core.key, core.value)]
-    orders = (core.query_layout, core.key_order, core.value_order)
-    if any(
-        shape is None or len(shape) != len(order) - order.count(-1)  # type: ignore[arg-type]
-        for shape, order in zip(shapes, orders, strict=True)
-    ):
+    operands = _sizes(core)
+    if operands is None:
+        shapes = [shape_of(x) for x in (core.query, core.key, core.value)]
         return skip(Reason.LAYOUT, [None if s is None else tuple(s) for s in shapes])
-    sizes = dict(zip(core.query_layout, shapes[0] or (), strict=True))
-    b, h, g, s, d = (sizes.get(letter, 1) for letter in "bhgsd")
-    q_shape = (b, h * g, s, d)
-    k_shape, v_shape = (
-        tuple(1 if d < 0 or shape is None else shape[d] for d in order)
-        for shape, order in zip(shapes[1:], (core.key_order, core.value_order), strict=True)
-    )
+    sizes, k_shape, v_shape = operands
+    q_shape = (sizes["b"], sizes["h"] * sizes["g"], sizes["s"], sizes["d"])
     query_tokens = concrete(q_shape[2])
     if max_query_tokens is not None:
         seen = hint_of(q_shape[2])
@@ -130,31 +122,21 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         return skip(Reason.DTYPE, ", ".join(sorted(map(str, dtypes))))
     heads, head_dim = concrete(q_shape[1]), concrete(q_shape[3])
     kv_heads, value_dim = concrete(k_shape[1]), concrete(v_shape[3])
-    apart = concrete(g)
+    apart = concrete(sizes["g"])
     if heads is None or head_dim is None or apart is None or kv_heads is None or value_dim is None:
         return skip(Reason.LAYOUT, [q_shape, k_shape, v_shape])
     if not same_size(q_shape[0], k_shape[0]) or not same_size(q_shape[0], v_shape[0]):
         return skip(Reason.LAYOUT, f"batch {[s[0] for s in (q_shape, k_shape, v_shape)]}")
-    # K may already be grouped by views (`repeat_kv`), by the flag, by a dimension of its own, or by
-    # broadcasting one head.
-    by_flag = heads // kv_heads if kv_heads and heads % kv_heads == 0 else 0
-    spread = by_flag > apart and kv_heads > 1 and not core.grouped
-    if by_flag < apart or by_flag < 1 or spread:
-        return skip(Reason.GROUPS, f"{heads} query heads, {kv_heads} KV heads")
-    alike = (key.group, key.tiled) == (value.group, value.tiled)
-    if not same_size(k_shape[1], v_shape[1]) or not alike:
-        return skip(Reason.GROUPS, "keys and values are repeated differently")
-    if key.tiled and by_flag > 1:
-        return skip(Reason.GROUPS, "KV heads are repeated as tiles of blocks")
+    group = _group(core, (key, value), (heads, apart), (kv_heads, v_shape[1]))
+    if isinstance(group, str):
+        return skip(Reason.GROUPS, group)
     if key.tiled and max_query_tokens is None:  # whoever observes heads takes them to be in blocks
         return skip(Reason.GROUPS, "KV heads are repeated as tiles")
-    sizes = {"b": b, "h": h, "g": g, "s": s, "t": k_shape[2]}
     for term in core.masks:
-        if not _broadcasts(term, sizes):
+        if not _broadcasts(term, {**sizes, "t": k_shape[2]}):
             return skip(Reason.MASK, tuple(shape_of(term.node) or ()))
     if core.row_sinks and all(term.per_row for term in core.masks):
         return skip(Reason.SOFTMAX, "cat")  # no mask says which keys the sink is subtracted for
-    group = by_flag * key.group
     query_rest, latent = None, None
     if core.beside is not None:
         rows = _rows_beside(core, (query, key), value, writes)
@@ -180,6 +162,49 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         query_rest=query_rest,
         apart=apart,
     )
+
+
+def _sizes(core: Core) -> tuple[dict[str, Any], tuple[Any, ...], tuple[Any, ...]] | None:
+    """The sizes of a core's queries by letter, and (B, heads, T, dims) of its keys and values."""
+    shapes = [shape_of(x) for x in (core.query, core.key, core.value)]
+    orders = (core.query_layout, core.key_order, core.value_order)
+    if any(
+        shape is None or len(shape) != len(order) - order.count(-1)  # type: ignore[arg-type]
+        for shape, order in zip(shapes, orders, strict=True)
+    ):
+        return None
+    sizes = dict(zip(core.query_layout, shapes[0] or (), strict=True))
+    k_shape, v_shape = (
+        tuple(1 if d < 0 or shape is None else shape[d] for d in order)
+        for shape, order in zip(shapes[1:], (core.key_order, core.value_order), strict=True)
+    )
+    return {letter: sizes.get(letter, 1) for letter in "bhgsd"}, k_shape, v_shape
+
+
+def _group(
+    core: Core,
+    operands: tuple[Heads, Heads],
+    query_heads: tuple[int, int],
+    kv_heads: tuple[int, Any],
+) -> int | str:
+    """Query heads for each KV head, or what does not map onto groups.
+
+    operands: keys and values, behind their repetition; query_heads: how many, and how many of these
+    lie along a dimension of groups; kv_heads: of the core's own keys, and of its values.
+    """
+    (key, value), (heads, apart) = operands, query_heads
+    # K may already be grouped by views (`repeat_kv`), by the flag, by a dimension of its own, or by
+    # broadcasting one head.
+    by_flag = heads // kv_heads[0] if kv_heads[0] and heads % kv_heads[0] == 0 else 0
+    spread = by_flag > apart and kv_heads[0] > 1 and not core.grouped
+    if by_flag < apart or by_flag < 1 or spread:
+        return f"{heads} query heads, {kv_heads[0]} KV heads"
+    alike = (key.group, key.tiled) == (value.group, value.tiled)
+    if not same_size(*kv_heads) or not alike:
+        return "keys and values are repeated differently"
+    if key.tiled and by_flag > 1:
+        return "KV heads are repeated as tiles of blocks"
+    return by_flag * key.group
 
 
 def _rows_beside(
