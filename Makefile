@@ -24,12 +24,12 @@ test: $(FOREIGN_STAMP)
 
 # Hours: the slow tests, and thousands of generated cases for each clause; one table at the end.
 # LOKI_SOAK_CASES=100 tries that many for a clause instead of 3000.
-SOAK := properties graph_properties cache_machine odd_spellings undo faults pca_store latent shared_tensors
+SOAK := properties graph_properties cache_machine odd_spellings rollback faults pca_store latent shared_tensors
 soak: $(STAMP)
 	$(WORKERS) --hypothesis-profile=soak --timeout=0 -m "slow or not slow" $(foreach name,$(SOAK),$(wildcard tests/*/test_$(name).py)) $(TEST_FLAGS)
 
 # Lines and branches of passes/, pca_store/ and the runtime.
-COVERING := sites cache_writes normalize fx_tools plan rotary masks rewrite undo flex latent runtime faults backend shared_tensors hand_written masks \
+COVERING := sites cache_writes normalize graphs plan rotary masks rewrite rollback flex latent runtime faults backend shared_tensors hand_written masks \
   odd_spellings graph_properties cache_machine windows other_decoders end_to_end config calibration \
   attention_fit pca_store
 coverage: $(STAMP)

@@ -48,7 +48,8 @@ from harness import (
     traffic_fields,
     write_rows,
 )
-from loki_compile.kernels.ops import attend, index_rows, select
+from loki_compile.kernels.fused import index_rows
+from loki_compile.kernels.ops import attend, select
 from torch import Tensor
 
 try:  # CPU builds of torch come without Triton

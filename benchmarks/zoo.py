@@ -800,7 +800,7 @@ def _all_rewritten(result: dict[str, Any]) -> bool:
 
 
 def _all_cached_rewritten(result: dict[str, Any]) -> bool:
-    from loki_compile.passes.sites import Reason
+    from loki_compile.passes.attention import Reason
 
     computed = tuple(r.value.partition("{")[0] for r in (Reason.NO_CACHE, Reason.LATENT))
     outcomes = [outcome for outcome, why in _sites(result) if not why.startswith(computed)]

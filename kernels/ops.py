@@ -1,8 +1,7 @@
-"""The public door of the kernels: the ops `loki::select` and `loki::attend`, and what feeds them.
+"""The public door of the kernels: the ops `loki::select` and `loki::attend`.
 
-Both ops are functional and opaque to the compiler; `mask_bounds` and `index_rows` are plain torch,
-so that Inductor fuses them with the graph around them. `loki_compile.kernels` has the algorithm and
-the legend of the letters; `checks` has what is refused.
+Both ops are functional and opaque to the compiler. `loki_compile.kernels` has the algorithm and the
+legend of the letters; `checks` has what is refused, `fused` the plain torch around both ops.
 """
 
 from __future__ import annotations
@@ -29,14 +28,10 @@ __all__ = [
     "check_attend",
     "check_select",
     "hidden_below",
-    "index_rows",
-    "mask_bounds",
     "select",
     "unserved",
     "without_autocast",
 ]
-
-_INT8_MAX = 127
 
 
 @dataclass(frozen=True)
@@ -81,45 +76,6 @@ def without_autocast(device_type: str) -> torch.autocast | contextlib.nullcontex
     if not torch.amp.is_autocast_available(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
-
-
-def mask_bounds(mask: Tensor) -> Tensor:
-    """Where the visible keys of each mask row lie.
-
-    mask (Bm, Hm, Sm, T), bool or uint8 (True or 1 = visible), or floating (visible above
-    `hidden_below(dtype)`).
-    Returns int32 (Bm, Hm, Sm, 3): first visible position, last visible position + 1, number of
-    visible keys; (0, 0, 0) for a row that sees nothing.
-    """
-    if mask.is_floating_point():
-        visible = mask > hidden_below(mask.dtype)
-    else:
-        visible = mask if mask.dtype == torch.bool else mask.to(torch.int32) != 0
-    t = mask.shape[-1]
-    position = torch.arange(t, device=mask.device, dtype=torch.int32)
-    end = torch.where(visible, position + 1, 0).amax(-1)
-    start = torch.minimum(torch.where(visible, position, t).amin(-1), end)
-    count = visible.sum(-1, dtype=torch.int32)
-    return torch.stack((start, end, count), -1).to(torch.int32)
-
-
-def index_rows(keys: Tensor, basis: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Index rows of new keys: their projection, stored as `dtype`.
-
-    keys (B, Hkv, S, D) floating; basis (Hkv, D, R) or (B, Hkv, D, R) fp32, the key-side projection;
-    math in fp32, under autocast too.
-    Returns rows (B, Hkv, S, R) and, for int8, their scale (B, Hkv, S, 1) fp32, else None.
-    int8 is symmetric per token and head: scale = max |row| / 127, row = round(value / scale).
-    Entries that are not finite count as 0; a zero row has scale 0.
-    """
-    with without_autocast(keys.device.type):
-        rows = torch.matmul(keys.float(), basis)
-    if dtype != torch.int8:
-        return rows.to(dtype), None
-    rows = torch.where(rows.isfinite(), rows, 0.0)
-    row_scale = rows.abs().amax(-1, keepdim=True) / _INT8_MAX
-    quotient = torch.where(row_scale > 0, rows / row_scale, 0.0)
-    return quotient.round().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8), row_scale
 
 
 _LIBRARY = torch.library.Library("loki", "DEF")

@@ -27,13 +27,20 @@ from loki_compile.config import LokiConfig
 from loki_compile.counts import Tally, say_once, tally_of
 from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
 from loki_compile.indexes import CacheBinding, token_count
-from loki_compile.passes.cache_writes import adapters_of, nearest_matrix
-from loki_compile.passes.fx_tools import copy_of, fake_mode_of, fake_value
+from loki_compile.passes.attention import Reason, Skipped
+from loki_compile.passes.calls import fake_value
+from loki_compile.passes.dense import lay_out_first_keys, pack_groups
+from loki_compile.passes.graphs import (
+    adapters_of,
+    copy_of,
+    fake_mode_of,
+    nearest_matrix,
+    parameter_test,
+)
 from loki_compile.passes.normalize import normalize
-from loki_compile.passes.parts import Part, take_parts, with_parts
 from loki_compile.passes.plan import Plan, make_plan
-from loki_compile.passes.rewrite import lay_out_first_keys, pack_groups
-from loki_compile.passes.sites import Reason, Skipped, find_sites
+from loki_compile.passes.shared_caches import Part, take_parts, with_parts
+from loki_compile.passes.sites import find_sites
 from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
 from loki_compile.pca_store.store import Store
@@ -279,12 +286,6 @@ def _adapters(
     if all(binding.basis is None for binding in bindings):
         return 0
     return adapters_of(gm.graph, parameter_test(gm, with_parts(example_inputs, parts)))
-
-
-def parameter_test(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[[fx.Node], bool]:
-    """Tells whether a placeholder of the graph brings in a parameter of the model."""
-    inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-    return lambda node: isinstance(inputs[node], torch.nn.Parameter)
 
 
 def _choose_bases(

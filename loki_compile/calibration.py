@@ -26,14 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from loki_compile.backend import parameter_test
-from loki_compile.passes.cache_writes import nearest_matrix
-from loki_compile.passes.fx_tools import writes_of
+from loki_compile.kernels.fused import QUERIES, Layout, queries_by_head
+from loki_compile.passes.attention import AttentionSite, Heads
+from loki_compile.passes.calls import writes_of
+from loki_compile.passes.emit import insert_rows
+from loki_compile.passes.graphs import nearest_matrix, parameter_test
 from loki_compile.passes.latent import over_rows
 from loki_compile.passes.normalize import normalize
-from loki_compile.passes.rewrite import insert_rows, queries_by_head
 from loki_compile.passes.rotary import Unrotated, before_rotation
-from loki_compile.passes.sites import QUERIES, AttentionSite, Heads, Layout, find_sites
+from loki_compile.passes.sites import find_sites
 from loki_compile.pca_store.attention_fit import RECENT, SINK, STEPS, AttentionSamples
 from loki_compile.pca_store.basis import CALIBRATIONS, Basis, BasisSet, library_versions
 from loki_compile.pca_store.covariance import KeyCovariance
@@ -295,7 +296,8 @@ class Seen:
                 query, rows = insert_rows(gm.graph, latent)
                 made_of[rows] = latent.key.base
                 heads = Heads(rows, (0, 1, 2, 3), latent.group)
-                site = dataclasses.replace(latent, query=query, key=heads, query_layout=QUERIES)
+                core = dataclasses.replace(latent.core, query_layout=QUERIES)
+                site = dataclasses.replace(latent, core=core, query=query, key=heads)
             by_keys.setdefault(site.key.base, []).append(site)
         uses: dict[str, int] = {}
         caches = []
@@ -328,9 +330,9 @@ class Seen:
                     queries=tuple(
                         self._tap(
                             s.query,
-                            s.query_layout.index("s") if "s" in s.query_layout else None,
+                            s.core.query_layout.index("s") if "s" in s.core.query_layout else None,
                             is_parameter,
-                            layout=s.query_layout,
+                            layout=s.core.query_layout,
                         )
                         for s in readers
                     ),

@@ -25,7 +25,8 @@ from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import TracingContext, tracing
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from loki_compile.passes.fx_tools import copy_of, fake_mode_of, fake_value, op_name
+from loki_compile.passes.calls import fake_value, op_name
+from loki_compile.passes.graphs import copy_of, fake_mode_of
 
 __all__ = ["RestartAnalysis", "ask_for_values", "ask_what_inductor_asks"]
 

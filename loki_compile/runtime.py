@@ -32,12 +32,15 @@ from loki_compile.indexes import (
     token_count,
     version_of,
 )
-from loki_compile.passes.fx_tools import copy_of, extract
-from loki_compile.passes.parts import Part, with_parts
+from loki_compile.passes.attention import MAX_QUERY_TOKENS, MaskTerm
+from loki_compile.passes.dense import pack_groups
+from loki_compile.passes.graphs import copy_of, extract
+from loki_compile.passes.masks import what_is_seen
+from loki_compile.passes.mirror import IndexLayout
 from loki_compile.passes.plan import Plan
-from loki_compile.passes.rewrite import IndexLayout, pack_groups, rewrite_sparse, what_is_seen
-from loki_compile.passes.sites import MAX_QUERY_TOKENS, MaskTerm
-from loki_compile.passes.undo import what_to_save
+from loki_compile.passes.rollback import what_to_save
+from loki_compile.passes.shared_caches import Part, with_parts
+from loki_compile.passes.sparse import rewrite_sparse
 
 log = logging.getLogger("loki_compile")
 

@@ -1,12 +1,41 @@
 """FX analysis and rewriting of the graphs that Dynamo hands to a backend.
 
-Order, as `loki_compile.backend` runs it:
+Each file imports only from those above it. The vocabulary first:
+
+    calls          what a call is: name, operands, fake value, what it writes, what shares memory
+    graphs         copies, new nodes, extraction; which input brings a size, which weight a tensor
+    attention      what an attention core and a site are, and the reasons why one stays dense
+    caches         what the cache behind a site's keys is, and a write into it
+    views          what a call that rearranges a tensor does with its dimensions
+    heads          keys and values behind their repetition over a group of query heads
+
+then, in the order in which `loki_compile.backend` runs them, what brings a graph into one form,
 
     normalize      a copy of the graph in one spelling: methods become functions, aliases collapse
+    shared_caches  caches that are cut out of one tensor become inputs of their own
+
+what reads it (decides, never edits),
+
+    products       the two products of attention written out
+    score_steps    what may lie between the first product and the softmax
+    written_out    a spelling: products around a softmax
+    sdpa           a spelling: the call of `scaled_dot_product_attention`
+    flex           a spelling: the call of `flex_attention`
     sites          every attention core becomes an `AttentionSite`, or `Skipped` with a reason
-    cache_writes   from a site's keys back to the cache they are read from and the writes into it
-    plan           per site: sparse, or dense with a reason                (decides, never edits)
-    rewrite        the dense variant (packed groups) and the sparse one    (edits, never decides)
+    write_forms    the calls that store new keys in a cache
+    trace_caches   from a site's keys back to the cache they are read from and the writes into it
+    latent         attention over a cached latent, where each step expands keys and values from one
+    rotary         keys and queries before their rotation, for calibration
+    plan           per site: sparse, or dense with a reason
+    rollback       what to save so that a graph that failed half-way can be run again
+
+and what rewrites it (edits, never decides):
+
+    emit           nodes that several edits add: views, calls like the model's, layouts
+    dense          the dense variant: query groups packed
+    mirror         each write into a cache, repeated on the index that is kept beside it
+    masks          the masks of a site as one
+    sparse         the sparse variant: a core becomes positions and attention over them
 
 Invariants of a graph here: it is a Dynamo graph, so calls are torch-level, mutation is visible,
 a placeholder is a tensor or a symbolic integer, and `meta["example_value"]` of each node is its

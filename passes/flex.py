@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from loki_compile.passes.fx_tools import fake_value, module_path, op_name, written_operands
-from loki_compile.passes.sites import Core, MaskRule, MaskTerm, Reason, Skipped
+from loki_compile.passes.attention import Core, MaskRule, MaskTerm, Reason, Skipped
+from loki_compile.passes.calls import fake_value, module_path, op_name, written_operands
 from torch import fx
 
 # Steps that treat every number by itself.
@@ -29,7 +29,7 @@ _EACH_BY_ITSELF = frozenset(
 _ONE_BLOCK = 1 << 30
 
 
-def flex_core(node: fx.Node) -> Core | Skipped | None:
+def core_at(node: fx.Node) -> Core | Skipped | None:
     """The core that a call of `flex_attention` is; None where nobody reads its result."""
     if not node.users:
         return None

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from loki_compile.passes.cache_writes import CacheWrite, KeyCache, trace_cache
-from loki_compile.passes.fx_tools import (
+from loki_compile.passes.attention import AttentionSite, HeadMaps, Heads, Latent, Reason, Skipped
+from loki_compile.passes.caches import CacheWrite, KeyCache
+from loki_compile.passes.calls import (
     Write,
     concrete,
     fake_value,
@@ -29,15 +30,8 @@ from loki_compile.passes.fx_tools import (
     same_size,
     shape_of,
 )
-from loki_compile.passes.sites import (
-    AttentionSite,
-    HeadMaps,
-    Heads,
-    Latent,
-    Reason,
-    Skipped,
-    permutation,
-)
+from loki_compile.passes.trace_caches import trace_cache
+from loki_compile.passes.views import permutation
 from torch import fx
 
 _ALLOCATIONS = ("new_empty", "empty", "new_zeros", "zeros", "empty_like", "zeros_like")

@@ -15,11 +15,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 import torch
-from loki_compile.passes.fx_tools import (
+from loki_compile.passes.calls import (
     ALIASES,
     SIGNATURES,
-    call,
-    copy_of,
     einsum_terms,
     fake_value,
     may_overlap,
@@ -28,6 +26,7 @@ from loki_compile.passes.fx_tools import (
     shape_of,
     writes_of,
 )
+from loki_compile.passes.graphs import call, copy_of
 from torch import fx
 
 # Method or function name -> the function to call. Only names whose operands agree in order and

@@ -11,10 +11,19 @@ import re
 from dataclasses import dataclass, field
 
 from loki_compile.kernels.ops import BACKENDS, Budget, unserved
-from loki_compile.passes.cache_writes import KeyCache, trace_cache
-from loki_compile.passes.fx_tools import concrete, fake_value, input_of, remap, shape_of, writes_of
+from loki_compile.passes.attention import AttentionSite, Reason, Skipped
+from loki_compile.passes.caches import KeyCache
+from loki_compile.passes.calls import (
+    Write,
+    concrete,
+    fake_value,
+    may_overlap,
+    shape_of,
+    writes_of,
+)
+from loki_compile.passes.graphs import input_of, remap
 from loki_compile.passes.latent import absorb
-from loki_compile.passes.sites import AttentionSite, Reason, Skipped
+from loki_compile.passes.trace_caches import trace_cache
 from torch import fx
 
 
@@ -24,6 +33,8 @@ class SparseSite:
 
     `views` lead from that cache to the site's keys: layers that share a cache share its index,
     whatever part of it each reads. `note` is what the kernels of its device say to their user.
+    `masks_at` is the node behind which the site's masks are as its core reads them; None where it
+    has none.
     """
 
     site: AttentionSite
@@ -32,6 +43,7 @@ class SparseSite:
     budget: Budget
     per_head: bool
     note: str = ""
+    masks_at: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -99,10 +111,30 @@ def make_plan(
         each = per_head or heads_differ
         sparse.append(
             SparseSite(
-                site, caches.index(cache), cache.views, budget, each, BACKENDS[device].note()
+                site,
+                caches.index(cache),
+                cache.views,
+                budget,
+                each,
+                note=BACKENDS[device].note(),
+                masks_at=_masks_at(site, writes),
             )
         )
     return Plan(tuple(sparse), tuple(dense), tuple(sites), tuple(caches))
+
+
+def _masks_at(site: AttentionSite, writes: list[Write]) -> fx.Node | None:
+    """The node behind which the site's masks are as its core reads them; None without masks.
+
+    That is the last of the masks, or the last call before the core that writes into one: a mask may
+    be allocated first and filled in place. Layers that read the same masks share the node.
+    """
+    masks = [term.node for term in site.masks]
+    if not masks:
+        return None
+    before = [write for write in writes if write.call < site.node]
+    filled = [w.call for w in before if any(may_overlap(w.operand, mask) for mask in masks)]
+    return max(*masks, *filled, site.node.graph.find_nodes(op="placeholder")[-1])
 
 
 def _counts_tokens(site: AttentionSite, cache: KeyCache) -> bool:

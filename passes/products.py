@@ -2,7 +2,7 @@
 
 Each is seen as letters ("bhgstd") over the dimensions of its operands and its result: whatever
 their order, folded or apart, with or without a dimension for query groups, by `matmul`, `bmm`,
-`baddbmm` or `einsum`. `chains` follows what lies between the two. Analysis only.
+`baddbmm` or `einsum`. `written_out` follows what lies between the two. Analysis only.
 """
 
 from __future__ import annotations
@@ -13,29 +13,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loki_compile.passes.fx_tools import (
-    concrete,
-    einsum_terms,
-    op_name,
-    same_size,
-    shape_of,
-)
-from loki_compile.passes.sites import (
-    SCORES,
-    Layout,
-    MaskTerm,
-    before_fold,
-    only_adds_dim,
-    permutation,
-    widens,
-)
+from loki_compile.kernels.fused import SCORES, Layout
+from loki_compile.passes.attention import MaskTerm
+from loki_compile.passes.calls import concrete, einsum_terms, op_name, same_size, shape_of
+from loki_compile.passes.views import only_adds_dim, permutation, widens
 from torch import fx
 
 TURNS = ("transpose", "permute", "movedim")
 VIEWS = (*TURNS, "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
+PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")
 
 # (operand, call that reads it).
 Reads = list[tuple[fx.Node, fx.Node]]
+
 # A call that scales queries -> the queries before it; None for another call.
 Unscaled = Callable[[fx.Node], "fx.Node | None"]
 
@@ -316,7 +306,7 @@ def _queries(
     """The 4-D queries behind an operand of the product."""
     order = (0, 1, 2, 3)
     while isinstance(query, fx.Node) and len(shape_of(query) or ()) == 3:
-        found = before_fold(query, (0, 1, 2))
+        found = _before_fold(query, (0, 1, 2))
         if found is not None:
             query, order, reader = found
             break
@@ -341,8 +331,45 @@ def _operand(
     if rank == 4:
         reads.append((node, reader))
         return node, at
-    found = before_fold(node, (0, at[2] - 1, at[3] - 1)) if rank == 3 else None
+    found = _before_fold(node, (0, at[2] - 1, at[3] - 1)) if rank == 3 else None
     if found is None:
         return None
     reads.append((found[0], found[2]))
     return found[0], found[1]
+
+
+def _folds(node: fx.Node, at: int) -> bool:
+    """Whether the call makes one dimension, `at`, of two of a 4-D tensor: (B * H, x, y), or
+    (x, B * H, y)."""
+    apart, folded = shape_of(node.args[0]) if node.args else None, shape_of(node)
+    if op_name(node) not in ("reshape", "flatten") or at > 1:
+        return False
+    if apart is None or folded is None or len(apart) != 4 or len(folded) != 3:
+        return False
+    expected = (*apart[:at], apart[at] * apart[at + 1], *apart[at + 2 :])
+    return all(same_size(a, b) for a, b in zip(expected, folded, strict=True))
+
+
+def _before_fold(
+    node: fx.Node, at: tuple[int, int, int]
+) -> tuple[fx.Node, tuple[int, int, int, int], fx.Node] | None:
+    """From a 3-D operand of a batched product back to its 4-D self.
+
+    at: the dimensions of `node` that are batch and heads in one, tokens, head_dim. Returns the 4-D
+    node, its dimensions of batch, heads, tokens, head_dim, and the call that folds it.
+    """
+    order = list(at)
+    while node.args and isinstance(node.args[0], fx.Node):
+        name, source = op_name(node), node.args[0]
+        fold, tokens, last = order
+        if _folds(node, fold):
+            return source, (fold, fold + 1, tokens + (tokens > fold), last + (last > fold)), node
+        if name in ("transpose", "permute", "movedim"):
+            back = permutation(node)
+            order = [back[d] for d in order]
+        elif name not in ("contiguous", "detach", "alias") and not (
+            name in ("to", "float") and widens(node)
+        ):
+            return None
+        node = source
+    return None

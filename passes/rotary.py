@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from loki_compile.passes.cache_writes import nearest_matrix
-from loki_compile.passes.fx_tools import ancestors, concrete, fake_value, same_size, shape_of
+from loki_compile.passes.calls import concrete, fake_value, same_size, shape_of
+from loki_compile.passes.graphs import ancestors, nearest_matrix
 from torch import fx
 
 

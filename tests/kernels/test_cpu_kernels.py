@@ -18,7 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loki_compile.kernels import cpu, cpu_build, reference
-from loki_compile.kernels.ops import KEEP_ALL_Q16, index_rows, mask_bounds
+from loki_compile.kernels.fused import index_rows, mask_bounds
+from loki_compile.kernels.ops import KEEP_ALL_Q16
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN_ISA = {"x86_64": "-march=x86-64-v3", "aarch64": "-march=armv8-a"}

@@ -10,15 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loki_compile.kernels import cpu, cpu_torch, reference
-from loki_compile.kernels.ops import (
-    KEEP_ALL_Q16,
-    Budget,
-    attend,
-    hidden_below,
-    index_rows,
-    mask_bounds,
-    select,
-)
+from loki_compile.kernels.fused import index_rows, mask_bounds
+from loki_compile.kernels.ops import KEEP_ALL_Q16, Budget, attend, hidden_below, select
 from toy_decoders import recorded
 
 B, HQ, HKV, S, T, D, DV, R, K = 2, 6, 2, 3, 37, 24, 16, 8, 11

@@ -25,7 +25,7 @@ here = pytest.mark.skipif(
 )
 gpu_only = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU")]
 
-from loki_compile.kernels import ops, reference, triton_attend, triton_select  # noqa: E402
+from loki_compile.kernels import fused, ops, reference, triton_attend, triton_select  # noqa: E402
 from loki_compile.kernels.checks import hidden_below  # noqa: E402
 from loki_compile.kernels.triton_launch import SelectLaunch  # noqa: E402
 
@@ -116,7 +116,7 @@ def small_launch(case: Case, **changes) -> SelectLaunch:
 
 def select_both(case, tensors, mask=None, launch=None):
     """Positions of the kernels, and of the reference."""
-    bounds = None if mask is None else ops.mask_bounds(mask)
+    bounds = None if mask is None else fused.mask_bounds(mask)
     moved = [None if x is None else x.to(DEVICE) for x in (*tensors, mask, bounds)]
     got = triton_select.select(*moved, **case.options, launch=launch or small_launch(case))
     want = reference.select(*tensors, mask, bounds, **case.options)
@@ -179,7 +179,7 @@ def test_random_keys_are_chosen_up_to_rounding(index_dtype):
     )
     q = torch.randn(4, 8, 3, 64).bfloat16()
     basis = torch.randn(2, 64, 16) / 8
-    index, scale = ops.index_rows(torch.randn(4, 2, 500, 64), basis, index_dtype)
+    index, scale = fused.index_rows(torch.randn(4, 2, 500, 64), basis, index_dtype)
     launch = small_launch(case, block_t=128, block=256)
     got, _ = select_both(case, [q, basis, index, scale], launch=launch)
     score = reference.scores(q, basis, index, scale, None, scale=0.25, per_head=False)
@@ -643,7 +643,7 @@ def device_inputs(t: int, index_dtype=torch.int8):
     q = torch.randn(1, 8, 1, 64, device=DEVICE, dtype=torch.bfloat16)
     k, v = torch.randn(2, 1, 2, t, 64, device=DEVICE, dtype=torch.bfloat16)
     basis = torch.randn(2, 64, 32, device=DEVICE) / 8
-    return case, q, k, v, basis, *ops.index_rows(k, basis, index_dtype)
+    return case, q, k, v, basis, *fused.index_rows(k, basis, index_dtype)
 
 
 def decode(case, q, k, v, basis, index, scale):

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from loki_compile.passes.cache_writes import KeyCache, nearest_matrix, trace_cache
-from loki_compile.passes.fx_tools import writes_of
-from loki_compile.passes.sites import Reason, Skipped, find_sites
+from loki_compile.passes.attention import Reason, Skipped
+from loki_compile.passes.caches import KeyCache
+from loki_compile.passes.calls import writes_of
+from loki_compile.passes.graphs import nearest_matrix
+from loki_compile.passes.sites import find_sites
+from loki_compile.passes.trace_caches import trace_cache
 from toy_decoders import (
     BATCH,
     FILLED,
@@ -167,7 +170,7 @@ def test_views_between_the_cache_and_the_keys_are_listed(write, views):
     ids=lambda x: getattr(x, "__name__", None),
 )
 def test_the_write_tells_how_far_the_cache_is_filled(write, more, fill):
-    from loki_compile.passes.fx_tools import extract
+    from loki_compile.passes.graphs import extract
 
     spelling = _static.but(write=write, **more)
     inputs = Conversation.start(spelling).inputs(tokens(spelling, 1)[0])

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from loki_compile.passes.sites import Reason, find_sites
+from loki_compile.passes.attention import Reason
+from loki_compile.passes.sites import find_sites
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from toy_decoders import (
     Conversation,
@@ -153,7 +154,7 @@ def test_the_cap_and_the_scale_are_read():
     sites, skipped = find_sites(normal_graph(step, q, keys, keys).graph)
     assert not skipped
     # 20 * tanh(0.1 * 0.5 * qk) = 20 * tanh(scale * qk / 20)
-    assert (sites[0].softcap, sites[0].scale) == (20.0, pytest.approx(0.5 * 0.1 * 20.0))
+    assert (sites[0].core.softcap, sites[0].scale) == (20.0, pytest.approx(0.5 * 0.1 * 20.0))
 
 
 # ---- what only looks like a core ----------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from loki_compile.passes.rewrite import project_new_keys
+from loki_compile.kernels.fused import project_new_keys
 from loki_compile.pca_store.basis import Basis
 from tally import cases, count
 from torch import Tensor, nn

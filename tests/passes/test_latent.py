@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from loki_compile.kernels import reference
 from loki_compile.kernels.ops import Budget
-from loki_compile.passes.fx_tools import fake_value, writes_of
+from loki_compile.passes.attention import Reason
+from loki_compile.passes.calls import fake_value, writes_of
+from loki_compile.passes.emit import insert_rows
 from loki_compile.passes.latent import over_rows
 from loki_compile.passes.plan import make_plan
-from loki_compile.passes.rewrite import insert_rows
-from loki_compile.passes.sites import Reason, find_sites
+from loki_compile.passes.sites import find_sites
 from loki_compile.pca_store.basis import BasisSet, random_basis
 from loki_compile.pca_store.covariance import KeyCovariance
 from loki_compile.pca_store.fingerprint import weights_fingerprint

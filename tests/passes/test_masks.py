@@ -2,9 +2,14 @@
 
 import pytest
 import torch
-from loki_compile.kernels.ops import mask_bounds
-from loki_compile.passes.rewrite import blind_rows, joint_mask, plain_mask, visible_by
-from loki_compile.passes.sites import SCORES
+from loki_compile.kernels.fused import (
+    SCORES,
+    blind_rows,
+    joint_mask,
+    mask_bounds,
+    plain_mask,
+    visible_by,
+)
 from torch import nn
 
 BATCH, HEADS, NEW, SLOTS = 2, 6, 3, 11

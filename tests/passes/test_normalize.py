@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loki_compile.passes.fx_tools import (
+from loki_compile.passes.calls import (
     may_overlap,
     mutates,
     op_name,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from loki_compile.passes.sites import Reason
+from loki_compile.passes.attention import Reason
 from tally import count
 from torch import Tensor
 from toy_decoders import (

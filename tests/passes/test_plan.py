@@ -8,9 +8,10 @@ import torch
 from loki_compile.kernels import cpu_build, ops
 from loki_compile.kernels.ops import Budget
 from loki_compile.passes import plan
-from loki_compile.passes.fx_tools import copy_of
+from loki_compile.passes.attention import Reason
+from loki_compile.passes.graphs import copy_of
 from loki_compile.passes.plan import make_plan
-from loki_compile.passes.sites import Reason, find_sites
+from loki_compile.passes.sites import find_sites
 from torch import nn
 from toy_decoders import (
     BATCH,

@@ -6,14 +6,10 @@ rewriting; `test_backend.py` and `test_end_to_end.py` run Inductor.
 
 import pytest
 import torch
-from loki_compile.passes.fx_tools import copy_of
-from loki_compile.passes.rewrite import (
-    IndexLayout,
-    bytes_per_token,
-    pack_groups,
-    rewrite_sparse,
-)
-from loki_compile.passes.sites import find_sites
+from loki_compile.passes.dense import pack_groups
+from loki_compile.passes.graphs import copy_of
+from loki_compile.passes.mirror import IndexLayout
+from loki_compile.passes.sparse import rewrite_sparse
 from torch import nn
 from toy_decoders import (
     BATCH,
@@ -563,12 +559,3 @@ def test_an_eight_bit_float_cache_is_right(interpreted):
     there = here.fork()
     for x in tokens(spelling, STEPS):
         torch.testing.assert_close(here.step(fast, x), there.step(module, x), rtol=0, atol=2e-5)
-
-
-def test_index_memory_is_a_row_for_each_head_and_a_scale_for_int8():
-    spelling = Spelling(index_copy_method)
-    inputs = Conversation.start(spelling).inputs(tokens(spelling, 1)[0])
-    (site,), _ = find_sites(normal_graph(ToyDecoder(spelling).eval(), *inputs).graph)
-    assert bytes_per_token(site, IndexLayout(8, torch.bfloat16)) == 3 * 8 * 2
-    assert bytes_per_token(site, IndexLayout(8, torch.float32)) == 3 * 8 * 4
-    assert bytes_per_token(site, IndexLayout(8, torch.int8)) == 3 * (8 + 4)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from loki_compile.passes.fx_tools import op_name
-from loki_compile.passes.parts import take_parts, with_parts
+from loki_compile.passes.calls import op_name
+from loki_compile.passes.shared_caches import take_parts, with_parts
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from toy_decoders import normal_graph

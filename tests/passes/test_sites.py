@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from loki_compile.passes.attention import Reason
 from loki_compile.passes.normalize import normalize
-from loki_compile.passes.sites import Reason, find_sites
+from loki_compile.passes.sites import find_sites
 from torch import nn
 from toy_decoders import (
     BATCH,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loki_compile.passes.cache_writes import adapters_of, nearest_matrix
+from loki_compile.passes.graphs import adapters_of, nearest_matrix
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from toy_decoders import interpret, normal_graph
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 import torch
-from loki_compile.kernels.ops import index_rows
+from loki_compile.kernels.fused import index_rows
 from torch._dynamo.backends.common import aot_autograd
 from toy_decoders import (
     REWRITTEN,

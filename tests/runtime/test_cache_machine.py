@@ -27,7 +27,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from loki_compile.passes.rewrite import project_new_keys
+from loki_compile.kernels.fused import project_new_keys
 from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from tally import cases, count

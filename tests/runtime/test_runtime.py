@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from loki_compile.passes.sites import Reason
+from loki_compile.passes.attention import Reason
 from loki_compile.pca_store.covariance import KeyCovariance
 from toy_decoders import (
     BATCH,

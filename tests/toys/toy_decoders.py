@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from loki_compile.kernels import cpu, reference
-from loki_compile.kernels.ops import index_rows, with_bool_mask
+from loki_compile.kernels.fused import index_rows
+from loki_compile.kernels.ops import with_bool_mask
+from loki_compile.passes.attention import Reason
 from loki_compile.passes.normalize import normalize
-from loki_compile.passes.sites import Reason
 from loki_compile.pca_store.basis import BasisSet, random_basis
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from torch import Tensor, fx, nn

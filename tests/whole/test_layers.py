@@ -12,7 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ROOMS = {
     "kernels": ("torch", "triton", "loki_compile.kernels"),
     "pca_store": ("torch", "numpy", "safetensors", "huggingface_hub", "loki_compile.pca_store"),
-    "passes": ("torch", "loki_compile.passes", "loki_compile.kernels.ops"),
+    "passes": (
+        "torch",
+        "loki_compile.passes",
+        "loki_compile.kernels.ops",
+        "loki_compile.kernels.fused",
+    ),
     "loki_compile": (
         "torch",
         "numpy",
@@ -140,6 +145,88 @@ def test_init_of_a_mapped_folder_holds_a_docstring_only(room):
     assert isinstance(body[0].value.value, str)
 
 
+def arrows(room):
+    """File -> the files of the same room that it imports, those for a type checker left out."""
+    package = "loki_compile" if room == "loki_compile" else f"loki_compile.{room}"
+    files = {path.stem: path for path in sorted((ROOT / room).glob("*.py"))}
+    drawn = {}
+    for name, path in files.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        unseen = {
+            id(child)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            for child in ast.walk(node)
+        }
+        reached = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and id(node) not in unseen:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                reached.update([node.module, *names])
+            elif isinstance(node, ast.Import) and id(node) not in unseen:
+                reached.update(alias.name for alias in node.names)
+        drawn[name] = {
+            other for other in files if f"{package}.{other}" in reached and other != name
+        }
+    return drawn
+
+
+def circle_in(drawn):
+    """The files of a circle of arrows, () where there is none."""
+    left = dict(drawn)
+    while left:
+        free = [name for name, others in left.items() if not others & left.keys()]
+        if not free:
+            return tuple(left)
+        for name in free:
+            del left[name]
+    return ()
+
+
+def printed(room, drawn):
+    count, pairs = sum(map(len, drawn.values())), len(drawn) * (len(drawn) - 1) // 2
+    print(f"{room}: {len(drawn)} files, {count} arrows, {count / pairs:.0%} of all pairs")
+    for name, others in drawn.items():
+        print(f"  {name:14} {' '.join(sorted(others))}")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_file_imports_itself_by_way_of_others(room):
+    drawn = arrows(room)
+    printed(room, drawn)
+    assert not circle_in(drawn)
+
+
+def test_a_circle_is_found():
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ("a", "b", "c")
+    assert not circle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def mapped():
+    """The files that the docstring of passes/ lists, in order."""
+    docstring = ast.get_docstring(ast.parse((ROOT / "passes" / "__init__.py").read_text()))
+    return re.findall(r"(?m)^    (\w+) +\w", docstring)
+
+
+def test_passes_map_every_file_in_the_order_of_imports():
+    drawn, order = arrows("passes"), mapped()
+    assert sorted([*order, "__init__"]) == sorted(drawn)
+    printed("passes", {name: drawn[name] for name in order})
+    for name, others in drawn.items():
+        below = [other for other in others if order.index(other) > order.index(name)]
+        assert not below, f"passes/{name}.py imports {below}, which the map lists behind it"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "passes").glob("*.py")), ids=named)
+def test_passes_import_nothing_inside_functions(path):
+    inside = [
+        f"{named(path)}:{line} {module}"
+        for module, line, in_function in imports(ast.parse(path.read_text(encoding="utf-8")))
+        if in_function
+    ]
+    assert not inside
+
+
 TESTS = sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "benchmarks").glob("*.py"))
 
 
@@ -180,7 +267,7 @@ def test_passes_know_no_model(path):
 
 
 def test_every_reason_to_stay_dense_is_documented():
-    from loki_compile.passes.sites import Reason
+    from loki_compile.passes.attention import Reason
 
     sections = re.findall(r"(?m)^### (\w+)$", (ROOT / "docs" / "coverage.md").read_text())
     assert sorted(sections) == sorted(reason.name for reason in Reason)

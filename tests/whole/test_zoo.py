@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loki_compile.passes.sites import Reason
+from loki_compile.passes.attention import Reason
 
 _FILE = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "zoo.py"
 _SPEC = importlib.util.spec_from_file_location("zoo", _FILE)
@@ -63,10 +63,10 @@ def test_what_is_not_understood_stays_dense_with_a_reason_and_decodes_alike(
 
 
 def test_a_wrong_rewrite_is_told_from_a_model_that_differs_under_plain_dynamo(monkeypatch):
-    import loki_compile.passes.rewrite as rewrite
+    import loki_compile.passes.sparse as sparse
 
-    right = rewrite.attend
-    monkeypatch.setattr(rewrite, "attend", lambda *args, **kwargs: right(*args, **kwargs) * 1.5)
+    right = sparse.attend
+    monkeypatch.setattr(sparse, "attend", lambda *args, **kwargs: right(*args, **kwargs) * 1.5)
     result = zoo.run_case(zoo.Case("gpt2", "dynamic", "sdpa", small=False))
     assert result["status"] == "differs"
     assert result["difference"] > zoo.TOLERANCE > result["plain"]["difference"]

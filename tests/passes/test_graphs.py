@@ -2,17 +2,10 @@
 
 import pytest
 import torch
-from loki_compile.passes.cache_writes import trace_cache
-from loki_compile.passes.fx_tools import (
-    concrete,
-    copy_of,
-    extract,
-    fake_mode_of,
-    may_overlap,
-    same_size,
-    writes_of,
-)
+from loki_compile.passes.calls import concrete, may_overlap, same_size, writes_of
+from loki_compile.passes.graphs import copy_of, extract, fake_mode_of
 from loki_compile.passes.sites import find_sites
+from loki_compile.passes.trace_caches import trace_cache
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext

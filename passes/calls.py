@@ -1,17 +1,15 @@
-"""Small tools over `torch.fx` for every pass: names of ops, operands, fake values, copies."""
+"""What a call is: its name, operands and fake value, what it writes, what shares its memory."""
 
 from __future__ import annotations
 
-import dataclasses
 import string
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 # One spelling per operation; `normalize` brings the others to it.
@@ -163,8 +161,6 @@ def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal, without adding a guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
     return statically_known_true(a == b)
 
 
@@ -183,15 +179,6 @@ def hint_of(size: Any) -> int | None:
     Private API, checked on torch 2.11 and 2.13: `SymNode.hint`.
     """
     return size.node.hint if isinstance(size, torch.SymInt) else size
-
-
-def input_of(graph: fx.Graph, size: Any) -> int | None:
-    """The number of the input that brings a size that is a symbol: Dynamo adds one for each."""
-    for place, node in enumerate(graph.find_nodes(op="placeholder")):
-        value = fake_value(node)
-        if isinstance(value, torch.SymInt) and same_size(value, size):
-            return place
-    return None
 
 
 def mutates(node: fx.Node) -> bool:
@@ -296,133 +283,3 @@ def source_name(placeholder: fx.Node) -> str:
     source = getattr(grapharg, "source", None)
     name = getattr(source, "name", "")
     return name() if callable(name) else name
-
-
-def copy_of(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """A copy whose graph may be edited, and the map from the old nodes to the new.
-
-    Dynamo reads `meta["grapharg"]` of its own placeholders after the backend returns, so a
-    backend edits copies only.
-    """
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, mapping, return_output_node=True)
-    assert isinstance(output, tuple)
-    result, old_output = output
-    mapping[old_output] = graph.output(result)
-    for old, new in mapping.items():
-        new.meta = dict(old.meta)
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
-    copy = fx.GraphModule(gm, graph)
-    # Without these AOTAutograd does not take the graph for Dynamo's: it would neither drop guards
-    # on repeated parameters nor tell CUDA graphs which inputs keep their address.
-    copy.meta.update(gm.meta)
-    if hasattr(gm, "_param_name_to_source"):
-        copy._param_name_to_source = gm._param_name_to_source
-    return copy, mapping
-
-
-def remap(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
-    """The same dataclass, container or node, with every node replaced by its image."""
-    if isinstance(value, fx.Node):
-        return mapping[value]
-    if isinstance(value, (list, tuple)):
-        return type(value)(remap(item, mapping) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: remap(getattr(value, f.name), mapping) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)
-    return value
-
-
-def finish(gm: fx.GraphModule) -> fx.GraphModule:
-    """Drops dead views and arithmetic, checks the graph and regenerates its code.
-
-    Keeps every call that may write into an operand and every node without fake tensors: fx does not
-    know that `index_copy_`, `x += 1` or `out=` have an effect.
-    """
-
-    def is_impure(node: fx.Node) -> bool:
-        return bool(
-            node.op in ("placeholder", "output")
-            or written_operands(node)
-            or not _is_data(fake_value(node))
-        )
-
-    gm.graph.eliminate_dead_code(is_impure)
-    gm.graph.lint()
-    gm.recompile()
-    return gm
-
-
-def _is_data(value: Any) -> bool:
-    """Whether a fake value is a tensor, a number or, as splits have it, a tuple of these."""
-    if isinstance(value, (tuple, list)):
-        return bool(value) and all(map(_is_data, value))
-    return isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, int))
-
-
-def call(
-    graph: fx.Graph, function: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any
-) -> fx.Node:
-    """Adds a call at the insertion point with its fake value; `like` lends its module path."""
-    node = graph.call_function(function, args, kwargs)
-    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-        if key in like.meta:
-            node.meta[key] = like.meta[key]
-    fake_args = map_arg((args, kwargs), fake_value)
-    with fake_mode_of(graph), torch.no_grad():
-        node.meta["example_value"] = function(*fake_args[0], **fake_args[1])
-    return node
-
-
-def fake_mode_of(graph: fx.Graph) -> Any:
-    """The fake mode of the graph's own fake values.
-
-    Not the tracing context's: around a backend call Dynamo puts a fresh mode there, which shares
-    the symbols but refuses the tensors of the mode that traced the graph.
-    """
-    for node in graph.find_nodes(op="placeholder"):
-        value = fake_value(node)
-        if isinstance(value, FakeTensor):
-            return value.fake_mode
-    raise ValueError("found a graph without tensor inputs; needed one traced by Dynamo")
-
-
-def ancestors(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
-    """Breadth first: the nodes themselves, then what they read, nearest first, each once."""
-    queue = list(nodes)
-    seen = set(queue)
-    for node in queue:
-        yield node
-        for source in node.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                queue.append(source)
-
-
-def extract(
-    gm: fx.GraphModule, outputs: list[Any], read_by: Sequence[fx.Node]
-) -> fx.GraphModule | None:
-    """A graph with the placeholders of `gm` that computes only `outputs`, before any write.
-
-    None where it would give other values than the calls `read_by`, which take the outputs: a call
-    on the way writes into an operand, or a write lies between an input and a call that reads it.
-    """
-    wanted = [node for node in outputs if isinstance(node, fx.Node)]
-    needed = set(ancestors(wanted))
-    if any(node.op not in ("placeholder", "get_attr") and mutates(node) for node in needed):
-        return None
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    reads = [(source, order[node]) for node in needed for source in node.all_input_nodes]
-    reads += [(node, order[reader]) for node in wanted for reader in read_by]
-    for write in writes_of(gm.graph):
-        if any(write.position < at and may_overlap(write.operand, node) for node, at in reads):
-            return None
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" or node in needed:
-            mapping[node] = graph.node_copy(node, lambda source: mapping[source])
-    graph.output(map_arg(tuple(outputs), lambda node: mapping[node]))
-    return fx.GraphModule(gm, graph)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loki_compile.passes.undo import Undo, what_to_save
+from loki_compile.passes.rollback import Undo, what_to_save
 from tally import count
 from torch import Tensor, fx
 from toy_decoders import (

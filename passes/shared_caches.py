@@ -18,11 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from loki_compile.passes.cache_writes import indexed_dims
-from loki_compile.passes.fx_tools import (
-    call,
+from loki_compile.passes.calls import (
     concrete,
-    fake_mode_of,
     fake_value,
     may_overlap,
     op_name,
@@ -31,7 +28,8 @@ from loki_compile.passes.fx_tools import (
     share_memory,
     writes_of,
 )
-from loki_compile.passes.sites import permutation
+from loki_compile.passes.graphs import call, fake_mode_of
+from loki_compile.passes.views import indexed_dims, permutation
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 

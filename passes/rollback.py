@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from loki_compile.passes.fx_tools import (
+from loki_compile.passes.calls import (
     Write,
     concrete,
     fake_value,

@@ -1,0 +1,337 @@
+"""Plain torch around the two ops, which Inductor fuses with the graph: rows, layouts, masks, maps.
+
+Nothing here knows a graph. `loki_compile.kernels` has the legend of the letters.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from loki_compile.kernels.ops import hidden_below, without_autocast
+from torch import Tensor
+
+# What each dimension of a tensor of attention holds, outermost first: "b" batch, "h" heads, "s" new
+# tokens, "t" cached tokens, "d" head_dim. Where each KV head's group of query heads has a dimension
+# of its own, that is "g", and "h" are the KV heads. "bh" is batch and heads in one dimension, "" a
+# dimension of size one; a letter that is missing everywhere has size one, too.
+Layout = tuple[str, ...]
+SCORES: Layout = ("b", "h", "s", "t")
+QUERIES: Layout = ("b", "h", "s", "d")
+_INT8_MAX = 127
+
+
+def mask_bounds(mask: Tensor) -> Tensor:
+    """Where the visible keys of each mask row lie.
+
+    mask (Bm, Hm, Sm, T), bool or uint8 (True or 1 = visible), or floating (visible above
+    `hidden_below(dtype)`).
+    Returns int32 (Bm, Hm, Sm, 3): first visible position, last visible position + 1, number of
+    visible keys; (0, 0, 0) for a row that sees nothing.
+    """
+    if mask.is_floating_point():
+        visible = mask > hidden_below(mask.dtype)
+    else:
+        visible = mask if mask.dtype == torch.bool else mask.to(torch.int32) != 0
+    t = mask.shape[-1]
+    position = torch.arange(t, device=mask.device, dtype=torch.int32)
+    end = torch.where(visible, position + 1, 0).amax(-1)
+    start = torch.minimum(torch.where(visible, position, t).amin(-1), end)
+    count = visible.sum(-1, dtype=torch.int32)
+    return torch.stack((start, end, count), -1).to(torch.int32)
+
+
+def index_rows(keys: Tensor, basis: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Index rows of new keys: their projection, stored as `dtype`.
+
+    keys (B, Hkv, S, D) floating; basis (Hkv, D, R) or (B, Hkv, D, R) fp32, the key-side projection;
+    math in fp32, under autocast too.
+    Returns rows (B, Hkv, S, R) and, for int8, their scale (B, Hkv, S, 1) fp32, else None.
+    int8 is symmetric per token and head: scale = max |row| / 127, row = round(value / scale).
+    Entries that are not finite count as 0; a zero row has scale 0.
+    """
+    with without_autocast(keys.device.type):
+        rows = torch.matmul(keys.float(), basis)
+    if dtype != torch.int8:
+        return rows.to(dtype), None
+    rows = torch.where(rows.isfinite(), rows, 0.0)
+    row_scale = rows.abs().amax(-1, keepdim=True) / _INT8_MAX
+    quotient = torch.where(row_scale > 0, rows / row_scale, 0.0)
+    return quotient.round().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8), row_scale
+
+
+def project_new_keys(
+    source: torch.Tensor,
+    basis: torch.Tensor,
+    head_axis: int,
+    dtype: torch.dtype,
+    batch_axis: int = -1,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`index_rows` for keys in any layout whose last dimension is head_dim.
+
+    source (..., D) with the KV heads at `head_axis` (-1: one head, no such dimension); basis
+    (Hkv, D, R) fp32, or (B, Hkv, D, R) for the sequences along `batch_axis`. Returns rows (..., R)
+    and, for int8, their scales (..., 1). Where `head_axis` is the last dimension it holds heads and
+    head_dim in one, and so do the results.
+    """
+    if head_axis == source.ndim - 1:
+        apart = source.unflatten(-1, (basis.shape[-3], -1))
+        rows, scale = project_new_keys(apart, basis, head_axis, dtype, batch_axis)
+        return rows.flatten(-2), None if scale is None else scale.flatten(-2)
+    if basis.ndim == 4:
+        apart = rows_and_heads_first(source, head_axis, batch_axis)
+        together = (apart.shape[0], apart.shape[1], -1, apart.shape[-1])
+        rows, scale = index_rows(apart.reshape(together), basis, dtype)
+
+        def as_it_was(x: torch.Tensor) -> torch.Tensor:
+            x = x.reshape(*apart.shape[:-1], x.shape[-1])
+            if head_axis < 0:
+                return x.squeeze(1).movedim(0, batch_axis)
+            return x.movedim((0, 1), (batch_axis, head_axis))
+
+        return as_it_was(rows), None if scale is None else as_it_was(scale)
+    heads_first = source.unsqueeze(0) if head_axis < 0 else source.movedim(head_axis, 0)
+    flat = heads_first.reshape(1, heads_first.shape[0], -1, heads_first.shape[-1])
+    rows, scale = index_rows(flat, basis, dtype)
+
+    def back(x: torch.Tensor) -> torch.Tensor:
+        x = x.reshape(*heads_first.shape[:-1], x.shape[-1])
+        return x.squeeze(0) if head_axis < 0 else x.movedim(0, head_axis)
+
+    return back(rows), None if scale is None else back(scale)
+
+
+def rows_and_heads_first(x: torch.Tensor, head_axis: int, batch_axis: int) -> torch.Tensor:
+    """Keys in any layout as a view (B, Hkv, ..., D); -1 as `head_axis`: one head."""
+    if head_axis < 0:
+        return x.movedim(batch_axis, 0).unsqueeze(1)
+    return x.movedim((batch_axis, head_axis), (0, 1))
+
+
+def queries_by_head(query: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Queries whose dimensions are the letters of `layout`, as (B, Hq, S, D)."""
+    letters = "".join(layout)
+    for letter in "bhgs":
+        if letter not in letters:
+            query, letters = query.unsqueeze(-1), letters + letter
+    return query.permute([letters.index(letter) for letter in "bhgsd"]).flatten(1, 2)
+
+
+def laid_out(out: torch.Tensor, layout: Layout, apart: int) -> torch.Tensor:
+    """(B, Hq, S, Dv), its heads in blocks of `apart`, in another layout."""
+    out = out.unflatten(1, (-1, apart))
+    sizes = dict(zip("bhgsd", out.shape, strict=True))
+    held = "".join(layout)
+    letters = held + "".join(letter for letter in "bhgsd" if letter not in held)
+    out = out.permute(["bhgsd".index(letter) for letter in letters])
+    return out.reshape([math.prod(sizes[letter] for letter in dim) for dim in layout])
+
+
+def tiles_to_blocks(x: torch.Tensor, dim: int, tile: int) -> torch.Tensor:
+    """Heads 0 1 2 0 1 2 (numbers of their KV heads; tile=3) become 0 0 1 1 2 2.
+
+    With the size of a block as `tile` it is the way back.
+    """
+    return x.unflatten(dim, (-1, tile)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+def rows_of_group(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """(B, Hkv*G, 1, D) -> (B, Hkv, G, D), a view."""
+    return query.squeeze(2).unflatten(1, (kv_heads, -1))
+
+
+def rows_of_heads(out: torch.Tensor) -> torch.Tensor:
+    """(B, Hkv, G, Dv) -> (B, Hkv*G, 1, Dv)."""
+    return out.flatten(1, 2).unsqueeze(2)
+
+
+def mask_of_group(mask: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """A mask whose rows are the query heads of the group instead of the one query token."""
+    mask = _as_4d(mask)
+    return mask if mask.shape[1] == 1 else rows_of_group(mask, kv_heads)
+
+
+def _of_heads(weight: torch.Tensor, heads: int, maps: tuple[bool, int, int, int, int]) -> Any:
+    """The heads' maps (Hq, dims, latent dims) in a weight, as a view; `maps` as in `HeadMaps`."""
+    columns, start, block, inside, dims = maps
+    rows = weight.t() if columns else weight
+    rows = rows.narrow(0, start, heads * block).unflatten(0, (heads, block))
+    return rows.narrow(1, inside, dims)
+
+
+def _by_heads(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """x (B, Hq, S, m) times maps (Hq, m, n): (B, Hq, S, n), reading each map once."""
+    batch, tokens = x.shape[0], x.shape[2]
+    product = torch.bmm(x.transpose(0, 1).flatten(1, 2), maps)
+    return product.unflatten(1, (batch, tokens)).transpose(0, 1)
+
+
+def absorbed_queries(
+    query: torch.Tensor,
+    weight: torch.Tensor,
+    maps: tuple[bool, int, int, int, int],
+    absorbed_at: int,
+    kept: tuple[int, int],
+    latent_first: bool,
+) -> torch.Tensor:
+    """Queries of expanded keys (B, Hq, S, D) as queries of the cached rows: (B, Hq, S, row dims).
+
+    Those dims that met keys expanded by `maps` of `weight` take the map in and meet the latent; the
+    `kept` ones (first, how many) stay, behind the latent's or in front of them, as in a row.
+    """
+    part = query.narrow(3, absorbed_at, maps[-1])
+    absorbed = _by_heads(part, _of_heads(weight, query.shape[1], maps))
+    if not kept[1]:
+        return absorbed.contiguous()
+    both = (absorbed, query.narrow(3, *kept))
+    return torch.cat(both if latent_first else both[::-1], -1).contiguous()
+
+
+def unit_queries(
+    weight: torch.Tensor,
+    maps: tuple[bool, int, int, int, int],
+    absorbed_at: int,
+    kept: tuple[int, int],
+    latent_first: bool,
+    heads: int,
+) -> torch.Tensor:
+    """(1, heads, D, row dims): what cached rows meet when each head asks for each of the D dims of
+    expanded keys in turn. The operands are those of `absorbed_queries`.
+    """
+    dims = maps[-1] + kept[1]
+    unit = torch.eye(dims, dtype=weight.dtype, device=weight.device).expand(1, heads, dims, dims)
+    with without_autocast(weight.device.type):
+        return absorbed_queries(unit, weight, maps, absorbed_at, kept, latent_first)
+
+
+def expanded_values(
+    out: torch.Tensor, weight: torch.Tensor, maps: tuple[bool, int, int, int, int]
+) -> torch.Tensor:
+    """Weighted latents (B, Hq, S, latent dims) as weighted values: (B, Hq, S, Dv), contiguous."""
+    return _by_heads(out, _of_heads(weight, out.shape[1], maps).transpose(1, 2)).contiguous()
+
+
+def visible_by(
+    rule: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, token_axis: int, *operands: Any
+) -> torch.Tensor:
+    """What `rule(batch, head, query, key, *operands)` says of every key: bool (B, Hq, S, T), each
+    but the last may be 1.
+
+    query (B, Hq, S, D); key has its T keys along `token_axis`. Numbers are int64, as in PyTorch's
+    `create_mask`.
+    """
+    sizes = (*query.shape[:3], key.shape[token_axis])
+    numbers = [
+        torch.arange(size, device=query.device).view([-1 if d == dim else 1 for d in range(4)])
+        for dim, size in enumerate(sizes)
+    ]
+    visible = rule(*numbers, *operands)
+    return visible.broadcast_to(torch.broadcast_shapes(visible.shape, (1, 1, 1, sizes[3])))
+
+
+def plain_mask(
+    mask: torch.Tensor, layout: Layout, sizes: tuple[int, int, int], tiles: int
+) -> torch.Tensor:
+    """A mask for scores in another layout as one that broadcasts to (B, Hq, S, T).
+
+    mask: its dimensions are the last ones of `layout`, or of size one. `sizes`: heads, groups and
+    tokens of `layout`. `tiles`, if not 0, is the number of KV heads whose tiles its query heads are
+    in: they are brought into blocks.
+    """
+    if layout != SCORES:
+        mask = _by_letters(mask, layout, dict(zip("hgs", sizes, strict=True)))
+        if (mask.shape[1] == 1) != (mask.shape[2] == 1):
+            mask = mask.expand(-1, *sizes[:2], -1, -1)
+        mask = mask.flatten(1, 2)
+    if tiles and mask.ndim > 2 and mask.shape[-3] != 1:
+        mask = tiles_to_blocks(mask, mask.ndim - 3, tiles)
+    return mask
+
+
+def _by_letters(mask: torch.Tensor, layout: Layout, sizes: dict[str, int]) -> torch.Tensor:
+    """The mask as (B, heads, groups, S, T), each of which may be 1."""
+    mask = mask[(None,) * (len(layout) - mask.ndim)]
+    apart: list[Any] = []
+    for size, letters in zip(mask.shape, layout, strict=True):
+        known = math.prod(sizes.get(letter, 1) for letter in letters)
+        wide = [sizes.get(letter, size // known) for letter in letters]
+        apart += [1] * len(letters) if size == 1 else wide
+    held = "".join(layout)
+    missing = [letter for letter in "bhgst" if letter not in held]
+    mask = mask.reshape(apart)[(..., *[None] * len(missing))]
+    return mask.permute([(held + "".join(missing)).index(letter) for letter in "bhgst"])
+
+
+def joint_mask(
+    rules: Sequence[tuple[float, bool, float, float]], dtype: torch.dtype, *masks: torch.Tensor
+) -> torch.Tensor:
+    """One 4-D mask that does what several do one after the other.
+
+    `rules` has factor, inverted, fill and floor of each, as in `MaskTerm`. uint8 (1 = visible)
+    where all are bool and fill with -inf, else floating, `dtype` where no mask has one, or float32
+    where that would make -inf of a fill. A score is added to the fill instead of replaced by it,
+    which rounds to the same: fills are huge.
+    """
+    masks = tuple(_as_4d(mask) for mask in masks)
+    keeps = {
+        i: ~mask if inverted else mask
+        for i, (mask, (_, inverted, _, _)) in enumerate(zip(masks, rules, strict=True))
+        if mask.dtype == torch.bool
+    }
+    if len(keeps) == len(masks) and all(fill == float("-inf") for _, _, fill, _ in rules):
+        visible = functools.reduce(torch.logical_and, keeps.values())
+        # Inductor's C++ stores a comparison of int64 as bool ten times slower than by way of int32
+        # (torch 2.13), and this one is as long as the cache.
+        return _stored(visible.to(torch.int32).to(torch.uint8))
+    lowest = torch.finfo(dtype).min
+    wide = any(float("-inf") < fill * factor < lowest for factor, _, fill, _ in rules)
+    dtype = torch.float32 if wide else dtype
+    joint = torch.zeros((1, 1, 1, 1), dtype=dtype, device=masks[0].device)
+    for i, (mask, (factor, _, fill, floor)) in enumerate(zip(masks, rules, strict=True)):
+        if i in keeps:
+            joint = torch.where(keeps[i], joint, fill * factor)
+        else:
+            term = mask.float() if wide else mask
+            term = term if factor == 1.0 else term * factor
+            joint = term if i == 0 else joint + term
+        if floor > float("-inf"):  # of the sum: two masks at their lowest would be -inf
+            joint = joint.clamp(min=floor * factor)
+    return _stored(joint)
+
+
+def blind_rows(mask: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """Which rows of a `joint_mask` hide every key by -inf: bool (Bm, Hm, Sm, 1).
+
+    `bounds` are the mask's `mask_bounds`; they take very low numbers for hidden as well.
+    """
+    if mask.is_floating_point():
+        return mask.amax(-1, keepdim=True) == float("-inf")
+    return bounds[..., 2:] == 0
+
+
+def seen_by_newest(mask: torch.Tensor) -> torch.Tensor:
+    """A `joint_mask` (Bm, Hm, Sm, T) as what any head of its last row sees: bool (Bm, T)."""
+    least = hidden_below(mask.dtype) if mask.is_floating_point() else 0
+    return (mask[:, :, -1] > least).any(1)
+
+
+def _stored(mask: torch.Tensor) -> torch.Tensor:
+    """The same mask, which Inductor computes into memory once.
+
+    Each of our ops asks for exact strides, and Inductor answers with a buffer of its own for every
+    use of a value that it has not stored: two whole masks per layer (torch 2.13). It stores what
+    as_strided reads.
+    """
+    for dim in range(3):
+        if isinstance(mask.stride(dim), int) and mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)  # expanded: the ops broadcast it again
+    mask = mask.contiguous()
+    return mask.as_strided(mask.shape, mask.stride())
+
+
+def _as_4d(mask: torch.Tensor) -> torch.Tensor:
+    """A mask with leading dimensions of size one added, so that it has four."""
+    return mask[(None,) * (4 - mask.ndim)]

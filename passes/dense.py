@@ -1,0 +1,90 @@
+"""Edits of dense graphs: query groups packed, first keys laid out as later steps lay them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from loki_compile.kernels.fused import mask_of_group, rows_of_group, rows_of_heads
+from loki_compile.passes.attention import AttentionSite
+from loki_compile.passes.calls import concrete, fake_value, op_name, operand, shape_of
+from loki_compile.passes.emit import canonical, cast
+from loki_compile.passes.graphs import call, copy_of, finish
+from torch import fx
+
+
+def pack_groups(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphModule:
+    """Lets the query heads of a KV group share one read of K and V, in dense attention.
+
+    q (B, Hkv*G, 1, D) becomes (B, Hkv, G, D), which costs nothing and is exact up to rounding,
+    and the repetition of K and V disappears. Sites with several new tokens, or whose heads are
+    not grouped, stay as they are.
+    """
+    graph = gm.graph
+    for site in sites:
+        if site.group == 1 or site.tiled or site.query_tokens != 1 or not site.sdpa:
+            continue
+        with graph.inserting_before(site.node):
+            # What SDPA computes in: autocast would do the same to the operands, where it is on, and
+            # casts behind which they were found did.
+            dtype = fake_value(site.node).dtype
+            query, key, value = (
+                cast(graph, site, node, dtype)
+                for node in (
+                    site.query,
+                    canonical(graph, site.key, site),
+                    canonical(graph, site.value, site),
+                )
+            )
+            query = call(graph, rows_of_group, query, site.kv_heads, like=site.node)
+            mask = None
+            for term in site.masks:  # an SDPA call has one at most
+                mask = call(graph, mask_of_group, term.node, site.kv_heads, like=site.node)
+                if fake_value(mask).is_floating_point():
+                    mask = cast(graph, site, mask, dtype)
+            out = call(
+                graph,
+                torch.nn.functional.scaled_dot_product_attention,
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                scale=site.scale,
+                like=site.node,
+            )
+            out = call(graph, rows_of_heads, out, like=site.node)
+        site.node.replace_all_uses_with(out)
+    return finish(gm)
+
+
+def lay_out_first_keys(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph whose first keys and values leave it as the graph says: contiguous.
+
+    A cache that grows begins as `cat([empty, keys])`. Inductor (run on 2.13) makes a copy of the
+    keys of it, in the layout that they have, where eager makes a contiguous tensor, as each later
+    step does. Dynamo guards strides: the first step behind a prompt of another length would be
+    compiled again, for minutes.
+    """
+    results: Any = gm.graph.output_node().args[0]
+    if not any(isinstance(node, fx.Node) and _begins_a_cache(node) for node in results):
+        return gm
+    gm, _ = copy_of(gm)
+    result = gm.graph.output_node()
+    results = result.args[0]
+    laid: dict[Any, fx.Node] = {}
+    for node in results:
+        if isinstance(node, fx.Node) and _begins_a_cache(node) and node not in laid:
+            with gm.graph.inserting_before(result):
+                laid[node] = call(gm.graph, torch.Tensor.contiguous, node, like=node)
+    result.args = (tuple(laid.get(node, node) for node in results),)
+    return finish(gm)
+
+
+def _begins_a_cache(node: fx.Node) -> bool:
+    if op_name(node) != "cat" or not fake_value(node).is_contiguous():
+        return False
+    parts = operand(node, "tensors")
+    return isinstance(parts, (list, tuple)) and any(
+        0 in [concrete(size) for size in shape_of(part) or ()] for part in parts
+    )

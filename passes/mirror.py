@@ -1,0 +1,157 @@
+"""Edits: each cache write is repeated, by the model's own call, on the key index beside the cache.
+
+Placeholders are added behind the old ones, so that a caller of the graph only ever appends
+arguments.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from loki_compile.kernels.fused import project_new_keys
+from loki_compile.passes.caches import CacheWrite, KeyCache
+from loki_compile.passes.calls import fake_value, op_name, operand
+from loki_compile.passes.emit import call_like, replay
+from loki_compile.passes.graphs import call, fake_mode_of
+from torch import fx
+
+
+@dataclass(frozen=True)
+class IndexLayout:
+    """What one cache's key index looks like: `rank` dims of `dtype`; int8 carries scales.
+
+    `each_row`: every sequence of the batch is projected by a basis of its own.
+    """
+
+    rank: int
+    dtype: torch.dtype
+    each_row: bool = False
+
+    @property
+    def parts(self) -> int:
+        """Tensors that make up the index: its rows, and for int8 their scales."""
+        return 2 if self.dtype == torch.int8 else 1
+
+
+def add_placeholders(
+    graph: fx.Graph,
+    number: int,
+    cache: KeyCache,
+    layout: IndexLayout,
+    kv_heads: int,
+    head_dim: int,
+) -> tuple[list[fx.Node], fx.Node, fx.Node]:
+    past = fake_value(cache.past)
+    sizes = list(past.shape)
+    basis_sizes: list[Any] = [kv_heads, head_dim, layout.rank]
+    if layout.each_row:
+        basis_sizes.insert(0, sizes[cache.batch_axis])
+    each = kv_heads if cache.heads_are_folded else 1
+    wanted: list[tuple[str, list[Any], torch.dtype]] = [
+        ("index", [*sizes[:-1], each * layout.rank], layout.dtype)
+    ]
+    if layout.parts == 2:
+        wanted.append(("index_scale", [*sizes[:-1], each], torch.float32))
+    wanted += [("key_basis", basis_sizes, torch.float32)]
+    wanted += [("query_basis", basis_sizes, torch.float32)]
+    last = graph.find_nodes(op="placeholder")[-1]
+    nodes = []
+    for name, shape, dtype in wanted:
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"loki_{name}_{number}")
+        with fake_mode_of(graph):
+            last.meta["example_value"] = torch.empty(shape, dtype=dtype, device=past.device)
+        # AOTAutograd reads both of every placeholder; the static mark lets CUDA graphs keep the
+        # address instead of copying (a replaced cache's index is a new tensor at each step).
+        last._dynamo_source = None  # type: ignore[attr-defined]
+        static = not (cache.replaced and name.startswith("index"))
+        last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"} if static else {}
+        nodes.append(last)
+    return nodes[:-2], nodes[-2], nodes[-1]
+
+
+def mirror_write(
+    graph: fx.Graph,
+    cache: KeyCache,
+    write: CacheWrite,
+    parts: list[fx.Node],
+    key_basis: fx.Node,
+    layout: IndexLayout,
+) -> list[fx.Node]:
+    """Repeats a cache write on the index with the projected keys; returns the index after it."""
+    last = write.node
+    if cache.beside is not None:
+        beside = cache.beside.writes[cache.writes.index(write)]
+        rest = dict(zip(_taking_keys(write), _taking_keys(beside), strict=True))
+        last = max(write.node, beside.node)  # in the graph's order
+    with graph.inserting_after(last):
+        marker = graph.call_function(operator.pos, (0,))  # holds the place; removed below
+    with graph.inserting_before(marker):
+        new = {}
+        for step in _taking_keys(write):
+            source = step.source
+            if cache.beside is not None:
+                source = call(graph, torch.cat, [source, rest[step].source], -1, like=step.node)
+            new[step] = call(
+                graph,
+                project_new_keys,
+                source,
+                key_basis,
+                step.head_axis,
+                layout.dtype,
+                step.batch_axis,
+                like=step.node,
+            )
+        after = [
+            _mirror_part(graph, cache, write, new, number, index)
+            for number, index in enumerate(parts)
+        ]
+    graph.erase_node(marker)
+    return after
+
+
+def _taking_keys(write: CacheWrite) -> list[CacheWrite]:
+    """The steps of a write that bring new keys in: the write itself, or those among moved rows."""
+    if not write.moved:
+        return [write]
+    return [step for step in write.moved if isinstance(step, CacheWrite)]
+
+
+def _mirror_part(
+    graph: fx.Graph,
+    cache: KeyCache,
+    write: CacheWrite,
+    new: dict[CacheWrite, fx.Node],
+    number: int,
+    index: fx.Node,
+) -> fx.Node:
+    """The write on one part of the index; `new` has the projected keys of each write in it."""
+    if write.moved:
+        image = {_written(cache, write): index}
+        for step in write.moved:
+            if isinstance(step, CacheWrite):
+                rows = call(graph, operator.getitem, new[step], number, like=step.node)
+                into: Any = step.node.args[0]
+                target = image[into]
+                call_like(graph, step.node, {step.source: rows, into: target})
+                image[step.node] = target
+            else:
+                image[step] = call_like(graph, step, image)
+        call_like(graph, write.node, {**image, write.source: image[write.source]})
+        return index
+    rows = call(graph, operator.getitem, new[write], number, like=write.node)
+    target = replay(graph, write.views, index)
+    images = {write.source: rows, _written(cache, write): target}
+    if op_name(write.node) == "scatter_":  # names a position for each number of a row
+        at, width = operand(write.node, "index"), fake_value(rows).shape[-1]
+        images[at] = call(graph, torch.narrow, at, -1, 0, width, like=write.node)
+    done = call_like(graph, write.node, images)
+    return done if cache.replaced else index
+
+
+def _written(cache: KeyCache, write: CacheWrite) -> fx.Node:
+    """The tensor that a write's call names as its target."""
+    return cache.past if cache.replaced else write.node.args[0]  # type: ignore[return-value]

@@ -1,0 +1,211 @@
+"""The calls that store new keys in a cache: what each stores, and how far the cache is filled then.
+
+Analysis only: nothing here edits a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loki_compile.passes.attention import MAX_QUERY_TOKENS, AttentionSite, Reason
+from loki_compile.passes.caches import CacheWrite
+from loki_compile.passes.calls import (
+    concrete,
+    fake_value,
+    may_overlap,
+    mutates,
+    op_name,
+    operand,
+    same_size,
+    shape_of,
+    writes_of,
+)
+from loki_compile.passes.views import indexed_dims
+from torch import fx
+
+
+@dataclass(frozen=True)
+class No:
+    """Why a write cannot be mirrored: a `Reason` and its details."""
+
+    reason: tuple[Any, ...]
+
+
+def mirrorable(
+    node: fx.Node,
+    views: tuple[fx.Node, ...],
+    labels: list[Any],
+    root_labels: list[Any],
+    site: AttentionSite,
+) -> CacheWrite | No:
+    name, fill = op_name(node), None
+    target: list[Any] | None
+    if name == "index_copy_":
+        source, target = operand(node, "source"), labels
+        fill = (operand(node, "index"), 1)
+        if indexes_features(node, labels):
+            return No((Reason.WRITE, name, "it indexes heads or head_dim"))
+    elif name == "scatter_":
+        source, target = operand(node, "src"), labels
+        fill = (operand(node, "index"), 1)
+        if not _scatters_rows(node, labels):
+            return No((Reason.WRITE, name, "it does not store whole rows"))
+    elif name == "copy_":
+        source, target = operand(node, "source"), labels
+        fill = _fill_of_view(views, root_labels)
+    elif name in ("setitem", "index_put_"):
+        if name == "index_put_" and operand(node, "accumulate", False):
+            return No((Reason.WRITE, name, "it accumulates"))
+        source = operand(node, "source" if name == "setitem" else "values")
+        target = after_index(node, labels)
+        index = operand(node, "index" if name == "setitem" else "indices")
+        fill = fill_of_index(index if name == "setitem" else full_slices(index), labels)
+    else:
+        return No((Reason.WRITE, name, "not a copy of new keys"))
+    head_axis = head_axis_of(source, target, site)
+    if head_axis is None:
+        return No((Reason.WRITE, name, "the new keys do not line up with the cache"))
+    if name == "copy_" and not views and site.query_tokens > 0:
+        moved = _moved_rows(source, node, labels, site)
+        if moved:
+            return CacheWrite(node, source, head_axis, moved=moved)
+    rows = _rows(source, target)
+    known = concrete(rows)
+    if (known is None and not same_size(rows, site.tokens)) or (known or 0) > MAX_QUERY_TOKENS:
+        return No((Reason.WRITE, name, "it writes more rows than there are new tokens"))
+    batch_axis = batch_axis_of(source, target, node.args[0], labels)
+    return CacheWrite(node, source, head_axis, views, fill, batch_axis=batch_axis)
+
+
+def _moved_rows(
+    source: fx.Node, write: fx.Node, labels: list[Any], site: AttentionSite
+) -> tuple[fx.Node | CacheWrite, ...]:
+    """The calls between the cache and its moved rows; () where they do more than move rows.
+
+    Followed are a roll along the keys of the whole cache and writes of new keys into its result.
+    """
+    roll, cache = source, write.args[0]
+    assert isinstance(cache, fx.Node)
+    while isinstance(roll, fx.Node) and mutates(roll):
+        roll = roll.args[0]  # type: ignore[assignment]
+    if not isinstance(roll, fx.Node) or op_name(roll) != "roll" or roll.args[0] is not cache:
+        return ()
+    dims = operand(roll, "dims")
+    dims = (dims,) if isinstance(dims, int) else dims
+    if not dims or any(labels[d % len(labels)] != "T" for d in dims):
+        return ()
+    calls: list[fx.Node | CacheWrite] = [roll]
+    for other in writes_of(roll.graph):
+        if other.call is write:
+            continue
+        if may_overlap(other.operand, cache) and roll < other.call and other.call < write:
+            return ()  # the index rolls where the copy stands, behind this write
+        if not may_overlap(other.operand, roll):
+            continue
+        if other.operand is not roll or not other.call < write:
+            return ()
+        into = mirrorable(other.call, (), labels, labels, site)
+        if isinstance(into, No) or into.moved:
+            return ()
+        calls.append(into)
+    return tuple(calls)
+
+
+def indexes_features(node: fx.Node, labels: list[Any]) -> bool:
+    """Whether an index_copy indexes heads or head_dim, so that rows lose their place."""
+    return labels[operand(node, "dim") % len(labels)] in ("H", "D")
+
+
+def _scatters_rows(node: fx.Node, labels: list[Any]) -> bool:
+    """Whether a scatter_ stores rows at tokens: all of a row's numbers have one position."""
+    index, source = operand(node, "index"), operand(node, "src")
+    wanted, shape = shape_of(index), shape_of(source)
+    if labels[operand(node, "dim") % len(labels)] != "T" or "reduce" in node.kwargs:
+        return False
+    if len(node.args) > 4 or wanted is None or shape is None:
+        return False
+    alike = len(wanted) == len(shape) and all(map(same_size, wanted, shape))
+    return alike and concrete(fake_value(index).stride(-1)) == 0
+
+
+def _rows(source: Any, target: list[Any] | None) -> Any:
+    """Key rows that a write stores per head."""
+    shape = shape_of(source) or ()
+    axis = target.index("T") - (len(target) - len(shape)) if target and "T" in target else -1
+    return shape[axis] if axis >= 0 else 1
+
+
+def fill_of_index(index: Any, labels: list[Any]) -> tuple[Any, int] | None:
+    """Where `x[index]` ends at the token dimension, for x with these labels."""
+    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    if any(i is Ellipsis for i in items):
+        at = next(n for n, i in enumerate(items) if i is Ellipsis)
+        items[at : at + 1] = [slice(None)] * (len(labels) + 1 - len(items))
+    token = labels.index("T") if "T" in labels else len(items)
+    if any(i is None for i in items) or token >= len(items):
+        return None
+    return _end_of(items[token])
+
+
+def _end_of(item: Any) -> tuple[Any, int] | None:
+    """The end of a slice, or the position behind an index; None where counted from the end."""
+    end, plus = (item.stop, 0) if isinstance(item, slice) else (item, 1)
+    return None if end is None or (isinstance(end, int) and end < 0) else (end, plus)
+
+
+def _fill_of_view(views: tuple[fx.Node, ...], labels: list[Any]) -> tuple[Any, int] | None:
+    """Where a copy into the one view of a cache with these labels ends at the token dimension."""
+    if len(views) != 1:
+        return None
+    (view,) = views
+    if op_name(view) == "getitem":
+        return fill_of_index(view.args[1], labels)
+    if op_name(view) not in ("select", "narrow"):
+        return None
+    if labels[operand(view, "dim") % len(labels)] != "T":
+        return None
+    if op_name(view) == "select":
+        return _end_of(operand(view, "index"))
+    start, length = operand(view, "start"), operand(view, "length")
+    return (start, length) if isinstance(length, int) else None
+
+
+def head_axis_of(source: Any, target: list[Any] | None, site: AttentionSite) -> int | None:
+    """Dimension of KV heads in `source`, whose dimensions line up with `target` from the right."""
+    shape = shape_of(source)
+    if shape is None or not target or target[-1] != "D":
+        return None
+    if "H" not in target and concrete(shape[-1]) == site.head_dim * site.kv_heads:
+        return -1 if site.kv_heads == 1 else len(shape) - 1
+    if "H" not in target or concrete(shape[-1]) != site.head_dim:
+        return None
+    axis = target.index("H") - (len(target) - len(shape))
+    kv_heads = site.kv_heads
+    return axis if axis >= 0 and concrete(shape[axis]) == kv_heads else None
+
+
+def batch_axis_of(source: Any, target: list[Any] | None, cache: Any, labels: list[Any]) -> int:
+    """Dimension of sequences in `source`, if it holds as many as the cache (with `labels`)."""
+    shape, sizes = shape_of(source), shape_of(cache)
+    if shape is None or sizes is None or not target or "B" not in target or "B" not in labels:
+        return -1
+    axis = target.index("B") - (len(target) - len(shape))
+    return axis if axis >= 0 and same_size(shape[axis], sizes[labels.index("B")]) else -1
+
+
+def after_index(node: fx.Node, labels: list[Any]) -> list[Any] | None:
+    """Labels of `tensor[index]` for a setitem or index_put of the tensor with `labels`."""
+    index = operand(node, "index" if op_name(node) == "setitem" else "indices")
+    if op_name(node) != "setitem":
+        index = full_slices(index)
+    dims = indexed_dims(index, shape_of(node.args[0]) or ())  # type: ignore[arg-type]
+    if dims is None:
+        return None
+    return [None if d is None else labels[d] for d in dims]
+
+
+def full_slices(indices: Sequence[Any]) -> tuple[Any, ...]:
+    """The indices of an index_put, which spells a full slice as None, as those of a setitem."""
+    return tuple(slice(None) if i is None else i for i in indices)
