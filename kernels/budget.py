@@ -26,6 +26,11 @@ class Budget:
     recent: int
     min_keys: int
 
+    @property
+    def numbers(self) -> tuple[int | None, int, int, int, int]:
+        """All of it, as a graph can hold it."""
+        return self.top_k, self.keep_q16, self.sink, self.recent, self.min_keys
+
     def keys(self, visible: int) -> int:
         """Keys that a row chooses when it sees `visible` keys."""
         if visible < self.min_keys:
@@ -34,6 +39,14 @@ class Budget:
         if self.top_k is not None:
             share = min(share, self.top_k)
         return min(visible, max(share, self.sink + self.recent))
+
+    def keys_of(self, visible: torch.Tensor) -> torch.Tensor:
+        """`keys` of each row, from int tensors of any shape."""
+        share = (visible.long() * self.keep_q16 + _ROUND_UP) // KEEP_ALL_Q16
+        if self.top_k is not None:
+            share = share.clamp(max=self.top_k)
+        share = torch.minimum(share.clamp(min=self.sink + self.recent), visible)
+        return torch.where(visible < self.min_keys, visible, share)
 
     def covers(self, visible: int) -> bool:
         return self.keys(visible) >= visible

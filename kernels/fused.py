@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.ops import hidden_below, without_autocast
 from torch import Tensor
 
@@ -102,6 +103,17 @@ def project_new_keys(
         return x.squeeze(0) if head_axis < 0 else x.movedim(0, head_axis)
 
     return back(rows), None if scale is None else back(scale)
+
+
+def unwritten(cache: Tensor, width: int) -> Tensor:
+    """Zeros, bytes, like a cache whose last dimension is `width`: what a step writes is told by
+    repeating its writes on them."""
+    return cache.new_zeros((*cache.shape[:-1], width), dtype=torch.uint8)
+
+
+def as_written(source: Tensor, width: int) -> tuple[Tensor]:
+    """Ones, bytes, like new keys whose last dimension is `width`."""
+    return (source.new_ones((*source.shape[:-1], width), dtype=torch.uint8),)
 
 
 def rows_and_heads_first(x: torch.Tensor, head_axis: int, batch_axis: int) -> torch.Tensor:
@@ -335,3 +347,37 @@ def _stored(mask: torch.Tensor) -> torch.Tensor:
 def _as_4d(mask: torch.Tensor) -> torch.Tensor:
     """A mask with leading dimensions of size one added, so that it has four."""
     return mask[(None,) * (4 - mask.ndim)]
+
+
+def window_positions(
+    query: Tensor, key: Tensor, mask: Tensor | None, heads: int, *budget: Any
+) -> Tensor:
+    """The first and the last visible keys of each row: int32 (B, heads, S, K), ascending, then -1.
+
+    query (B, Hq, S, D); key (B, Hkv, T, ...); mask as `select` takes it, broadcastable to
+    (B, Hq, S, T); `budget` is `Budget.numbers`. A row has the budget that `select` would give it:
+    its `sink` first keys, and the rest of it the last ones.
+    """
+    rule = Budget(*budget)
+    batch, tokens, cached = query.shape[0], query.shape[2], key.shape[2]
+    at = torch.arange(cached, device=key.device, dtype=torch.int32)
+    if mask is None:
+        visible = torch.ones((1, 1, 1, cached), dtype=torch.bool, device=key.device)
+    elif mask.is_floating_point():
+        visible = mask > hidden_below(mask.dtype)
+    else:
+        visible = mask != 0
+    if visible.shape[1] not in (1, heads):
+        visible = visible[:, :: visible.shape[1] // heads]
+    number = visible.cumsum(-1, dtype=torch.int32)  # of each visible key in its row, from 1
+    count = number[..., -1:]
+    keep = rule.keys_of(count).to(torch.int32)
+    first = torch.minimum(torch.full_like(keep, rule.sink), keep)
+    skipped = count - keep  # between the first and the last ones
+    chosen = visible & ((number <= first) | (number > first + skipped))
+    slot = torch.where(number <= first, number - 1, number - 1 - skipped)
+    slots = rule.slots(cached)
+    slot = torch.where(chosen, slot, slots)  # one more, for what is not chosen
+    out = torch.full((*visible.shape[:-1], slots + 1), -1, dtype=torch.int32, device=key.device)
+    out = out.scatter(-1, slot.long(), at.expand(visible.shape))[..., :slots]
+    return out.expand(batch, heads, tokens, slots).contiguous()

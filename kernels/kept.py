@@ -46,8 +46,8 @@ class IndexLayout:
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Bounds of pages of `page` keys: one tensor (B, Hkv, ceil(T / page), 2 * D) in the keys' dtype,
-    the least number of each dim in front of the greatest."""
+    """Bounds of pages of `page` keys: one tensor (B, Hkv, ceil(T / page), 2 * D) of the keys'
+    dtype, the least number of each dim in front of the greatest."""
 
     page: int
     dtype: torch.dtype

@@ -15,38 +15,32 @@ import dataclasses
 import functools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
+from loki_compile.bind import adapters, bind_caches, load_basis, token_count
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Tally, say_once, tally_of
 from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
-from loki_compile.indexes import CacheBinding, token_count
 from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.dense import lay_out_first_keys, pack_groups
 from loki_compile.passes.graphs import (
-    adapters_of,
     copy_of,
     fake_mode_of,
-    nearest_matrix,
-    parameter_test,
 )
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.plan import Plan, make_plan
-from loki_compile.passes.shared_caches import Part, take_parts, with_parts
+from loki_compile.passes.shared_caches import take_parts
 from loki_compile.passes.sites import find_sites
-from loki_compile.pca_store.basis import Basis, BasisSet
-from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
-from loki_compile.pca_store.store import Store
+from loki_compile.policies.table import policy_of
 from loki_compile.refusal import Refusal, plainly
 from loki_compile.report import GraphReport, describe, record_graph
-from loki_compile.runtime import DecodeGraph, Served, Variant
+from loki_compile.runtime import DecodeGraph, Served
+from loki_compile.variants import Variant, Variants
 
 log = logging.getLogger("loki_compile")
 
@@ -107,7 +101,9 @@ def loki(
         def serve(args: Sequence[Any]) -> Served:
             return Served(bind_caches(normal, plan, args, parts, config), tally_of(gm, args))
 
-        decode = DecodeGraph(normal, plan, config, parts, late, served, serve)
+        counts = [token_count(normal.graph, sparse.site) for sparse in plan.sparse]
+        variants = Variants(normal, plan, config.pack_gqa, late, counts)
+        decode = DecodeGraph(variants, config, parts, served, serve)
         decode.remember(example_inputs)
     elif plan.dense:
         prefill = all(skip.reason is Reason.PREFILL for skip in plan.dense)
@@ -122,8 +118,8 @@ def loki(
         compiled = compile_graph(lay_out_first_keys(packed), example_inputs)
     else:
         compiled = compile_graph(lay_out_first_keys(gm), example_inputs)
-    adapters = _adapters(normal, bindings, example_inputs, parts)
-    record_graph(plan, config, bindings, decode, adapters)  # last: it may be traced again
+    added = adapters(normal, bindings, example_inputs, parts)
+    record_graph(plan, config, bindings, decode, added)  # last: it may be traced again
     _say_what_stays_dense(plan, config, tally)
     return compiled
 
@@ -155,7 +151,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfi
     parts = take_parts(normal)
     plan = plan_graph(normal, config)
     bindings = bind_caches(normal, plan, example_inputs, parts, config)
-    return describe(plan, config, bindings, _adapters(normal, bindings, example_inputs, parts))
+    return describe(plan, config, bindings, adapters(normal, bindings, example_inputs, parts))
 
 
 def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
@@ -167,8 +163,7 @@ def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
     return make_plan(
         sites,
         skipped,
-        budget=config.budget,
-        per_head=config.share == "head",
+        policy=policy_of(config),
         layers=config.layers,
     )
 
@@ -229,154 +224,6 @@ def _say_what_stays_dense(plan: Plan, config: LokiConfig, tally: Tally) -> None:
             f"{tally.model}: no attention site of a graph with {len(plan.dense)} became sparse, "
             f"the first since {skip.sentence()}. loki_compile.reports() lists all.",
         )
-
-
-def bind_caches(
-    gm: fx.GraphModule,
-    plan: Plan,
-    example_inputs: Sequence[Any],
-    parts: Sequence[Part],
-    config: LokiConfig,
-) -> list[CacheBinding]:
-    """For each cache: where it comes in, which weights make its keys, the basis the user chose."""
-    places = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    own = len(example_inputs)
-    example_inputs = with_parts(example_inputs, parts)
-    is_parameter = parameter_test(gm, example_inputs)
-    bindings = []
-    blocks: dict[str, tuple[str, ...]] = {}
-    for number, cache in enumerate(plan.caches):
-        site = next(s.site for s in plan.sparse if s.cache == number)
-        maps = site.latent.keys if site.latent is not None else None
-        weight = nearest_matrix(cache.new_keys, is_parameter)
-        weights = ""
-        if weight is not None:
-            matrix = example_inputs[places[weight]]
-            weights = weights_fingerprint(matrix)
-            blocks[weights] = block_fingerprints(matrix, site.head_dim)
-        bindings.append(
-            CacheBinding(
-                cache=cache,
-                argument=places[cache.past],
-                part=parts[places[cache.past] - own] if places[cache.past] >= own else None,
-                weights=weights,
-                layer=site.path or cache.source,
-                kv_heads=site.kv_heads,
-                head_dim=site.head_dim,
-                new_tokens=token_count(gm.graph, site) if cache.writes else 0,
-                weight=places[weight] if weight is not None else None,
-                beside=places[cache.beside.past] if cache.beside is not None else None,
-                latent=site.latent,
-                map=places.get(maps.weight) if maps is not None else None,
-                query_heads=site.query_heads,
-            )
-        )
-    if config.basis != "auto" or bindings:
-        _choose_bases(bindings, blocks, config)
-    return bindings
-
-
-def _adapters(
-    gm: fx.GraphModule,
-    bindings: list[CacheBinding],
-    example_inputs: Sequence[Any],
-    parts: Sequence[Part],
-) -> int:
-    """Adapters that the graph adds, where a basis that was fitted before them is used."""
-    if all(binding.basis is None for binding in bindings):
-        return 0
-    return adapters_of(gm.graph, parameter_test(gm, with_parts(example_inputs, parts)))
-
-
-def _choose_bases(
-    bindings: list[CacheBinding], blocks: dict[str, tuple[str, ...]], config: LokiConfig
-) -> None:
-    """Fills in `binding.basis` from the user's choice or the store; None is fitted at run time.
-
-    blocks: fingerprints of the rows of weights, by the weights' own.
-    """
-    if config.basis == "auto":
-        chosen = _once(Store().find((b.weights for b in bindings if b.weights), blocks))
-    else:
-        chosen = load_basis(config.basis)
-    uses: dict[str, int] = {}
-    for binding in bindings:
-        occurrence = uses.get(binding.weights, 0)
-        uses[binding.weights] = occurrence + 1
-        must = config.basis != "auto" and binding.latent is None
-        rows = blocks.get(binding.weights, ())
-        binding.basis = _pick(chosen, binding, occurrence, rows, must=must)
-        if must and binding.basis is None and binding.cache.writes:
-            say_once(
-                ("unreadable", binding.layer),
-                f"the weights that make the keys of {binding.layer} cannot be read, so basis="
-                f"{config.basis!r} cannot be told to be theirs: one is fitted from each cache.",
-            )
-        if binding.basis is not None and not isinstance(config.rank, str):
-            binding.basis.rank_for(config.rank)
-    if isinstance(config.rank, int):
-        for binding in bindings:
-            if config.rank > binding.head_dim:
-                raise ValueError(
-                    f"rank={config.rank} exceeds head_dim={binding.head_dim} of "
-                    f"{binding.layer}: use a count up to {binding.head_dim}, or a fraction."
-                )
-
-
-def _pick(
-    chosen: BasisSet | None,
-    binding: CacheBinding,
-    occurrence: int,
-    blocks: tuple[str, ...],
-    *,
-    must: bool,
-) -> Basis | None:
-    if chosen is None or not binding.weights:  # no weight here made its keys, or none we can read
-        return None
-    if not must and not chosen.find(binding.weights, blocks=blocks, num_kv_heads=binding.kv_heads):
-        return None
-    return chosen.match(
-        binding.weights,
-        layer=binding.layer,
-        num_kv_heads=binding.kv_heads,
-        head_dim=binding.head_dim,
-        occurrence=occurrence,
-        blocks=blocks,
-    )
-
-
-_read: deque[BasisSet] = deque(maxlen=8)
-
-
-def _once(chosen: BasisSet | None) -> BasisSet | None:
-    """The equal set that was read before, if there is one.
-
-    Indexes belong to bases: graphs that read one file find each other's. The file itself is read
-    for each graph, since it may have been calibrated again.
-    """
-    if chosen is None:
-        return None
-    for known in _read:
-        if known.fingerprint == chosen.fingerprint and all(
-            torch.equal(a.key, b.key) and torch.equal(a.query, b.query)
-            for a, b in zip(known.bases, chosen.bases, strict=True)
-        ):
-            return known
-    _read.append(chosen)
-    return chosen
-
-
-def load_basis(choice: str | Path | BasisSet) -> BasisSet:
-    """A `BasisSet` as it is, or the one a store name, path or hub id names.
-
-    Raises:
-      ValueError: nothing there, or a file that is not an intact basis.
-    """
-    if isinstance(choice, BasisSet):
-        return choice
-    chosen = _once(Store().load(choice))
-    assert chosen is not None
-    return chosen
 
 
 def _fakes(gm: fx.GraphModule) -> list[Any]:

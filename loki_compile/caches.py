@@ -9,11 +9,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
 from loki_compile.kernels.fused import rows_and_heads_first
 from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
 from loki_compile.pca_store.basis import Basis
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Stamp:
         )
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether the tensor is the same one and was not written since, as far as that is counted."""
+        """Whether the tensor is the same one, not written since, as far as that is counted."""
         return self.version == version_of(tensor) and self.is_of(tensor)
 
 
@@ -170,9 +171,10 @@ class CacheBinding:
     that make its keys ("" if none was found), which come in at position `weight`; each call stores
     `new_tokens`. `part` says where the past tensor was cut out, if it is a part of another one.
     `basis` is a stored one; None: each cache has its own. `layout` of what is kept is None until the
-    rank is known, and where nothing is. `unit_queries` gives, for a call's arguments, what the rows
-    meet, where that is known before any query (rows that are expanded to keys); a set of bases need
-    not hold one for such rows, which `calibrate` may not have seen: it is fitted then.
+    rank is known, and where nothing is. `latent`: its rows are expanded to
+    keys; a set of bases need not hold one for such rows, which `calibrate` may not have seen: it is
+    fitted then. `unit_queries` gives, for a call's arguments, what the rows meet, where that is
+    known before any query.
     """
 
     form: CacheForm
@@ -186,6 +188,7 @@ class CacheBinding:
     weight: int | None = None
     rest: int | None = None
     part: PartOf | None = None
+    latent: bool = False
     unit_queries: Callable[[Sequence[Any]], Tensor | None] | None = None
     basis: Basis | None = None
     layout: Layout | None = None

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loki_compile.kernels.ops import KEEP_ALL_Q16, Budget
 from loki_compile.pca_store.basis import BasisSet
 
-POLICIES = ("loki",)
+if TYPE_CHECKING:
+    from loki_compile.passes.attention import AttentionSite
+
+# The names of `policies.table`; here, so that options are checked before anything is imported.
+POLICIES = ("loki", "oracle", "window", "quest")
 # Keys: no model of today caches as many.
 _LONGEST = 1 << 30
 
@@ -33,10 +37,11 @@ class LokiConfig:
     sink: int = 4
     recent: int = 32
     share: str = "group"
+    group_choice: str = "max"
     pack_gqa: bool = True
     index_dtype: str = "auto"
     layers: str | tuple[int | str, ...] = "all"
-    policy: str = "loki"
+    policy: str | Mapping[Any, str] = "loki"
     strict: bool = False
     inductor: dict[str, Any] = field(default_factory=dict)
 
@@ -71,7 +76,8 @@ class LokiConfig:
             )
         _one_of("share", self.share, ("group", "head"))
         _one_of("index_dtype", self.index_dtype, ("auto", "int8"))
-        _one_of("policy", self.policy, POLICIES)
+        _one_of("group_choice", self.group_choice, ("max", "probability"))
+        _policies(self.policy)
         for name in ("pack_gqa", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: needs True or False.")
@@ -108,6 +114,15 @@ class LokiConfig:
                 "(the default is 0.125)."
             )
         return found
+
+    def policy_for(self, site: AttentionSite, number: int) -> str:
+        """The policy of one site, the `number`-th of its graph: the first entry that names it."""
+        if isinstance(self.policy, str):
+            return self.policy
+        for layers, name in self.policy.items():
+            if site.is_among(_picks(layers), number):
+                return name
+        return "loki"
 
     @property
     def budget(self) -> Budget:
@@ -150,6 +165,44 @@ def _variance(value: str) -> None:
         raise ValueError(
             f'rank={value!r}: needs a count, a fraction of head_dim, or "variance:0.9" '
             "(the share of the keys' variance that the index must hold)."
+        )
+
+
+def _picks(layers: Any) -> tuple[int | str, ...]:
+    """Layer numbers and patterns of a key of `policy`: 3, "0-3", "model.layers.1*", or several."""
+    if isinstance(layers, (int, str)):
+        layers = (layers,)
+    picks: list[int | str] = []
+    for pick in layers:
+        ends = pick.split("-") if isinstance(pick, str) else []
+        if 1 <= len(ends) <= 2 and all(end.isdigit() for end in ends):
+            picks += range(int(ends[0]), int(ends[-1]) + 1)
+        else:
+            picks.append(pick)
+    return tuple(picks)
+
+
+def _policies(policy: Any) -> None:
+    if not isinstance(policy, Mapping):
+        return _policy(policy)
+    for layers, name in policy.items():
+        many = layers if isinstance(layers, tuple) else (layers,)
+        if not many or not all(_is_int(pick) or isinstance(pick, str) for pick in many):
+            raise ValueError(
+                f'policy={{{layers!r}: ...}}: needs layer numbers, ranges such as "0-3" or module '
+                'path patterns such as "model.layers.1*".'
+            )
+        _policy(name)
+    return None
+
+
+def _policy(name: Any) -> None:
+    if name not in POLICIES:
+        near = difflib.get_close_matches(str(name), POLICIES, n=1)
+        hint = f'; did you mean "{near[0]}"?' if near else ";"
+        raise ValueError(
+            f"policy={name!r}: there is none of that name{hint} needs one of "
+            f"{', '.join(map(repr, POLICIES))}, or a dict from layers to these."
         )
 
 

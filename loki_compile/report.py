@@ -34,7 +34,7 @@ class SiteReport:
     the section of this project's documents that says what would have to change.
     Heads and dims are counts; index_bytes_per_token is what the key index costs per cached token
     in the cache's own dtype (None where dense); basis tells where the projection comes from; note
-    is what one should know of the kernels that serve its device, mostly "".
+    is what one should know of the kernels that serve its device, mostly ""; policy chooses its keys.
     """
 
     path: str

@@ -17,30 +17,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from loki_compile import indexes
+from loki_compile import fits, indexes
+from loki_compile.caches import CacheBinding, Cached, tokens_before, version_of
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Because, Tally, say_once
-from loki_compile.indexes import (
-    Build,
-    CacheBinding,
-    Cached,
-    IndexRecord,
-    Watch,
-    token_count,
-    version_of,
-)
+from loki_compile.indexes import Build, IndexRecord, Watch
+from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
 from loki_compile.passes.attention import MAX_QUERY_TOKENS, MaskTerm
-from loki_compile.passes.dense import pack_groups
-from loki_compile.passes.graphs import copy_of, extract
-from loki_compile.passes.masks import what_is_seen
-from loki_compile.passes.mirror import IndexLayout
-from loki_compile.passes.plan import Plan
-from loki_compile.passes.rollback import what_to_save
 from loki_compile.passes.shared_caches import Part, with_parts
-from loki_compile.passes.sparse import rewrite_sparse
+from loki_compile.variants import FillGraph, Variant, Variants
+from loki_compile.witness import Witness
 
 log = logging.getLogger("loki_compile")
 
@@ -61,9 +50,6 @@ SAVED_BYTES = 1 << 30
 SAVED_EACH_STEP = 1 << 18
 SAVED_PART = 128
 
-# One compiled form of the graph, made at first use.
-Variant = Callable[..., Any]
-
 
 @dataclass(frozen=True, eq=False)
 class Served:
@@ -74,6 +60,11 @@ class Served:
 
     bindings: list[CacheBinding]
     tally: Tally
+    kept: list[int] = field(init=False)  # the caches beside which something is kept
+
+    def __post_init__(self) -> None:
+        kept = [i for i, b in enumerate(self.bindings) if b.keeps is not Keeps.NOTHING]
+        object.__setattr__(self, "kept", kept)
 
 
 @dataclass
@@ -88,6 +79,11 @@ class Step:
     seen: dict[tuple[MaskTerm, ...], Tensor | None] = field(default_factory=dict)
 
     @property
+    def kept(self) -> list[CacheBinding]:
+        """Of the caches beside which something is kept."""
+        return [self.served.bindings[place] for place in self.served.kept]
+
+    @property
     def visible(self) -> int:
         """Keys that can be seen behind the call, the most of any cache."""
         return max(self.filled)
@@ -98,39 +94,31 @@ class DecodeGraph:
 
     def __init__(
         self,
-        gm: fx.GraphModule,
-        plan: Plan,
+        variants: Variants,
         config: LokiConfig,
         parts: Sequence[Part],
-        compile_graph: Callable[[fx.GraphModule, str, Callable[[], None]], Variant],
         served: Served,
         serve: Callable[[Sequence[Any]], Served],
     ) -> None:
         """
         Args:
-          compile_graph: makes a variant of a graph, given in words which it is, and what to call
-            when it has to be run node by node.
           served: for the model that the graph was traced with.
           serve: the same for another one, given the arguments of its call.
         """
-        self.gm = gm
-        self.plan = plan
+        self.variants = variants
         self.config = config
         self.parts = parts
-        self.compile_graph = compile_graph
         self.served = served
         self.serve = serve
+        self.token_counts = variants.token_counts
+        self.outputs = variants.outputs
+        self.undo = variants.undo
+        self.fill_graph = variants.fill
         # A weight that tells models apart; its version tells whether it is what it was.
         self.owner = next((b.weight for b in served.bindings if b.weight is not None), None)
         self.known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        counts = {token_count(gm.graph, sparse.site) for sparse in plan.sparse}
-        self.token_counts = [count for count in counts if not isinstance(count, int)]
-        self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
-        self.undo = what_to_save(gm.graph)
-        self.fill_graph = _fill_graph(gm, served.bindings)
-        self.seen_graphs: dict[tuple[MaskTerm, ...], fx.GraphModule | None] = {}
         self.dense: Variant | None = None
-        self.sparse: dict[tuple[IndexLayout, ...], Variant] = {}
+        self.sparse: dict[tuple[Layout | None, ...], Variant] = {}
         self.gave_up: str | None = None
         self.sparse_ran = False
         self.interpreted = 0
@@ -220,9 +208,9 @@ class DecodeGraph:
 
         def after(binding: CacheBinding, cached: Cached) -> int:
             slots = cached.slots
-            if binding.grows:
+            if binding.form.grows:
                 return slots + cached.stored
-            if not binding.cache.writes:
+            if not binding.form.written:
                 return slots
             # Counting costs nothing; reading a position costs a sync where it lies on a device.
             if cached.holder.device.type != "cpu":
@@ -246,17 +234,11 @@ class DecodeGraph:
         if self.dense is None:
             with self.building:
                 if self.dense is None:
-                    self.dense = self.compile_graph(self._dense_graph(), "dense", self._missed)
+                    self.dense = self.variants.dense(self._missed)
         outputs = self.dense(*step.args)
         step.served.tally.dense(why)
         self._remember_filled(step, outputs)
         return outputs
-
-    def _dense_graph(self) -> fx.GraphModule:
-        gm, mapping = copy_of(self.gm)
-        if self.config.pack_gqa:
-            gm = pack_groups(gm, self.plan.on(mapping).sites)
-        return gm
 
     # -- the sparse variant
 
@@ -278,14 +260,14 @@ class DecodeGraph:
                 records = self._build_missing(step, held)
         except Exception as error:  # out of memory, most likely; nothing is written yet
             return self._after(error, step, "a key index could not be built")
-        variant = self._variant(tuple(record.layout for record in records))
+        variant = self._variant(tuple(binding.layout for binding in step.served.bindings))
         if variant is None:
             return self.run_dense(step, Because.GAVE_UP)
         extra: list[Tensor] = []
-        for binding, record in zip(step.served.bindings, records, strict=True):
-            extra += [*record.tensors, record.bound.key, record.bound.query]
-            if not binding.cache.replaced:
-                record.stamp = None  # until the step has ended well
+        for binding, record in zip(step.kept, records, strict=True):
+            extra += record.inputs
+            if not binding.form.replaced:
+                record.as_it_was = False  # until the step has ended well
         try:
             outputs = list(variant(*step.args, *extra))
         except Exception as error:
@@ -305,16 +287,19 @@ class DecodeGraph:
         return outputs
 
     def _true_indexes(self, step: Step) -> list[IndexRecord | None]:
-        """For each cache its index, None where there is none that is known to mirror it."""
+        """For each cache that something is kept of, that; None where nothing is known to mirror it."""
         held: list[IndexRecord | None] = []
         unwatched = []
-        for binding, cached, filled in zip(
-            step.served.bindings, step.caches, step.filled, strict=True
-        ):
+        for place in step.served.kept:
+            binding, cached, filled = (
+                step.served.bindings[place],
+                step.caches[place],
+                step.filled[place],
+            )
             record = indexes.find(binding, cached)
             if record is not None and (
                 not indexes.is_true(binding, cached, record, filled)
-                or indexes.is_outgrown(record, cached, filled, self.config.min_context)
+                or fits.is_outgrown(record.fit, cached, filled, self.config.min_context)
             ):
                 record = None
             held.append(record)
@@ -346,10 +331,10 @@ class DecodeGraph:
     def _lacks_keys(self, step: Step, held: Sequence[IndexRecord | None]) -> bool:
         """Whether a basis is to be fitted where nothing is cached yet."""
         return any(
-            record is None and binding.basis is None and indexes.tokens_before(cached, filled) < 1
-            for binding, cached, filled, record in zip(
-                step.served.bindings, step.caches, step.filled, held, strict=True
-            )
+            record is None
+            and step.served.bindings[place].needs_basis
+            and tokens_before(step.caches[place], step.filled[place]) < 1
+            for place, record in zip(step.served.kept, held, strict=True)
         )
 
     def _hold_back(self, step: Step, held: Sequence[IndexRecord | None]) -> bool:
@@ -362,11 +347,11 @@ class DecodeGraph:
             for build in {id(r.build): r.build for r in held if r is not None}.values():
                 build.use()
             return False
-        before = indexes.tokens_before(step.caches[0], step.filled[0])
+        before = tokens_before(step.caches[0], step.filled[0])
         left = self.held_back.pop(before, 0)
         if not left and self.config.min_context:
-            for binding, cached in zip(step.served.bindings, step.caches, strict=True):
-                old = indexes.find(binding, cached)
+            for place in step.served.kept:
+                old = indexes.find(step.served.bindings[place], step.caches[place])
                 if old is not None:  # it is replaced now
                     old.build.drop()
             if self.watch.goes_on(before) and self.watch.wasted >= WASTED_BUILDS:
@@ -382,22 +367,23 @@ class DecodeGraph:
                 del self.held_back[next(iter(self.held_back))]
         return left > 0
 
-    def _layouts(self, step: Step) -> tuple[IndexLayout, ...] | None:
-        """Of all indexes; None where a spectrum decides that is not known yet."""
-        layouts = []
+    def _layouts(self, step: Step) -> tuple[Layout | None, ...] | None:
+        """Of what is kept of each cache; None where a spectrum decides that is not known yet."""
+        by_spectrum = isinstance(self.config.rank, str)
         for binding, cached in zip(step.served.bindings, step.caches, strict=True):
-            if isinstance(self.config.rank, str) and binding.basis is None:
+            if binding.keeps is not Keeps.INDEX:
+                continue
+            if by_spectrum and binding.basis is None:
                 indexes.take_highest_rank(binding, cached)
-            rank = binding.rank(self.config.rank)
-            if rank is None:
-                return None
             if binding.layout is None:
+                rank = binding.rank(self.config.rank)
+                if rank is None:
+                    return None
                 dtype, own = self._index_dtype or cached.past.dtype, binding.basis is None
-                binding.layout = IndexLayout(rank, dtype, own and binding.rows_apart)
-            layouts.append(binding.layout)
-        return tuple(layouts)
+                binding.layout = IndexLayout(rank, dtype, own and binding.form.rows_apart)
+        return tuple(binding.layout for binding in step.served.bindings)
 
-    def _variant(self, layouts: tuple[IndexLayout, ...]) -> Variant | None:
+    def _variant(self, layouts: tuple[Layout | None, ...]) -> Variant | None:
         """The sparse variant for these indexes, compiled at its first use. None: stay dense."""
         if layouts in self.sparse:
             return self.sparse[layouts]
@@ -406,9 +392,7 @@ class DecodeGraph:
                 try:
                     # What is made here outlives the call, and the mode it came in.
                     with _ordinary_tensors():
-                        graph = self._sparse_graph(layouts)
-                        variant = self.compile_graph(graph, "sparse", self._missed)
-                    self.sparse[layouts] = variant
+                        self.sparse[layouts] = self.variants.sparse(layouts, self._missed)
                 except Exception as error:
                     if self.config.strict:
                         raise
@@ -419,59 +403,38 @@ class DecodeGraph:
     def _index_dtype(self) -> torch.dtype | None:
         return torch.int8 if self.config.index_dtype == "int8" else None
 
-    def _sparse_graph(self, layouts: Sequence[IndexLayout]) -> fx.GraphModule:
-        gm, mapping = copy_of(self.gm)
-        plan = self.plan.on(mapping)
-        sparse_sites = {s.site.node for s in plan.sparse}
-        gm = rewrite_sparse(gm, plan, layouts)
-        if self.config.pack_gqa:
-            left = [site for site in plan.sites if site.node not in sparse_sites]
-            gm = pack_groups(gm, left)
-        return gm
-
     def _build_missing(self, step: Step, held: Sequence[IndexRecord | None]) -> list[IndexRecord]:
+        if None not in held:
+            return list(held)  # type: ignore[arg-type]
         made = Build(self.watch, step.filled[0])
         records = []
-        for place, (binding, cached, filled, record) in enumerate(
-            zip(step.served.bindings, step.caches, step.filled, held, strict=True)
-        ):
+        for place, record in zip(step.served.kept, held, strict=True):
+            binding, cached = step.served.bindings[place], step.caches[place]
             if record is None:
                 record = indexes.build(
                     binding,
                     cached,
                     indexes.find(binding, cached),
                     made,
-                    filled=filled,
+                    filled=step.filled[place],
                     rank=self.config.rank,
                     dtype=self._index_dtype,
-                    seen=functools.partial(self._seen, step, place),
+                    seen=functools.partial(self.variants.seen, step.args, place, step.seen),
                     tally=step.served.tally,
                 )
             records.append(record)
-        if not any(record.build is made for record in records):
-            made.used = True  # it was not needed
         return records
-
-    def _seen(self, step: Step, place: int) -> Tensor | None:
-        """Which tokens of a cache the newest token of each sequence sees, bool (1 or B, T)."""
-        site = next(sparse.site for sparse in self.plan.sparse if sparse.cache == place)
-        if site.masks not in step.seen:
-            if site.masks not in self.seen_graphs:
-                self.seen_graphs[site.masks] = what_is_seen(self.gm, self.plan, place)
-            graph = self.seen_graphs[site.masks]
-            step.seen[site.masks] = None if graph is None else graph(*step.args)[0]
-        return step.seen[site.masks]
 
     def _say_it_ran(self, step: Step) -> None:
         if self.sparse_ran:
             return
         self.sparse_ran = True
-        sites, visible, model = len(self.plan.sparse), step.visible, step.served.tally.model
+        visible, model = step.visible, step.served.tally.model
         say_once(
             (model, "sparse"),
             lambda: (
-                f"{model}: first sparse step done: {sites} of "
-                f"{len(self.plan.sites)} attention sites read at most "
+                f"{model}: first sparse step done: {self.variants.sparse_sites} of "
+                f"{self.variants.sites} attention sites read at most "
                 f"{self.config.budget.keys(visible)} of {visible} keys. loki_compile.stats() "
                 "counts steps, loki_compile.reports() says what became of each site."
             ),
@@ -544,28 +507,24 @@ class DecodeGraph:
 
     def _adopt(self, step: Step, outputs: Sequence[Any], records: Sequence[IndexRecord]) -> None:
         """Ties each index to the cache tensor that the step has left behind."""
-        place = self.outputs
-        left, unwatched = [], []
-        for binding, before, filled, record in zip(
-            step.served.bindings, step.caches, step.filled, records, strict=True
-        ):
-            after = binding.left_by(outputs, before)
-            left.append(after)
+        out = self.outputs
+        unwatched = []
+        for place, record in zip(step.served.kept, records, strict=True):
+            binding, filled = step.served.bindings[place], step.filled[place]
+            after = binding.left_by(outputs, step.caches[place])
             tensors = []
-            if binding.cache.replaced:
+            if binding.form.replaced:
                 parts = record.layout.parts
                 # A full window's index is what is left of a longer one: rows apart in memory, where
                 # the compiled graph takes them to be next to each other.
-                tensors = [x.contiguous() for x in outputs[place : place + parts]]
-                place += parts
+                tensors = [x.contiguous() for x in outputs[out : out + parts]]
+                out += parts
             record = indexes.adopt(binding, after, tensors, record, filled)
             if not after.counts_writes:
                 unwatched.append((record, after))
         if unwatched:
             self.turn += 1
-            witness = indexes.Witness(
-                [(cached, record.filled) for record, cached in unwatched], self.turn
-            )
+            witness = Witness([(cached, record.filled) for record, cached in unwatched], self.turn)
             for record, _ in unwatched:
                 record.witness = witness
         self._remember_filled(step, outputs)
@@ -573,7 +532,7 @@ class DecodeGraph:
     def _remember_filled(self, step: Step, outputs: Sequence[Any]) -> None:
         for place, binding in enumerate(step.served.bindings):
             before = step.caches[place]
-            if not binding.grows and before.holder.device.type != "cpu":
+            if not binding.form.grows and before.holder.device.type != "cpu":
                 indexes.remember_filled(binding.left_by(outputs, before), step.filled[place])
 
 
@@ -612,33 +571,3 @@ class Saved:
                 parts = before.split([tensor.numel() for tensor in group])
                 for tensor, part in zip(group, parts, strict=True):
                     tensor.copy_(part.view(tensor.shape))
-
-
-@dataclass
-class FillGraph:
-    """Computes, outside the compiled graph, how far one cache will be filled in its slots."""
-
-    gm: fx.GraphModule
-    place: int  # of the cache, in the plan
-    plus: list[int]
-
-    def read(self, args: Sequence[Any]) -> int | Tensor:
-        """Tokens in the slots behind this step; a tensor where the call's positions are one."""
-        with torch.no_grad():
-            values = self.gm(*args)
-        ends = [v.max() if isinstance(v, Tensor) else int(v) for v in values]
-        ends = [end + plus for end, plus in zip(ends, self.plus, strict=True)]
-        return ends[0] if len(ends) == 1 else max(ends)
-
-
-def _fill_graph(gm: fx.GraphModule, bindings: Sequence[CacheBinding]) -> FillGraph | None:
-    """For the first cache with slots whose writes say where they go: layers advance together."""
-    for place, binding in enumerate(bindings):
-        writes = [write for write in binding.cache.writes if write.fill is not None]
-        fills = [write.fill for write in writes if write.fill is not None]
-        if binding.grows or not fills:
-            continue
-        graph = extract(gm, [what for what, _ in fills], [write.node for write in writes])
-        if graph is not None:
-            return FillGraph(graph, place, [plus for _, plus in fills])
-    return None

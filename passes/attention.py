@@ -7,7 +7,9 @@ D head_dim of queries and keys, Dv head_dim of values.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +45,7 @@ class Reason(enum.Enum):
     GRAD = "gradients are recorded here: decode under torch.no_grad() or torch.inference_mode()"
     SHORT_CACHE = "the cache holds {} keys, which never exceeds min_context={}: dense by plan"
     LAYER_OFF = "left out by layers={}"
+    POLICY = "the policy {!r} cannot serve it: {}"
     NO_BASIS = "no basis: {}"
     SHARED_TENSOR = "one tensor {} holds more than this layer's keys"
     NON_CONTIGUOUS_HEAD_DIM = "head_dim is not the last dimension of the cache: {}"
@@ -265,4 +268,14 @@ class AttentionSite:
         """S, which may be a symbol."""
         return dict(zip(self.core.query_layout, shape_of(self.query) or (), strict=True)).get(
             "s", 1
+        )
+
+    def is_among(self, layers: Sequence[int | str], number: int) -> bool:
+        """Whether one of `layers` names the site: by its layer's number, or by a pattern (`fnmatch`)
+        of its path. Without a path it has the `number` that it has among its graph's sites."""
+        digits = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.path)
+        layer = int(digits[1]) if digits else number
+        return any(
+            layer == pick if isinstance(pick, int) else fnmatch.fnmatch(self.path, pick)
+            for pick in layers
         )

@@ -1,4 +1,4 @@
-"""Edits: each cache write is repeated, by the model's own call, on the key index beside the cache.
+"""Edits: each cache write is repeated, by the model's own call, on what is kept beside the cache.
 
 Placeholders are added behind the old ones, so that a caller of the graph only ever appends
 arguments.
@@ -11,42 +11,41 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from loki_compile.kernels.fused import project_new_keys
+from loki_compile.kernels.fused import as_written, project_new_keys, unwritten
+from loki_compile.kernels.kept import IndexLayout, Layout, PageLayout
+from loki_compile.kernels.ops import extend_pages, update_pages
+from loki_compile.passes.attention import AttentionSite
 from loki_compile.passes.caches import CacheWrite, KeyCache
 from loki_compile.passes.calls import fake_value, op_name, operand
-from loki_compile.passes.emit import call_like, replay
+from loki_compile.passes.emit import call_like, canonical, replay
 from loki_compile.passes.graphs import call, fake_mode_of
 from torch import fx
 
 
 @dataclass(frozen=True)
-class IndexLayout:
-    """What one cache's key index looks like: `rank` dims of `dtype`; int8 carries scales.
+class Placeholders:
+    """What a cache's kept tensors come in by; an index also has the basis that new keys and queries
+    are projected by."""
 
-    `each_row`: every sequence of the batch is projected by a basis of its own.
-    """
-
-    rank: int
-    dtype: torch.dtype
-    each_row: bool = False
-
-    @property
-    def parts(self) -> int:
-        """Tensors that make up the index: its rows, and for int8 their scales."""
-        return 2 if self.dtype == torch.int8 else 1
+    kept: list[fx.Node]
+    key_basis: fx.Node | None = None
+    query_basis: fx.Node | None = None
 
 
 def add_placeholders(
-    graph: fx.Graph,
-    number: int,
-    cache: KeyCache,
-    layout: IndexLayout,
-    kv_heads: int,
-    head_dim: int,
-) -> tuple[list[fx.Node], fx.Node, fx.Node]:
+    graph: fx.Graph, number: int, cache: KeyCache, layout: Layout, site: AttentionSite
+) -> Placeholders:
+    """Behind the graph's own inputs: what is kept of a cache, and what that needs. `site` is one
+    that reads the cache, whose number is `number`."""
     past = fake_value(cache.past)
-    sizes = list(past.shape)
-    basis_sizes: list[Any] = [kv_heads, head_dim, layout.rank]
+    sizes, kv_heads = list(past.shape), site.kv_heads
+    if isinstance(layout, PageLayout):
+        tokens = sizes[cache.token_axis]
+        pages = (tokens + layout.page - 1) // layout.page
+        shape = [sizes[cache.batch_axis], kv_heads, pages, 2 * site.head_dim]
+        (bounds,) = _add(graph, number, cache, [("page_bounds", shape, layout.dtype)])
+        return Placeholders([bounds])
+    basis_sizes: list[Any] = [kv_heads, site.head_dim, layout.rank]
     if layout.each_row:
         basis_sizes.insert(0, sizes[cache.batch_axis])
     each = kv_heads if cache.heads_are_folded else 1
@@ -57,20 +56,75 @@ def add_placeholders(
         wanted.append(("index_scale", [*sizes[:-1], each], torch.float32))
     wanted += [("key_basis", basis_sizes, torch.float32)]
     wanted += [("query_basis", basis_sizes, torch.float32)]
+    *kept, key_basis, query_basis = _add(graph, number, cache, wanted)
+    return Placeholders(kept, key_basis, query_basis)
+
+
+def _add(
+    graph: fx.Graph,
+    number: int,
+    cache: KeyCache,
+    wanted: list[tuple[str, list[Any], torch.dtype]],
+) -> list[fx.Node]:
     last = graph.find_nodes(op="placeholder")[-1]
     nodes = []
     for name, shape, dtype in wanted:
         with graph.inserting_after(last):
             last = graph.placeholder(f"loki_{name}_{number}")
         with fake_mode_of(graph):
-            last.meta["example_value"] = torch.empty(shape, dtype=dtype, device=past.device)
+            device = fake_value(cache.past).device
+            last.meta["example_value"] = torch.empty(shape, dtype=dtype, device=device)
         # AOTAutograd reads both of every placeholder; the static mark lets CUDA graphs keep the
-        # address instead of copying (a replaced cache's index is a new tensor at each step).
+        # address instead of copying (what is kept of a replaced cache is new at each step).
         last._dynamo_source = None  # type: ignore[attr-defined]
-        static = not (cache.replaced and name.startswith("index"))
+        static = not cache.replaced or name.endswith("_basis")
         last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"} if static else {}
         nodes.append(last)
-    return nodes[:-2], nodes[-2], nodes[-1]
+    return nodes
+
+
+def mirrored(
+    graph: fx.Graph, cache: KeyCache, layout: Layout, places: Placeholders, site: AttentionSite
+) -> list[fx.Node]:
+    """Makes a graph keep true what is kept of a cache; returns its tensors behind the cache's writes.
+
+    `site` is the first that reads the cache: bounds of pages are made anew in front of it.
+    """
+    if isinstance(layout, PageLayout):
+        return [_mirror_pages(graph, cache, layout, places.kept[0], site)]
+    kept = places.kept
+    assert places.key_basis is not None
+    for write in cache.writes:
+        kept = mirror_write(graph, cache, write, kept, places.key_basis, layout)
+    return kept
+
+
+def _mirror_pages(
+    graph: fx.Graph, cache: KeyCache, layout: PageLayout, bounds: fx.Node, site: AttentionSite
+) -> fx.Node:
+    """Bounds of the pages that the step stores keys in, from those keys and the ones before them.
+
+    Where a step stores what, its writes know: they are repeated on a tensor of zeros, with ones.
+    """
+    if not cache.writes:
+        return bounds
+    each = site.kv_heads if cache.heads_are_folded else 1
+    first = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(first):
+        written = call(graph, unwritten, cache.past, each, like=site.node)
+    for write in cache.writes:
+        with graph.inserting_after(write.node):
+            marker = graph.call_function(operator.pos, (0,))
+        with graph.inserting_before(marker):
+            ones = call(graph, as_written, write.source, each, like=write.node)
+            written = _mirror_part(graph, cache, write, {write: ones}, 0, written)
+        graph.erase_node(marker)
+    with graph.inserting_before(site.node):
+        keys = canonical(graph, site.key, site)
+        written = canonical(graph, site.key, site, replay(graph, cache.views, written))
+        done = extend_pages if cache.grows else update_pages
+        after = call(graph, done, bounds, keys, written, page=layout.page, like=site.node)
+    return after if cache.grows else bounds
 
 
 def mirror_write(

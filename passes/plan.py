@@ -6,11 +6,11 @@ come from a basis that is fitted later, is the runtime's to fill in (`kernels` s
 
 from __future__ import annotations
 
-import fnmatch
-import re
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 
-from loki_compile.kernels.ops import BACKENDS, Budget, unserved
+from loki_compile.kernels.kept import Keeps
+from loki_compile.kernels.ops import BACKENDS, unserved
 from loki_compile.passes.attention import AttentionSite, Reason, Skipped
 from loki_compile.passes.caches import KeyCache
 from loki_compile.passes.calls import (
@@ -23,6 +23,7 @@ from loki_compile.passes.calls import (
 )
 from loki_compile.passes.graphs import input_of, remap
 from loki_compile.passes.latent import absorb
+from loki_compile.passes.policy import Choice, Policy
 from loki_compile.passes.trace_caches import trace_cache
 from torch import fx
 
@@ -40,20 +41,24 @@ class SparseSite:
     site: AttentionSite
     cache: int
     views: tuple[fx.Node, ...]
-    budget: Budget
-    per_head: bool
+    choice: Choice
     note: str = ""
     masks_at: fx.Node | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of each attention core of one graph."""
+    """What becomes of each attention core of one graph.
+
+    `keeps` says of each of `caches` what is kept beside it: a cache that sites rank in two ways is
+    there twice.
+    """
 
     sparse: tuple[SparseSite, ...]
     dense: tuple[Skipped, ...]
     sites: tuple[AttentionSite, ...]
-    caches: tuple[KeyCache, ...] = field(default=())
+    caches: tuple[KeyCache, ...] = ()
+    keeps: tuple[Keeps, ...] = ()
 
     def on(self, mapping: dict[fx.Node, fx.Node]) -> Plan:
         """The same plan for a copy of its graph, given the map from old nodes to new."""
@@ -64,24 +69,22 @@ def make_plan(
     sites: list[AttentionSite],
     skipped: list[Skipped],
     *,
-    budget: Budget,
-    per_head: bool,
+    policy: Policy,
     layers: str | tuple[int | str, ...],
 ) -> Plan:
     """Traces each site's cache and decides.
 
     Args:
-      budget: of every site; a cache in which no row can ever see more than its `min_keys` is left
-        dense.
-      per_head: each query head chooses for itself, instead of one choice for a KV group.
-      layers: "all", or numbers and path patterns (`fnmatch`) of the sites that may be sparse.
+      policy: how each site chooses its keys. Where no row can ever see more than `min_keys` of the
+        budget, the site is left dense.
+      layers: "all", or numbers and path patterns (see `AttentionSite.is_among`) of the sites that may be sparse.
     """
     dense = list(skipped)
     sparse: list[SparseSite] = []
-    caches: list[KeyCache] = []
+    caches: list[tuple[KeyCache, Keeps]] = []
     writes = writes_of(sites[0].node.graph) if sites else []
-    for number, site in enumerate(sites):
-        if not _selected(site, number, layers):
+    for number, (site, choice) in enumerate(zip(sites, policy(sites), strict=True)):
+        if layers != "all" and not site.is_among(layers, number):
             dense.append(Skipped(site.node, Reason.LAYER_OFF, (layers,), site.path))
             continue
         cache = trace_cache(site, writes) if site.latent is None else None
@@ -100,27 +103,37 @@ def make_plan(
         if site.query_tokens < 0 and not _counts_tokens(site, cache):
             dense.append(Skipped(site.node, Reason.PREFILL, (site.tokens,), site.path))
             continue
-        slots = _most_keys(site, cache)
-        if slots is not None and slots <= budget.min_keys:
-            details = (slots, budget.min_keys)
+        if why_not := choice.ranking.refuses(site, cache):
+            details = (choice.ranking.name, why_not)
+            dense.append(Skipped(site.node, Reason.POLICY, details, site.path))
+            continue
+        slots, least = _most_keys(site, cache), choice.budget.min_keys
+        if slots is not None and slots <= least:
+            details = (slots, least)
             dense.append(Skipped(site.node, Reason.SHORT_CACHE, details, site.path))
             continue
-        if cache not in caches:
-            caches.append(cache)
-        heads_differ = any(term.varies(heads) for term in site.masks for heads in "hg")
-        each = per_head or heads_differ
+        kept = (cache, choice.ranking.keeps)
+        if kept not in caches:
+            caches.append(kept)
+        if any(term.varies(heads) for term in site.masks for heads in "hg"):
+            choice = dataclasses.replace(choice, per_head=True)
         sparse.append(
             SparseSite(
                 site,
-                caches.index(cache),
+                caches.index(kept),
                 cache.views,
-                budget,
-                each,
+                choice,
                 note=BACKENDS[device].note(),
                 masks_at=_masks_at(site, writes),
             )
         )
-    return Plan(tuple(sparse), tuple(dense), tuple(sites), tuple(caches))
+    return Plan(
+        tuple(sparse),
+        tuple(dense),
+        tuple(sites),
+        tuple(cache for cache, _ in caches),
+        tuple(keeps for _, keeps in caches),
+    )
 
 
 def _masks_at(site: AttentionSite, writes: list[Write]) -> fx.Node | None:
@@ -151,14 +164,3 @@ def _most_keys(site: AttentionSite, cache: KeyCache) -> int | None:
         return None if window is None else window + site.query_tokens
     shape = shape_of(site.key.base)
     return concrete(shape[site.key.order[2]]) if shape is not None else None
-
-
-def _selected(site: AttentionSite, number: int, layers: str | tuple[int | str, ...]) -> bool:
-    if layers == "all":
-        return True
-    digits = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site.path)
-    layer = int(digits[1]) if digits else number
-    return any(
-        layer == pick if isinstance(pick, int) else fnmatch.fnmatch(site.path, pick)
-        for pick in layers
-    )

@@ -8,52 +8,56 @@ graph only ever appends arguments and strips results.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from loki_compile.kernels.fused import expanded_values, tiles_to_blocks
-from loki_compile.kernels.ops import attend, select
+from loki_compile.kernels.kept import Layout
+from loki_compile.kernels.ops import attend
 from loki_compile.passes.attention import AttentionSite, Latent
 from loki_compile.passes.calls import concrete, fake_value, may_overlap, written_operands
 from loki_compile.passes.emit import absorbed, canonical, cast, replay, strided_like, whole_queries
 from loki_compile.passes.graphs import call, finish
 from loki_compile.passes.masks import Masks, with_plain_masks
-from loki_compile.passes.mirror import IndexLayout, add_placeholders, mirror_write
+from loki_compile.passes.mirror import Placeholders, add_placeholders, mirrored
 from loki_compile.passes.plan import Plan, SparseSite
+from loki_compile.passes.policy import Asked
 from torch import fx
 
 
 def rewrite_sparse(
-    gm: fx.GraphModule, plan: Plan, layouts: Sequence[IndexLayout]
+    gm: fx.GraphModule, plan: Plan, layouts: Sequence[Layout | None]
 ) -> fx.GraphModule:
-    """Mirrors each cache write into its index and swaps each sparse site's core for the ops.
+    """Keeps true what is kept beside each cache, and swaps each sparse site's core for the ops.
 
-    Appends, for each cache of the plan in order, the placeholders: index rows, (index scales,)
-    key basis (Hkv, D, R) fp32, query basis (Hkv, D, R) fp32; and, for each cache that is replaced
-    rather than mutated, the outputs: index rows (, index scales).
+    Appends, for each cache of the plan of which something is kept, in order, the placeholders:
+    index rows, (index scales,) key basis (Hkv, D, R) fp32, query basis (Hkv, D, R) fp32; or page
+    bounds; and, for each such cache that is replaced rather than mutated, the outputs: index rows
+    (, index scales), or page bounds. `layouts` says how it is kept, None where nothing is.
     """
     graph = gm.graph
     plan = with_plain_masks(graph, plan)
     masks = Masks(graph)
-    indexes: list[tuple[list[fx.Node], fx.Node]] = []
-    outputs: list[fx.Node] = []
-    kv_heads = {s.cache: s.site.kv_heads for s in plan.sparse}
-    head_dims = {s.cache: s.site.head_dim for s in plan.sparse}
-    places = [
-        add_placeholders(graph, number, cache, layout, kv_heads[number], head_dims[number])
+    readers = {s.cache: s.site for s in reversed(plan.sparse)}  # the first of each cache
+    places = {
+        number: add_placeholders(graph, number, cache, layout, readers[number])
         for number, (cache, layout) in enumerate(zip(plan.caches, layouts, strict=True))
-    ]
-    for cache, layout, (parts, key_basis, query_basis) in zip(
-        plan.caches, layouts, places, strict=True
-    ):
-        for write in cache.writes:
-            parts = mirror_write(graph, cache, write, parts, key_basis, layout)
+        if layout is not None
+    }
+    kept: dict[int, list[fx.Node]] = {}
+    outputs: list[fx.Node] = []
+    for number, place in places.items():
+        cache, layout = plan.caches[number], layouts[number]
+        assert layout is not None
+        kept[number] = mirrored(graph, cache, layout, place, readers[number])
         if cache.replaced:
             with graph.inserting_before(graph.output_node()):
-                outputs += [replay(graph, cache.leaves, part) for part in parts]
-        indexes.append((parts, query_basis))
+                outputs += [replay(graph, cache.leaves, part) for part in kept[number]]
+    shared: dict[Any, fx.Node] = {}
     for sparse in plan.sparse:
         with graph.inserting_before(sparse.site.node):
-            out = _sparse_attention(graph, sparse, *indexes[sparse.cache], masks)
+            place = places.get(sparse.cache)
+            out = _sparse_attention(graph, sparse, kept.get(sparse.cache, []), place, masks, shared)
         sparse.site.node.replace_all_uses_with(out)
         if sparse.site.latent is not None:
             _drop_fills(graph, sparse.site.latent)
@@ -65,16 +69,32 @@ def rewrite_sparse(
 def _sparse_attention(
     graph: fx.Graph,
     sparse: SparseSite,
-    index: list[fx.Node],
-    query_basis: fx.Node,
+    kept: list[fx.Node],
+    place: Placeholders | None,
     masks: Masks,
+    shared: dict[Any, fx.Node],
 ) -> fx.Node:
     """What the site's core returns, by way of the ops."""
     site = sparse.site
     query, sinks = _queries_and_sinks(graph, site)
     mask = masks.of(sparse)
-    positions = _positions(graph, sparse, query, query_basis, index, mask, masks)
-    out = _attended(graph, site, query, positions, mask, sinks)
+    if place is not None and place.key_basis is not None:  # bounds of pages lie by head already
+        views = sparse.views
+        kept = [canonical(graph, site.key, site, replay(graph, views, part)) for part in kept]
+    asked = Asked(
+        graph=graph,
+        site=site,
+        choice=sparse.choice,
+        query=query,
+        key=canonical(graph, site.key, site),
+        kept=tuple(kept),
+        query_basis=None if place is None else place.query_basis,
+        mask=mask,
+        bounds=None if mask is None else masks.bounds_of(mask),
+        shared=shared,
+    )
+    positions = sparse.choice.ranking.positions(asked)
+    out = _attended(asked, positions, sinks)
     if site.core.nan_rows and mask is not None:
         blind = masks.blind_rows_of(mask)
         out = call(graph, torch.masked_fill, out, blind, float("nan"), like=site.node)
@@ -111,47 +131,10 @@ def _queries_and_sinks(graph: fx.Graph, site: AttentionSite) -> tuple[fx.Node, f
     return query, sinks
 
 
-def _positions(
-    graph: fx.Graph,
-    sparse: SparseSite,
-    query: fx.Node,
-    query_basis: fx.Node,
-    index: list[fx.Node],
-    mask: fx.Node | None,
-    masks: Masks,
-) -> fx.Node:
-    site, budget = sparse.site, sparse.budget
-    rows = [canonical(graph, site.key, site, replay(graph, sparse.views, part)) for part in index]
-    return call(
-        graph,
-        select,
-        query,
-        query_basis,
-        rows[0],
-        rows[1] if len(rows) == 2 else None,
-        mask,
-        None if mask is None else masks.bounds_of(mask),
-        scale=site.scale,
-        top_k=budget.top_k,
-        keep_q16=budget.keep_q16,
-        sink=budget.sink,
-        recent=budget.recent,
-        min_keys=budget.min_keys,
-        per_head=sparse.per_head,
-        like=site.node,
-    )
-
-
-def _attended(
-    graph: fx.Graph,
-    site: AttentionSite,
-    query: fx.Node,
-    positions: fx.Node,
-    mask: fx.Node | None,
-    sinks: fx.Node | None,
-) -> fx.Node:
+def _attended(asked: Asked, positions: fx.Node, sinks: fx.Node | None) -> fx.Node:
+    graph, site = asked.graph, asked.site
     latent, rest = site.latent, None
-    key, value = (canonical(graph, heads, site) for heads in (site.key, site.value))
+    value = canonical(graph, site.value, site)
     if latent is not None and latent.rest is not None:
         rest = canonical(graph, latent.rest, site)
     elif latent is not None and latent.kept:
@@ -159,11 +142,11 @@ def _attended(
     return call(
         graph,
         attend,
-        query,
-        key,
+        asked.query,
+        asked.key,
         value,
         positions,
-        mask,
+        asked.mask,
         scale=site.scale,
         softcap=site.core.softcap,
         sinks=sinks,

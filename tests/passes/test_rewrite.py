@@ -6,9 +6,9 @@ rewriting; `test_backend.py` and `test_end_to_end.py` run Inductor.
 
 import pytest
 import torch
+from loki_compile.kernels.kept import IndexLayout
 from loki_compile.passes.dense import pack_groups
 from loki_compile.passes.graphs import copy_of
-from loki_compile.passes.mirror import IndexLayout
 from loki_compile.passes.sparse import rewrite_sparse
 from torch import nn
 from toy_decoders import (

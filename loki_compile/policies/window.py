@@ -1,0 +1,28 @@
+"""The first and the last keys (StreamingLLM, arXiv 2309.17453): nothing is ranked, nothing is kept.
+
+Positions depend on masks alone, so that all sites that read one mask share them.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from loki_compile.kernels.fused import window_positions
+from loki_compile.passes.calls import fake_value
+from loki_compile.passes.graphs import call
+from loki_compile.passes.policy import Asked, Ranking
+
+
+def positions(asked: Asked) -> fx.Node:
+    site, choice = asked.site, asked.choice
+    heads = site.query_heads if choice.per_head else fake_value(asked.key).shape[1]
+    what = ("window", asked.mask, heads, choice.budget, fake_value(asked.key).shape[2])
+    if what not in asked.shared:
+        asked.shared[what] = call(
+            asked.graph, window_positions, asked.query, asked.key, asked.mask, heads,
+            *choice.budget.numbers, like=site.node,
+        )  # fmt: skip
+    return asked.shared[what]
+
+
+WINDOW = Ranking("window", positions)

@@ -1,0 +1,126 @@
+"""What a graph is compiled to, and what is computed beside it: all of it made when first needed.
+
+The runtime knows calls; this file knows the graph: its dense and its sparse variant, the graph that
+tells how far a cache is filled, and those that tell what masks let see of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from loki_compile.caches import GivenSize
+from loki_compile.kernels.kept import Layout
+from loki_compile.passes.attention import MaskTerm
+from loki_compile.passes.dense import pack_groups
+from loki_compile.passes.graphs import copy_of, extract
+from loki_compile.passes.masks import what_is_seen
+from loki_compile.passes.plan import Plan
+from loki_compile.passes.rollback import what_to_save
+from loki_compile.passes.sparse import rewrite_sparse
+
+# One compiled form of the graph.
+Variant = Callable[..., Any]
+
+
+@dataclass
+class FillGraph:
+    """Computes, outside the compiled graph, how far one cache will be filled in its slots."""
+
+    gm: fx.GraphModule
+    place: int  # of the cache, in the plan
+    plus: list[int]
+
+    def read(self, args: Sequence[Any]) -> int | Tensor:
+        """Tokens in the slots behind this step; a tensor where the call's positions are one."""
+        with torch.no_grad():
+            values = self.gm(*args)
+        ends = [v.max() if isinstance(v, Tensor) else int(v) for v in values]
+        ends = [end + plus for end, plus in zip(ends, self.plus, strict=True)]
+        return ends[0] if len(ends) == 1 else max(ends)
+
+
+class Variants:
+    """The forms of one graph with at least one sparse site."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        plan: Plan,
+        pack_gqa: bool,
+        compile_graph: Callable[[fx.GraphModule, str, Callable[[], None]], Variant],
+        counts: Sequence[int | GivenSize],
+    ) -> None:
+        """
+        Args:
+          compile_graph: makes a variant of a graph, given in words which it is, and what to call
+            when it has to be run node by node.
+          counts: new tokens of each sparse site.
+        """
+        self.gm = gm
+        self.plan = plan
+        self.pack_gqa = pack_gqa
+        self.compile_graph = compile_graph
+        self.token_counts = [count for count in set(counts) if not isinstance(count, int)]
+        self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+        self.undo = what_to_save(gm.graph)
+        self.fill = _fill_graph(gm, plan)
+        self.seen_graphs: dict[tuple[MaskTerm, ...], fx.GraphModule | None] = {}
+
+    @property
+    def sparse_sites(self) -> int:
+        return len(self.plan.sparse)
+
+    @property
+    def sites(self) -> int:
+        return len(self.plan.sites)
+
+    def dense(self, missed: Callable[[], None]) -> Variant:
+        """The graph with query groups packed, compiled."""
+        gm, mapping = copy_of(self.gm)
+        if self.pack_gqa:
+            gm = pack_groups(gm, self.plan.on(mapping).sites)
+        return self.compile_graph(gm, "dense", missed)
+
+    def sparse(self, layouts: Sequence[Layout | None], missed: Callable[[], None]) -> Variant:
+        """The graph with its sparse sites rewritten, compiled; `layouts` as `rewrite_sparse` takes
+        them."""
+        gm, mapping = copy_of(self.gm)
+        plan = self.plan.on(mapping)
+        sparse_sites = {s.site.node for s in plan.sparse}
+        gm = rewrite_sparse(gm, plan, layouts)
+        if self.pack_gqa:
+            gm = pack_groups(gm, [s for s in plan.sites if s.node not in sparse_sites])
+        return self.compile_graph(gm, "sparse", missed)
+
+    def seen(
+        self, args: Sequence[Any], place: int, known: dict[tuple[MaskTerm, ...], Tensor | None]
+    ) -> Tensor | None:
+        """Which tokens of a cache the newest token of each sequence sees, bool (1 or B, T).
+
+        known: what was asked for in this call already, and is kept there.
+        """
+        masks = next(s.site.masks for s in self.plan.sparse if s.cache == place)
+        if masks not in known:
+            if masks not in self.seen_graphs:
+                self.seen_graphs[masks] = what_is_seen(self.gm, self.plan, place)
+            graph = self.seen_graphs[masks]
+            known[masks] = None if graph is None else graph(*args)[0]
+        return known[masks]
+
+
+def _fill_graph(gm: fx.GraphModule, plan: Plan) -> FillGraph | None:
+    """For the first cache with slots whose writes say where they go: layers advance together."""
+    for place, cache in enumerate(plan.caches):
+        writes = [write for write in cache.writes if write.fill is not None]
+        fills = [write.fill for write in writes if write.fill is not None]
+        if cache.grows or not fills:
+            continue
+        graph = extract(gm, [what for what, _ in fills], [write.node for write in writes])
+        if graph is not None:
+            return FillGraph(graph, place, [plus for _, plus in fills])
+    return None

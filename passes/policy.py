@@ -1,0 +1,74 @@
+"""What a policy may say: how each site chooses the keys that it reads, and what that needs.
+
+A policy decides and a ranking makes positions. Both are data plus one function; the policies there
+are, and how to add one, are `loki_compile.policies`' to tell. Nothing here knows any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loki_compile.kernels.budget import Budget
+from loki_compile.kernels.kept import Keeps
+from loki_compile.passes.attention import AttentionSite
+from loki_compile.passes.caches import KeyCache
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A way to choose keys.
+
+    `positions` adds to a graph the node that chooses: int32 (B, Hkv or Hq, S, K), ascending, -1
+    behind them, as `kernels` has it. `keeps` is what it needs beside each cache that it ranks.
+    `refuses` says why it cannot serve a site over a cache, "" where it can.
+    """
+
+    name: str
+    positions: Callable[[Asked], fx.Node]
+    keeps: Keeps = Keeps.NOTHING
+    refuses: Callable[[AttentionSite, KeyCache], str] = lambda site, cache: ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one site chooses: by which ranking, how many keys, and who agrees with whom.
+
+    `per_head`: each query head for itself. Else a KV head's query heads choose together: by the
+    greatest of their scores, or, with `by_probability`, by the sum of what attention each would
+    give a key.
+    """
+
+    ranking: Ranking
+    budget: Budget
+    per_head: bool = False
+    by_probability: bool = False
+
+
+# For all sites of a graph, which are numbered in its order, the choice of each.
+Policy = Callable[[Sequence[AttentionSite]], Sequence[Choice]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a ranking is given when it is to make positions, in the graph that is being rewritten.
+
+    `query` (B, Hq, S, D), heads in blocks; `key` (B, Hkv, T, D or, where a row goes on in another
+    tensor, less); `kept`: what is kept of the cache behind this step, its rows as (B, Hkv, rows,
+    width); `query_basis` (Hkv, D, R) or (B, Hkv, D, R) where that is an index. `mask` and `bounds`
+    as `kernels.ops.select` takes them. `shared` is of the whole graph: what sites have in common is
+    made once.
+    """
+
+    graph: fx.Graph
+    site: AttentionSite
+    choice: Choice
+    query: fx.Node
+    key: fx.Node
+    kept: tuple[fx.Node, ...] = ()
+    query_basis: fx.Node | None = None
+    mask: fx.Node | None = None
+    bounds: fx.Node | None = None
+    shared: dict[Any, fx.Node] = field(default_factory=dict)
