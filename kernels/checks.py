@@ -107,7 +107,7 @@ def check_attend(
     mask: Tensor | None,
     *,
     softcap: float,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
     k_rest: Tensor | None = None,
 ) -> None:
     """Raise ValueError (what was found, what is allowed) unless `loki::attend` takes these.
@@ -156,11 +156,13 @@ def check_attend(
         _check_mask(op, mask, q, t)
     if softcap < 0:
         raise _wrong(op, "softcap", softcap, "0 (none) or a positive number")
-    if sinks is not None:
-        if sinks.shape != (hq,) or sinks.dtype not in FLOAT_DTYPES:
-            found = (tuple(sinks.shape), sinks.dtype)
-            raise _wrong(op, "sinks", found, f"shape (Hq,) = {(hq,)}, bfloat16, float16 or float32")
-        _same_device(op, "sinks", sinks, q)
+    if sink_logits is not None:
+        if sink_logits.shape != (hq,) or sink_logits.dtype not in FLOAT_DTYPES:
+            found = (tuple(sink_logits.shape), sink_logits.dtype)
+            raise _wrong(
+                op, "sink_logits", found, f"shape (Hq,) = {(hq,)}, bfloat16, float16 or float32"
+            )
+        _same_device(op, "sink_logits", sink_logits, q)
 
 
 def _check_mask(op: str, mask: Tensor, q: Tensor, t: int) -> None:

@@ -97,16 +97,24 @@ def attend(
     *,
     scale: float,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
 ) -> Tensor:
     """`loki::attend`; see `loki_compile.kernels.ops`."""
     kernels = _kernels()
     if kernels is None:
         return cpu_torch.attend(
-            q, k, v, positions, mask, scale=scale, softcap=softcap, sinks=sinks, k_rest=k_rest
+            q,
+            k,
+            v,
+            positions,
+            mask,
+            scale=scale,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            k_rest=k_rest,
         )
-    check_attend(q, k, v, positions, mask, softcap=softcap, sinks=sinks, k_rest=k_rest)
+    check_attend(q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest)
     b, hq, s, _ = q.shape
     out = torch.empty((b, hq, s, v.shape[3]), dtype=q.dtype)
     missing = kernels.loki_attend(
@@ -117,7 +125,7 @@ def attend(
             *_view(v),
             *_view(positions),
             *(_NO_TENSOR if mask is None else _view(mask)),
-            *(_NO_TENSOR if sinks is None else _view(sinks.view(1, 1, 1, hq))),
+            *(_NO_TENSOR if sink_logits is None else _view(sink_logits.view(1, 1, 1, hq))),
             out.data_ptr(),
             torch.get_num_threads(),
             scale,

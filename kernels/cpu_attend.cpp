@@ -19,7 +19,7 @@ struct AttendParams {
   View4 v;          // (B, Hkv, T, Dv)
   View4 positions;  // (B, Hkv or Hq, S, K) int32
   View4 mask;       // (B, Hq, S, T) after broadcasting, or none
-  View4 sinks;      // (1, 1, 1, Hq) floating, or none
+  View4 sink_logits;  // (1, 1, 1, Hq) floating, or none
   void* out;        // (B, Hq, S, Dv), dtype of q
   int64_t threads;
   double scale, softcap;
@@ -662,7 +662,7 @@ class Attend {
       return blocks_ * thread / all < last && blocks_ * (thread + 1) / all > first &&
              blocks_ * thread / all < blocks_ * (thread + 1) / all;
     };
-    float sink = p_.sinks.dtype == kNone ? -kInf : MaskRow(p_.sinks, 0, 0, 0).bias(h);
+    float sink = p_.sink_logits.dtype == kNone ? -kInf : MaskRow(p_.sink_logits, 0, 0, 0).bias(h);
     float most = sink;
     for (int64_t thread = 0; thread < all; ++thread) {
       if (touched(thread)) most = max_of(most_of(partial(row, thread))[g], most);

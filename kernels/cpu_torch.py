@@ -78,11 +78,11 @@ def attend(
     *,
     scale: float,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
 ) -> Tensor:
     """`loki::attend`; see `loki_compile.kernels.ops`."""
-    check_attend(q, k, v, positions, mask, softcap=softcap, sinks=sinks, k_rest=k_rest)
+    check_attend(q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest)
     b, hq, s, d = q.shape
     t, dv = v.shape[2:]
     heads = positions.shape[1]
@@ -98,7 +98,7 @@ def attend(
         values=v,
         per_kv=heads // k.shape[1],
         mask=None if mask is None else mask.expand(b, hq, s, t)[:, ::group],
-        sinks=None if sinks is None else sinks.float().view(heads, group),
+        sink_logits=None if sink_logits is None else sink_logits.float().view(heads, group),
         scale=scale,
         softcap=softcap,
     )
@@ -121,7 +121,7 @@ class Rows:
     """Rows of attention (N of them): the `group` query heads that read the same keys.
 
     q (N, group, D) fp32; place (N, 3): batch entry, list of positions, token of each; `per_kv`
-    lists per KV head; mask (B, lists, S, T); sinks (lists, group).
+    lists per KV head; mask (B, lists, S, T); sink_logits (lists, group).
     """
 
     q: Tensor
@@ -130,7 +130,7 @@ class Rows:
     values: Tensor
     per_kv: int
     mask: Tensor | None
-    sinks: Tensor | None
+    sink_logits: Tensor | None
     scale: float
     softcap: float
 
@@ -160,8 +160,8 @@ class Rows:
                 seen = seen & (mask != -torch.inf)
                 logits = logits + mask[:, None]
         logits = logits.masked_fill(~seen[:, None], -torch.inf)
-        if self.sinks is not None:
-            logits = torch.cat((logits, self.sinks[h[:, 0], :, None]), -1)
+        if self.sink_logits is not None:
+            logits = torch.cat((logits, self.sink_logits[h[:, 0], :, None]), -1)
         blind = logits.amax(-1, keepdim=True) == -torch.inf
         weights = logits.softmax(-1).masked_fill(blind, 0.0)[..., : at.shape[1]]
         # What is seen and has no weight counts, since 0 * inf is NaN as in PyTorch's attention.

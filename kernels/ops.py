@@ -136,7 +136,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor? mask,"
-    " *, float scale, float softcap=0.0, Tensor? sinks=None, Tensor? k_rest=None) -> Tensor",
+    " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_rest=None) -> Tensor",
     tags=_TAGS,
 )
 

@@ -80,7 +80,7 @@ def attend(
     *,
     scale: float,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
 ) -> Tensor:
     """Exact attention over the keys at `positions`: (B, Hq, S, Dv) in q.dtype.
@@ -106,8 +106,8 @@ def attend(
             added = _additive(bias[i, h, j, at])
             seen = added != -torch.inf
             at, logits = at[seen], logits[seen] + added[seen]
-        if sinks is not None:
-            logits = torch.cat((logits, sinks[h : h + 1].double()))
+        if sink_logits is not None:
+            logits = torch.cat((logits, sink_logits[h : h + 1].double()))
         weights = _softmax_or_zero(logits)[: len(at)]
         out[i, h, j] = (weights @ v[i, kv, at].double()).to(q.dtype)
     return out

@@ -517,7 +517,7 @@ def _sparse_attention(
         mask,
         scale=site.scale,
         softcap=site.softcap,
-        sinks=sinks,
+        sink_logits=sinks,
         k_rest=rest,
         like=site.node,
     )
