@@ -1,7 +1,7 @@
 """What the `loki::` ops take. Each backend calls these before any launch.
 
-Legend: B batch, Hq query heads, Hkv KV heads, S new tokens, T cached tokens, P pages of them, D dims
-of q and k, Dv dims of v, R index dims, K position slots.
+Legend: B batch, Hq query heads, Hkv KV heads, S new tokens, T cached tokens, P pages of them,
+D dims of q and k, Dv dims of v, R index dims, K position slots.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def check_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int, grow
         raise _wrong(op, "pages", found, allowed)
     bw, hw, tw, one = _rank4(op, "written", written)
     if bw not in (1, b) or hw not in (1, hkv) or tw not in (1, t) or one != 1:
-        found, allowed = (bw, hw, tw, one), f"broadcastable to (B, Hkv, T, 1) = {(b, hkv, t, 1)}"
-        raise _wrong(op, "shape of written", found, allowed)
+        allowed = f"broadcastable to (B, Hkv, T, 1) = {(b, hkv, t, 1)}"
+        raise _wrong(op, "shape of written", (bw, hw, tw, one), allowed)
     if written.dtype not in (torch.bool, torch.uint8):
         raise _wrong(op, "written dtype", written.dtype, "bool or uint8")
     _rows_contiguous(op, "pages", pages, width)

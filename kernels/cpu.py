@@ -151,7 +151,8 @@ def update_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> 
     """`loki::update_pages`; see `loki_compile.kernels.ops`."""
     kernels = _kernels()
     if kernels is None:
-        return cpu_torch.update_pages(pages, keys, written, page=page)
+        cpu_torch.update_pages(pages, keys, written, page=page)
+        return
     check_pages(pages, keys, written, page=page, grows=False)
     kernels.loki_update_pages(_pack_pages(*_view(pages), *_view(keys), *_view(written), page))
 

@@ -267,11 +267,11 @@ inline float exp_of(float x) {
 
 // log(x) for a normal x > 0, to 1 ulp or two. After Cephes logf.
 inline float log_of(float x) {
+  constexpr int32_t kLeast = 0x3f3504f3;  // sqrt(0.5), from where on the fraction counts
   int32_t bits;
   std::memcpy(&bits, &x, 4);
-  int32_t low = (bits & 0x7fffff) < 0x3504f3;  // the fraction lies below sqrt(2)
-  float n = static_cast<float>((bits >> 23) - 126 - low);
-  bits = (bits & 0x7fffff) | ((126 + low) << 23);
+  float n = static_cast<float>((bits - kLeast) >> 23);
+  bits = ((bits - kLeast) & 0x7fffff) + kLeast;
   float z;
   std::memcpy(&z, &bits, 4);
   z -= 1.0f;

@@ -458,10 +458,11 @@ inline void sum_probabilities(const float* logit, int64_t stride, int64_t heads,
     }
   }
 #pragma omp simd
+  for (int l = 0; l < 16; ++l) sum[l] = most[l] + log_of(sum[l]);
   for (int l = 0; l < 16; ++l) {
-    float value = std::fabs(most[l]) < kInf ? most[l] + log_of(sum[l]) : most[l];
-    found[l] = logit[l] == logit[l] ? ordered_key(value) : kHidden;
+    found[l] = ordered_key(std::fabs(most[l]) < kInf ? sum[l] : most[l]);
   }
+  for (int l = 0; l < 16; ++l) found[l] = logit[l] == logit[l] ? found[l] : kHidden;
   std::memcpy(key, found, sizeof(found));
 }
 

@@ -1,7 +1,7 @@
 """The public door of the kernels: the ops, and what feeds them.
 
-`loki::select` chooses keys, `loki::attend` reads them, `loki::update_pages` and `loki::extend_pages`
-keep the bounds of pages of keys. All are opaque to the compiler, and functional but for
+`loki::select` chooses keys, `loki::attend` reads them, `loki::update_pages` and
+`loki::extend_pages` keep the bounds of pages of keys. All are opaque to the compiler, and functional but for
 `update_pages`, which writes the pages it is given; `mask_bounds` and `index_rows` are plain torch,
 so that Inductor fuses them with the graph around them. `loki_compile.kernels` has the algorithm and
 the legend of the letters; `checks` has what is refused.
@@ -187,7 +187,7 @@ def _extend_pages_fake(pages, keys, written, *, page):
 
 
 def with_bool_mask(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The kernel of `select` or `attend`, for masks of bytes as well: 0 or 1, one byte as in bool."""
+    """A kernel of `select` or `attend`, for masks of bytes as well: 0 or 1, one byte as in bool."""
 
     @functools.wraps(kernel)
     def run(*args: Any, **kwargs: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """The definition of the ops: one row at a time, plain PyTorch, computed in fp64.
 
 Slow on purpose; for tests. Arguments as in `loki_compile.kernels.ops`, any floating dtype. `select`
-returns int32 positions, `attend` the dtype of q, the page ops that of the keys: pass fp64 tensors to have the truth unrounded.
+returns int32 positions, `attend` the dtype of q, the page ops that of the keys: pass fp64 tensors
+to have the truth unrounded.
 """
 
 from __future__ import annotations
