@@ -1,8 +1,16 @@
 """The `loki::` ops: choose the keys worth reading, then attend to those alone.
 
-1. `select` projects each query into the rank-R space of the key index: `q_low = q @ basis`, fp32.
-2. It streams the index once per KV head: `score[t] = scale * q_low . index[t] (* index_scale[t])`.
-3. A KV group shares its choice: the score of a key is the maximum over the group's query heads.
+1. `select` scores the keys of each KV head, by one of three scorers, in fp32.
+   Low-rank (a basis is given): queries are projected into the rank-R space of the key index,
+   `q_low = q @ basis`, and `score[t] = scale * q_low . index[t] (* index_scale[t])`.
+   Exact (no basis): the index is the cache's keys, `score[t] = scale * q . index[t]`.
+   Pages (no basis, page > 1): the index holds minima, then maxima, of each page of `page` keys, and
+   each of these has the most that any of them could have,
+   `score[t] = scale * sum_d max(q[d] * min[d], q[d] * max[d])` (Quest, arXiv 2406.10774).
+2. The index is streamed once. NaN scores count as -inf.
+3. A KV group shares its choice. Either the score of a key is the maximum over the group's query
+   heads; or, by probability, the sum of the heads' softmaxes over the keys that the row sees, as
+   its logarithm, so that none is too small to be ranked.
 4. Hidden keys are never chosen; an additive mask is added to the score.
 5. A row (batch row, head, query token) decides by what it sees: fewer than `min_keys` keys are all
    chosen; else its budget is a fraction of them, at most `top_k`, and the last `recent` and first
@@ -12,12 +20,17 @@
 7. `attend` reads K and V at these positions alone and is exact over them: softmax in fp32.
 8. A row without positions is computed over all T keys, as scaled_dot_product_attention would.
 
-Shapes (legend: B batch, Hq query heads, Hkv KV heads, G = Hq/Hkv, S new tokens, T cached tokens,
-D dims of q and k, Dv dims of v, R index dims, K slots):
-q (B,Hq,S,D), k (B,Hkv,T,D), v (B,Hkv,T,Dv), basis (Hkv,D,R) or (B,Hkv,D,R), index (B,Hkv,T,R),
-index_scale (B,Hkv,T,1), mask broadcastable to (B,Hq,S,T), positions (B,Hkv or Hq,S,K).
+9. `update_pages` and `extend_pages` keep the bounds of pages: those of a page in which this step
+   stored a token become minima and maxima from its start to the last token stored in it.
 
-`ops` is the public door, `reference` the definition, `budget` how many keys a row chooses, `fused`
-the plain torch around the ops that Inductor fuses with the graph; `cpu`,
-`triton_select` and `triton_attend` implement it.
+Shapes (legend: B batch, Hq query heads, Hkv KV heads, G = Hq/Hkv, S new tokens, T cached tokens,
+P = ceil(T/page) pages or more, D dims of q and k, Dv dims of v, R index dims, K slots):
+q (B,Hq,S,D), k (B,Hkv,T,D), v (B,Hkv,T,Dv), basis (Hkv,D,R) or (B,Hkv,D,R), index (B,Hkv,T,R) or
+(B,Hkv,T,D) or pages (B,Hkv,P,2D), index_scale (B,Hkv,T,1), mask broadcastable to (B,Hq,S,T),
+written broadcastable to (B,Hkv,T,1), positions (B,Hkv or Hq,S,K).
+
+`ops` is the public door, `reference` the definition, `budget` how many keys a row chooses, `kept` what
+is kept beside a cache, `fused` the plain torch that Inductor fuses around the ops; `cpu`
+(C++, in cpu_*.cpp, or the PyTorch ops of `cpu_torch`) and `triton_select` (scores in
+`triton_score`), `triton_attend` and `triton_pages` implement it.
 """

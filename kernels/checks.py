@@ -1,7 +1,7 @@
 """What the `loki::` ops take. Each backend calls these before any launch.
 
-Legend: B batch, Hq query heads, Hkv KV heads, S new tokens, T cached tokens, D dims of q and k,
-Dv dims of v, R index dims, K position slots.
+Legend: B batch, Hq query heads, Hkv KV heads, S new tokens, T cached tokens, P pages of them,
+D dims of q and k, Dv dims of v, R index dims, K position slots.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ def hidden_below(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).min / 2
 
 
+def keys_ranked(index: Tensor, page: int, keys: int | None) -> int:
+    """T: how many keys `loki::select` ranks, which an index of pages alone does not say."""
+    return index.shape[2] if keys is None or page == 1 else keys
+
+
 def check_select(
     q: Tensor,
-    basis: Tensor,
+    basis: Tensor | None,
     index: Tensor,
     index_scale: Tensor | None,
     mask: Tensor | None,
@@ -36,11 +41,20 @@ def check_select(
     recent: int,
     min_keys: int,
     per_head: bool,
+    page: int = 1,
+    keys: int | None = None,
+    by_probability: bool = False,
 ) -> None:
     """Raise ValueError (what was found, what is allowed) unless `loki::select` takes these."""
     op = "loki::select"
     b, hq, s, d = _rank4(op, "q", q)
-    bi, hkv, t, r = _rank4(op, "index", index)
+    bi, hkv, rows, r = _rank4(op, "index", index)
+    if page < 1:
+        raise _wrong(op, "page", page, "the keys of a page, or 1 for an index of keys")
+    if (page > 1) != (keys is not None):
+        allowed = "the number of keys where page > 1, None where each row is a key"
+        raise _wrong(op, "keys", f"{keys} with page={page}", allowed)
+    t = keys_ranked(index, page, keys)
     if q.dtype not in FLOAT_DTYPES:
         raise _wrong(op, "q dtype", q.dtype, "bfloat16, float16 or float32")
     if bi != b:
@@ -49,29 +63,23 @@ def check_select(
         raise _wrong(op, "KV heads of index", hkv, f"a divisor of the {hq} query heads")
     if min(b, s, t, r) < 1 or t > MAX_KEYS:
         raise _wrong(op, "sizes (B, S, T, R)", (b, s, t, r), f"1 or more, T at most {MAX_KEYS}")
-    if basis.shape not in ((hkv, d, r), (b, hkv, d, r)) or basis.dtype != torch.float32:
-        found = (tuple(basis.shape), basis.dtype)
-        allowed = f"shape (Hkv, D, R) = {(hkv, d, r)}, or one for each of {b} rows, float32"
-        raise _wrong(op, "basis", found, allowed)
-    if index.dtype == torch.int8:
-        if index_scale is None:
-            raise _wrong(op, "index_scale", None, "a tensor, since index is int8")
-        if index_scale.shape != (b, hkv, t, 1) or index_scale.dtype != torch.float32:
-            found = (tuple(index_scale.shape), index_scale.dtype)
-            raise _wrong(
-                op, "index_scale", found, f"shape (B, Hkv, T, 1) = {(b, hkv, t, 1)}, float32"
-            )
-        _same_device(op, "index_scale", index_scale, q)
-    else:
-        if index.dtype not in FLOAT_DTYPES:
-            raise _wrong(op, "index dtype", index.dtype, "bfloat16, float16, float32 or int8")
+    if basis is None:
+        width = d if page == 1 else 2 * d
+        if r != width or rows * page < t or index.dtype not in FLOAT_DTYPES:
+            found = (tuple(index.shape), index.dtype)
+            least = f"P >= {-(-t // page)}, 2 D" if page > 1 else "T, D"
+            allowed = f"(B, Hkv, {least}), D = {d}, bfloat16, float16 or float32: there is no basis"
+            raise _wrong(op, "index", found, allowed)
         if index_scale is not None:
-            raise _wrong(op, "index_scale", "a tensor", f"None, since index is {index.dtype}")
+            raise _wrong(op, "index_scale", "a tensor", "None, since there is no basis")
+    else:
+        _check_low_rank(op, q, basis, index, index_scale, page)
     _rows_contiguous(op, "q", q, d)
-    _rows_contiguous(op, "basis", basis, r)
     _rows_contiguous(op, "index", index, r)
-    _same_device(op, "basis", basis, q)
     _same_device(op, "index", index, q)
+    if by_probability and per_head:
+        allowed = "False with per_head=True: one head ranks alike by scores and by probabilities"
+        raise _wrong(op, "by_probability", by_probability, allowed)
     if (mask is None) != (bounds is None):
         given = ("None" if mask is None else "a mask", "None" if bounds is None else "bounds")
         raise _wrong(op, "(mask, bounds)", given, "both or neither: bounds = mask_bounds(mask)")
@@ -99,6 +107,67 @@ def check_select(
         raise _wrong(op, "(sink, recent, min_keys)", (sink, recent, min_keys), "0 or more")
 
 
+def _check_low_rank(
+    op: str, q: Tensor, basis: Tensor, index: Tensor, index_scale: Tensor | None, page: int
+) -> None:
+    b, _, _, d = q.shape
+    _, hkv, t, r = index.shape
+    if page > 1:
+        raise _wrong(op, "basis", f"a tensor with page={page}", "None: pages hold keys unprojected")
+    if basis.shape not in ((hkv, d, r), (b, hkv, d, r)) or basis.dtype != torch.float32:
+        found = (tuple(basis.shape), basis.dtype)
+        allowed = f"shape (Hkv, D, R) = {(hkv, d, r)}, or one for each of {b} rows, float32"
+        raise _wrong(op, "basis", found, allowed)
+    if index.dtype == torch.int8:
+        if index_scale is None:
+            raise _wrong(op, "index_scale", None, "a tensor, since index is int8")
+        if index_scale.shape != (b, hkv, t, 1) or index_scale.dtype != torch.float32:
+            found = (tuple(index_scale.shape), index_scale.dtype)
+            raise _wrong(
+                op, "index_scale", found, f"shape (B, Hkv, T, 1) = {(b, hkv, t, 1)}, float32"
+            )
+        _same_device(op, "index_scale", index_scale, q)
+    else:
+        if index.dtype not in FLOAT_DTYPES:
+            raise _wrong(op, "index dtype", index.dtype, "bfloat16, float16, float32 or int8")
+        if index_scale is not None:
+            raise _wrong(op, "index_scale", "a tensor", f"None, since index is {index.dtype}")
+    _rows_contiguous(op, "basis", basis, r)
+    _same_device(op, "basis", basis, q)
+
+
+def check_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int, grows: bool) -> None:
+    """Raise ValueError (what was found, what is allowed) unless the page ops take these.
+
+    `grows`: for `loki::extend_pages`, whose pages may be fewer than those of the keys.
+    """
+    op = "loki::extend_pages" if grows else "loki::update_pages"
+    b, hkv, t, d = _rank4(op, "keys", keys)
+    if page < 2:
+        raise _wrong(op, "page", page, "2 or more keys")
+    if keys.dtype not in FLOAT_DTYPES:
+        raise _wrong(op, "keys dtype", keys.dtype, "bfloat16, float16 or float32")
+    if min(b, hkv, t, d) < 1 or t > MAX_KEYS:
+        raise _wrong(op, "sizes (B, Hkv, T, D)", (b, hkv, t, d), f"1 or more, T at most {MAX_KEYS}")
+    count = -(-t // page)
+    bp, hp, rows, width = _rank4(op, "pages", pages)
+    fits = rows <= count if grows else rows >= count
+    if (bp, hp, width) != (b, hkv, 2 * d) or not fits or pages.dtype != keys.dtype:
+        found = (tuple(pages.shape), pages.dtype)
+        allowed = f"({b}, {hkv}, {'up to' if grows else 'at least'} {count}, {2 * d}), {keys.dtype}"
+        raise _wrong(op, "pages", found, allowed)
+    bw, hw, tw, one = _rank4(op, "written", written)
+    if bw not in (1, b) or hw not in (1, hkv) or tw not in (1, t) or one != 1:
+        allowed = f"broadcastable to (B, Hkv, T, 1) = {(b, hkv, t, 1)}"
+        raise _wrong(op, "shape of written", (bw, hw, tw, one), allowed)
+    if written.dtype not in (torch.bool, torch.uint8):
+        raise _wrong(op, "written dtype", written.dtype, "bool or uint8")
+    _rows_contiguous(op, "pages", pages, width)
+    _rows_contiguous(op, "keys", keys, d)
+    _same_device(op, "pages", pages, keys, "keys")
+    _same_device(op, "written", written, keys, "keys")
+
+
 def check_attend(
     q: Tensor,
     k: Tensor,
@@ -107,7 +176,7 @@ def check_attend(
     mask: Tensor | None,
     *,
     softcap: float,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
     k_rest: Tensor | None = None,
 ) -> None:
     """Raise ValueError (what was found, what is allowed) unless `loki::attend` takes these.
@@ -156,11 +225,13 @@ def check_attend(
         _check_mask(op, mask, q, t)
     if softcap < 0:
         raise _wrong(op, "softcap", softcap, "0 (none) or a positive number")
-    if sinks is not None:
-        if sinks.shape != (hq,) or sinks.dtype not in FLOAT_DTYPES:
-            found = (tuple(sinks.shape), sinks.dtype)
-            raise _wrong(op, "sinks", found, f"shape (Hq,) = {(hq,)}, bfloat16, float16 or float32")
-        _same_device(op, "sinks", sinks, q)
+    if sink_logits is not None:
+        if sink_logits.shape != (hq,) or sink_logits.dtype not in FLOAT_DTYPES:
+            found = (tuple(sink_logits.shape), sink_logits.dtype)
+            raise _wrong(
+                op, "sink_logits", found, f"shape (Hq,) = {(hq,)}, bfloat16, float16 or float32"
+            )
+        _same_device(op, "sink_logits", sink_logits, q)
 
 
 def _check_mask(op: str, mask: Tensor, q: Tensor, t: int) -> None:
@@ -188,9 +259,9 @@ def _rows_contiguous(op: str, name: str, tensor: Tensor, size: int) -> None:
         raise _wrong(op, f"strides of {name}", tensor.stride(), "1 in the last dim, others free")
 
 
-def _same_device(op: str, name: str, tensor: Tensor, q: Tensor) -> None:
-    if tensor.device != q.device:
-        raise _wrong(op, f"device of {name}", tensor.device, f"that of q, {q.device}")
+def _same_device(op: str, name: str, tensor: Tensor, other: Tensor, whose: str = "q") -> None:
+    if tensor.device != other.device:
+        raise _wrong(op, f"device of {name}", tensor.device, f"that of {whose}, {other.device}")
 
 
 def _wrong(op: str, what: str, found: object, allowed: str) -> ValueError:

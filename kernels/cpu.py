@@ -1,4 +1,4 @@
-"""Both ops on the CPU: the compiled kernels, or PyTorch ops where they cannot be built."""
+"""The ops on the CPU: the compiled kernels, or PyTorch ops where they cannot be built."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import struct
 import torch
 from loki_compile.kernels import cpu_build, cpu_torch
 from loki_compile.kernels.budget import Budget
-from loki_compile.kernels.checks import check_attend, check_select
+from loki_compile.kernels.checks import check_attend, check_pages, check_select, keys_ranked
 from torch import Tensor
 
 _LOGGER = logging.getLogger("loki_compile")
@@ -23,17 +23,19 @@ _CODES = {
     torch.float32: 2,
     torch.int8: 3,
     torch.bool: 4,
+    torch.uint8: 4,  # 0 or 1
     torch.int32: 2,  # positions and bounds: only their size counts
 }
 _VIEW = 10
 _NO_TENSOR = (0, 5, 1, 1, 1, 1, 0, 0, 0, 0)
-_pack_select = struct.Struct(f"@{6 * _VIEW}q9qd").pack
+_pack_select = struct.Struct(f"@{6 * _VIEW}q12qd").pack
 _pack_attend = struct.Struct(f"@{7 * _VIEW}q2q2d").pack
+_pack_pages = struct.Struct(f"@{3 * _VIEW}qq").pack
 
 
 def select(
     q: Tensor,
-    basis: Tensor,
+    basis: Tensor | None,
     index: Tensor,
     index_scale: Tensor | None,
     mask: Tensor | None,
@@ -46,6 +48,9 @@ def select(
     recent: int,
     min_keys: int,
     per_head: bool,
+    page: int = 1,
+    keys: int | None = None,
+    by_probability: bool = False,
 ) -> Tensor:
     """`loki::select`; see `loki_compile.kernels.ops`."""
     kernels = _kernels()
@@ -53,33 +58,38 @@ def select(
         return cpu_torch.select(
             q, basis, index, index_scale, mask, bounds, scale=scale, top_k=top_k,
             keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys, per_head=per_head,
+            page=page, keys=keys, by_probability=by_probability,
         )  # fmt: skip
     check_select(
         q, basis, index, index_scale, mask, bounds,
         top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
-        per_head=per_head,
+        per_head=per_head, page=page, keys=keys, by_probability=by_probability,
     )  # fmt: skip
     b, hq, s, _ = q.shape
     heads = hq if per_head else index.shape[1]
-    slots = Budget(top_k, keep_q16, sink, recent, min_keys).slots(index.shape[2])
+    t = keys_ranked(index, page, keys)
+    slots = Budget(top_k, keep_q16, sink, recent, min_keys).slots(t)
     positions = torch.empty((b, heads, s, slots), dtype=torch.int32)
     missing = kernels.loki_select(
         _pack_select(
             *_view(q),
-            *_view(basis if basis.dim() == 4 else basis.unsqueeze(0)),
+            *_basis_view(basis),
             *_view(index),
             *(_NO_TENSOR if index_scale is None else _view(index_scale)),
             *(_NO_TENSOR if mask is None else _view(mask)),
             *(_NO_TENSOR if bounds is None else _view(bounds)),
             positions.data_ptr(),
             slots,
-            index.shape[2] if top_k is None else top_k,
+            t if top_k is None else top_k,
             keep_q16,
             sink,
             recent,
             min_keys,
             per_head,
             torch.get_num_threads(),
+            t,
+            page,
+            by_probability,
             scale,
         )
     )
@@ -97,16 +107,24 @@ def attend(
     *,
     scale: float,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
 ) -> Tensor:
     """`loki::attend`; see `loki_compile.kernels.ops`."""
     kernels = _kernels()
     if kernels is None:
         return cpu_torch.attend(
-            q, k, v, positions, mask, scale=scale, softcap=softcap, sinks=sinks, k_rest=k_rest
+            q,
+            k,
+            v,
+            positions,
+            mask,
+            scale=scale,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            k_rest=k_rest,
         )
-    check_attend(q, k, v, positions, mask, softcap=softcap, sinks=sinks, k_rest=k_rest)
+    check_attend(q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest)
     b, hq, s, _ = q.shape
     out = torch.empty((b, hq, s, v.shape[3]), dtype=q.dtype)
     missing = kernels.loki_attend(
@@ -117,7 +135,7 @@ def attend(
             *_view(v),
             *_view(positions),
             *(_NO_TENSOR if mask is None else _view(mask)),
-            *(_NO_TENSOR if sinks is None else _view(sinks.view(1, 1, 1, hq))),
+            *(_NO_TENSOR if sink_logits is None else _view(sink_logits.view(1, 1, 1, hq))),
             out.data_ptr(),
             torch.get_num_threads(),
             scale,
@@ -129,11 +147,38 @@ def attend(
     return out
 
 
+def update_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> None:
+    """`loki::update_pages`; see `loki_compile.kernels.ops`."""
+    kernels = _kernels()
+    if kernels is None:
+        cpu_torch.update_pages(pages, keys, written, page=page)
+        return
+    check_pages(pages, keys, written, page=page, grows=False)
+    kernels.loki_update_pages(_pack_pages(*_view(pages), *_view(keys), *_view(written), page))
+
+
+def extend_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> Tensor:
+    """`loki::extend_pages`; see `loki_compile.kernels.ops`."""
+    check_pages(pages, keys, written, page=page, grows=True)
+    b, hkv, t, d = keys.shape
+    grown = keys.new_empty((b, hkv, -(-t // page), 2 * d))
+    grown[:, :, : pages.shape[2]] = pages
+    grown[:, :, pages.shape[2] :] = 0
+    update_pages(grown, keys, written, page=page)
+    return grown
+
+
 def _no_memory(op: str, missing: int) -> MemoryError:
     return MemoryError(
         f"{op}: {missing} bytes of scratch memory could not be allocated; free memory, or decode "
         "fewer rows or tokens at a time."
     )
+
+
+def _basis_view(basis: Tensor | None) -> tuple[int, ...]:
+    if basis is None:
+        return _NO_TENSOR
+    return _view(basis if basis.dim() == 4 else basis.unsqueeze(0))
 
 
 def _view(tensor: Tensor) -> tuple[int, ...]:
@@ -153,7 +198,7 @@ def _kernels() -> ctypes.CDLL | None:
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tells ctypes what the library's functions take, one block of parameters, and return: the
     bytes of scratch memory that could not be had, 0 where all is done."""
-    for function in (library.loki_select, library.loki_attend):
+    for function in (library.loki_select, library.loki_attend, library.loki_update_pages):
         function.argtypes = [ctypes.c_char_p]
         function.restype = ctypes.c_int64
     return library

@@ -7,7 +7,7 @@
 // q, k, the rest of k, and v each have a float type of their own (under autocast the cache's differs
 // from that of queries), so what reads rows is compiled for one type each and chosen once per call.
 
-#include "cpu_common.h"
+#include "cpu_rows.h"
 
 namespace loki {
 namespace {
@@ -19,7 +19,7 @@ struct AttendParams {
   View4 v;          // (B, Hkv, T, Dv)
   View4 positions;  // (B, Hkv or Hq, S, K) int32
   View4 mask;       // (B, Hq, S, T) after broadcasting, or none
-  View4 sinks;      // (1, 1, 1, Hq) floating, or none
+  View4 sink_logits;  // (1, 1, 1, Hq) floating, or none
   void* out;        // (B, Hq, S, Dv), dtype of q
   int64_t threads;
   double scale, softcap;
@@ -32,27 +32,6 @@ constexpr int64_t kBytesPerThread = 1 << 16;
 // Slots fetched ahead. K and V are each fetched while they are themselves read, a line at a time:
 // all V rows of a block while its K rows were read, or whole rows at once, took a third longer.
 constexpr int64_t kAhead = 64;
-
-// exp(x) for x <= 88, to 1 ulp or two; 0 below -87.3. After Cephes expf.
-inline float exp_of(float x) {
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2**23: adding it rounds to an integer
-  float shifted = x * 1.44269504088896341f + kShift;
-  float n = shifted - kShift;
-  float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  bits = static_cast<int32_t>((static_cast<uint32_t>(bits) + 127u) << 23);
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return x < -87.3f ? 0.0f : p * power;
-}
 
 // After Cephes tanhf.
 inline float tanh_of(float x) {
@@ -89,100 +68,7 @@ LOKI_INLINE inline void prefetch(const void* row, int64_t bytes) {
   for (int64_t done = 0; done < bytes; done += 64) __builtin_prefetch(at + done);
 }
 
-// Where dim d of V lies in an accumulator. `halves`: its elements have 16 bits.
-inline int64_t accumulator_slot([[maybe_unused]] bool halves, int64_t d) {
 #if LOKI_AVX512
-  if (halves) return d / 32 * 32 + d % 2 * 16 + d % 32 / 2;
-#endif
-  return d;
-}
-
-// Whether queries meet rows of K as bf16, which they stay where the processor multiplies it: the
-// products are exact in fp32 either way. Else they are floats.
-inline bool bf16_dots(int64_t q_dtype, int64_t k_dtype) {
-  return LOKI_BF16_DOTS && q_dtype == kBFloat16 && k_dtype == kBFloat16;
-}
-
-// Where dim d of head g of `heads` lies among queries of type Q, which meet keys of 16 bits
-// (`halves`) or 32: vector after vector, in each head after head; where vectors are left to the
-// compiler, head after head, each of `size`.
-template <class Q>
-inline int64_t query_slot([[maybe_unused]] bool halves, [[maybe_unused]] int64_t heads, int64_t g,
-                          int64_t d, [[maybe_unused]] int64_t size) {
-#if LOKI_AVX512
-  constexpr int64_t kVector = 64 / sizeof(Q);
-  int64_t slot = kVector == 16 ? accumulator_slot(halves, d) : d;
-  return (slot / kVector * heads + g) * kVector + slot % kVector;
-#else
-  return g * size + d;
-#endif
-}
-
-#if LOKI_AVX512
-
-// A chunk is 64 bytes of a row, unpacked to one or two vectors of floats: 16-bit values go to the
-// two by turns.
-template <class E>
-struct Chunk {
-  static constexpr int64_t kSize = 64 / sizeof(E);
-  static constexpr int kVectors = sizeof(E) == 2 ? 2 : 1;
-};
-
-inline __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
-inline __mmask16 first16(int64_t n) {
-  return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
-}
-
-// Vector `Half` of a chunk.
-template <int Half, class E>
-inline __m512 unpack(__m512i chunk, E) {
-  if constexpr (sizeof(E) == 4) {
-    return _mm512_castsi512_ps(chunk);
-  } else if constexpr (std::is_same_v<E, Float16>) {
-    return _mm512_cvtph_ps(
-        _mm512_cvtepi32_epi16(Half == 0 ? chunk : _mm512_srli_epi32(chunk, 16)));
-  } else if constexpr (Half == 0) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(chunk, 16));
-  } else {
-    return _mm512_castsi512_ps(
-        _mm512_and_si512(chunk, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-  }
-}
-
-// `left` values at most; Whole says that a chunk is there.
-template <bool Whole, class E>
-inline __m512i load_chunk(const E* at, int64_t left) {
-  if constexpr (Whole) {
-    return _mm512_loadu_si512(at);
-  } else if constexpr (sizeof(E) == 2) {
-    return _mm512_maskz_loadu_epi16(first32(left), at);
-  } else {
-    return _mm512_maskz_loadu_epi32(first16(left), at);
-  }
-}
-
-// Lane i of the result is the sum over the lanes of value[i].
-inline __m512 sums_of_16(const __m512* value) {
-  __m512 quad[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m512* x = value + 4 * i;
-    __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
-    __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-    __m512d dlow = _mm512_castps_pd(low), dhigh = _mm512_castps_pd(high);
-    quad[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(dlow, dhigh)),
-                            _mm512_castpd_ps(_mm512_unpackhi_pd(dlow, dhigh)));
-  }
-  auto fold = [](__m512 x, __m512 y, auto even, auto odd) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, decltype(even)::value),
-                         _mm512_shuffle_f32x4(x, y, decltype(odd)::value));
-  };
-  using Low = std::integral_constant<int, 0x44>;
-  using High = std::integral_constant<int, 0xee>;
-  using Even = std::integral_constant<int, 0x88>;
-  using Odd = std::integral_constant<int, 0xdd>;
-  return fold(fold(quad[0], quad[1], Low{}, High{}), fold(quad[2], quad[3], Low{}, High{}), Even{},
-              Odd{});
-}
 
 // logit[i * GB + head] = q . k for the first n of the queue, n > 0; k of E, q of Q.
 template <class E, class Q, int GB>
@@ -190,55 +76,14 @@ void dots(const void* rows, int64_t stride, const Queue& queue, int64_t n, const
           int64_t d, float* logit) {
   const E* k = static_cast<const E*>(rows);
   const Q* q = static_cast<const Q*>(queries);
-  constexpr int kRows = 16 / GB, kVectors = Chunk<E>::kVectors;
-  constexpr int64_t kSize = Chunk<E>::kSize;
+  constexpr int kRows = 16 / GB;
   for (int64_t first = 0; first < n; first += kRows) {
     const E *row[kRows], *ahead[kRows];
-    __m512 sum[kRows * GB];
     for (int i = 0; i < kRows; ++i) {
       row[i] = k + queue.position[min_of(first + i, n - 1)] * stride;
       ahead[i] = k + queue.at_most(first + i + kAhead) * stride;
     }
-    unroll<kRows * GB>([&](auto i) LOKI_INLINE { sum[i] = _mm512_setzero_ps(); });
-    auto chunk = [&](auto whole, int64_t done) LOKI_INLINE {
-      auto load_row = [&](int i) LOKI_INLINE {
-        return load_chunk<decltype(whole)::value>(row[i] + done, d - done);
-      };
-#if LOKI_BF16_DOTS
-      if constexpr (std::is_same_v<Q, BFloat16>) {
-        __m512i weight[GB];
-        unroll<GB>([&](auto g) LOKI_INLINE {
-          weight[g] = _mm512_loadu_si512(q + done * GB + kSize * g);
-        });
-        unroll<kRows>([&](auto i) LOKI_INLINE {
-          __builtin_prefetch(ahead[i] + done);
-          __m512bh value = reinterpret_cast<__m512bh>(load_row(i));
-          unroll<GB>([&](auto g) LOKI_INLINE {
-            sum[i * GB + g] = _mm512_dpbf16_ps(sum[i * GB + g], value,
-                                               reinterpret_cast<__m512bh>(weight[g]));
-          });
-        });
-        return;
-      }
-#endif
-      unroll<kVectors>([&](auto half) LOKI_INLINE {
-        __m512 weight[GB];
-        unroll<GB>([&](auto g) LOKI_INLINE {
-          weight[g] = _mm512_loadu_ps(q + done * GB + 16 * (half * GB + g));
-        });
-        unroll<kRows>([&](auto i) LOKI_INLINE {
-          if (half == 0) __builtin_prefetch(ahead[i] + done);
-          __m512 value = unpack<half>(load_row(i), E{});
-          unroll<GB>([&](auto g) LOKI_INLINE {
-            sum[i * GB + g] = _mm512_fmadd_ps(value, weight[g], sum[i * GB + g]);
-          });
-        });
-      });
-    };
-    int64_t done = 0;
-    for (; done + kSize <= d; done += kSize) chunk(std::true_type{}, done);
-    if (done < d) chunk(std::false_type{}, done);
-    _mm512_storeu_ps(logit + first * GB, sums_of_16(sum));
+    _mm512_storeu_ps(logit + first * GB, dot_rows<E, Q, GB>(row, ahead, q, d));
   }
 }
 
@@ -662,7 +507,7 @@ class Attend {
       return blocks_ * thread / all < last && blocks_ * (thread + 1) / all > first &&
              blocks_ * thread / all < blocks_ * (thread + 1) / all;
     };
-    float sink = p_.sinks.dtype == kNone ? -kInf : MaskRow(p_.sinks, 0, 0, 0).bias(h);
+    float sink = p_.sink_logits.dtype == kNone ? -kInf : MaskRow(p_.sink_logits, 0, 0, 0).bias(h);
     float most = sink;
     for (int64_t thread = 0; thread < all; ++thread) {
       if (touched(thread)) most = max_of(most_of(partial(row, thread))[g], most);
@@ -689,7 +534,7 @@ class Attend {
       with_float_type(p_.q.dtype, [&](auto type) {
         auto* out = static_cast<decltype(type)*>(p_.out) + first_out + d0;
         for (int64_t d = 0; d < dims; ++d) {
-          from_float(sum[accumulator_slot(v_bytes_ == 2, d)], out + d);
+          from_float(sum[unpacked_slot(v_bytes_ == 2, d)], out + d);
         }
       });
     }

@@ -15,7 +15,10 @@ from pathlib import Path
 _LOGGER = logging.getLogger("loki_compile")
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("cpu_common.h", "cpu_select.cpp", "cpu_attend.cpp")
+_SOURCES = (
+    "cpu_common.h", "cpu_rows.h", "cpu_score.h", "cpu_topk.h",
+    "cpu_select.cpp", "cpu_attend.cpp", "cpu_pages.cpp",
+)  # fmt: skip
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-w")
 # As Inductor links its own kernels. libgomp is in the process already, brought by torch: one
 # thread pool serves both.

@@ -1,4 +1,4 @@
-// What both CPU kernels share: element types, masks, work splitting.
+// What all CPU kernels share: element types, masks, scratch memory, vectors.
 // Legend: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, S new tokens, T cached tokens,
 // D dims of q and k, Dv dims of v, R index dims, K position slots. Strides count elements.
 #pragma once
@@ -243,6 +243,50 @@ LOKI_INLINE inline void dot_row(const E* row, int64_t n, const float* q, int64_t
   unroll<GB>([&](auto g) LOKI_INLINE { dot[g] = sum_of(sum[g]); });
 }
 #endif
+
+// exp(x) for x <= 88, to 1 ulp or two; 0 below -87.3. After Cephes expf.
+inline float exp_of(float x) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2**23: adding it rounds to an integer
+  float shifted = x * 1.44269504088896341f + kShift;
+  float n = shifted - kShift;
+  float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits = static_cast<int32_t>((static_cast<uint32_t>(bits) + 127u) << 23);
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return x < -87.3f ? 0.0f : p * power;
+}
+
+// log(x) for a normal x > 0, to 1 ulp or two. After Cephes logf.
+inline float log_of(float x) {
+  constexpr int32_t kLeast = 0x3f3504f3;  // sqrt(0.5), from where on the fraction counts
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  float n = static_cast<float>((bits - kLeast) >> 23);
+  bits = ((bits - kLeast) & 0x7fffff) + kLeast;
+  float z;
+  std::memcpy(&z, &bits, 4);
+  z -= 1.0f;
+  float p = 7.0376836292e-2f;
+  p = p * z - 1.1514610310e-1f;
+  p = p * z + 1.1676998740e-1f;
+  p = p * z - 1.2420140846e-1f;
+  p = p * z + 1.4249322787e-1f;
+  p = p * z - 1.6668057665e-1f;
+  p = p * z + 2.0000714765e-1f;
+  p = p * z - 2.4999993993e-1f;
+  p = p * z + 3.3333331174e-1f;
+  float square = z * z;
+  return (p * z * square - n * 2.12194440e-4f - 0.5f * square + z) + n * 0.693359375f;
+}
 
 // Heads are taken through a kernel 1, 2, 4 or 8 at a time; a block that is not full repeats its
 // last head.

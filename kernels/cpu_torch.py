@@ -1,4 +1,4 @@
-"""Both ops on the CPU, made of PyTorch ops: what runs where no C++ compiler does."""
+"""The ops on the CPU, made of PyTorch ops: what runs where no C++ compiler does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from loki_compile.kernels.budget import Budget
-from loki_compile.kernels.checks import check_attend, check_select, hidden_below
+from loki_compile.kernels.checks import (
+    check_attend,
+    check_pages,
+    check_select,
+    hidden_below,
+    keys_ranked,
+)
 from torch import Tensor
 
 _FORCED = torch.iinfo(torch.int32).max
@@ -19,7 +25,7 @@ _GATHERED = 1 << 22
 
 def select(
     q: Tensor,
-    basis: Tensor,
+    basis: Tensor | None,
     index: Tensor,
     index_scale: Tensor | None,
     mask: Tensor | None,
@@ -32,26 +38,34 @@ def select(
     recent: int,
     min_keys: int,
     per_head: bool,
+    page: int = 1,
+    keys: int | None = None,
+    by_probability: bool = False,
 ) -> Tensor:
     """`loki::select`; see `loki_compile.kernels.ops`."""
     check_select(
         q, basis, index, index_scale, mask, bounds,
         top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
-        per_head=per_head,
+        per_head=per_head, page=page, keys=keys, by_probability=by_probability,
     )  # fmt: skip
     b, hq, s, _ = q.shape
-    hkv, t = index.shape[1:3]
+    hkv, t = index.shape[1], keys_ranked(index, page, keys)
     heads = hq if per_head else hkv
-    score = _scores(q, basis, index, index_scale, scale=scale)
-    score = score.flatten(1, 2) if per_head else score.amax(2)
+    each = _scores(q, basis, index, index_scale, scale=scale, page=page)
+    if page > 1:
+        each = each.repeat_interleave(page, -1)[..., :t]
     visible = torch.ones((1, 1, 1, t), dtype=torch.bool)
+    bias = None
     if mask is not None:
         mask = mask.expand(b, hq, s, t)[:, :: hq // heads]
-        if mask.dtype == torch.bool:
-            visible = mask
-        else:
-            visible = mask > hidden_below(mask.dtype)
-            score = score + mask
+        bias = None if mask.dtype == torch.bool else mask
+        visible = mask if bias is None else mask > hidden_below(mask.dtype)
+    if by_probability and hq > hkv:
+        each = each if bias is None else each + bias[:, :, None]
+        score = _log_probability(each, visible[:, :, None])
+    else:
+        score = each.flatten(1, 2) if per_head else each.amax(2)
+        score = score if bias is None else score + bias
     visible = visible.expand(b, heads, s, t)
     rank = visible.cumsum(-1, dtype=torch.int32)  # 1 for the first visible key
     count = rank[..., -1:]
@@ -69,6 +83,23 @@ def select(
     return positions[..., :slots].contiguous()
 
 
+def update_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> None:
+    """`loki::update_pages`; see `loki_compile.kernels.ops`."""
+    check_pages(pages, keys, written, page=page, grows=False)
+    b, hkv, t, d = keys.shape
+    stored = written.expand(b, hkv, t, 1)[..., 0] != 0
+    spread = torch.zeros((b, hkv, -(-t // page) * page), dtype=torch.bool)
+    spread[..., :t] = stored
+    paged = spread.view(b, hkv, -1, page)
+    last = (paged * torch.arange(1, page + 1)).amax(-1)  # keys up to the last written one; or 0
+    i, h, p = last.nonzero().unbind(1)
+    at = p[:, None] * page + torch.arange(page)
+    filled = (torch.arange(page) < last[i, h, p][:, None])[..., None]
+    found = keys[i[:, None], h[:, None], at.clamp(max=t - 1)]
+    pages[i, h, p, :d] = found.masked_fill(~filled, torch.inf).amin(1)
+    pages[i, h, p, d:] = found.masked_fill(~filled, -torch.inf).amax(1)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -78,11 +109,11 @@ def attend(
     *,
     scale: float,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
 ) -> Tensor:
     """`loki::attend`; see `loki_compile.kernels.ops`."""
-    check_attend(q, k, v, positions, mask, softcap=softcap, sinks=sinks, k_rest=k_rest)
+    check_attend(q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest)
     b, hq, s, d = q.shape
     t, dv = v.shape[2:]
     heads = positions.shape[1]
@@ -98,7 +129,7 @@ def attend(
         values=v,
         per_kv=heads // k.shape[1],
         mask=None if mask is None else mask.expand(b, hq, s, t)[:, ::group],
-        sinks=None if sinks is None else sinks.float().view(heads, group),
+        sink_logits=None if sink_logits is None else sink_logits.float().view(heads, group),
         scale=scale,
         softcap=softcap,
     )
@@ -121,7 +152,7 @@ class Rows:
     """Rows of attention (N of them): the `group` query heads that read the same keys.
 
     q (N, group, D) fp32; place (N, 3): batch entry, list of positions, token of each; `per_kv`
-    lists per KV head; mask (B, lists, S, T); sinks (lists, group).
+    lists per KV head; mask (B, lists, S, T); sink_logits (lists, group).
     """
 
     q: Tensor
@@ -130,7 +161,7 @@ class Rows:
     values: Tensor
     per_kv: int
     mask: Tensor | None
-    sinks: Tensor | None
+    sink_logits: Tensor | None
     scale: float
     softcap: float
 
@@ -160,8 +191,8 @@ class Rows:
                 seen = seen & (mask != -torch.inf)
                 logits = logits + mask[:, None]
         logits = logits.masked_fill(~seen[:, None], -torch.inf)
-        if self.sinks is not None:
-            logits = torch.cat((logits, self.sinks[h[:, 0], :, None]), -1)
+        if self.sink_logits is not None:
+            logits = torch.cat((logits, self.sink_logits[h[:, 0], :, None]), -1)
         blind = logits.amax(-1, keepdim=True) == -torch.inf
         weights = logits.softmax(-1).masked_fill(blind, 0.0)[..., : at.shape[1]]
         # What is seen and has no weight counts, since 0 * inf is NaN as in PyTorch's attention.
@@ -189,17 +220,38 @@ def _chunks(rows: Tensor, numbers_each: int) -> Iterator[Tensor]:
 
 
 def _scores(
-    q: Tensor, basis: Tensor, index: Tensor, index_scale: Tensor | None, *, scale: float
+    q: Tensor,
+    basis: Tensor | None,
+    index: Tensor,
+    index_scale: Tensor | None,
+    *,
+    scale: float,
+    page: int,
 ) -> Tensor:
-    """(B, Hkv, G, S, T) fp32, NaN as -inf."""
+    """(B, Hkv, G, S, rows of the index) fp32, NaN as -inf."""
     b, _, s, d = q.shape
-    hkv, t = index.shape[1:3]
+    hkv, rows = index.shape[1:3]
     packed = q.reshape(b, hkv, -1, d).float()
-    q_low = torch.matmul(packed, basis) * scale
-    score = torch.matmul(q_low, index.float().transpose(-1, -2))
+    if page > 1:
+        low, high = index.float().chunk(2, -1)
+        score = torch.empty((*packed.shape[:3], rows))
+        for n, one in enumerate(packed.unbind(2)):  # all of them at once would take G S times D
+            score[:, :, n] = torch.maximum(one[:, :, None] * low, one[:, :, None] * high).sum(-1)
+        score *= scale
+    else:
+        projected = packed if basis is None else torch.matmul(packed, basis)
+        score = torch.matmul(projected * scale, index.float().transpose(-1, -2))
     if index_scale is not None:
         score = score * index_scale.transpose(-1, -2)
-    return torch.nan_to_num(score, -torch.inf, torch.inf, -torch.inf).view(b, hkv, -1, s, t)
+    return torch.nan_to_num(score, -torch.inf, torch.inf, -torch.inf).view(b, hkv, -1, s, rows)
+
+
+def _log_probability(logits: Tensor, visible: Tensor) -> Tensor:
+    """As in `reference`, fp32."""
+    logits = torch.nan_to_num(logits, -torch.inf, torch.inf, -torch.inf)
+    counted = logits.masked_fill(~visible | (logits == torch.inf), -torch.inf)
+    total = counted.logsumexp(-1, keepdim=True)
+    return (logits - total.masked_fill(total == -torch.inf, 0.0)).logsumexp(2)
 
 
 def _ordered(score: Tensor) -> Tensor:

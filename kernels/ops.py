@@ -1,7 +1,10 @@
-"""The public door of the kernels: the ops `loki::select` and `loki::attend`.
+"""The public door of the kernels: the ops.
 
-Both ops are functional and opaque to the compiler. `loki_compile.kernels` has the algorithm and the
-legend of the letters; `checks` has what is refused, `fused` the plain torch around both ops.
+`loki::select` chooses keys, `loki::attend` reads them, `loki::update_pages` and
+`loki::extend_pages` keep the bounds of pages of keys. All are opaque to the compiler, and
+functional but for `update_pages`, which writes the pages it is given; `fused` has the plain torch
+around them. `loki_compile.kernels` has the algorithm and the legend of the letters; `checks` has
+what is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +19,14 @@ from typing import Any
 import torch
 from loki_compile.kernels import cpu, cpu_build
 from loki_compile.kernels.budget import Budget
-from loki_compile.kernels.checks import KEEP_ALL_Q16, check_attend, check_select, hidden_below
+from loki_compile.kernels.checks import (
+    KEEP_ALL_Q16,
+    check_attend,
+    check_pages,
+    check_select,
+    hidden_below,
+    keys_ranked,
+)
 from torch import Tensor
 
 __all__ = [
@@ -26,17 +36,20 @@ __all__ = [
     "Budget",
     "attend",
     "check_attend",
+    "check_pages",
     "check_select",
+    "extend_pages",
     "hidden_below",
     "select",
     "unserved",
+    "update_pages",
     "without_autocast",
 ]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What runs both ops on one type of device.
+    """What runs the ops on one type of device.
 
     `available` says why it cannot run here, "" where it can; `note` says what a user may want to
     know where it does run, "" where there is nothing. Neither builds a kernel.
@@ -85,14 +98,21 @@ _LIBRARY = torch.library.Library("loki", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 _LIBRARY.define(
-    "select(Tensor q, Tensor basis, Tensor index, Tensor? index_scale, Tensor? mask,"
+    "select(Tensor q, Tensor? basis, Tensor index, Tensor? index_scale, Tensor? mask,"
     " Tensor? bounds, *, float scale, int? top_k, int keep_q16, int sink, int recent,"
-    " int min_keys, bool per_head) -> Tensor",
+    " int min_keys, bool per_head, int page=1, SymInt? keys=None, bool by_probability=False)"
+    " -> Tensor",
     tags=_TAGS,
 )
 _LIBRARY.define(
+    "update_pages(Tensor(a!) pages, Tensor keys, Tensor written, *, int page) -> ()", tags=_TAGS
+)
+_LIBRARY.define(
+    "extend_pages(Tensor pages, Tensor keys, Tensor written, *, int page) -> Tensor", tags=_TAGS
+)
+_LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor? mask,"
-    " *, float scale, float softcap=0.0, Tensor? sinks=None, Tensor? k_rest=None) -> Tensor",
+    " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_rest=None) -> Tensor",
     tags=_TAGS,
 )
 
@@ -100,10 +120,10 @@ _LIBRARY.define(
 @torch.library.register_fake("loki::select", lib=_LIBRARY)
 def _select_fake(
     q, basis, index, index_scale, mask, bounds, *, top_k, keep_q16, sink, recent, min_keys,
-    per_head, **_,
+    per_head, page=1, keys=None, **_,
 ):  # fmt: skip
     heads = q.shape[1] if per_head else index.shape[1]
-    slots = Budget(top_k, keep_q16, sink, recent, min_keys).slots(index.shape[2])
+    slots = Budget(top_k, keep_q16, sink, recent, min_keys).slots(keys_ranked(index, page, keys))
     return q.new_empty((q.shape[0], heads, q.shape[2], slots), dtype=torch.int32)
 
 
@@ -112,8 +132,19 @@ def _attend_fake(q, k, v, positions, mask, **_):
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
 
+@torch.library.register_fake("loki::update_pages", lib=_LIBRARY)
+def _update_pages_fake(pages, keys, written, *, page):
+    return None
+
+
+@torch.library.register_fake("loki::extend_pages", lib=_LIBRARY)
+def _extend_pages_fake(pages, keys, written, *, page):
+    b, hkv, t, d = keys.shape
+    return keys.new_empty((b, hkv, (t + page - 1) // page, 2 * d))
+
+
 def with_bool_mask(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The kernel of either op, for masks of bytes as well: 0 or 1, one byte as in bool."""
+    """A kernel of `select` or `attend`, for masks of bytes as well: 0 or 1, one byte as in bool."""
 
     @functools.wraps(kernel)
     def run(*args: Any, **kwargs: Any) -> Tensor:
@@ -138,10 +169,28 @@ def _attend_cuda(*args, **kwargs):
     return triton_attend.attend(*args, **kwargs)
 
 
+def _update_pages_cuda(*args, **kwargs):
+    from loki_compile.kernels import triton_pages
+
+    triton_pages.update_pages(*args, **kwargs)
+
+
+def _extend_pages_cuda(*args, **kwargs):
+    from loki_compile.kernels import triton_pages
+
+    return triton_pages.extend_pages(*args, **kwargs)
+
+
 _LIBRARY.impl("select", with_bool_mask(cpu.select), "CPU")
 _LIBRARY.impl("attend", with_bool_mask(cpu.attend), "CPU")
 _LIBRARY.impl("select", with_bool_mask(_select_cuda), "CUDA")
 _LIBRARY.impl("attend", with_bool_mask(_attend_cuda), "CUDA")
+_LIBRARY.impl("update_pages", cpu.update_pages, "CPU")
+_LIBRARY.impl("extend_pages", cpu.extend_pages, "CPU")
+_LIBRARY.impl("update_pages", _update_pages_cuda, "CUDA")
+_LIBRARY.impl("extend_pages", _extend_pages_cuda, "CUDA")
 
 select = torch.ops.loki.select.default
 attend = torch.ops.loki.attend.default
+update_pages = torch.ops.loki.update_pages.default
+extend_pages = torch.ops.loki.extend_pages.default

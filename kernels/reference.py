@@ -1,20 +1,21 @@
-"""The definition of both ops: one row at a time, plain PyTorch, computed in fp64.
+"""The definition of the ops: one row at a time, plain PyTorch, computed in fp64.
 
 Slow on purpose; for tests. Arguments as in `loki_compile.kernels.ops`, any floating dtype. `select`
-returns int32 positions, `attend` the dtype of q: pass fp64 tensors to have the truth unrounded.
+returns int32 positions, `attend` the dtype of q, the page ops that of the keys: pass fp64 tensors
+to have the truth unrounded.
 """
 
 from __future__ import annotations
 
 import torch
 from loki_compile.kernels.budget import Budget
-from loki_compile.kernels.checks import hidden_below
+from loki_compile.kernels.checks import hidden_below, keys_ranked
 from torch import Tensor
 
 
 def select(
     q: Tensor,
-    basis: Tensor,
+    basis: Tensor | None,
     index: Tensor,
     index_scale: Tensor | None,
     mask: Tensor | None,
@@ -27,14 +28,20 @@ def select(
     recent: int,
     min_keys: int,
     per_head: bool,
+    page: int = 1,
+    keys: int | None = None,
+    by_probability: bool = False,
 ) -> Tensor:
     """Positions (B, Hkv or Hq, S, K) int32: chosen keys ascending, then -1.
 
     `bounds` says nothing that `mask` does not, and is not read.
     """
     b, hq, s, _ = q.shape
-    hkv, t = index.shape[1:3]
-    score = scores(q, basis, index, index_scale, mask, scale=scale, per_head=per_head)
+    hkv, t = index.shape[1], keys_ranked(index, page, keys)
+    score = scores(
+        q, basis, index, index_scale, mask,
+        scale=scale, per_head=per_head, page=page, keys=keys, by_probability=by_probability,
+    )  # fmt: skip
     heads = hq if per_head else hkv
     visible = _visible(mask, t).expand(b, hq, s, t)[:, :: hq // heads]
     budget = Budget(top_k, keep_q16, sink, recent, min_keys)
@@ -48,27 +55,90 @@ def select(
 
 def scores(
     q: Tensor,
-    basis: Tensor,
+    basis: Tensor | None,
     index: Tensor,
     index_scale: Tensor | None,
     mask: Tensor | None,
     *,
     scale: float,
     per_head: bool,
+    page: int = 1,
+    keys: int | None = None,
+    by_probability: bool = False,
 ) -> Tensor:
-    """What `select` ranks by: (B, Hkv or Hq, S, T) fp64; NaN as -inf, additive mask added."""
+    """What `select` ranks by: (B, Hkv or Hq, S, T) fp64; NaN as -inf, additive mask added.
+
+    `by_probability`: the logarithm of what the group's softmaxes over the visible keys sum to.
+    """
     b, hq, s, _ = q.shape
-    hkv, t = index.shape[1:3]
-    rows = index.double() if index_scale is None else index.double() * index_scale.double()
-    each = basis.double().expand(b, *basis.shape[-3:])
-    q_low = torch.einsum("bhgsd,bhdr->bhgsr", q.double().unflatten(1, (hkv, -1)), each)
-    score = scale * torch.einsum("bhgsr,bhtr->bhgst", q_low, rows)
-    score = score.masked_fill(score.isnan(), -torch.inf)
-    score = score.flatten(1, 2) if per_head else score.amax(2)
+    hkv, t = index.shape[1], keys_ranked(index, page, keys)
+    grouped = q.double().unflatten(1, (hkv, -1))
+    if page > 1:
+        each = scale * _page_bound(grouped, index.double())
+        each = each.repeat_interleave(page, -1)[..., :t]
+    else:
+        each = scale * _dots(grouped, basis, index, index_scale)
+    each = each.masked_fill(each.isnan(), -torch.inf)  # (B, Hkv, G, S, T)
+    heads = hq if per_head else hkv
+    bias = torch.zeros(1, 1, 1, t, dtype=torch.float64)
     if mask is not None and mask.dtype != torch.bool:
-        bias = mask.double().expand(b, hq, s, t)[:, :: hq // score.shape[1]]
-        score = score + bias
+        bias = mask.double()
+    bias = bias.expand(b, hq, s, t)[:, :: hq // heads]
+    if by_probability:
+        visible = _visible(mask, t).expand(b, hq, s, t)[:, :: hq // heads]
+        return _log_probability(each + bias[:, :, None], visible[:, :, None])
+    score = bias + (each.flatten(1, 2) if per_head else each.amax(2))
     return score.masked_fill(score.isnan(), -torch.inf)
+
+
+def _log_probability(logits: Tensor, visible: Tensor) -> Tensor:
+    """log of the sum over G of softmaxes over the visible T: logits (B, Hkv, G, S, T) to
+    (B, Hkv, S, T).
+
+    Infinite logits take no part in a softmax and rank as they are, as those of one head would.
+    """
+    logits = logits.masked_fill(logits.isnan(), -torch.inf)
+    counted = logits.masked_fill(~visible | (logits == torch.inf), -torch.inf)
+    total = counted.logsumexp(-1, keepdim=True)
+    return (logits - total.masked_fill(total == -torch.inf, 0.0)).logsumexp(2)
+
+
+def _dots(
+    grouped: Tensor, basis: Tensor | None, index: Tensor, index_scale: Tensor | None
+) -> Tensor:
+    """(B, Hkv, G, S, T): queries (B, Hkv, G, S, D) against the index, projected if it is."""
+    rows = index.double() if index_scale is None else index.double() * index_scale.double()
+    if basis is not None:
+        each = basis.double().expand(len(index), *basis.shape[-3:])
+        grouped = torch.einsum("bhgsd,bhdr->bhgsr", grouped, each)
+    return torch.einsum("bhgsr,bhtr->bhgst", grouped, rows)
+
+
+def _page_bound(grouped: Tensor, pages: Tensor) -> Tensor:
+    """(B, Hkv, G, S, P): the most that the product of a query and a key of the page can be."""
+    low, high = pages[:, :, None, None].chunk(2, -1)
+    q = grouped[:, :, :, :, None]
+    return torch.maximum(q * low, q * high).sum(-1)
+
+
+def update_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> None:
+    """Bounds of the pages with a written token, in place; see `loki_compile.kernels.ops`."""
+    b, hkv, t, d = keys.shape
+    stored = written.expand(b, hkv, t, 1)[..., 0] != 0
+    for i, h, p in _rows(b, hkv, -(-t // page)):
+        at = stored[i, h, p * page : (p + 1) * page].nonzero().flatten()
+        if len(at):
+            filled = keys[i, h, p * page : p * page + int(at[-1]) + 1]
+            pages[i, h, p, :d], pages[i, h, p, d:] = filled.amin(0), filled.amax(0)
+
+
+def extend_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> Tensor:
+    """The pages of a cache that has grown, (B, Hkv, ceil(T / page), 2 D)."""
+    b, hkv, t, d = keys.shape
+    more = keys.new_zeros((b, hkv, -(-t // page) - pages.shape[2], 2 * d))
+    grown = torch.cat((pages, more), 2)
+    update_pages(grown, keys, written, page=page)
+    return grown
 
 
 def attend(
@@ -80,7 +150,7 @@ def attend(
     *,
     scale: float,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
 ) -> Tensor:
     """Exact attention over the keys at `positions`: (B, Hq, S, Dv) in q.dtype.
@@ -106,8 +176,8 @@ def attend(
             added = _additive(bias[i, h, j, at])
             seen = added != -torch.inf
             at, logits = at[seen], logits[seen] + added[seen]
-        if sinks is not None:
-            logits = torch.cat((logits, sinks[h : h + 1].double()))
+        if sink_logits is not None:
+            logits = torch.cat((logits, sink_logits[h : h + 1].double()))
         weights = _softmax_or_zero(logits)[: len(at)]
         out[i, h, j] = (weights @ v[i, kv, at].double()).to(q.dtype)
     return out

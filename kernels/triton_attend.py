@@ -95,7 +95,7 @@ _RUNTIME_SIZES = [
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
 def attend_kernel(
-    p_q, p_k, p_rest, p_v, p_positions, p_mask, p_sinks, p_out, p_acc, p_largest, p_total,
+    p_q, p_k, p_rest, p_v, p_positions, p_mask, p_sink_logits, p_out, p_acc, p_largest, p_total,
     q_sb, q_sh, q_ss, k_sb, k_sh, k_st, rest_sb, rest_sh, rest_st, v_sb, v_sh, v_st,
     pos_sb, pos_sh, pos_ss, mask_sb, mask_sh, mask_ss, mask_st,
     H, S, T, K, splits, scale, softcap,
@@ -103,7 +103,7 @@ def attend_kernel(
     BLOCK_REST: tl.constexpr, BLOCK_DV: tl.constexpr, REST_ALIGN: tl.constexpr,
     V_IS_K: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS_PER_KV: tl.constexpr,
     K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, MASK: tl.constexpr, HEAD_MASK: tl.constexpr,
-    CAPPED: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr,
+    CAPPED: tl.constexpr, SINK_LOGITS: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Partial (SPLIT) or final attention of one row's heads; grid (rows * head blocks, splits).
@@ -207,8 +207,8 @@ def attend_kernel(
             tl.store(p_acc + o[:, None] * DV + o_dv[None, :], acc, mask=m_acc)
     else:
         sink = tl.full((HEADS,), float("-inf"), tl.float32)
-        if SINKS:
-            sink = tl.load(p_sinks + o_h, mask=m_g, other=float("-inf")).to(tl.float32)
+        if SINK_LOGITS:
+            sink = tl.load(p_sink_logits + o_h, mask=m_g, other=float("-inf")).to(tl.float32)
         out = _finish(acc, largest, total, sink)
         p_out += (((i_b * H * GROUP + o_h) * S + i_s) * DV)[:, None] + o_dv[None, :]
         m_out = m_g[:, None] & (o_dv < DV)[None, :]
@@ -217,8 +217,8 @@ def attend_kernel(
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
 def combine_kernel(
-    p_acc, p_largest, p_total, p_sinks, p_out, H, S, splits,
-    DV: tl.constexpr, GROUP: tl.constexpr, SINKS: tl.constexpr,
+    p_acc, p_largest, p_total, p_sink_logits, p_out, H, S, splits,
+    DV: tl.constexpr, GROUP: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one row and head; grid (rows * GROUP, blocks of Dv)."""
     i = tl.program_id(0)
@@ -240,8 +240,8 @@ def combine_kernel(
     share = _weight(largest, top)
     total = tl.sum(total * share, 0)
     acc = tl.sum(acc * share[:, None], 0)
-    if SINKS:
-        sink = tl.load(p_sinks + i_head).to(tl.float32)
+    if SINK_LOGITS:
+        sink = tl.load(p_sink_logits + i_head).to(tl.float32)
         with_sink = tl.maximum(top, sink)
         acc *= _weight(top, with_sink)
         total = total * _weight(top, with_sink) + _weight(sink, with_sink)
@@ -259,14 +259,14 @@ def attend(
     *,
     scale: float,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
     launch: AttendLaunch | None = None,
 ) -> Tensor:
     """`loki::attend`; see `loki_compile.kernels.ops`. `launch` replaces the table's choice."""
     out, stages = attend_stages(
-        q, k, v, positions, mask, scale=scale, softcap=softcap, sinks=sinks, k_rest=k_rest,
-        launch=launch,
+        q, k, v, positions, mask, scale=scale, softcap=softcap, sink_logits=sink_logits,
+        k_rest=k_rest, launch=launch,
     )  # fmt: skip
     with torch.cuda.device_of(q):
         for stage in stages:
@@ -283,12 +283,12 @@ def attend_stages(
     *,
     scale: float,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
     launch: AttendLaunch | None = None,
 ) -> tuple[Tensor, tuple[Stage, ...]]:
     """The output of `attend`, unwritten, and the launches that write it, in order."""
-    check_attend(q, k, v, positions, mask, softcap=softcap, sinks=sinks, k_rest=k_rest)
+    check_attend(q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest)
     b, hq, s, _ = q.shape
     d, (hkv, t, dv) = k.shape[3], v.shape[1:]
     rest = 0 if k_rest is None else k_rest.shape[3]
@@ -307,7 +307,7 @@ def attend_stages(
         launch = attend_launch(
             device, group=group, block_d=max(block_d, block_dv), bytes_each=widest
         )
-    sinks = None if sinks is None else sinks.contiguous()
+    sink_logits = None if sink_logits is None else sink_logits.contiguous()
     head_blocks = triton.cdiv(group, launch.heads)
     most = min(SPLITS_MAX.value, triton.cdiv(slots, launch.block_n))
     splits = programs_per_row(device, rows * head_blocks, launch.programs, most)
@@ -336,7 +336,7 @@ def attend_stages(
 
     def run_attend() -> None:
         attend_kernel[(rows * head_blocks, splits)](
-            q, k, k_rest, v, positions, mask, sinks, out, acc, largest, total,
+            q, k, k_rest, v, positions, mask, sink_logits, out, acc, largest, total,
             *broadcast_strides(q, 3), *(n // k_align for n in k_strides),
             *(n // rest_align for n in rest_strides), *(n // v_align for n in v_strides),
             *broadcast_strides(positions, 3), *mask_strides,
@@ -345,14 +345,14 @@ def attend_stages(
             REST_ALIGN=rest_align, V_IS_K=v_is_k, GROUP=group, HEADS=launch.heads,
             ROWS_PER_KV=heads_out // hkv, K_ALIGN=k_align, V_ALIGN=v_align,
             MASK=mask_kind, HEAD_MASK=head_mask, CAPPED=softcap > 0,
-            SINKS=sinks is not None, SPLIT=splits > 1, DOT=dot,
+            SINK_LOGITS=sink_logits is not None, SPLIT=splits > 1, DOT=dot,
             BLOCK_N=launch.block_n, STAGES=launch.stages, num_warps=launch.warps,
         )  # fmt: skip
 
     def run_combine() -> None:
         combine_kernel[(rows * group, triton.cdiv(dv, COMBINE_DV.value))](
-            acc, largest, total, sinks, out, heads_out, s, splits,
-            DV=dv, GROUP=group, SINKS=sinks is not None, num_warps=4,
+            acc, largest, total, sink_logits, out, heads_out, s, splits,
+            DV=dv, GROUP=group, SINK_LOGITS=sink_logits is not None, num_warps=4,
         )  # fmt: skip
 
     attend_stage = Stage("attend", run_attend)

@@ -40,8 +40,8 @@ class CacheForm:
     """How a cache lies in memory, and how each step changes it.
 
     `token_axis`, `head_axis` and `batch_axis` are its dimensions (-1: none such); head_dim is last,
-    or heads and head_dim in one, where `folded`. `rows_apart`: sequences lie along `batch_axis`, and
-    there may be several. `replaced`: each step returns a new tensor, at `output`, and at
+    or heads and head_dim in one, where `folded`. `rows_apart`: sequences lie along `batch_axis`,
+    and there may be several. `replaced`: each step returns a new tensor, at `output`, and at
     `rest_output` the one whose rows continue its rows; it `grows` if that is longer. `written`:
     steps store into it. `item_bytes`: of one number.
     """
@@ -170,8 +170,8 @@ class CacheBinding:
     tensor whose rows continue its rows, if there is one; `weights` the fingerprint of the weights
     that make its keys ("" if none was found), which come in at position `weight`; each call stores
     `new_tokens`. `part` says where the past tensor was cut out, if it is a part of another one.
-    `basis` is a stored one; None: each cache has its own. `layout` of what is kept is None until the
-    rank is known, and where nothing is. `latent`: its rows are expanded to
+    `basis` is a stored one; None: each cache has its own. `layout` of what is kept is None until
+    the rank is known, and where nothing is. `latent`: its rows are expanded to
     keys; a set of bases need not hold one for such rows, which `calibrate` may not have seen: it is
     fitted then. `unit_queries` gives, for a call's arguments, what the rows meet, where that is
     known before any query.

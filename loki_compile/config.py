@@ -189,8 +189,8 @@ def _policies(policy: Any) -> None:
         many = layers if isinstance(layers, tuple) else (layers,)
         if not many or not all(_is_int(pick) or isinstance(pick, str) for pick in many):
             raise ValueError(
-                f'policy={{{layers!r}: ...}}: needs layer numbers, ranges such as "0-3" or module '
-                'path patterns such as "model.layers.1*".'
+                f'policy={{{layers!r}: ...}}: needs layer numbers, ranges such as "0-3", or '
+                'module path patterns such as "model.layers.1*".'
             )
         _policy(name)
     return None

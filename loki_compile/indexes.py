@@ -88,8 +88,8 @@ class Build:
 
 @dataclass(eq=False)
 class IndexRecord:
-    """What is kept of one cache tensor: `tensors` mirror it while it is `as_it_was`: as `stamps` say,
-    and no step is writing it.
+    """What is kept of one cache tensor: `tensors` mirror it while it is as `stamps` say, and
+    `as_it_was`: no step is writing it.
 
     `filled` tokens were there behind the last step. `fit` is the automatic basis, None where a
     stored one serves or none is needed; `bound` what the rows were projected by. `witness`
@@ -128,8 +128,8 @@ class TensorIndex:
     """What is kept beside a cache tensor.
 
     `tensors` are rows like the tensor's, R dims wide (per head where heads are folded), and their
-    fp32 scales where the rows are int8; or bounds of pages, see `PageLayout`. `valid` says that they
-    belong to the tensor as it is now, as far as versions tell. `basis` is what keys were projected
+    fp32 scales where the rows are int8; or bounds of pages (`PageLayout`). `valid` says that
+    they belong to the tensor as it is now, as far as versions tell. `basis` is what keys were projected
     by; `fitted`: whether it was fitted for this cache. The index may serve a part of it: `numbers`,
     () for the whole.
     """

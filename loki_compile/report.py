@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 from torch._dynamo.utils import counters
 from torch._logging import trace_structured
 
+from loki_compile.kernels.kept import Keeps, PageLayout
+
 if TYPE_CHECKING:
+    from loki_compile.caches import CacheBinding
     from loki_compile.config import LokiConfig
-    from loki_compile.indexes import CacheBinding
     from loki_compile.passes.plan import Plan
     from loki_compile.runtime import DecodeGraph
 
@@ -34,7 +36,7 @@ class SiteReport:
     the section of this project's documents that says what would have to change.
     Heads and dims are counts; index_bytes_per_token is what the key index costs per cached token
     in the cache's own dtype (None where dense); basis tells where the projection comes from; note
-    is what one should know of the kernels that serve its device, mostly ""; policy chooses its keys.
+    is what one should know of the kernels that serve its device, mostly ""; policy chooses keys.
     """
 
     path: str
@@ -49,6 +51,7 @@ class SiteReport:
     index_bytes_per_token: float | None = None
     note: str = ""
     see: str = ""
+    policy: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,11 @@ def _cells(row: Folded) -> tuple[str, str, str, str, str]:
     site = row.sites[0]
     heads = f"{row.heads} heads" if row.heads else ""
     if site.outcome == "sparse":
-        basis = f"basis {site.basis}; {site.note}" if site.note else f"basis {site.basis}"
-        return row.where, site.outcome, heads, f"{row.dims} dims", basis
+        more = [f"policy {site.policy}"] if site.policy != "loki" else []
+        more += [f"basis {site.basis}"] if site.basis else []
+        more += [site.note] if site.note else []
+        dims = f"{row.dims} dims" if site.basis else ""
+        return row.where, site.outcome, heads, dims, "; ".join(more)
     return row.where, site.outcome, heads, "", f"{site.reason} ({site.see})"
 
 
@@ -306,15 +312,13 @@ def describe(
     entries: list[tuple[Any, SiteReport]] = []
     for sparse in plan.sparse:
         site, binding = sparse.site, bindings[sparse.cache]
-        rank = binding.rank(config.rank)
-        item = 1 if config.index_dtype == "int8" else binding.item_bytes
-        per_token = None if rank is None else site.kv_heads * (rank * item + 4 * (item == 1))
+        rank = binding.rank(config.rank) if binding.keeps is Keeps.INDEX else None
         entries.append(
             (
                 site.node,
                 SiteReport(
                     path=site.path,
-                    cache=binding.cache.source,
+                    cache=plan.caches[sparse.cache].source,
                     outcome="sparse",
                     reason="",
                     query_heads=site.query_heads,
@@ -322,8 +326,9 @@ def describe(
                     head_dim=site.head_dim,
                     rank=rank,
                     basis=_basis_text(binding, adapters),
-                    index_bytes_per_token=per_token,
+                    index_bytes_per_token=_bytes_per_token(binding, rank, config),
                     note=sparse.note,
+                    policy=sparse.choice.ranking.name,
                 ),
             )
         )
@@ -349,6 +354,18 @@ def describe(
         position = {node: i for i, node in enumerate(entries[0][0].graph.nodes)}
         entries.sort(key=lambda entry: position[entry[0]])
     return GraphReport(tuple(report for _, report in entries))
+
+
+def _bytes_per_token(binding: CacheBinding, rank: int | None, config: LokiConfig) -> float | None:
+    """What is kept beside the cache for each of its tokens; None where a spectrum will decide."""
+    heads, item = binding.kv_heads, binding.form.item_bytes
+    if isinstance(binding.layout, PageLayout):
+        return heads * 2 * binding.head_dim * item / binding.layout.page
+    if binding.keeps is Keeps.NOTHING:
+        return 0.0
+    if rank is None:
+        return None
+    return heads * (rank + 4 if config.index_dtype == "int8" else rank * item)
 
 
 def _basis_text(binding: CacheBinding, adapters: int) -> str:

@@ -287,7 +287,7 @@ class DecodeGraph:
         return outputs
 
     def _true_indexes(self, step: Step) -> list[IndexRecord | None]:
-        """For each cache that something is kept of, that; None where nothing is known to mirror it."""
+        """What is kept of each cache, in order; None where nothing is known to mirror it."""
         held: list[IndexRecord | None] = []
         unwatched = []
         for place in step.served.kept:

@@ -271,8 +271,8 @@ class AttentionSite:
         )
 
     def is_among(self, layers: Sequence[int | str], number: int) -> bool:
-        """Whether one of `layers` names the site: by its layer's number, or by a pattern (`fnmatch`)
-        of its path. Without a path it has the `number` that it has among its graph's sites."""
+        """Whether one of `layers` names the site: by its layer's number, or by a pattern
+        (`fnmatch`) of its path. Without a path it has the `number` that it has among its graph's sites."""
         digits = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.path)
         layer = int(digits[1]) if digits else number
         return any(

@@ -86,7 +86,7 @@ def _add(
 def mirrored(
     graph: fx.Graph, cache: KeyCache, layout: Layout, places: Placeholders, site: AttentionSite
 ) -> list[fx.Node]:
-    """Makes a graph keep true what is kept of a cache; returns its tensors behind the cache's writes.
+    """Makes a graph keep true what is kept of a cache; returns its tensors behind all writes.
 
     `site` is the first that reads the cache: bounds of pages are made anew in front of it.
     """

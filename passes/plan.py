@@ -77,7 +77,8 @@ def make_plan(
     Args:
       policy: how each site chooses its keys. Where no row can ever see more than `min_keys` of the
         budget, the site is left dense.
-      layers: "all", or numbers and path patterns (see `AttentionSite.is_among`) of the sites that may be sparse.
+      layers: "all", or numbers and path patterns of the sites that may be sparse, see
+        `AttentionSite.is_among`.
     """
     dense = list(skipped)
     sparse: list[SparseSite] = []

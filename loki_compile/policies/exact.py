@@ -1,6 +1,6 @@
-"""Keys ranked by themselves: the best choice that any ranking could make at its budget, for the time
-of reading all keys. Nothing is kept. What a ranking loses against it is the ranking's fault, what it
-loses against dense attention the budget's."""
+"""Keys ranked by themselves: the best choice that any ranking could make at its budget, in the time
+of reading all keys. Nothing is kept. What a ranking loses against it is the ranking's fault, what
+this loses against dense attention the budget's."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Quest (ICML 2024, arXiv 2406.10774): a key is ranked by the greatest score that any key of its page
-could have, which bounds of the page's dims tell. Those are kept beside the cache."""
+"""Quest (ICML 2024, arXiv 2406.10774): a key is ranked by the greatest score that any key of its
+page could have, which bounds of the page's dims tell. Those are kept beside the cache."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ RANKINGS: dict[str, Ranking] = {r.name: r for r in (LOW_RANK, EXACT, WINDOW, PAG
 
 
 def policy_of(config: LokiConfig) -> Policy:
-    """The policy that options ask for: every site by itself, each layer by the ranking it is given."""
+    """The policy that options ask for: every site by itself, each by its layer's ranking."""
 
     def choose(sites: Sequence[AttentionSite]) -> list[Choice]:
         return [

@@ -309,7 +309,7 @@ def attend_inputs(shape, dtype, per_head=False):
     return q, cache(b, hkv, t, d, dtype), cache(b, hkv, t, dv, dtype), positions
 
 
-def pytorch_attention(q, k, v, positions, mask, *, scale, softcap=0.0, sinks=None):
+def pytorch_attention(q, k, v, positions, mask, *, scale, softcap=0.0, sink_logits=None):
     """PyTorch's own attention over the chosen keys, in the dtype of q."""
     b, hq, s, _ = q.shape
     hkv, t = k.shape[1:3]
@@ -322,8 +322,10 @@ def pytorch_attention(q, k, v, positions, mask, *, scale, softcap=0.0, sinks=Non
         if added is not None and added.dtype != torch.bool:
             added = added.to(q.dtype)
         args = (q[i, h, j][None], k[i, kv, at], v[i, kv, at], added, scale)
-        if softcap or sinks is not None:
-            out[i, h, j] = eager_attention(*args, softcap, None if sinks is None else sinks[h])[0]
+        if softcap or sink_logits is not None:
+            out[i, h, j] = eager_attention(
+                *args, softcap, None if sink_logits is None else sink_logits[h]
+            )[0]
         else:
             query, keys, values, added, scale = args
             out[i, h, j] = F.scaled_dot_product_attention(
@@ -430,9 +432,9 @@ def test_attend_takes_positions_of_each_head(implementation, dtype):
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_attend_with_softcap_and_sinks(implementation, dtype, softcap):
     inputs = attend_inputs(SHAPES[4], dtype)
-    for sinks in (torch.randn(8), torch.full((8,), 30.0, dtype=dtype)):
+    for sink_logits in (torch.randn(8), torch.full((8,), 30.0, dtype=dtype)):
         assert_attends_as_defined(
-            implementation, inputs, None, scale=0.3, softcap=softcap, sinks=sinks
+            implementation, inputs, None, scale=0.3, softcap=softcap, sink_logits=sink_logits
         )
 
 

@@ -148,7 +148,7 @@ def select_launches(
 
 def attend_launches(
     chip, *, b=1, hq=32, hkv=8, s=1, t=300, d=128, dv=None, dtype=torch.bfloat16, slots=2048,
-    mask=None, softcap=0.0, sinks=False, rest=0, keys=None, values=None,
+    mask=None, softcap=0.0, sink_logits=False, rest=0, keys=None, values=None,
 ):  # fmt: skip
     """rest: dims of a second tensor of keys; the values then are the first itself (latents)."""
     mask, _ = mask_tensors(mask, b, hq, s, t)
@@ -159,7 +159,7 @@ def attend_launches(
         lambda: triton_attend.attend(
             torch.empty(b, hq, s, d + rest, dtype=dtype), k, v,
             torch.empty(b, hkv, s, slots, dtype=torch.int32), mask, scale=0.1, softcap=softcap,
-            sinks=torch.empty(hq) if sinks else None,
+            sink_logits=torch.empty(hq) if sink_logits else None,
             k_rest=torch.empty(b, hkv, t, rest, dtype=dtype) if rest else None,
         ),
     )  # fmt: skip
@@ -220,17 +220,17 @@ SELECT_MORE = [
 ]
 ATTEND_COMMON = [
     dict(),
-    dict(d=192, dv=128, mask="additive", softcap=50.0, sinks=True),
+    dict(d=192, dv=128, mask="additive", softcap=50.0, sink_logits=True),
     dict(hq=16, hkv=1, d=512, rest=64, mask="additive"),
     dict(keys=torch.float32, mask="bool"),  # autocast: rotated keys stay fp32
 ]
 ATTEND_MORE = [
-    dict(d=64, mask="bool", sinks=True),
+    dict(d=64, mask="bool", sink_logits=True),
     dict(d=80),
     dict(d=96, dtype=torch.float16),
     dict(d=256, softcap=50.0, mask="additive"),
     dict(hq=64, hkv=1, mask="per head"),
-    dict(hq=16, hkv=1, d=256, mask="per head", sinks=True),
+    dict(hq=16, hkv=1, d=256, mask="per head", sink_logits=True),
     dict(hq=128, hkv=1, d=512, rest=64),
     dict(hq=40, hkv=1, d=256, rest=32, dtype=torch.float16),
     dict(hq=16, hkv=1, d=512, rest=64, dtype=torch.float32),

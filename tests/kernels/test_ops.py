@@ -320,13 +320,13 @@ def test_opcheck_of_select(case):
     opcheck(select, args)
 
 
-@pytest.mark.parametrize("case", ["plain", "mask", "sinks"])
+@pytest.mark.parametrize("case", ["plain", "mask", "sink_logits"])
 def test_opcheck_of_attend(case):
     args = attend_args()
     if case == "mask":
         args["mask"] = torch.rand(B, 1, S, T) > 0.3
-    if case == "sinks":
-        args.update(sinks=torch.randn(HQ), softcap=20.0)
+    if case == "sink_logits":
+        args.update(sink_logits=torch.randn(HQ), softcap=20.0)
     opcheck(attend, args)
 
 
@@ -482,7 +482,9 @@ BAD_ATTEND = {
     },
     "shape of mask is (2, 1, 3, 36)": {"mask": SEEN[..., 1:]},
     "softcap is -1.0; allowed: 0 (none) or a positive number": {"softcap": -1.0},
-    "sinks is ((2,), torch.float32); allowed: shape (Hq,) = (6,)": {"sinks": torch.ones(HKV)},
+    "sink_logits is ((2,), torch.float32); allowed: shape (Hq,) = (6,)": {
+        "sink_logits": torch.ones(HKV)
+    },
 }
 
 
@@ -504,7 +506,7 @@ def test_tensors_on_two_devices_are_refused():
     args = attend_args(k=torch.ones(B, HKV, T, D, device="meta"))
     args.pop("scale")
     with pytest.raises(ValueError, match="device of k is meta; allowed: that of q, cpu"):
-        check_attend(**args, softcap=0.0, sinks=None)
+        check_attend(**args, softcap=0.0, sink_logits=None)
 
 
 def test_a_mask_expanded_over_heads_may_be_shared():

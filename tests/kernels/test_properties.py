@@ -87,7 +87,7 @@ class Case:
     values: str
     scale: float
     softcap: float
-    sinks: bool
+    sink_logits: bool
     seed: int
 
     @property
@@ -210,9 +210,9 @@ class Case:
 
     def attend_options(self) -> dict:
         logits = None
-        if self.sinks:
+        if self.sink_logits:
             logits = torch.randn(self.hq, generator=self.generator(6)) * 3
-        return {"scale": self.scale, "softcap": self.softcap, "sinks": logits}
+        return {"scale": self.scale, "softcap": self.softcap, "sink_logits": logits}
 
     def index(self) -> tuple[Tensor, Tensor | None]:
         rows, scale = index_rows(self.keys(), self.projections()[1], self.index_dtype)
@@ -263,7 +263,7 @@ def make_case(draw, values: tuple[str, ...] = tuple(FINITE), masks: tuple[str, .
         values=kind,
         scale=draw(st.sampled_from(scales)),
         softcap=draw(st.sampled_from([0.0, 0.0, 2.0, 30.0])),
-        sinks=draw(st.booleans()),
+        sink_logits=draw(st.booleans()),
         seed=draw(st.integers(0, 2**20)),
     )
 
@@ -412,7 +412,7 @@ def some_positions(case: Case) -> Tensor:
     return padded
 
 
-def pytorch_attention(case: Case, q, k, v, positions, mask, sinks) -> Tensor:
+def pytorch_attention(case: Case, q, k, v, positions, mask, sink_logits) -> Tensor:
     """PyTorch's own attention over the chosen keys, in the dtype of q, one row at a time."""
     out = torch.empty(case.b, case.hq, case.s, case.dv, dtype=q.dtype)
     for i, h, j in itertools.product(range(case.b), range(case.hq), range(case.s)):
@@ -425,13 +425,13 @@ def pytorch_attention(case: Case, q, k, v, positions, mask, sinks) -> Tensor:
             if added.dtype == torch.bool:
                 added = torch.zeros(at.shape, dtype=q.dtype).masked_fill(~added, -torch.inf)
         query, keys, values = q[i, h, j][None], k[i, kv, at], v[i, kv, at]
-        if case.softcap or sinks is not None:
+        if case.softcap or sink_logits is not None:
             logits = query @ keys.T * case.scale
             if case.softcap:
                 logits = torch.tanh(logits / case.softcap) * case.softcap
             logits = logits if added is None else logits + added
-            if sinks is not None:
-                logits = torch.cat((logits, sinks[h].to(logits.dtype).view(1, 1)), -1)
+            if sink_logits is not None:
+                logits = torch.cat((logits, sink_logits[h].to(logits.dtype).view(1, 1)), -1)
             weights = logits.softmax(-1, dtype=torch.float32).nan_to_num(0).to(q.dtype)
             out[i, h, j] = (weights[:, : len(at)] @ values)[0]
         else:
@@ -453,7 +453,7 @@ def check_attention(case: Case, implementation, inputs: list, mask: Tensor | Non
     found = implementation.attend(*inputs, mask, **options)
     assert found.dtype == q.dtype and found.shape == truth.shape and found.is_contiguous()
     assert found.isfinite().all()
-    theirs = pytorch_attention(case, q, k, v, positions, mask, options["sinks"])
+    theirs = pytorch_attention(case, q, k, v, positions, mask, options["sink_logits"])
     error = (found.double() - truth).abs().max()
     their_error = (theirs.double() - truth).abs().nan_to_num().max()
     logits = torch.einsum("bhgsd,bhtd->bhgst", *absolute(case, q, k)).max() * case.scale
@@ -534,7 +534,9 @@ def test_what_is_no_position_is_passed_over(case, filler):
 @cases(SHARE)
 def test_the_whole_budget_is_dense_attention(case):
     """Clause 1: whatever the basis, the order and the mask."""
-    case = replace(case, k=case.t + (case.k or 0), keep_q16=KEEP_ALL_Q16, softcap=0.0, sinks=False)
+    case = replace(
+        case, k=case.t + (case.k or 0), keep_q16=KEEP_ALL_Q16, softcap=0.0, sink_logits=False
+    )
     inputs, k, v = case.select_inputs(), case.keys(), case.contents()
     visible, mask = case.visible_and_mask()
     options = case.options()
@@ -580,8 +582,8 @@ def test_what_is_left_out_bounds_the_difference_from_dense(case):
         if mask.dtype == torch.bool:
             logits = logits.masked_fill(~mask, -torch.inf)
     values = wide[2].repeat_interleave(case.group, 1)
-    if case.sinks:
-        column = options["sinks"].double().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+    if case.sink_logits:
+        column = options["sink_logits"].double().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
         logits = torch.cat((logits, column), -1)
         values = torch.cat((values, torch.zeros_like(values[:, :, :1])), 2)
     weights = logits.softmax(-1)
@@ -636,7 +638,7 @@ def test_what_is_hidden_changes_nothing(case):
 @given(make_case(values=("normal", "integers")))
 @cases(SHARE)
 def test_a_row_that_sees_nothing_is_what_sdpa_makes_of_it(case):
-    case = replace(case, mask="rare", dtype=torch.float32, softcap=0.0, sinks=False)
+    case = replace(case, mask="rare", dtype=torch.float32, softcap=0.0, sink_logits=False)
     inputs, k, v = case.select_inputs(), case.keys(), case.contents()
     visible, mask = case.visible_and_mask()
     if case.filler == 1:  # SDPA adds the score to finfo.min, and what is left of it decides

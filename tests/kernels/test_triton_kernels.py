@@ -535,13 +535,13 @@ def test_masks_apply_at_the_chosen_positions(heads, dtype, used):
 def test_soft_cap_and_attention_sinks(programs):
     tensors = attention_inputs(1, 4, 2, 1, 70, 32, 32, torch.float32)
     positions = random_positions(1, 2, 1, 70, 61, 50)
-    for softcap, sinks in (
+    for softcap, sink_logits in (
         (2.0, None),
         (0.0, torch.randn(4)),
         (30.0, torch.tensor([60.0, 1, -9, 1, 0, 1, 5, 1])[::2]),
     ):
         error, _ = attend_error(
-            tensors, positions, scale=1.0, softcap=softcap, sinks=sinks,
+            tensors, positions, scale=1.0, softcap=softcap, sink_logits=sink_logits,
             launch=small_tiles(tensors, programs),
         )  # fmt: skip
         assert error < 1e-5
@@ -554,8 +554,10 @@ def test_rows_that_see_nothing_get_what_dense_attention_gives(programs):
     nowhere = torch.full((1, 2, 1, 61), -1, dtype=torch.int32)
     launch = small_tiles(tensors, programs)
     for mask in (torch.zeros(1, 1, 1, 70, dtype=torch.bool), torch.full((1, 1, 1, 70), -torch.inf)):
-        for sinks in (None, torch.zeros(4)):
-            error, truth = attend_error(tensors, nowhere, mask, launch, scale=0.2, sinks=sinks)
+        for sink_logits in (None, torch.zeros(4)):
+            error, truth = attend_error(
+                tensors, nowhere, mask, launch, scale=0.2, sink_logits=sink_logits
+            )
             assert error == 0 and not truth.any()
     lowest = torch.full((1, 1, 1, 70), torch.finfo(torch.float32).min)
     error, truth = attend_error(tensors, nowhere, lowest, launch, scale=0.2)

@@ -67,8 +67,8 @@ class TestSteps:
         model = peft.get_peft_model(base(), lora(1, targets)).eval()
         assert_close_and_sparse(model, all_keys(model))
 
-    # Dynamo compiles `forward` for each set of adapters: nine graphs here, one more than its default
-    # limit, behind which it runs uncompiled whatever the backend is.
+    # Dynamo compiles `forward` for each set of adapters: nine graphs here, one more than its
+    # default limit, behind which it runs uncompiled whatever the backend is.
     @torch._dynamo.config.patch(recompile_limit=16)
     def test_adapters_loaded_after_compiling_and_switched_between_generations(self):
         plain = base()
