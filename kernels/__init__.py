@@ -29,8 +29,8 @@ q (B,Hq,S,D), k (B,Hkv,T,D), v (B,Hkv,T,Dv), basis (Hkv,D,R) or (B,Hkv,D,R), ind
 (B,Hkv,T,D) or pages (B,Hkv,P,2D), index_scale (B,Hkv,T,1), mask broadcastable to (B,Hq,S,T),
 written broadcastable to (B,Hkv,T,1), positions (B,Hkv or Hq,S,K).
 
-`ops` is the public door, `reference` the definition, `budget` how many keys a row chooses, `kept` what
-is kept beside a cache, `fused` the plain torch that Inductor fuses around the ops; `cpu`
+`ops` is the public door, `reference` the definition, `budget` how many keys a row chooses, `kept`
+what is kept beside a cache, `fused` the plain torch that Inductor fuses around the ops; `cpu`
 (C++, in cpu_*.cpp, or the PyTorch ops of `cpu_torch`) and `triton_select` (scores in
 `triton_score`), `triton_attend` and `triton_pages` implement it.
 """

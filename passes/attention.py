@@ -144,7 +144,7 @@ class Core:
     `reads` names calls that read an operand before `node`: (operand, call). `beside` has queries,
     laid out as `query`, keys and their order of a second product, which is added to the first.
 
-    With `softcap` c the scores are c * tanh(scale * q k^T / c); `sinks` (Hq,) are logits that
+    With `softcap` c the scores are c * tanh(scale * q k^T / c); `sink_logits` (Hq,) are logits that
     take part in the softmax and have no value. With `row_sinks` each row has a sink logit of its
     own: it is subtracted from the scores by a mask that is `per_row`, and is 0 then. A row whose
     keys are all masked with -inf is NaN with `nan_rows`, else zero. `query_scales`: tensors of one
@@ -161,7 +161,7 @@ class Core:
     key_order: tuple[int, int, int, int] = (0, 1, 2, 3)
     value_order: tuple[int, int, int, int] = (0, 1, 2, 3)
     softcap: float = 0.0
-    sinks: fx.Node | None = None
+    sink_logits: fx.Node | None = None
     row_sinks: bool = False
     nan_rows: bool = False
     reads: tuple[tuple[fx.Node, fx.Node], ...] = ()
@@ -272,7 +272,7 @@ class AttentionSite:
 
     def is_among(self, layers: Sequence[int | str], number: int) -> bool:
         """Whether one of `layers` names the site: by its layer's number, or by a pattern
-        (`fnmatch`) of its path. Without a path it has the `number` that it has among its graph's sites."""
+        (`fnmatch`) of its path. Without a path it has its `number` among its graph's sites."""
         digits = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.path)
         layer = int(digits[1]) if digits else number
         return any(

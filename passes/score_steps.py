@@ -50,7 +50,7 @@ class Scores:
         self.masks: list[MaskTerm] = []
         self.softcap = 0.0
         self.query_scales: list[tuple[Callable[..., Any], fx.Node]] = []
-        self.sinks: fx.Node | None = None
+        self.sink_logits: fx.Node | None = None
         self.row_sinks = False
         self.added: fx.Node | None = None  # a second product
         self.reads: list[tuple[fx.Node, fx.Node]] = []
@@ -91,7 +91,7 @@ class Scores:
         summed = [layouts[0][axis], *(layouts[number][-1] for number in self.by_keys)]
         if any(without_ones(letters, sizes) != "t" for letters in summed):
             return op_name(self.views[-1]) if self.views else "softmax"
-        if self.sinks is not None and layouts[0] != SCORES:
+        if self.sink_logits is not None and layouts[0] != SCORES:
             return "cat"
         self.masks = [
             dataclasses.replace(term, layout=layouts[number])
@@ -305,7 +305,7 @@ def _fold_cat(node: fx.Node, scores: Scores) -> fx.Node | None:
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     if not isinstance(tensors, (list, tuple)) or len(tensors) != 2:
         return None
-    if scores.sinks is not None or scores.row_sinks:
+    if scores.sink_logits is not None or scores.row_sinks:
         return None
     inner, sinks = tensors
     shape = shape_of(sinks)
@@ -314,8 +314,10 @@ def _fold_cat(node: fx.Node, scores: Scores) -> fx.Node | None:
     if len(shape) != 4 or dim not in (-1, 3) or concrete(shape[-1]) != 1 or scores.views:
         return None
     scores.by_keys.append(0)
-    scores.sinks = _per_head(sinks, concrete(shape[1]))
-    if scores.sinks is None:  # another one for each row: subtracted from the scores, it becomes 0
+    scores.sink_logits = _per_head(sinks, concrete(shape[1]))
+    if (
+        scores.sink_logits is None
+    ):  # another one for each row: subtracted from the scores, it becomes 0
         if scores.floor > float("-inf"):
             return None
         scores.row_sinks = True

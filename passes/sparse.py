@@ -109,7 +109,7 @@ def _sparse_attention(
 
 def _queries_and_sinks(graph: fx.Graph, site: AttentionSite) -> tuple[fx.Node, fx.Node | None]:
     """Queries (B, Hq, S, D) of what is cached, and sink logits (Hq,), heads in blocks."""
-    query, sinks = whole_queries(graph, site), site.core.sinks
+    query, sinks = whole_queries(graph, site), site.core.sink_logits
     # SDPA computes in the dtype that it returns (autocast's, whatever it is given). Attention
     # written out may have better queries than its last product returns: they are not rounded.
     wide = fake_value(site.node).dtype
@@ -149,7 +149,7 @@ def _attended(asked: Asked, positions: fx.Node, sinks: fx.Node | None) -> fx.Nod
         asked.mask,
         scale=site.scale,
         softcap=site.core.softcap,
-        sinks=sinks,
+        sink_logits=sinks,
         k_rest=rest,
         like=site.node,
     )

@@ -67,7 +67,7 @@ def core_at(softmax: fx.Node) -> Core | Skipped | None:
     if isinstance(product, str):
         return skip(Reason.SOFTMAX, product)
     trimmed = any(op_name(step) == "getitem" for step in steps)
-    if trimmed != (scores.sinks is not None or scores.row_sinks):
+    if trimmed != (scores.sink_logits is not None or scores.row_sinks):
         return skip(Reason.SOFTMAX, "a slice of the weights")
     factors = _factors(product, scores)
     if isinstance(factors, str):
@@ -110,9 +110,9 @@ def core_at(softmax: fx.Node) -> Core | Skipped | None:
         key_order=first.key_order,
         value_order=second.value_order,
         softcap=scores.softcap,
-        sinks=scores.sinks,
+        sink_logits=scores.sink_logits,
         row_sinks=scores.row_sinks,
-        nan_rows=not zeroed and scores.sinks is None and not scores.row_sinks,
+        nan_rows=not zeroed and scores.sink_logits is None and not scores.row_sinks,
         reads=tuple(scores.reads),
         query_layout=first.query_layout,
         out_layout=second.layout,
