@@ -45,7 +45,7 @@ from toy_decoders import (
     sdpa,
 )
 
-from loki_compile import indexes, reports, stats
+from loki_compile import fits, reports, stats
 from loki_compile.indexes import indexes_of
 
 STEPS = 3
@@ -450,7 +450,7 @@ def check_small_budget(layers: list[Layer], more: dict, inference: bool, seed: i
 
 def test_generated_decoders_with_a_small_budget_equal_a_fresh_rebuild(monkeypatch, use_engine):
     interpret(use_engine)
-    monkeypatch.setattr(indexes, "KeyCovariance", AxesWhateverIsSeen)
+    monkeypatch.setattr(fits, "KeyCovariance", AxesWhateverIsSeen)
     ran: Counter[bool] = Counter()
     options = [{}, {"share": "head"}, {"index_dtype": "int8"}]
 

@@ -24,6 +24,7 @@ from loki_compile.passes.calls import fake_value, writes_of
 from loki_compile.passes.emit import insert_rows
 from loki_compile.passes.latent import over_rows
 from loki_compile.passes.plan import make_plan
+from loki_compile.passes.policy import Choice
 from loki_compile.passes.sites import find_sites
 from loki_compile.pca_store.basis import BasisSet, random_basis
 from loki_compile.pca_store.covariance import KeyCovariance
@@ -33,6 +34,7 @@ from toy_decoders import count_attention, count_calls, interpret, normal_graph, 
 
 from loki_compile import LokiConfig, calibrate, reports, stats
 from loki_compile.indexes import indexes_of
+from loki_compile.policies.low_rank import LOW_RANK
 
 HIDDEN, HEADS, LATENT, SHARED, OWN, VALUE = 12, 3, 14, 4, 6, 5
 SLOTS, FILLED, BATCH = 41, 17, 2
@@ -989,7 +991,8 @@ def test_the_maps_of_the_heads_are_found_in_the_weight():
     )
     sites, skipped = find_sites(gm.graph)
     budget = Budget(None, 1 << 15, 1, 1, 0)
-    plan = make_plan(sites, skipped, budget=budget, per_head=False, layers="all")
+    choices = [Choice(LOW_RANK, budget)] * len(sites)
+    plan = make_plan(sites, skipped, policy=lambda sites: choices, layers="all")
     (sparse,) = plan.sparse
     latent = sparse.site.latent
     assert (latent.keys.start, latent.keys.block, latent.keys.inside) == (0, OWN + VALUE, 0)

@@ -11,6 +11,7 @@ from loki_compile.passes import plan
 from loki_compile.passes.attention import Reason
 from loki_compile.passes.graphs import copy_of
 from loki_compile.passes.plan import make_plan
+from loki_compile.passes.policy import Choice
 from loki_compile.passes.sites import find_sites
 from torch import nn
 from toy_decoders import (
@@ -36,6 +37,8 @@ from toy_decoders import (
     tokens,
     with_dropout,
 )
+
+from loki_compile.policies.low_rank import LOW_RANK
 
 BUDGET = Budget(top_k=5, keep_q16=1 << 16, sink=1, recent=1, min_keys=0)
 STATIC = Spelling(index_copy_method)
@@ -71,7 +74,8 @@ def graph_of_stack(spelling=STATIC, layers=3):
 
 def plan_of(gm, **changes):
     budget = replace(BUDGET, min_keys=changes.pop("min_context", 0))
-    options = {"budget": budget, "per_head": False, "layers": "all"}
+    choice = Choice(LOW_RANK, budget, changes.pop("per_head", False))
+    options = {"policy": lambda sites: [choice] * len(sites), "layers": "all"}
     return make_plan(*find_sites(gm.graph), **{**options, **changes})
 
 
@@ -81,7 +85,7 @@ def test_every_site_has_a_cache_of_its_own_in_the_order_of_layers():
     assert [sparse.cache for sparse in plan.sparse] == [0, 1, 2]
     assert len({cache.past for cache in plan.caches}) == 3
     assert [sparse.site for sparse in plan.sparse] == list(plan.sites)
-    assert not plan.dense and all(sparse.budget == BUDGET for sparse in plan.sparse)
+    assert not plan.dense and all(sparse.choice.budget == BUDGET for sparse in plan.sparse)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +143,7 @@ def test_a_cache_that_never_exceeds_min_context_stays_dense(spelling, most):
 def test_heads_choose_for_themselves_where_they_see_other_keys(mask, differ, per_head):
     gm = graph_of(STATIC.but(mask=mask, attend=gqa_repeat_kv))
     (sparse,) = plan_of(gm, per_head=per_head).sparse
-    assert sparse.per_head == (per_head or differ)
+    assert sparse.choice.per_head == (per_head or differ)
 
 
 class Twice(nn.Module):
@@ -200,7 +204,7 @@ def test_a_plan_follows_its_graph_into_a_copy():
     nodes += [write.node for cache in there.caches for write in cache.writes]
     assert len(nodes) == 5 and own.issuperset(nodes)
     assert [s.site.path for s in there.sparse] == [s.site.path for s in plan.sparse]
-    assert [s.budget for s in there.sparse] == [BUDGET, BUDGET]
+    assert [s.choice.budget for s in there.sparse] == [BUDGET, BUDGET]
 
 
 def test_a_share_of_the_visible_keys_is_rounded_up_and_never_none():

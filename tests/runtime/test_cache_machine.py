@@ -41,8 +41,9 @@ from transformers import (
     StaticCache,
 )
 
-from loki_compile import indexes, runtime, stats
+from loki_compile import runtime, stats
 from loki_compile.backend import default_engine
+from loki_compile.caches import Cached
 from loki_compile.indexes import indexes_of
 
 LAYERS, KV_HEADS, HEAD_DIM, VOCABULARY = 2, 2, 8, 64  # of `tiny_llama`
@@ -551,7 +552,7 @@ class CacheMachine(RuleBasedStateMachine):
                 if layer.keys.is_inference():
                     continue
                 rest = layer.values if is_latent(self.model) else None
-                held = indexes.Cached(layer.keys, rest, 2, layer.keys)
+                held = Cached(layer.keys, rest, 2, layer.keys)
                 for index in indexes_of(layer.keys, rest):
                     if not index.valid:
                         continue

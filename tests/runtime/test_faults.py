@@ -45,7 +45,7 @@ from transformers import (
     StaticCache,
 )
 
-from loki_compile import indexes, reports, runtime, stats
+from loki_compile import caches, fits, indexes, reports, runtime, stats, witness
 from loki_compile.backend import interpreter
 from loki_compile.indexes import indexes_of
 
@@ -138,9 +138,9 @@ def test_no_memory_to_keep_an_index_loses_no_step(
     spelling, mode, strict, monkeypatch, use_engine, caplog
 ):
     """It is found out behind the writes: that step is right, and the index is built anew."""
-    steps, behind, real = itertools.count(1), [], indexes.Cached
+    steps, behind, real = itertools.count(1), [], indexes.adopt
 
-    def rows(*args, **named):
+    def adopt(*args, **named):
         if behind:
             behind.clear()
             raise torch.OutOfMemoryError("no memory for 3 GiB")
@@ -157,7 +157,7 @@ def test_no_memory_to_keep_an_index_loses_no_step(
 
         return step
 
-    monkeypatch.setattr(indexes, "Cached", rows)
+    monkeypatch.setattr(indexes, "adopt", adopt)
     use_engine(engine)
     with mode():
         module = ToyDecoder(spelling).eval()
@@ -709,7 +709,8 @@ def converse(fast, spelling: Spelling, steps: int = 2) -> None:
 
 def bytes_of_the_runtime() -> int:
     """What the runtime's own lines have allocated in Python, and the lines that it leans on."""
-    files = (runtime.__file__, torch.utils.weak.__file__, reductions.__file__)
+    ours = (runtime, indexes, caches, fits, witness)
+    files = (*(module.__file__ for module in ours), torch.utils.weak.__file__, reductions.__file__)
     traces = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, f) for f in files])
     return sum(trace.size for trace in traces.traces)
 

@@ -44,7 +44,7 @@ from toy_decoders import (
     tokens,
 )
 
-from loki_compile import LokiConfig, indexes, reports, reset_stats, runtime, stats
+from loki_compile import LokiConfig, fits, reports, reset_stats, runtime, stats, variants
 from loki_compile.counts import Because
 from loki_compile.indexes import indexes_of
 
@@ -660,7 +660,7 @@ def test_a_failing_build_stays_dense_and_warns_once(spelling, monkeypatch, caplo
     def broken(*_):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(runtime, "rewrite_sparse", broken)
+    monkeypatch.setattr(variants, "rewrite_sparse", broken)
     with torch.no_grad():
         pair = Pair(spelling, EVERYTHING)
         pair.step(*pair.start(), steps=4)
@@ -678,7 +678,7 @@ def test_strict_raises_where_the_build_fails(monkeypatch):
     def broken(*_):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(runtime, "rewrite_sparse", broken)
+    monkeypatch.setattr(variants, "rewrite_sparse", broken)
     with torch.no_grad():
         pair = Pair(STATIC, {**EVERYTHING, "strict": True})
         here, _ = pair.start()
@@ -964,7 +964,7 @@ def test_layers_are_named_by_number_and_by_path():
 )
 @pytest.mark.parametrize("spelling", [GROWING, STATIC], ids=["growing", "static"])
 def test_a_basis_is_fitted_from_so_many_keys_evenly_spread(spelling, most, taken, monkeypatch):
-    monkeypatch.setattr(indexes, "FIT_TOKENS", most)
+    monkeypatch.setattr(fits, "FIT_TOKENS", most)
     with torch.no_grad():
         spelling = spelling.but(mask=no_mask)
         module = ToyDecoder(spelling).eval()

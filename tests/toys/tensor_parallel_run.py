@@ -85,9 +85,9 @@ def heads_find_their_basis(whole, sharded):
     made = []
 
     class Watched(backend.DecodeGraph):
-        def __init__(self, gm, plan, config, bindings, *rest):
-            made.append([binding.basis for binding in bindings])
-            super().__init__(gm, plan, config, bindings, *rest)
+        def __init__(self, variants, config, parts, served, serve):
+            made.append([binding.basis for binding in served.bindings])
+            super().__init__(variants, config, parts, served, serve)
 
     backend.DecodeGraph = Watched
     expected, _ = looped(compiled(whole), DynamicCache(config=whole.config))

@@ -73,12 +73,12 @@ def test_a_wrong_rewrite_is_told_from_a_model_that_differs_under_plain_dynamo(mo
 
 
 def test_a_rewrite_that_fails_is_a_crash_although_decoding_goes_on_dense(monkeypatch):
-    import loki_compile.runtime as runtime
+    from loki_compile import variants
 
     def fail(*args):
         raise RuntimeError("no such form")
 
-    monkeypatch.setattr(runtime, "rewrite_sparse", fail)
+    monkeypatch.setattr(variants, "rewrite_sparse", fail)
     result = zoo.run_case(zoo.Case("gpt2", "static", "sdpa", small=False))
     assert result["status"] == "crashes" and "no such form" in result["error"]
 
