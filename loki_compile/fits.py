@@ -156,15 +156,17 @@ def _mirrors_still(binding: CacheBinding, cached: Cached, old: IndexRecord, toke
     Rows that were projected within a graph may have been rounded otherwise: they are compared in
     the units of the keys' own rounding, where those of another prompt are far apart.
     """
+    layout, bound = old.layout, old.bound
+    assert isinstance(layout, IndexLayout) and bound is not None  # it has a fit
     last = min(tokens, old.filled, cached.slots) - 1
     if last < 0:
         return False
     picked = torch.linspace(0, last, SAMPLED_ROWS, device=cached.past.device).long()
     keys = cached.at(picked)
     axis, form = cached.token_axis, binding.form
-    if old.layout.each_row and len(old.bound.key) != keys.shape[form.batch_axis]:
+    if layout.each_row and len(bound.key) != keys.shape[form.batch_axis]:
         return False
-    now = project_new_keys(keys, old.bound.key, form.head_axis, torch.float32, form.batch_axis)[0]
+    now = project_new_keys(keys, bound.key, form.head_axis, torch.float32, form.batch_axis)[0]
     held = [tensor.index_select(axis, picked).float() for tensor in old.tensors]
     if len(held) == 2 and form.folded:
         now, held[0] = (x.unflatten(-1, (binding.kv_heads, -1)) for x in (now, held[0]))
@@ -172,7 +174,7 @@ def _mirrors_still(binding: CacheBinding, cached: Cached, old: IndexRecord, toke
     before = math.prod(held[1:], start=held[0])
     error = (now - before).abs().amax(-1)
     near = (error <= 0.05 * now.abs().amax(-1)).float()
-    if old.layout.each_row:  # no sequence keeps the basis of another that was in its place
+    if layout.each_row:  # no sequence keeps the basis of another that was in its place
         near = near.movedim(form.batch_axis, 0).flatten(1).mean(1)
         return bool(near.min() >= SAME_SHARE)
     return bool(near.mean() >= SAME_SHARE)

@@ -16,7 +16,6 @@ only misrank: attention itself always reads the cache's own keys and values.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from loki_compile import fits
+from loki_compile.builds import Build, Watch
 from loki_compile.caches import CacheBinding, Cached, Stamp, tokens_before, version_of
 from loki_compile.counts import Tally, hold_bytes
 from loki_compile.fits import BoundBasis, Fit, Origin
@@ -39,51 +39,6 @@ REBUILD_TOKENS = 8192
 _lock = threading.RLock()
 _indexes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _filled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-class Watch:
-    """What became of the indexes that calls of one graph have built.
-
-    `wasted` counts those that served a single step although their sequence went on, in other
-    tensors; `ended` has how many tokens there were when one was dropped behind its first step, be
-    it that, or a conversation that was over. One that serves a second step makes up for one wasted.
-    """
-
-    def __init__(self) -> None:
-        self.wasted = 0
-        self.ended: deque[int] = deque(maxlen=64)
-
-    def goes_on(self, tokens: int) -> bool:
-        """Whether a sequence of so many tokens had an index that was dropped; asked once for it."""
-        if tokens not in self.ended:
-            return False
-        self.ended.remove(tokens)
-        self.wasted += 1
-        return True
-
-
-class Build:
-    """The indexes that one call built; `tokens` are in the first cache behind it."""
-
-    def __init__(self, watch: Watch, tokens: int) -> None:
-        self.watch = watch
-        self.tokens = tokens
-        self.used = False
-
-    def use(self) -> None:
-        """A later call was served."""
-        if not self.used:
-            self.used = True
-            self.watch.wasted = max(0, self.watch.wasted - 1)
-
-    def drop(self) -> None:
-        """Nothing will use them any more."""
-        if not self.used:
-            self.used = True
-            self.watch.ended.append(self.tokens)
-
-    def __del__(self) -> None:
-        self.drop()
 
 
 @dataclass(eq=False)

@@ -11,8 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,34 +20,24 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from loki_compile import fits, indexes
+from loki_compile.builds import Build, Watch
 from loki_compile.caches import CacheBinding, Cached, tokens_before, version_of
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Because, Tally, say_once
-from loki_compile.indexes import Build, IndexRecord, Watch
+from loki_compile.indexes import IndexRecord
 from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
 from loki_compile.passes.attention import MAX_QUERY_TOKENS, MaskTerm
 from loki_compile.passes.shared_caches import Part, with_parts
+from loki_compile.recovery import Rollback, Saved, is_shortage, ordinary_tensors
 from loki_compile.variants import FillGraph, Variant, Variants
 from loki_compile.witness import Witness
 
 log = logging.getLogger("loki_compile")
 
-# A cache that is a new tensor at every step (beam search) would be read whole at every step to
-# build its index. Behind so many builds that served one step of a sequence each, its next steps are
-# dense, so many of them; others stay sparse. So many sequences are held back at a time.
-WASTED_BUILDS = 8
-HELD_BACK_CALLS = 64
-HELD_BACK_MOST = 16
 # Dense steps after a first shortage of memory, before an index is tried again; twice as many after
 # each further one, up to the second number.
 SHORTAGE_CALLS = 64
 SHORTAGE_CALLS_MOST = 1 << 14
-# What a step may save of tensors that it does not only append to (windows that move, recurrent
-# states): so many bytes in the first sparse step of a graph, which is where most breaks; in each
-# one behind it so few, or one part in so many of all that the graph is given.
-SAVED_BYTES = 1 << 30
-SAVED_EACH_STEP = 1 << 18
-SAVED_PART = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +101,7 @@ class DecodeGraph:
         self.serve = serve
         self.token_counts = variants.token_counts
         self.outputs = variants.outputs
-        self.undo = variants.undo
+        self.rollback = Rollback(variants.undo)
         self.fill_graph = variants.fill
         # A weight that tells models apart; its version tells whether it is what it was.
         self.owner = next((b.weight for b in served.bindings if b.weight is not None), None)
@@ -122,11 +111,8 @@ class DecodeGraph:
         self.gave_up: str | None = None
         self.sparse_ran = False
         self.interpreted = 0
-        self.given_bytes = 0
         self.turn = 0
         self.watch = Watch()
-        # Sequences that are held back: by how many tokens they have come to, the calls left.
-        self.held_back: dict[int, int] = {}
         self.short_of_memory = 0  # calls that will be dense
         self.shortages = 0
         self.building = threading.Lock()
@@ -168,12 +154,7 @@ class DecodeGraph:
             return f"no memory for an index: tried again in {self.short_of_memory} steps"
         if self.interpreted:
             return f"interpreted in {self.interpreted} calls: sizes that Inductor had fixed changed"
-        if self.held_back:
-            return (
-                f"held back: up to {max(self.held_back.values())} more steps of a sequence run "
-                f"dense, since its last {WASTED_BUILDS} indexes served one step each"
-            )
-        return ""
+        return self.watch.state()
 
     def _missed(self) -> None:
         self.interpreted += 1
@@ -252,11 +233,10 @@ class DecodeGraph:
         # Compiled first where that is possible: no keys are read for an index that nothing uses.
         if layouts is not None and self._variant(layouts) is None:
             return self.run_dense(step, Because.GAVE_UP)
-        whole = self._saves_all(step.args)
-        places = self.undo.small + self.undo.large if whole else self.undo.small
+        whole = self.rollback.saves_all(step.args, self.sparse_ran)
         try:
-            with _ordinary_tensors():
-                saved = Saved([step.args[place] for place in places])
+            with ordinary_tensors():
+                saved = self.rollback.save(step.args, whole)
                 records = self._build_missing(step, held)
         except Exception as error:  # out of memory, most likely; nothing is written yet
             return self._after(error, step, "a key index could not be built")
@@ -338,34 +318,18 @@ class DecodeGraph:
         )
 
     def _hold_back(self, step: Step, held: Sequence[IndexRecord | None]) -> bool:
-        """Whether this call needs a build that experience says will serve no other.
-
-        A sequence whose cache is a new tensor at each step is told by its tokens: there are as many
-        as there were when the last index was dropped.
-        """
+        """Whether this call needs a build that is held back; see `builds.Watch`."""
         if None not in held:
             for build in {id(r.build): r.build for r in held if r is not None}.values():
                 build.use()
             return False
+        dropped = None
+        if self.config.min_context:
+            bindings, caches = step.served.bindings, step.caches
+            records = [indexes.find(bindings[at], caches[at]) for at in step.served.kept]
+            dropped = [record.build for record in records if record is not None]
         before = tokens_before(step.caches[0], step.filled[0])
-        left = self.held_back.pop(before, 0)
-        if not left and self.config.min_context:
-            for place in step.served.kept:
-                old = indexes.find(step.served.bindings[place], step.caches[place])
-                if old is not None:  # it is replaced now
-                    old.build.drop()
-            if self.watch.goes_on(before) and self.watch.wasted >= WASTED_BUILDS:
-                self.watch.wasted, left = 0, HELD_BACK_CALLS
-                log.info(
-                    "%d indexes of a sequence served one step each: its next %d steps run dense",
-                    WASTED_BUILDS,
-                    HELD_BACK_CALLS,
-                )
-        if left > 1:
-            self.held_back[step.filled[0]] = left - 1
-            if len(self.held_back) > HELD_BACK_MOST:  # the oldest has ended, most likely
-                del self.held_back[next(iter(self.held_back))]
-        return left > 0
+        return self.watch.holds_back(before, step.filled[0], dropped)
 
     def _layouts(self, step: Step) -> tuple[Layout | None, ...] | None:
         """Of what is kept of each cache; None where a spectrum decides that is not known yet."""
@@ -391,7 +355,7 @@ class DecodeGraph:
             if self.gave_up is None and layouts not in self.sparse:
                 try:
                     # What is made here outlives the call, and the mode it came in.
-                    with _ordinary_tensors():
+                    with ordinary_tensors():
                         self.sparse[layouts] = self.variants.sparse(layouts, self._missed)
                 except Exception as error:
                     if self.config.strict:
@@ -446,7 +410,7 @@ class DecodeGraph:
         """The step, dense, after its sparse form failed; or the error, where that was asked for."""
         if self.config.strict:
             raise error
-        why = Because.SHORTAGE if _is_shortage(error) else Because.GAVE_UP
+        why = Because.SHORTAGE if is_shortage(error) else Because.GAVE_UP
         try:
             outputs = self.run_dense(step, why)
         except Exception:
@@ -458,7 +422,7 @@ class DecodeGraph:
 
     def _set_back(self, what: str, error: Exception) -> None:
         """Dense: for a while where memory was short, which may pass, else from now on."""
-        if not _is_shortage(error):
+        if not is_shortage(error):
             return self.give_up(what, error)
         self.short_of_memory = min(SHORTAGE_CALLS << self.shortages, SHORTAGE_CALLS_MOST)
         self.shortages += 1
@@ -485,23 +449,6 @@ class DecodeGraph:
             failure,
             exc_info=log.isEnabledFor(logging.DEBUG),
         )
-
-    def _saves_all(self, args: Sequence[Any]) -> bool:
-        """Whether all that a second run of this step would notice is saved before the first.
-
-        Most of what can break breaks in the first run of a variant. Behind it no step pays much for
-        copies of windows.
-        """
-        if not self.undo.alone:
-            return False
-        large = sum(args[place].nbytes for place in self.undo.large)
-        if large <= SAVED_EACH_STEP:
-            return True
-        if not self.sparse_ran:
-            return large <= SAVED_BYTES
-        if not self.given_bytes:
-            self.given_bytes = sum(arg.nbytes for arg in args if isinstance(arg, Tensor))
-        return large * SAVED_PART <= self.given_bytes
 
     # -- behind a step
 
@@ -534,40 +481,3 @@ class DecodeGraph:
             before = step.caches[place]
             if not binding.form.grows and before.holder.device.type != "cpu":
                 indexes.remember_filled(binding.left_by(outputs, before), step.filled[place])
-
-
-@contextmanager
-def _ordinary_tensors() -> Iterator[None]:
-    """Tensors made under inference mode could not be used outside it."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def _is_shortage(error: Exception) -> bool:
-    """Whether memory was short, which may pass. PyTorch's CPU allocator raises a RuntimeError."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("can't allocate memory", "not enough memory")
-    )
-
-
-class Saved:
-    """What tensors hold now, to be put back. Those of one dtype and device are saved in one piece:
-    the counters of all layers take one kernel at each step, not one each."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        groups: dict[Any, list[Tensor]] = {}
-        for tensor in tensors:
-            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        self.groups = [
-            (group, torch.cat([tensor.reshape(-1) for tensor in group]))
-            for group in groups.values()
-        ]
-
-    def put_back(self) -> None:
-        with torch.inference_mode():  # the one mode in which every tensor may be written
-            for group, before in self.groups:
-                parts = before.split([tensor.numel() for tensor in group])
-                for tensor, part in zip(group, parts, strict=True):
-                    tensor.copy_(part.view(tensor.shape))

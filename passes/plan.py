@@ -105,8 +105,8 @@ def make_plan(
             dense.append(Skipped(site.node, Reason.PREFILL, (site.tokens,), site.path))
             continue
         if why_not := choice.ranking.refuses(site, cache):
-            details = (choice.ranking.name, why_not)
-            dense.append(Skipped(site.node, Reason.POLICY, details, site.path))
+            refused = (choice.ranking.name, why_not)
+            dense.append(Skipped(site.node, Reason.POLICY, refused, site.path))
             continue
         slots, least = _most_keys(site, cache), choice.budget.min_keys
         if slots is not None and slots <= least:

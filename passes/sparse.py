@@ -56,8 +56,8 @@ def rewrite_sparse(
     shared: dict[Any, fx.Node] = {}
     for sparse in plan.sparse:
         with graph.inserting_before(sparse.site.node):
-            place = places.get(sparse.cache)
-            out = _sparse_attention(graph, sparse, kept.get(sparse.cache, []), place, masks, shared)
+            of_cache = kept.get(sparse.cache, []), places.get(sparse.cache)
+            out = _sparse_attention(graph, sparse, *of_cache, masks, shared)
         sparse.site.node.replace_all_uses_with(out)
         if sparse.site.latent is not None:
             _drop_fills(graph, sparse.site.latent)

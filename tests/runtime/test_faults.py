@@ -45,7 +45,7 @@ from transformers import (
     StaticCache,
 )
 
-from loki_compile import caches, fits, indexes, reports, runtime, stats, witness
+from loki_compile import builds, caches, fits, indexes, recovery, reports, runtime, stats, witness
 from loki_compile.backend import interpreter
 from loki_compile.indexes import indexes_of
 
@@ -395,8 +395,8 @@ def test_a_kernel_that_raises_late_is_dense_where_what_has_moved_is_little(
     """Few bytes, or a small part of all that the graph is given, are saved at every step."""
     Breaks(use_engine, 3)
     if limit == "SAVED_PART":
-        monkeypatch.setattr(runtime, "SAVED_EACH_STEP", 10)
-        monkeypatch.setattr(runtime, "SAVED_PART", 1)
+        monkeypatch.setattr(recovery, "SAVED_EACH_STEP", 10)
+        monkeypatch.setattr(recovery, "SAVED_PART", 1)
     with mode():
         module = ToyDecoder(WINDOW).eval()
         fast = compiled(module, basis=basis_for(module), **EVERYTHING)
@@ -445,9 +445,9 @@ def test_a_kernel_that_raises_is_raised_where_a_window_has_moved_unsaved(
 ):
     """Saving it at every step would cost what the step costs. No index is left of it."""
     Breaks(use_engine, at)
-    monkeypatch.setattr(runtime, "SAVED_EACH_STEP", 10)
+    monkeypatch.setattr(recovery, "SAVED_EACH_STEP", 10)
     if at == 1:
-        monkeypatch.setattr(runtime, "SAVED_BYTES", 10)
+        monkeypatch.setattr(recovery, "SAVED_BYTES", 10)
     with mode():
         module = ToyDecoder(WINDOW).eval()
         fast = compiled(module, basis=basis_for(module), **EVERYTHING)
@@ -465,7 +465,7 @@ def test_no_memory_for_what_is_saved_is_dense_with_one_warning(monkeypatch, capl
 
     def run_sparse(*args):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runtime, "Saved", no_memory)
+            patch.setattr(recovery, "Saved", no_memory)
             return real(*args)
 
     monkeypatch.setattr(runtime.DecodeGraph, "run_sparse", run_sparse)
@@ -709,7 +709,7 @@ def converse(fast, spelling: Spelling, steps: int = 2) -> None:
 
 def bytes_of_the_runtime() -> int:
     """What the runtime's own lines have allocated in Python, and the lines that it leans on."""
-    ours = (runtime, indexes, caches, fits, witness)
+    ours = (runtime, builds, indexes, caches, fits, witness)
     files = (*(module.__file__ for module in ours), torch.utils.weak.__file__, reductions.__file__)
     traces = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, f) for f in files])
     return sum(trace.size for trace in traces.traces)

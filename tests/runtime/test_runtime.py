@@ -44,7 +44,7 @@ from toy_decoders import (
     tokens,
 )
 
-from loki_compile import LokiConfig, fits, reports, reset_stats, runtime, stats, variants
+from loki_compile import LokiConfig, builds, fits, reports, reset_stats, runtime, stats, variants
 from loki_compile.counts import Because
 from loki_compile.indexes import indexes_of
 
@@ -517,7 +517,7 @@ def test_hysteresis_where_caches_are_replaced_at_every_step(caplog):
         for step in range(12):
             x = tokens(GROWING, 1)[0]
             out = here.step(pair.fast, x)
-            if step > runtime.WASTED_BUILDS:
+            if step > builds.WASTED_BUILDS:
                 expected = there.step(pair.module, x)
             else:
                 expected = pair.expected(there, x)
@@ -526,7 +526,7 @@ def test_hysteresis_where_caches_are_replaced_at_every_step(caplog):
                 conversation.keys = conversation.keys.clone()
                 conversation.values = conversation.values.clone()
     # The first step is a graph of its own (a constant length).
-    assert stats()["rebuilds"] == stats()["sparse_steps"] == 1 + runtime.WASTED_BUILDS
+    assert stats()["rebuilds"] == stats()["sparse_steps"] == 1 + builds.WASTED_BUILDS
     assert stats()["dense_steps"] == 3
     assert stats()["dense_because"] == {"held back": 3}
     assert "8 indexes of a sequence served one step each" in caplog.text
@@ -534,8 +534,8 @@ def test_hysteresis_where_caches_are_replaced_at_every_step(caplog):
 
 
 def test_sparse_comes_back_after_the_dense_steps(monkeypatch):
-    monkeypatch.setattr(runtime, "HELD_BACK_CALLS", 2)
-    monkeypatch.setattr(runtime, "WASTED_BUILDS", 2)
+    monkeypatch.setattr(builds, "HELD_BACK_CALLS", 2)
+    monkeypatch.setattr(builds, "WASTED_BUILDS", 2)
     with torch.no_grad():
         pair = Pair(GROWING, {**FEW, "min_context": 5})
         here, _ = pair.start()
