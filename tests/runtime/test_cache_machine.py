@@ -41,7 +41,7 @@ from transformers import (
     StaticCache,
 )
 
-from loki_compile import runtime, stats
+from loki_compile import builds, runtime, stats
 from loki_compile.backend import default_engine
 from loki_compile.caches import Cached
 from loki_compile.indexes import indexes_of
