@@ -1,10 +1,10 @@
 """The public door of the kernels: the ops, and what feeds them.
 
 `loki::select` chooses keys, `loki::attend` reads them, `loki::update_pages` and
-`loki::extend_pages` keep the bounds of pages of keys. All are opaque to the compiler, and functional but for
-`update_pages`, which writes the pages it is given; `mask_bounds` and `index_rows` are plain torch,
-so that Inductor fuses them with the graph around them. `loki_compile.kernels` has the algorithm and
-the legend of the letters; `checks` has what is refused.
+`loki::extend_pages` keep the bounds of pages of keys. All are opaque to the
+compiler, and functional but for `update_pages`, which writes the pages it is given; `mask_bounds`
+and `index_rows` are plain torch, so that Inductor fuses them with the graph around them.
+`loki_compile.kernels` has the algorithm and the legend of the letters; `checks` what is refused.
 """
 
 from __future__ import annotations
