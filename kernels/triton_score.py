@@ -176,22 +176,23 @@ def _low_rank(
     o_h = first + tl.arange(0, CHUNK)
     o_r = tl.arange(0, BLOCK_R)
     if BLOCK_D == 0:
-        return tl.load(
+        low_rank = tl.load(
             p_q + o_h.to(tl.int64)[:, None] * q_sh + o_r[None, :],
             mask=(o_h < GROUP)[:, None] & (o_r < R)[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
-    low_rank = tl.zeros((CHUNK, BLOCK_R), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        o_d = d + tl.arange(0, BLOCK_D)
-        q = tl.load(
-            p_q + o_h.to(tl.int64)[:, None] * q_sh + o_d[None, :],
-            mask=(o_h < GROUP)[:, None] & (o_d < D)[None, :], other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        basis = tl.load(
-            p_basis + o_d[:, None] * basis_sd + o_r[None, :],
-            mask=(o_d < D)[:, None] & (o_r < R)[None, :], other=0.0,
-        )  # fmt: skip
-        low_rank = tl.dot(q, basis, acc=low_rank, input_precision="ieee")
+    else:
+        low_rank = tl.zeros((CHUNK, BLOCK_R), tl.float32)
+        for d in range(0, D, BLOCK_D):
+            o_d = d + tl.arange(0, BLOCK_D)
+            q = tl.load(
+                p_q + o_h.to(tl.int64)[:, None] * q_sh + o_d[None, :],
+                mask=(o_h < GROUP)[:, None] & (o_d < D)[None, :], other=0.0,
+            ).to(tl.float32)  # fmt: skip
+            basis = tl.load(
+                p_basis + o_d[:, None] * basis_sd + o_r[None, :],
+                mask=(o_d < D)[:, None] & (o_r < R)[None, :], other=0.0,
+            )  # fmt: skip
+            low_rank = tl.dot(q, basis, acc=low_rank, input_precision="ieee")
     return low_rank
 
 
