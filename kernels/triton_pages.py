@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from loki_compile.kernels.checks import check_pages
+from loki_compile.kernels.cpu_torch import longer_pages
 from loki_compile.kernels.triton_launch import broadcast_strides
 from torch import Tensor
 
@@ -70,8 +71,6 @@ def update_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> 
 def extend_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> Tensor:
     """`loki::extend_pages`; see `loki_compile.kernels.ops`."""
     check_pages(pages, keys, written, page=page, grows=True)
-    b, hkv, t, d = keys.shape
-    grown = keys.new_zeros((b, hkv, triton.cdiv(t, page), 2 * d))
-    grown[:, :, : pages.shape[2]] = pages
+    grown = longer_pages(pages, keys, page)
     update_pages(grown, keys, written, page=page)
     return grown
