@@ -2,6 +2,7 @@
 
     python benchmarks/bench_kernels.py                    this machine's shapes, about 2 minutes
     python benchmarks/bench_kernels.py --quick            fewer of them
+    python benchmarks/bench_kernels.py --scorers          what a group's choice and a scorer cost
     python benchmarks/bench_kernels.py --autotune         neighbours of the Triton launch tables
     python benchmarks/bench_kernels.py --compare REV      against the kernels of a git revision
 
@@ -26,6 +27,7 @@ import itertools
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -48,8 +50,9 @@ from harness import (
     traffic_fields,
     write_rows,
 )
+from loki_compile.kernels import reference
 from loki_compile.kernels.fused import index_rows
-from loki_compile.kernels.ops import attend, select
+from loki_compile.kernels.ops import attend, select, update_pages
 from torch import Tensor
 
 try:  # CPU builds of torch come without Triton
@@ -349,6 +352,76 @@ def shapes_of(device: str, quick: bool) -> list[Shape]:
     return cpu
 
 
+PAGE = 16
+
+
+def bench_scorers(device: str, rounds: int) -> list[dict]:
+    """`select` alone by scorer and by how a group chooses, bf16 keys, top_k an eighth of them.
+
+    Milliseconds of wall time and, on a CPU, of processor time (all threads), medians over rounds in
+    which every variant runs in turn; `vs_maximum` is the ratio of either to that of the same scorer
+    by maximum.
+    """
+    rows = []
+    for tokens in (8192, 32768):
+        shape = Shape(1, 2, 4, tokens, 128, tokens // 8, 32, torch.bfloat16, torch.bfloat16)
+        sets = input_sets(shape.select_bytes(), device)
+        inputs = [make_inputs(shape, device, seed) for seed in range(sets)]
+        kinds = [(s, p) for s in ("low rank", "exact", "pages") for p in (False, True)]
+        calls = {kind: [_scored(x, shape, *kind) for x in inputs] for kind in kinds}
+        for scorer, by_probability in kinds:
+            _check_scored(*calls[scorer, by_probability][0], f"{scorer} {by_probability}")
+        wall: dict[tuple[str, bool], list[float]] = {kind: [] for kind in kinds}
+        spent: dict[tuple[str, bool], list[float]] = {kind: [] for kind in kinds}
+        for _ in range(rounds):
+            for kind in kinds:
+                for arguments, options in calls[kind]:
+                    begin, used = time.perf_counter(), time.process_time()
+                    select(*arguments, **options)
+                    if device != "cpu":
+                        torch.cuda.synchronize(device)
+                    wall[kind].append((time.perf_counter() - begin) * 1e3)
+                    spent[kind].append((time.process_time() - used) * 1e3)
+        for scorer, by_probability in kinds:
+            mine = {"wall_ms": wall, "cpu_ms": spent}
+            row = {
+                **stamp(device), "bench": "scorers", "tokens": tokens, "scorer": scorer,
+                "group": "probability" if by_probability else "maximum", "top_k": shape.top_k,
+            }  # fmt: skip
+            for name, samples in mine.items():
+                row[name] = statistics.median(samples[scorer, by_probability])
+                row[f"{name}_vs_maximum"] = row[name] / statistics.median(samples[scorer, False])
+            rows.append(row)
+    return rows
+
+
+def _scored(x: Inputs, shape: Shape, scorer: str, by_probability: bool) -> tuple[tuple, dict]:
+    """Arguments of `select`."""
+    options = {**select_options(shape), "by_probability": by_probability}
+    if scorer == "low rank":
+        return (x.q, x.basis, x.index, x.index_scale, None, None), options
+    if scorer == "exact":
+        return (x.q, None, x.k, None, None, None), options
+    pages = x.k.new_empty((*x.k.shape[:2], -(-shape.tokens // PAGE), 2 * shape.head_dim))
+    update_pages(pages, x.k, torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.k.device), page=PAGE)
+    return (x.q, None, pages, None, None, None), {**options, "page": PAGE, "keys": shape.tokens}
+
+
+def _check_scored(arguments: tuple, options: dict, what: str) -> None:
+    """The choice is that of the definition, up to rounding at the threshold."""
+    found = select(*arguments, **options).cpu()
+    moved = [None if a is None else a.cpu() for a in arguments]
+    ranked_by = ("scale", "per_head", "page", "keys", "by_probability")
+    score = reference.scores(*moved[:5], **{n: options[n] for n in ranked_by if n in options})
+    expected = reference.select(*moved, **options)
+    for row in (found != expected).any(-1).nonzero().tolist():
+        mine, theirs = set(found[tuple(row)].tolist()), set(expected[tuple(row)].tolist())
+        gained = score[tuple(row)][sorted(mine - theirs)]
+        lost = score[tuple(row)][sorted(theirs - mine)]
+        assert len(gained) == len(lost), f"{what}: a wrong count of keys"
+        assert bool((gained >= lost.max() - 1e-4).all()), f"{what}: a better key was left out"
+
+
 GPU_GRID = [(b, t) for b in (1, 8) for t in (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)]
 
 
@@ -442,16 +515,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the shapes of the stated goals only")
+    parser.add_argument("--scorers", action="store_true", help="select by scorer and group choice")
     parser.add_argument("--autotune", action="store_true", help="try other launches (GPU)")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds of timing per shape")
     parser.add_argument("--rows-only", action="store_true", help="JSON lines on stdout, no files")
     parser.add_argument("--compare", metavar="REV", help="time against this git revision")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of --compare")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of --compare, --scorers")
     parser.add_argument("--bound", type=float, default=1.1, help="slowest allowed by --compare")
     args = parser.parse_args()
     if args.compare:
         return compare(args.compare, args.device, args.rounds, args.bound)
     on_gpu = args.device.startswith("cuda")
+    if args.scorers:
+        scored = bench_scorers(args.device, args.rounds * 5)
+        times = ["wall_ms", "wall_ms_vs_maximum", "cpu_ms", "cpu_ms_vs_maximum"]
+        print(table(scored, ["tokens", "scorer", "group", *times]))
+        print("written to", write_rows(f"scorers_{args.device.partition(':')[0]}", scored))
+        return 0
     if args.autotune:
         for shape in shapes_of(args.device, quick=True):
             autotune(shape, args.device, args.budget)

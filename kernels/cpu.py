@@ -160,10 +160,7 @@ def update_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> 
 def extend_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> Tensor:
     """`loki::extend_pages`; see `loki_compile.kernels.ops`."""
     check_pages(pages, keys, written, page=page, grows=True)
-    b, hkv, t, d = keys.shape
-    grown = keys.new_empty((b, hkv, -(-t // page), 2 * d))
-    grown[:, :, : pages.shape[2]] = pages
-    grown[:, :, pages.shape[2] :] = 0
+    grown = cpu_torch.longer_pages(pages, keys, page)
     update_pages(grown, keys, written, page=page)
     return grown
 

@@ -100,6 +100,23 @@ def update_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> 
     pages[i, h, p, d:] = found.masked_fill(~filled, -torch.inf).amax(1)
 
 
+def extend_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> Tensor:
+    """`loki::extend_pages`; see `loki_compile.kernels.ops`."""
+    check_pages(pages, keys, written, page=page, grows=True)
+    grown = longer_pages(pages, keys, page)
+    update_pages(grown, keys, written, page=page)
+    return grown
+
+
+def longer_pages(pages: Tensor, keys: Tensor, page: int) -> Tensor:
+    """The pages and zeros behind, as many as the keys (B, Hkv, T, D) fill; on any device."""
+    b, hkv, t, d = keys.shape
+    longer = keys.new_empty((b, hkv, -(-t // page), 2 * d))
+    longer[:, :, : pages.shape[2]] = pages
+    longer[:, :, pages.shape[2] :] = 0
+    return longer
+
+
 def attend(
     q: Tensor,
     k: Tensor,

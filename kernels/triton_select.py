@@ -9,6 +9,9 @@
     choose    one program per row: bisects the ordered bits of the listed keys for the exact
               threshold, then writes the chosen positions in ascending order.
 
+Scores of pages, and those of groups that choose by probability, are written to memory first, by
+launches of their own (`triton_score`); the three then read them there.
+
 A row is one list of positions: (b, h, s) with h a KV head (a group chooses together) or a query
 head. The result is exact whatever the sample says: fewer listed keys than the budget, and `choose`
 lists the row again without a floor (slower, for that row alone); more, and it reads more.
@@ -36,7 +39,7 @@ import torch
 import triton
 import triton.language as tl
 from loki_compile.kernels.budget import Budget
-from loki_compile.kernels.checks import check_select, hidden_below
+from loki_compile.kernels.checks import check_select, hidden_below, keys_ranked
 from loki_compile.kernels.triton_launch import (
     ADDITIVE_MASK,
     BOOL_MASK,
@@ -51,11 +54,23 @@ from loki_compile.kernels.triton_launch import (
     row_coordinates,
     select_launch,
 )
+from loki_compile.kernels.triton_score import (
+    BEST,
+    FORCED,
+    HIDDEN,
+    INT8_RANK_MAX,
+    PROBABILITIES,
+    RUNTIME_SIZES,
+    TILES,
+    load_digits,
+    mass_kernel,
+    project,
+    score_kernel,
+    sum_kernel,
+    tile_keys,
+    window,
+)
 from torch import Tensor
-
-# Ordered keys: int32 that sort as the scores do. No score at all maps to these two.
-FORCED = tl.constexpr(0x7FFFFFFF)
-HIDDEN = tl.constexpr(-0x80000000)
 
 # Fields of a row's record in scratch.
 ROW_START = tl.constexpr(0)  # first position of the window
@@ -68,106 +83,8 @@ ROW_FLOOR = tl.constexpr(6)  # list keys at or above this
 ROW_UNIT = tl.constexpr(7)  # fp32 bits: what one unit of the scores stands for
 ROW_FIELDS = tl.constexpr(8)
 
-INT8_DIGIT = tl.constexpr(256)
-INT8_LEVELS = tl.constexpr(127 * 256)
-INT8_RANK_MAX = 512  # INT8_LEVELS * 127 * 512 < 2**31
 PARTS_MAX = tl.constexpr(256)
 SCAN_BLOCK = tl.constexpr(1024)
-
-
-@triton.jit
-def _ordered(score):
-    """int32 that orders as the fp32 score does; NaN as -inf, -0 as 0."""
-    score = tl.where(score == score, score + 0.0, float("-inf"))
-    bits = score.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _digits(
-    p_high, p_low, p_source, first,
-    BLOCK_R: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, LOW: tl.constexpr,
-    DOT: tl.constexpr,
-):  # fmt: skip
-    """Digits (PACK * BLOCK_R, PACK * HEADS) of the query heads from `first` on: PACK equal blocks
-    on the diagonal, so that one row of the other operand holds PACK keys."""
-    o_n = tl.arange(0, PACK * HEADS)
-    o_k = tl.arange(0, PACK * BLOCK_R)
-    source = tl.load(p_source + first + o_n % HEADS)
-    o = source[:, None] * BLOCK_R + (o_k % BLOCK_R)[None, :]
-    m = (o_n // HEADS)[:, None] == (o_k // BLOCK_R)[None, :]
-    high = tl.trans(tl.load(p_high + o, mask=m, other=0)).to(DOT)
-    low = high
-    if LOW:
-        low = tl.trans(tl.load(p_low + o, mask=m, other=0)).to(DOT)
-    return high, low
-
-
-@triton.jit
-def _group_best(
-    tile, high, low, BLOCK_T: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr,
-    LOW: tl.constexpr, INT8: tl.constexpr,
-):  # fmt: skip
-    """Best score of each key over the heads of `high`: (BLOCK_T) fp32, in units of the row."""
-    if INT8:
-        score = tl.dot(tile, high, out_dtype=tl.int32)
-        score = tl.dot(tile, low, acc=score * INT8_DIGIT, out_dtype=tl.int32)
-    else:
-        score = tl.dot(tile, high, input_precision="ieee")
-        if LOW:
-            # An infinite key gives inf * 0 in the tail: the head alone has its true sign.
-            tail = tl.dot(tile, low, input_precision="ieee")
-            score += tl.where(tl.abs(tail) < float("inf"), tail, 0.0)
-        score = tl.where(score == score, score, float("-inf"))
-    if HEADS > 1:
-        score = tl.max(tl.reshape(score, (BLOCK_T // PACK, PACK, HEADS)), 2)
-    return tl.reshape(score, (BLOCK_T,)).to(tl.float32)
-
-
-@triton.jit
-def _keys(
-    at, begin, stop, read_until, unit, high, low,
-    p_index, p_index_scale, p_mask, p_high, p_low, p_source,
-    index_st, index_scale_st, mask_st, hidden_below,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
-    PACK: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """Ordered keys (HIDDEN where not visible) of the positions `at` < stop of one row.
-
-    With PACK > 1 the positions are begin, begin + 1, ... Pointers are those of the row; high and
-    low hold its first HEADS query heads.
-    """
-    o_k = tl.arange(0, PACK * BLOCK_R)
-    if PACK == 1:
-        at_tile = at[:, None]
-    else:
-        o_t = tl.arange(0, BLOCK_T // PACK) * PACK
-        at_tile = begin + o_t[:, None] + (o_k // BLOCK_R)[None, :]
-    # Read once: the scratch that the next launch needs has more use for the cache.
-    tile = tl.load(
-        p_index + at_tile.to(tl.int64) * index_st + (o_k % BLOCK_R)[None, :],
-        mask=(at_tile < stop) & (o_k % BLOCK_R < R)[None, :],
-        other=0, eviction_policy="evict_first",
-    ).to(DOT)  # fmt: skip
-    inside = at < stop
-    at = at.to(tl.int64)
-    best = _group_best(tile, high, low, BLOCK_T, HEADS, PACK, LOW, INT8)
-    for first in tl.static_range(HEADS, GROUP, HEADS):
-        more_high, more_low = _digits(p_high, p_low, p_source, first, BLOCK_R, HEADS, 1, LOW, DOT)
-        more = _group_best(tile, more_high, more_low, BLOCK_T, HEADS, 1, LOW, INT8)
-        best = tl.maximum(best, more)
-    if INT8:
-        best *= tl.load(p_index_scale + at * index_scale_st, mask=inside, other=0.0)
-    best *= unit
-    if MASK == ADDITIVE_MASK:
-        bias = tl.load(p_mask + at * mask_st, mask=inside, other=float("-inf")).to(tl.float32)
-        return tl.where(bias > hidden_below, _ordered(best + bias), HIDDEN)
-    if MASK == BOOL_MASK:
-        # A window without holes is visible throughout: its mask is not read.
-        seen = tl.load(p_mask + at * mask_st, mask=inside & (at < read_until), other=1) != 0
-        return tl.where(seen, _ordered(best), HIDDEN)
-    return _ordered(best)
 
 
 @triton.jit
@@ -242,94 +159,10 @@ def _forced_window(
     return recent_from, sink_until
 
 
-@triton.jit
-def _low_rank(
-    p_q, p_basis, first, q_sh, basis_sd,
-    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """q @ basis of CHUNK query heads from `first` on: (CHUNK, BLOCK_R) fp32."""
-    o_h = first + tl.arange(0, CHUNK)
-    o_r = tl.arange(0, BLOCK_R)
-    low_rank = tl.zeros((CHUNK, BLOCK_R), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        o_d = d + tl.arange(0, BLOCK_D)
-        q = tl.load(
-            p_q + o_h.to(tl.int64)[:, None] * q_sh + o_d[None, :],
-            mask=(o_h < GROUP)[:, None] & (o_d < D)[None, :], other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        basis = tl.load(
-            p_basis + o_d[:, None] * basis_sd + o_r[None, :],
-            mask=(o_d < D)[:, None] & (o_r < R)[None, :], other=0.0,
-        )  # fmt: skip
-        low_rank = tl.dot(q, basis, acc=low_rank, input_precision="ieee")
-    return low_rank
-
-
-@triton.jit
-def _project(
-    p_q, p_basis, p_high, p_low, p_source, q_sh, basis_sd, scale,
-    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHUNK: tl.constexpr,
-    LOW: tl.constexpr, INT8: tl.constexpr,
-):  # fmt: skip
-    """Write the digits of the row's GROUP query heads; returns the unit they are counted in.
-
-    Columns without a head of their own (padding, or a projection that is not finite) point to the
-    first finite head, which leaves the maximum over the group as it is. The unit is NaN if there
-    is none.
-    """
-    unit = 0.0
-    a_head = GROUP
-    low_rank = tl.zeros((CHUNK, BLOCK_R), tl.float32)
-    for first in range(0, GROUP, CHUNK):
-        low_rank = _low_rank(
-            p_q, p_basis, first, q_sh, basis_sd, D, R, BLOCK_D, BLOCK_R, GROUP, CHUNK
-        )
-        o_h = first + tl.arange(0, CHUNK)
-        usable = (tl.sum(low_rank * 0.0, 1) == 0.0) & (o_h < GROUP)
-        largest = tl.max(tl.where(usable[:, None], tl.abs(low_rank), 0.0), 1)
-        unit = tl.maximum(unit, tl.max(largest, 0))
-        a_head = tl.minimum(a_head, tl.min(tl.where(usable, o_h, GROUP), 0))
-    divisor = tl.where(unit > 0, unit, 1.0)
-    for first in range(0, GROUP_PAD, CHUNK):
-        if GROUP_PAD > CHUNK:
-            low_rank = _low_rank(
-                p_q, p_basis, first, q_sh, basis_sd, D, R, BLOCK_D, BLOCK_R, GROUP, CHUNK
-            )
-        o_h = first + tl.arange(0, CHUNK)
-        usable = (tl.sum(low_rank * 0.0, 1) == 0.0) & (o_h < GROUP)
-        tl.store(p_source + o_h, tl.where(usable, o_h, a_head % GROUP))
-        share = tl.where(usable[:, None], low_rank, 0.0) / divisor
-        o = o_h[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-        if INT8:
-            level = tl.floor(share * INT8_LEVELS + 0.5)
-            high = tl.floor((level + INT8_DIGIT // 2) / INT8_DIGIT)
-            tl.store(p_high + o, high.to(tl.int8))
-            tl.store(p_low + o, (level - high * INT8_DIGIT).to(tl.int8))
-        else:
-            high = share.to(p_high.dtype.element_ty)
-            tl.store(p_high + o, high)
-            if LOW:
-                tl.store(p_low + o, (share - high.to(tl.float32)).to(p_low.dtype.element_ty))
-    unit *= scale
-    if INT8:
-        unit /= INT8_LEVELS
-    return tl.where(a_head < GROUP, unit, float("nan"))
-
-
-_RUNTIME_SIZES = [
-    "S", "T", "H", "parts", "slots", "top_k", "keep_q16", "sink", "recent", "min_keys",
-    "q_sb", "q_sh", "q_ss", "basis_sb", "basis_sh", "basis_sd",
-    "index_sb", "index_sh", "index_st", "index_scale_sb", "index_scale_sh", "index_scale_st",
-    "mask_sb", "mask_sh", "mask_ss", "mask_st", "bounds_sb", "bounds_sh", "bounds_ss",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask", "p_bounds"])
+@triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask", "p_bounds"])
 def prepare_kernel(
     p_q, p_basis, p_index, p_index_scale, p_mask, p_bounds,
-    p_high, p_low, p_source, p_rows, p_sample,
+    p_high, p_low, p_source, p_score, p_rows, p_sample,
     q_sb, q_sh, q_ss, basis_sb, basis_sh, basis_sd, index_sb, index_sh, index_st,
     index_scale_sb, index_scale_sh, index_scale_st,
     mask_sb, mask_sh, mask_ss, mask_st, bounds_sb, bounds_sh, bounds_ss,
@@ -337,7 +170,8 @@ def prepare_kernel(
     D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr,
     ALIGN: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_T: tl.constexpr, SAMPLE: tl.constexpr, LIST_ALL: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_T: tl.constexpr, SCORED: tl.constexpr, SAMPLE: tl.constexpr,
+    LIST_ALL: tl.constexpr,
 ):  # fmt: skip
     """Digits and record of one row; grid (rows,)."""
     i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
@@ -348,24 +182,20 @@ def prepare_kernel(
     p_source += i_row * GROUP_PAD
     p_rows += i_row * ROW_FIELDS
     p_sample += i_row * SAMPLE
-    unit = _project(
-        p_q + i_b * q_sb + i_h * GROUP * q_sh + i_s * q_ss,
-        p_basis + i_b * basis_sb + i_kv * basis_sh,
-        p_high, p_low, p_source, q_sh, basis_sd, scale,
-        D, R, BLOCK_D, BLOCK_R, GROUP, GROUP_PAD, 8, LOW, INT8,
-    )  # fmt: skip
-
-    start = 0
-    end = T
-    count = T
+    unit = tl.full((), 1.0, tl.float32)
+    if SCORED == TILES:
+        unit = project(
+            p_q + i_b * q_sb + i_h * GROUP * q_sh + i_s * q_ss,
+            p_basis + i_b * basis_sb + i_kv * basis_sh,
+            p_high, p_low, p_source, q_sh, basis_sd, scale,
+            D, R, BLOCK_D, BLOCK_R, GROUP, GROUP_PAD, 8, LOW, INT8,
+        )  # fmt: skip
+    else:
+        p_score += i_row * (tl.cdiv(T, 16) * 16)
     if MASK != NO_MASK:
         p_mask += i_b * mask_sb + i_h * GROUP * mask_sh + i_s * mask_ss
         p_bounds += i_b * bounds_sb + i_h * GROUP * bounds_sh + i_s * bounds_ss
-        start = tl.maximum(tl.load(p_bounds), 0)
-        end = tl.minimum(tl.load(p_bounds + 1), T)
-        count = tl.minimum(tl.maximum(tl.load(p_bounds + 2), 0), tl.maximum(end - start, 0))
-        start = tl.where(count > 0, start, 0)
-        end = tl.where(count > 0, end, 0)
+    start, end, count = window(p_bounds, T, MASK)
     read_until = tl.where(count != end - start, end, start)
     n_recent = tl.minimum(recent, count)
     n_sink = tl.minimum(sink, count - n_recent)
@@ -379,7 +209,10 @@ def prepare_kernel(
     floor = tl.full((), HIDDEN + 1, tl.int32)
     if count > LIST_ALL:
         tl.debug_barrier()  # the digits were stored by other threads of this program
-        high, low = _digits(p_high, p_low, p_source, 0, BLOCK_R, COLUMNS, 1, LOW, DOT)
+        high = 0
+        low = 0
+        if SCORED == TILES:
+            high, low = load_digits(p_high, p_low, p_source, 0, BLOCK_R, COLUMNS, 1, LOW, DOT)
         if INT8:
             p_index_scale += i_b * index_scale_sb + i_kv * index_scale_sh
         narrow = (end - start) // SAMPLE
@@ -390,12 +223,12 @@ def prepare_kernel(
             width = narrow + (o < wider).to(tl.int32)
             noise = ((o.to(tl.int64) * 0x9E3779B1) >> 8) & 0xFFFFFF
             at = start + o * narrow + tl.minimum(o, wider) + ((noise * width) >> 24).to(tl.int32)
-            key = _keys(
+            key = tile_keys(
                 at, start, end, read_until, unit, high, low,
                 p_index + i_b * (index_sb * ALIGN) + i_kv * (index_sh * ALIGN), p_index_scale,
-                p_mask, p_high, p_low, p_source,
+                p_mask, p_high, p_low, p_source, p_score,
                 index_st * ALIGN, index_scale_st, mask_st, hidden_below,
-                R, BLOCK_R, GROUP, COLUMNS, 1, MASK, LOW, INT8, DOT, BLOCK_T,
+                R, BLOCK_R, GROUP, COLUMNS, 1, MASK, LOW, INT8, DOT, BLOCK_T, SCORED,
             )  # fmt: skip
             tl.store(p_sample + o, key, mask=o < SAMPLE)
         tl.debug_barrier()
@@ -421,26 +254,29 @@ def prepare_kernel(
 @triton.jit
 def _list_span(
     begin, stop, floor, p_rows, p_list_key, p_list_at,
-    p_index, p_index_scale, p_mask, p_high, p_low, p_source,
+    p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score,
     index_st, index_scale_st, mask_st, hidden_below,
     R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     PACK: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_T: tl.constexpr, SCORED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """List the visible keys of [begin, stop) that reach the floor, ascending; returns how many."""
     recent_from = tl.load(p_rows + ROW_RECENT)
     sink_until = tl.load(p_rows + ROW_SINK)
     read_until = tl.load(p_rows + ROW_READ)
     unit = tl.load(p_rows + ROW_UNIT).to(tl.float32, bitcast=True)
-    high, low = _digits(p_high, p_low, p_source, 0, BLOCK_R, HEADS, PACK, LOW, DOT)
+    high = 0
+    low = 0
+    if SCORED == TILES:
+        high, low = load_digits(p_high, p_low, p_source, 0, BLOCK_R, HEADS, PACK, LOW, DOT)
     n = 0
     for t in tl.range(begin, stop, BLOCK_T, num_stages=STAGES):
         at = t + tl.arange(0, BLOCK_T)
-        key = _keys(
+        key = tile_keys(
             at, t, stop, read_until, unit, high, low,
-            p_index, p_index_scale, p_mask, p_high, p_low, p_source,
+            p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score,
             index_st, index_scale_st, mask_st, hidden_below,
-            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T,
+            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED,
         )  # fmt: skip
         if (t < sink_until) | (t + BLOCK_T > tl.minimum(recent_from, stop)):
             forced = (key != HIDDEN) & ((at >= recent_from) | (at < sink_until))
@@ -453,16 +289,16 @@ def _list_span(
     return n
 
 
-@triton.jit(do_not_specialize=_RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
+@triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
 def list_kernel(
-    p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_rows,
+    p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score, p_rows,
     p_list_key, p_list_at, p_counts,
     index_sb, index_sh, index_st, index_scale_sb, index_scale_sh, index_scale_st,
     mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, parts,
     R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
     MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_T: tl.constexpr, SCORED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """List one part of one row's window; grid (rows, parts).
 
@@ -470,6 +306,8 @@ def list_kernel(
     """
     i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
     i_part = tl.program_id(1)
+    if SCORED != TILES:
+        p_score += i_row * (tl.cdiv(T, 16) * 16)
     COLUMNS: tl.constexpr = HEADS * PACK
     GROUP_PAD: tl.constexpr = (GROUP + COLUMNS - 1) // COLUMNS * COLUMNS
     p_rows += i_row * ROW_FIELDS
@@ -490,8 +328,9 @@ def list_kernel(
             p_list_key + list_from, p_list_at + list_from,
             p_index + i_b * (index_sb * ALIGN) + i_kv * (index_sh * ALIGN), p_index_scale, p_mask,
             p_high + i_row * GROUP_PAD * BLOCK_R, p_low + i_row * GROUP_PAD * BLOCK_R,
-            p_source + i_row * GROUP_PAD, index_st * ALIGN, index_scale_st, mask_st, hidden_below,
-            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, STAGES,
+            p_source + i_row * GROUP_PAD, p_score,
+            index_st * ALIGN, index_scale_st, mask_st, hidden_below,
+            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED, STAGES,
         )  # fmt: skip
     tl.store(p_counts + i_row * parts + i_part, n)
 
@@ -525,16 +364,16 @@ def _flatten(p_list_key, p_list_at, p_counts, p_before, parts, chunk, BLOCK: tl.
     return total
 
 
-@triton.jit(do_not_specialize=_RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
+@triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
 def choose_kernel(
-    p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_rows,
+    p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score, p_rows,
     p_list_key, p_list_at, p_counts, p_before, p_positions,
     index_sb, index_sh, index_st, index_scale_sb, index_scale_sh, index_scale_st,
     mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, parts, slots,
     R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
     MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr, SCORED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Positions (slots) of one row from its lists; grid (rows,)."""
     i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
@@ -542,6 +381,8 @@ def choose_kernel(
     p_list_key += i_row * tl.cdiv(T, 16) * 16  # whole vectors
     p_list_at += i_row * tl.cdiv(T, 16) * 16
     p_positions += i_row * slots
+    if SCORED != TILES:
+        p_score += i_row * (tl.cdiv(T, 16) * 16)
     start = tl.load(p_rows + ROW_START)
     end = tl.load(p_rows + ROW_END)
     budget = tl.load(p_rows + ROW_BUDGET)
@@ -563,8 +404,9 @@ def choose_kernel(
             start, end, floor, p_rows, p_list_key, p_list_at,
             p_index + i_b * (index_sb * ALIGN) + i_kv * (index_sh * ALIGN), p_index_scale, p_mask,
             p_high + i_row * GROUP_PAD * BLOCK_R, p_low + i_row * GROUP_PAD * BLOCK_R,
-            p_source + i_row * GROUP_PAD, index_st * ALIGN, index_scale_st, mask_st, hidden_below,
-            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, 1,
+            p_source + i_row * GROUP_PAD, p_score,
+            index_st * ALIGN, index_scale_st, mask_st, hidden_below,
+            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED, 1,
         )  # fmt: skip
         tl.debug_barrier()
         budget = tl.minimum(budget, total)
@@ -604,7 +446,7 @@ def choose_kernel(
 
 def select(
     q: Tensor,
-    basis: Tensor,
+    basis: Tensor | None,
     index: Tensor,
     index_scale: Tensor | None,
     mask: Tensor | None,
@@ -617,12 +459,16 @@ def select(
     recent: int,
     min_keys: int,
     per_head: bool,
+    page: int = 1,
+    keys: int | None = None,
+    by_probability: bool = False,
     launch: SelectLaunch | None = None,
 ) -> Tensor:
     """`loki::select`; see `loki_compile.kernels.ops`. `launch` replaces the table's choice."""
     positions, stages = select_stages(
         q, basis, index, index_scale, mask, bounds, scale=scale, top_k=top_k, keep_q16=keep_q16,
-        sink=sink, recent=recent, min_keys=min_keys, per_head=per_head, launch=launch,
+        sink=sink, recent=recent, min_keys=min_keys, per_head=per_head, page=page, keys=keys,
+        by_probability=by_probability, launch=launch,
     )  # fmt: skip
     with torch.cuda.device_of(q):
         for stage in stages:
@@ -632,7 +478,7 @@ def select(
 
 def select_stages(
     q: Tensor,
-    basis: Tensor,
+    basis: Tensor | None,
     index: Tensor,
     index_scale: Tensor | None,
     mask: Tensor | None,
@@ -645,16 +491,19 @@ def select_stages(
     recent: int,
     min_keys: int,
     per_head: bool,
+    page: int = 1,
+    keys: int | None = None,
+    by_probability: bool = False,
     launch: SelectLaunch | None = None,
 ) -> tuple[Tensor, tuple[Stage, ...]]:
     """The output of `select`, unwritten, and the launches that write it, in order."""
     check_select(
         q, basis, index, index_scale, mask, bounds,
         top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
-        per_head=per_head,
+        per_head=per_head, page=page, keys=keys, by_probability=by_probability,
     )  # fmt: skip
     b, hq, s, d = q.shape
-    hkv, t, r = index.shape[1:]
+    hkv, r, t = index.shape[1], index.shape[3], keys_ranked(index, page, keys)
     heads_out = hq if per_head else hkv
     group = hq // heads_out
     rows = b * heads_out * s
@@ -664,33 +513,45 @@ def select_stages(
         return positions, ()
 
     device = device_of(q)
+    scored = TILES.value
+    if by_probability and group > 1:
+        scored = PROBABILITIES.value
+    elif page > 1:
+        scored = BEST.value
+    tiles = scored == TILES.value
     int8 = index.dtype == torch.int8
-    if int8 and r > INT8_RANK_MAX:
+    if int8 and tiles and r > INT8_RANK_MAX:
         raise ValueError(
             f"loki::select: rank is {r} with an int8 index; allowed: at most {INT8_RANK_MAX},"
             " the largest whose integer scores fit in 32 bits."
         )
-    block_r = max(32 if int8 else 16, triton.next_power_of_2(r))
+    block_r = max(32 if int8 else 16, triton.next_power_of_2(r)) if tiles else 32
     if launch is None:
         launch = select_launch(
-            device, group=group, block_r=block_r, index_bytes=index.element_size(), slots=slots
-        )
+            device, group=group, block_r=block_r,
+            index_bytes=index.element_size() if tiles else 1, slots=slots,
+        )  # fmt: skip
     parts = programs_per_row(device, rows, launch.programs, PARTS_MAX.value)
     columns = launch.heads * launch.pack
     group_pad = triton.cdiv(group, columns) * columns
+    row_size = triton.cdiv(t, 16) * 16
     scratch = functools.partial(torch.empty, device=q.device)
-    high, low = scratch((2, rows, group_pad, block_r), dtype=index.dtype)
+    # Scores in memory need no digits of queries.
+    digits = (rows, group_pad, block_r) if tiles else (1,)
+    high, low = scratch((2, *digits), dtype=index.dtype)
     source = scratch((rows, group_pad), dtype=torch.int32)
     records = scratch((rows, ROW_FIELDS.value), dtype=torch.int32)
     sample = scratch((rows, launch.sample), dtype=torch.int32)
-    list_key, list_at = scratch((2, rows, triton.cdiv(t, 16) * 16), dtype=torch.int32)
+    list_key, list_at = scratch((2, rows, row_size), dtype=torch.int32)
     counts, before = scratch((2, rows, parts), dtype=torch.int32)
+    score = None if tiles else scratch((rows, row_size), dtype=torch.float32)
 
     index_strides = broadcast_strides(index, 3)
-    align = alignment(r, index_strides)
+    align = alignment(r if page == 1 else d, index_strides)
     index_strides = tuple(stride // align for stride in index_strides)
     scale_strides = broadcast_strides(index_scale, 3)
     mask_strides = broadcast_strides(mask)
+    bounds_strides = broadcast_strides(bounds, 3)
     mask_kind, hidden = NO_MASK.value, 0.0
     if mask is not None:
         mask_kind = BOOL_MASK.value if mask.dtype == torch.bool else ADDITIVE_MASK.value
@@ -699,6 +560,40 @@ def select_stages(
     dot = getattr(tl, str(index.dtype).removeprefix("torch."))
     if interpreted(list_kernel) and dot == tl.bfloat16:
         dot = tl.float32  # numpy has no bfloat16
+    row_of = dict(GROUP=group, ROWS_PER_KV=heads_out // hkv, MASK=mask_kind)
+
+    def score_stages() -> tuple[Stage, ...]:
+        each = scored == PROBABILITIES.value
+        logits = scratch((rows, group, row_size), dtype=torch.float32) if each else score
+        mass = scratch((rows, group), dtype=torch.float32)
+        width = r if page == 1 else d
+        block_q, page_pad = triton.next_power_of_2(width), triton.next_power_of_2(page)
+        at_once = max(1, 4096 // max(block_q * (2 if page > 1 else 1), page_pad))
+
+        def score_rows() -> None:
+            met = q if basis is None else _projected(q, basis, hkv)
+            score_kernel[(rows, parts)](
+                met, index, index_scale, mask, bounds, logits,
+                *broadcast_strides(met, 3), *index_strides, *scale_strides, *mask_strides,
+                *bounds_strides, heads_out, s, t, scale, hidden, parts,
+                R=width, BLOCK_R=block_q, ALIGN=align, INT8=int8, EACH=each, PAGE=page,
+                PAGE_PAD=page_pad, BLOCK_P=at_once, **row_of, num_warps=4,
+            )  # fmt: skip
+
+        def add_up() -> None:
+            mass_kernel[(rows, group)](
+                logits, bounds, mass, *bounds_strides, heads_out, s, t,
+                BLOCK=launch.block, **row_of, num_warps=launch.row_warps,
+            )  # fmt: skip
+
+        def add_heads() -> None:
+            sum_kernel[(rows, parts)](
+                logits, bounds, mass, score, *bounds_strides, heads_out, s, t, parts,
+                BLOCK=1024, **row_of, num_warps=4,
+            )  # fmt: skip
+
+        scores = Stage("score", score_rows)
+        return (scores, Stage("mass", add_up), Stage("sum", add_heads)) if each else (scores,)
 
     # No row sees more than t keys: in the kernels every count is an int32.
     cap = t if top_k is None else min(top_k, t)
@@ -707,18 +602,23 @@ def select_stages(
     # The whole basis in one step where it is 16 KB (128 dims of rank 32), else in several.
     block_d = max(16, min(triton.next_power_of_2(d), 4096 // block_r))
     tile = dict(
-        R=r, BLOCK_R=block_r, GROUP=group, HEADS=launch.heads, PACK=launch.pack,
-        ROWS_PER_KV=heads_out // hkv, ALIGN=align, MASK=mask_kind,
-        LOW=index.dtype != torch.float32, INT8=int8, DOT=dot, BLOCK_T=launch.block_t,
+        R=r, BLOCK_R=block_r, HEADS=launch.heads, PACK=launch.pack, ALIGN=align,
+        LOW=index.dtype != torch.float32, INT8=int8 and tiles, DOT=dot, BLOCK_T=launch.block_t,
+        SCORED=scored, **row_of,
     )  # fmt: skip
 
-    basis_strides = basis.stride()[:3] if basis.dim() == 4 else (0, *basis.stride()[:2])
+    basis_strides: tuple[int, ...] = (0, 0, 0)
+    if basis is None:
+        block_d = 0
+    else:
+        basis_strides = basis.stride()[:3] if basis.dim() == 4 else (0, *basis.stride()[:2])
 
     def prepare() -> None:
         prepare_kernel[(rows,)](
-            q, basis, index, index_scale, mask, bounds, high, low, source, records, sample,
+            q, q if basis is None else basis, index, index_scale, mask, bounds,
+            high, low, source, score, records, sample,
             *broadcast_strides(q, 3), *basis_strides, *index_strides, *scale_strides,
-            *mask_strides, *broadcast_strides(bounds, 3),
+            *mask_strides, *bounds_strides,
             heads_out, s, t, scale, hidden, cap, keep_q16, sink, recent, least,
             D=d, BLOCK_D=block_d, SAMPLE=launch.sample, LIST_ALL=launch.list_all, **tile,
             num_warps=launch.row_warps,
@@ -726,21 +626,29 @@ def select_stages(
 
     def list_keys() -> None:
         list_kernel[(rows, parts)](
-            index, index_scale, mask, high, low, source, records, list_key, list_at, counts,
-            *index_strides, *scale_strides, *mask_strides, heads_out, s, t, hidden, parts,
+            index, index_scale, mask, high, low, source, score, records, list_key, list_at,
+            counts, *index_strides, *scale_strides, *mask_strides, heads_out, s, t, hidden, parts,
             STAGES=launch.stages, **tile, num_warps=launch.warps,
         )  # fmt: skip
 
     def choose() -> None:
         choose_kernel[(rows,)](
-            index, index_scale, mask, high, low, source, records, list_key, list_at, counts,
-            before, positions, *index_strides, *scale_strides, *mask_strides,
+            index, index_scale, mask, high, low, source, score, records, list_key, list_at,
+            counts, before, positions, *index_strides, *scale_strides, *mask_strides,
             heads_out, s, t, hidden, parts, slots,
             BLOCK=launch.block, **tile, num_warps=launch.row_warps,
         )  # fmt: skip
 
     return positions, (
+        *(() if tiles else score_stages()),
         Stage("prepare", prepare),
         Stage("list", list_keys),
         Stage("choose", choose),
     )
+
+
+def _projected(q: Tensor, basis: Tensor, kv_heads: int) -> Tensor:
+    """Queries (B, Hq, S, R) fp32 in the space of the index."""
+    grouped = q.float().unflatten(1, (kv_heads, -1))[..., None]
+    # Added up and not multiplied as matrices, which the precision of matmuls might round.
+    return (grouped * basis[..., None, None, :, :]).sum(-2).flatten(1, 2)

@@ -147,8 +147,11 @@ def assert_chosen_as_defined(positions, inputs, options):
     assert (positions[~kept] == -1).all()
     pairs = kept[..., 1:]
     assert (positions[..., 1:] > positions[..., :-1])[pairs].all(), "not ascending"
-    score = reference.scores(*inputs[:5], scale=options["scale"], per_head=options["per_head"])
+    ranked_by = ("scale", "per_head", "page", "keys", "by_probability")
+    score = reference.scores(*inputs[:5], **{n: options[n] for n in ranked_by if n in options})
     slack = rounding(*inputs[:4], options)
+    if options.get("by_probability"):
+        slack = 2 * slack + 2.0**-18  # of the score and of the sum; their logarithms
     for row in (positions != expected).any(-1).nonzero():
         row = tuple(row.tolist())
         found = set(positions[row].tolist())
@@ -161,6 +164,11 @@ def assert_chosen_as_defined(positions, inputs, options):
 def rounding(q, basis, index, index_scale, options):
     """A bound on the error of any score. An int8 index meets q in 16 bits, the rest is fp32."""
     packed = q.double().unflatten(1, (index.shape[1], -1)).abs()
+    if basis is None:
+        packed, rows = packed.nan_to_num(0, 0).flatten(2, 3), index.double().nan_to_num(0, 0).abs()
+        if options.get("page", 1) > 1:
+            rows = torch.maximum(*rows.chunk(2, -1))
+        return 2.0**-20 * options["scale"] * (packed @ rows.transpose(-1, -2)).max()
     low = torch.einsum("bhgsd,hdr->bhgsr", packed, basis.double().abs()) * options["scale"]
     rows = index.double().abs()
     if index_scale is None:
@@ -294,6 +302,189 @@ def test_an_index_in_the_layout_of_a_cache(implementation):
     inputs[3] = inputs[3].transpose(1, 2).contiguous().transpose(1, 2)
     assert inputs[2].stride(2) == 2 * 32
     assert torch.equal(implementation.select(*inputs, **settings(100)), expected)
+
+
+# ---- the other scorers, and a group that chooses by probability --------------------------------
+
+PAGE = 7
+SCORERS = ["low rank", "low rank int8", "exact", "pages"]
+SCORED_SHAPES = [
+    (1, 1, 1, 1, 1, 64, 64, 16, 1),
+    (2, 3, 1, 2, 7, 80, 48, 20, 9),
+    (2, 8, 2, 3, 321, 40, 64, 24, 50),
+    (1, 14, 2, 1, 1500, 128, 64, 32, 300),
+    (1, 12, 1, 2, 530, 33, 40, 5, 70),
+]
+
+
+def bounds_of_pages(keys, page, more=1):
+    """(B, Hkv, P, 2 D) from the definition, and `more` pages that no key is in: NaN."""
+    b, hkv, t, d = keys.shape
+    pages = torch.full((b, hkv, -(-t // page) + more, 2 * d), torch.nan, dtype=keys.dtype)
+    reference.update_pages(pages, keys, torch.ones(1, 1, 1, 1, dtype=torch.bool), page=page)
+    return pages
+
+
+def scored_inputs(scorer, shape, dtype, mask_kind="none"):
+    """Inputs of select for a scorer, and the options that it needs."""
+    b, _, hkv, _, t, d, *_ = shape
+    index_dtype = torch.int8 if scorer == "low rank int8" else dtype
+    q, basis, index, scale, mask, bounds = select_inputs(shape, dtype, index_dtype, mask_kind)
+    if scorer.startswith("low rank"):
+        return [q, basis, index, scale, mask, bounds], {}
+    keys = cache(b, hkv, t, d, dtype)
+    if scorer == "exact":
+        return [q, None, keys, None, mask, bounds], {}
+    return [q, None, bounds_of_pages(keys, PAGE), None, mask, bounds], {"page": PAGE, "keys": t}
+
+
+GROUP_CHOICES = {
+    "maximum": {},
+    "probability": {"by_probability": True},
+    "heads": {"per_head": True},
+}
+
+
+@pytest.mark.parametrize("choice", GROUP_CHOICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_every_scorer_chooses_as_defined(implementation, scorer, dtype, choice):
+    for shape in SCORED_SHAPES:
+        inputs, more = scored_inputs(scorer, shape, dtype)
+        k, t = shape[-1], shape[4]
+        for budget in (settings(k), settings(None, keep_q16=20000), settings(k, min_keys=t + 1)):
+            options = {**budget, **more, **GROUP_CHOICES[choice]}
+            assert_chosen_as_defined(implementation.select(*inputs, **options), inputs, options)
+
+
+@pytest.mark.parametrize("choice", GROUP_CHOICES)
+@pytest.mark.parametrize("mask_kind", MASKS)
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_every_scorer_sees_what_the_mask_shows(implementation, scorer, mask_kind, choice):
+    shape = SCORED_SHAPES[2]
+    inputs, more = scored_inputs(scorer, shape, torch.float32, mask_kind)
+    for budget in (settings(50, keep_q16=30000), settings(None, keep_q16=9000, min_keys=200)):
+        options = {**budget, **more, **GROUP_CHOICES[choice]}
+        positions = implementation.select(*inputs, **options)
+        assert_chosen_as_defined(positions, inputs, options)
+        if mask_kind not in ("none", "static cache"):
+            assert (positions[0, :, 0] == -1).all()
+
+
+@pytest.mark.parametrize("q_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("key_dtype", DTYPES, ids=str)
+def test_queries_meet_keys_of_another_dtype(implementation, q_dtype, key_dtype):
+    for scorer in ("exact", "pages"):
+        inputs, more = scored_inputs(scorer, SCORED_SHAPES[2], key_dtype)
+        inputs[0] = inputs[0].to(q_dtype)
+        options = {**settings(50), **more}
+        assert_chosen_as_defined(implementation.select(*inputs, **options), inputs, options)
+
+
+def test_improbable_keys_are_ranked_not_tied(implementation):
+    # Probabilities down to e ** -4000, and one head that takes almost all of a group's.
+    score = -torch.arange(400.0).flip(0).view(1, 1, 400, 1) * 10
+    q = torch.tensor([1.0, 0.5, 0.1]).view(1, 3, 1, 1)
+    options = settings(100, scale=1.0, sink=0, recent=0, by_probability=True)
+    found = implementation.select(q, None, score, None, None, None, **options)
+    assert found.flatten().tolist() == list(range(300, 400))
+
+
+def test_a_head_weighs_by_its_probabilities_not_by_its_scores(implementation):
+    # The first head's scores are all high and nearly equal; the second wants one key.
+    keys = torch.zeros(1, 1, 64, 2)
+    keys[..., 0] = 50 + torch.arange(64) * 1e-3
+    keys[0, 0, 5, 1] = 20
+    q = torch.eye(2).view(1, 2, 1, 2)
+    options = settings(1, scale=1.0, sink=0, recent=0)
+    by_score = implementation.select(q, None, keys, None, None, None, **options)
+    options["by_probability"] = True
+    by_probability = implementation.select(q, None, keys, None, None, None, **options)
+    assert by_score.item() == 63 and by_probability.item() == 5
+
+
+@pytest.mark.parametrize("by_probability", [False, True])
+def test_a_lone_head_ranks_alike_by_scores_and_by_probability(implementation, by_probability):
+    inputs, _ = scored_inputs("exact", (2, 2, 2, 2, 333, 24, 24, 8, 40), torch.float32)
+    inputs[2][:, :, 7, 0] = torch.inf
+    inputs[2][:, :, 9] = torch.nan
+    options = settings(40)
+    expected = reference.select(*inputs, **options)
+    options["by_probability"] = by_probability
+    assert torch.equal(reference.select(*inputs, **options), expected)
+    assert_chosen_as_defined(implementation.select(*inputs, **options), inputs, options)
+
+
+@pytest.mark.parametrize("choice", ["maximum", "probability"])
+@pytest.mark.parametrize("scorer", ["exact", "pages"])
+def test_equal_keys_go_to_the_lower_position(implementation, scorer, choice):
+    q = torch.randn(1, 4, 1, 16).expand(1, 4, 2, 16)
+    keys = torch.randn(1, 2, 1, 16).expand(1, 2, 301, 16).contiguous()
+    options = {**settings(40, sink=0, recent=0), **GROUP_CHOICES[choice]}
+    if scorer == "pages":
+        keys = bounds_of_pages(keys, PAGE)
+        options.update(page=PAGE, keys=301)
+    found = implementation.select(q, None, keys, None, None, None, **options)
+    assert torch.equal(found, torch.arange(40, dtype=torch.int32).expand_as(found))
+
+
+@pytest.mark.parametrize("choice", ["maximum", "probability"])
+@pytest.mark.parametrize("scorer", ["exact", "pages"])
+def test_numbers_that_are_not_finite_rank_as_defined(implementation, scorer, choice):
+    keys = torch.randn(1, 2, 301, 16)
+    keys[:, :, 20:25] = torch.nan
+    keys[:, 0, 50, 3] = torch.inf
+    keys[:, 1, 90, 3] = -torch.inf
+    q = torch.randn(1, 8, 2, 16)
+    q[0, 1] = torch.nan
+    options = {**settings(60, sink=0, recent=0), **GROUP_CHOICES[choice]}
+    if scorer == "pages":
+        keys = bounds_of_pages(keys, PAGE)
+        options.update(page=PAGE, keys=301)
+    inputs = (q, None, keys, None, None, None)
+    assert_chosen_as_defined(implementation.select(*inputs, **options), inputs, options)
+
+
+# ---- bounds of pages ---------------------------------------------------------------------------
+
+
+def written_of(kind, b, hkv, t):
+    if kind == "all":
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    if kind == "none":
+        return torch.zeros(b, 1, t, 1, dtype=torch.uint8)
+    if kind == "one":
+        written = torch.zeros(1, 1, t, 1, dtype=torch.bool)
+        written[:, :, t // 2] = True
+        return written
+    if kind == "strided":
+        return (torch.rand(b, hkv, t, 2) < 0.1)[..., :1]
+    return (torch.rand(b, 1, t, 1) < 0.05).to(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["all", "none", "one", "strided", "some"])
+@pytest.mark.parametrize("t, page", [(1, 2), (7, 16), (96, 16), (301, 7), (130, 129)])
+def test_pages_are_updated_as_defined(implementation, t, page, kind, dtype):
+    keys = cache(2, 3, t, 70, dtype)
+    keys[0, 1, t // 2, 3] = torch.nan
+    written = written_of(kind, 2, 3, t)
+    pages = torch.randn(2, 3, -(-t // page) + 1, 140).to(dtype)
+    expected = pages.clone()
+    reference.update_pages(expected, keys, written, page=page)
+    implementation.update_pages(pages, keys, written, page=page)
+    torch.testing.assert_close(pages, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("before, t", [(0, 33), (31, 32), (32, 33), (40, 90)])
+def test_pages_grow_with_their_cache(implementation, before, t, dtype):
+    keys = cache(2, 3, t, 20, dtype)
+    written = (torch.arange(t) >= before).view(1, 1, t, 1)
+    old = bounds_of_pages(keys[:, :, :before], 16, more=0)
+    grown = implementation.extend_pages(old, keys, written, page=16)
+    assert torch.equal(grown, reference.extend_pages(old, keys, written, page=16))
+    assert torch.equal(grown, bounds_of_pages(keys, 16, more=0))
 
 
 # ---- attend ------------------------------------------------------------------------------------

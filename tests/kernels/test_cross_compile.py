@@ -23,7 +23,7 @@ triton = pytest.importorskip("triton", reason="cross-compilation needs Triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from loki_compile.kernels import triton_attend, triton_select  # noqa: E402
+from loki_compile.kernels import triton_attend, triton_pages, triton_select  # noqa: E402
 from loki_compile.kernels.triton_launch import (  # noqa: E402
     Device,
     attend_launch,
@@ -32,7 +32,9 @@ from loki_compile.kernels.triton_launch import (  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-SELECT_KERNELS = ("prepare_kernel", "list_kernel", "choose_kernel")
+SELECT_KERNELS = (
+    "prepare_kernel", "list_kernel", "choose_kernel", "score_kernel", "mass_kernel", "sum_kernel",
+)  # fmt: skip
 ATTEND_KERNELS = ("attend_kernel", "combine_kernel")
 # Bytes per thread. On some chips `prepare` parks a few scalars while it samples, outside its loops.
 SPILL_BOUNDS = {"prepare_kernel": 16}
@@ -115,8 +117,10 @@ def recorded(module, kernels, chip, call) -> list[Launch]:
     """The launches of `call` on `chip`, none of them made."""
     launches: list[Launch] = []
     stand_ins = {name: Recorder(getattr(module, name), launches) for name in kernels}
-    device = Device(chip, CHIPS[chip].processors)
-    with mock.patch.multiple(module, device_of=lambda _: device, **stand_ins):
+    if hasattr(module, "device_of"):
+        device = Device(chip, CHIPS[chip].processors)
+        stand_ins["device_of"] = lambda _: device
+    with mock.patch.multiple(module, **stand_ins):
         call()
     return launches
 
@@ -131,17 +135,24 @@ def mask_tensors(kind, b, hq, s, t):
 
 def select_launches(
     chip, *, b=1, hq=32, hkv=8, s=1, t=300, d=128, r=32, q=torch.bfloat16, index=torch.int8,
-    top_k=2048, min_keys=1024, mask=None, per_head=False,
+    top_k=2048, min_keys=1024, mask=None, per_head=False, scorer="low rank", by_probability=False,
+    page=1,
 ):  # fmt: skip
     mask, bounds = mask_tensors(mask, b, hq, s, t)
-    scale = torch.empty(b, hkv, t, 1) if index == torch.int8 else None
+    basis, scale, rows = torch.empty(hkv, d, r), None, torch.empty(b, hkv, t, r, dtype=index)
+    if index == torch.int8:
+        scale = torch.empty(b, hkv, t, 1)
+    if scorer == "exact":
+        basis, rows = None, torch.empty(b, t, hkv, d, dtype=index).transpose(1, 2)
+    if scorer == "pages":
+        basis, rows = None, torch.empty(b, hkv, -(-t // page), 2 * d, dtype=index)
     return recorded(
         triton_select, SELECT_KERNELS, chip,
         lambda: triton_select.select(
-            torch.empty(b, hq, s, d, dtype=q), torch.empty(hkv, d, r),
-            torch.empty(b, hkv, t, r, dtype=index), scale, mask, bounds,
+            torch.empty(b, hq, s, d, dtype=q), basis, rows, scale, mask, bounds,
             scale=0.1, top_k=top_k, keep_q16=65536, sink=4, recent=32,
-            min_keys=min_keys, per_head=per_head,
+            min_keys=min_keys, per_head=per_head, page=page, keys=t if page > 1 else None,
+            by_probability=by_probability,
         ),
     )  # fmt: skip
 
@@ -206,6 +217,20 @@ SELECT_COMMON = [
     dict(),
     dict(index=torch.bfloat16, mask="additive"),
 ]
+BF16 = torch.bfloat16
+SCORERS = [
+    dict(scorer="exact", index=BF16),
+    dict(scorer="exact", index=BF16, by_probability=True, mask="additive"),
+    dict(scorer="pages", page=16, index=BF16, mask="bool"),
+    dict(by_probability=True),
+]
+SCORERS_MORE = [
+    dict(scorer="exact", index=torch.float32, q=torch.float32, d=64),
+    dict(scorer="exact", index=torch.float16, d=256, hq=8, hkv=8, per_head=True),
+    dict(scorer="pages", page=3, index=torch.float16, d=80, by_probability=True, mask="bool", s=2),
+    dict(scorer="pages", page=256, index=torch.float32, d=256),
+    dict(by_probability=True, index=BF16, hq=71, hkv=1, r=20, mask="additive"),
+]
 SELECT_MORE = [
     dict(mask="bool", s=4),
     dict(mask="additive", r=64),
@@ -246,6 +271,33 @@ ATTEND_MORE = [
 @pytest.mark.parametrize("case", SELECT_COMMON, ids=str)
 def test_select_fits(chip, case):
     assert_fits(select_launches(chip, **case), chip)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("case", SCORERS, ids=str)
+def test_every_scorer_fits(chip, case):
+    assert_fits(select_launches(chip, **case), chip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("case", SCORERS_MORE, ids=str)
+def test_every_scorer_fits_everywhere_else(chip, case):
+    assert_fits(select_launches(chip, **case), chip)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_updates_of_pages_fit(chip, dtype):
+    launches = recorded(
+        triton_pages, ("pages_kernel",), chip,
+        lambda: triton_pages.update_pages(
+            torch.empty(2, 8, 20, 256, dtype=dtype), torch.empty(2, 8, 300, 128, dtype=dtype),
+            torch.empty(2, 1, 300, 1, dtype=torch.bool), page=16,
+        ),
+    )  # fmt: skip
+    assert len(launches) == 1
+    assert_fits(launches, chip)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -302,6 +354,14 @@ def test_a_processor_holds_the_programs_that_the_table_counts_on(chip):
         reserved = 1024 if limit.target.backend == "cuda" else 0
         assert count * (needs.shared + reserved) <= limit.shared_bytes + reserved, needs
         assert count * threads * needs.registers <= limit.registers, needs
+
+
+@pytest.mark.parametrize("case", SCORERS, ids=str)
+def test_no_scorers_kernels_or_grids_change_as_a_cache_grows(case):
+    seen = [select_launches("sm90", t=t, **case) for t in (2, 1000, 1001, 1003, 4096, 5000)]
+    kernels = [[x.identity() for x in launches] for launches in seen]
+    assert all(k == kernels[1] for k in kernels[2:])
+    assert all([x.grid for x in launches] == [x.grid for x in seen[0]] for launches in seen)
 
 
 @pytest.mark.parametrize("index", [torch.int8, torch.bfloat16])

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from loki_compile.kernels import cpu, cpu_torch, reference
 from loki_compile.kernels.fused import index_rows, mask_bounds
-from loki_compile.kernels.ops import KEEP_ALL_Q16, Budget, attend, hidden_below, select
+from loki_compile.kernels.ops import (
+    KEEP_ALL_Q16,
+    Budget,
+    attend,
+    extend_pages,
+    hidden_below,
+    select,
+    update_pages,
+)
 from toy_decoders import recorded
 
 B, HQ, HKV, S, T, D, DV, R, K = 2, 6, 2, 3, 37, 24, 16, 8, 11
@@ -320,6 +328,52 @@ def test_opcheck_of_select(case):
     opcheck(select, args)
 
 
+PAGE = 8
+EXACT = {"basis": None, "index": torch.randn(B, HKV, T, D)}
+PAGED = {"basis": None, "index": torch.randn(B, HKV, 5, 2 * D), "page": PAGE, "keys": T}
+
+
+@pytest.mark.parametrize("form", [EXACT, PAGED], ids=["exact", "pages"])
+@pytest.mark.parametrize("by_probability", [False, True])
+def test_opcheck_of_the_other_scorers(form, by_probability):
+    opcheck(select, select_args(**form, by_probability=by_probability))
+
+
+def page_args(rows=5):
+    written = torch.zeros(B, 1, T, 1, dtype=torch.bool)
+    written[:, :, 7:10] = True
+    return torch.zeros(B, HKV, rows, 2 * D), torch.randn(B, HKV, T, D), written
+
+
+def test_opcheck_of_the_page_ops():
+    torch.library.opcheck(update_pages, page_args(), {"page": PAGE})
+    torch.library.opcheck(extend_pages, page_args(4), {"page": PAGE})
+
+
+def test_a_growing_cache_of_pages_compiles_once():
+    def step(q, keys, pages, new, written):
+        keys = torch.cat((keys, new), 2)
+        pages = extend_pages(pages, keys, written, page=PAGE)
+        options = {**SELECT, "page": PAGE, "keys": keys.shape[2]}
+        return select(q, None, pages, None, None, None, **options), keys, pages
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="inductor", dynamic=True, fullgraph=True)
+    q, keys = torch.randn(B, HQ, 1, D), torch.randn(B, HKV, 21, D)
+    pages = torch.zeros(B, HKV, 3, 2 * D)
+    reference.update_pages(pages, keys, torch.ones(1, 1, 1, 1, dtype=torch.bool), page=PAGE)
+    for n in range(6):
+        written = (torch.arange(22 + n) == 21 + n).view(1, 1, -1, 1)
+        new = torch.randn(B, HKV, 1, D)
+        with torch.compiler.set_stance("fail_on_recompile" if n > 1 else "default"):
+            positions, grown, bounds = compiled(q, keys, pages, new, written)
+        for found, expected in zip(
+            (positions, grown, bounds), step(q, keys, pages, new, written), strict=True
+        ):
+            assert torch.equal(found, expected)
+        keys, pages = grown, bounds
+
+
 @pytest.mark.parametrize("case", ["plain", "mask", "sink_logits"])
 def test_opcheck_of_attend(case):
     args = attend_args()
@@ -448,7 +502,50 @@ BAD_SELECT = {
     "keep_q16 is 65537; allowed: 1 to 65536": {"keep_q16": 65537},
     "(sink, recent, min_keys) is (-1, 2, 0); allowed: 0 or more": {"sink": -1},
     "(sink, recent, min_keys) is (1, 2, -5); allowed: 0 or more": {"min_keys": -5},
-}
+    "page is 0; allowed: the keys of a page, or 1": {"page": 0},
+    "keys is None with page=8; allowed: the number of keys where page > 1": {**PAGED, "keys": None},
+    "keys is 37 with page=1; allowed: the number of keys where page > 1": {"keys": T},
+    "basis is a tensor with page=8; allowed: None: pages hold": {
+        **PAGED, "basis": torch.ones(HKV, D, R),
+    },
+    "index_scale is a tensor; allowed: None, since there is no basis": {
+        **EXACT, "index_scale": torch.ones(B, HKV, T, 1),
+    },
+    "index is ((2, 2, 37, 8), torch.float32); allowed: (B, Hkv, T, D), D = 24": {"basis": None},
+    "index is ((2, 2, 37, 24), torch.int8); allowed: (B, Hkv, T, D), D = 24, bfloat16": {
+        "basis": None, "index": torch.ones(B, HKV, T, D, dtype=torch.int8),
+    },
+    "index is ((2, 2, 4, 48), torch.float32); allowed: (B, Hkv, P >= 5, 2 D), D = 24": {
+        **PAGED, "index": torch.ones(B, HKV, 4, 2 * D),
+    },
+    "index is ((2, 2, 5, 24), torch.float32); allowed: (B, Hkv, P >= 5, 2 D), D = 24": {
+        **PAGED, "index": torch.ones(B, HKV, 5, D),
+    },
+    "shape of mask is (2, 1, 3, 5); allowed: (B, Hq, S, T) = (2, 6, 3, 37)": {
+        **PAGED, "mask": SEEN[..., :5], "bounds": mask_bounds(SEEN[..., :5]),
+    },
+    "by_probability is True; allowed: False with per_head=True": {
+        "per_head": True, "by_probability": True,
+    },
+}  # fmt: skip
+BAD_PAGES = {
+    "page is 1; allowed: 2 or more": (page_args(), 1),
+    "keys dtype is torch.float64; allowed: bfloat16": (
+        (page_args()[0], page_args()[1].double(), page_args()[2]), PAGE,
+    ),
+    "pages is ((2, 2, 4, 48), torch.float32); allowed: (2, 2, at least 5, 48)": (
+        page_args(4), PAGE,
+    ),
+    "pages is ((2, 2, 5, 48), torch.bfloat16); allowed: (2, 2, at least 5, 48), torch.float32": (
+        (page_args()[0].bfloat16(), *page_args()[1:]), PAGE,
+    ),
+    "shape of written is (2, 1, 36, 1); allowed: broadcastable to (B, Hkv, T, 1)": (
+        (*page_args()[:2], page_args()[2][:, :, 1:]), PAGE,
+    ),
+    "written dtype is torch.int64; allowed: bool or uint8": (
+        (*page_args()[:2], page_args()[2].long()), PAGE,
+    ),
+}  # fmt: skip
 BAD_ATTEND = {
     "rank of k is 3": {"k": torch.ones(HKV, T, D)},
     "q dtype is torch.float64": {"q": torch.ones(B, HQ, S, D).double()},
@@ -492,6 +589,18 @@ BAD_ATTEND = {
 def test_select_says_what_it_found_and_what_it_takes(found):
     with pytest.raises(ValueError, match="loki::select: .*" + re.escape(found)):
         select(**select_args(**BAD_SELECT[found]))
+
+
+@pytest.mark.parametrize("found", BAD_PAGES)
+def test_the_page_ops_say_what_they_found_and_what_they_take(found):
+    tensors, page = BAD_PAGES[found]
+    with pytest.raises(ValueError, match="loki::update_pages: .*" + re.escape(found)):
+        update_pages(*tensors, page=page)
+
+
+def test_pages_do_not_shrink():
+    with pytest.raises(ValueError, match=r"loki::extend_pages: pages is .* \(2, 2, up to 5, 48\)"):
+        extend_pages(*page_args(6), page=PAGE)
 
 
 @pytest.mark.parametrize("found", BAD_ATTEND)

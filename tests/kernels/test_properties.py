@@ -35,11 +35,13 @@ def implementations() -> list:
     if not INTERPRETED:
         assert cpu._kernels() is not None, "the CPU kernels must be compiled to be tested"
         return [cpu, cpu_torch]
-    from loki_compile.kernels import triton_attend, triton_select
+    from loki_compile.kernels import triton_attend, triton_pages, triton_select
 
     class Triton:
         select = staticmethod(triton_select.select)
         attend = staticmethod(triton_attend.attend)
+        update_pages = staticmethod(triton_pages.update_pages)
+        extend_pages = staticmethod(triton_pages.extend_pages)
 
     return [Triton]
 
@@ -271,6 +273,20 @@ def make_case(draw, values: tuple[str, ...] = tuple(FINITE), masks: tuple[str, .
 # ---- selection, budget, mask ---------------------------------------------------------------------
 
 
+def scorer_rounding(case: Case, inputs: list) -> float:
+    """A bound on the error of any score where q meets keys, or bounds of pages, as they are."""
+    q, _, keys, *_, mask, _ = inputs
+    packed = q.double().nan_to_num(0, 0, 0).abs().unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+    rows = keys.double().nan_to_num(0, 0, 0).abs()
+    if rows.shape[3] > case.d:
+        rows = torch.maximum(*rows.chunk(2, -1))
+    largest = float((packed @ rows.transpose(-1, -2)).max()) * case.scale
+    # Entries below the least normal number of their dtype may count as zero.
+    underflow = 2.0**-126 * (1 + case.d * float(rows.max() + packed.max()))
+    biased = mask is not None and mask.dtype != torch.bool
+    return largest * 2.0**-20 + underflow + (2.0**-20 * 8 if biased else 0.0)
+
+
 def rounding(case: Case, inputs: list) -> float:
     """A bound on the error of any score. An int8 index meets q in 16 bits, the rest is fp32."""
     q, basis, index, index_scale = inputs[:4]
@@ -290,9 +306,12 @@ def rounding(case: Case, inputs: list) -> float:
     return float(largest) * relative + underflow + (2.0**-20 * 8 if biased else 0.0)
 
 
-def check_choice(case: Case, positions: Tensor, inputs: list) -> None:
-    """Clauses 3 and 5: the reference's choice up to scores within rounding of the threshold."""
-    options = case.options()
+def check_choice(case: Case, positions: Tensor, inputs: list, **more) -> None:
+    """Clauses 3 and 5: the reference's choice up to scores within rounding of the threshold.
+
+    more: options that `case` does not have.
+    """
+    options = {**case.options(), **more}
     expected = reference.select(*inputs, **options)
     assert positions.dtype == torch.int32 and positions.shape == expected.shape
     assert positions.is_contiguous()
@@ -300,8 +319,10 @@ def check_choice(case: Case, positions: Tensor, inputs: list) -> None:
     assert torch.equal(kept, expected >= 0), "not the budget, or -1 before a position"
     assert (positions[~kept] == -1).all()
     assert (positions[..., 1:] > positions[..., :-1])[kept[..., 1:]].all(), "not ascending"
-    score = reference.scores(*inputs[:5], scale=case.scale, per_head=options["per_head"])
-    slack = rounding(case, inputs)
+    score = reference.scores(*inputs[:5], scale=case.scale, per_head=options["per_head"], **more)
+    slack = (rounding if inputs[1] is not None else scorer_rounding)(case, inputs)
+    if more.get("by_probability"):
+        slack = 2 * slack + 2.0**-18  # of the score and of the sum; their logarithms
     for row in (positions != expected).any(-1).nonzero().tolist():
         row = tuple(row)
         found, wanted = set(positions[row].tolist()), set(expected[row].tolist())
@@ -321,6 +342,51 @@ def test_select_chooses_as_defined_and_nothing_hidden(case):
     for implementation in implementations():
         check_choice(case, implementation.select(*inputs, **case.options()), inputs)
     count("selection, budget and mask")
+
+
+@given(make_case(), st.data())
+@cases(2 * SHARE)
+def test_every_scorer_and_group_choice_is_as_defined(case, data):
+    """Clauses 1 and 3: queries meet the index, the keys or bounds of pages; a group ranks by its
+    best score or by the sum of its probabilities."""
+    inputs, more = case.select_inputs(), {}
+    if not case.options()["per_head"]:
+        more["by_probability"] = data.draw(st.booleans())
+    scorer = data.draw(st.sampled_from(["low rank", "exact", "pages"]))
+    if scorer != "low rank":
+        inputs[1:4] = None, case.keys(), None
+    if scorer == "pages":
+        page = data.draw(st.sampled_from([2, 3, 16, 200]))
+        keys, every = case.keys(), torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        pages = keys.new_full((case.b, case.hkv, -(-case.t // page), 2 * case.d), 77)
+        reference.update_pages(pages, keys, every, page=page)
+        inputs[2] = case.laid_out(pages, torch.nan)
+        more |= {"page": page, "keys": case.t}
+    for implementation in implementations():
+        positions = implementation.select(*inputs, **case.options(), **more)
+        check_choice(case, positions, inputs, **more)
+    count("selection: scorers and group choices")
+
+
+@given(make_case(), st.data())
+@cases(SHARE)
+def test_bounds_of_pages_follow_the_cache(case, data):
+    """Clause 9, over steps that write anywhere: as defined, in place and as the cache grows."""
+    page = data.draw(st.sampled_from([2, 3, 16, 200]))
+    keys, generator = case.keys(), case.generator(11)
+    for implementation in implementations():
+        count_of_pages = -(-case.t // page)
+        pages = torch.zeros(case.b, case.hkv, count_of_pages, 2 * case.d, dtype=case.dtype)
+        expected = pages.clone()
+        for _ in range(3):
+            written = torch.rand(case.b, 1, case.t, 1, generator=generator) < 0.2
+            implementation.update_pages(pages, keys, written, page=page)
+            reference.update_pages(expected, keys, written, page=page)
+            assert torch.equal(pages, expected)
+        fewer = pages[:, :, : data.draw(st.integers(1, count_of_pages))]
+        grown = implementation.extend_pages(fewer, keys, written, page=page)
+        assert torch.equal(grown, reference.extend_pages(fewer, keys, written, page=page))
+    count("bounds of pages")
 
 
 @given(make_case(values=("integers",)))

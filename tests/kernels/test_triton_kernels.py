@@ -25,7 +25,14 @@ here = pytest.mark.skipif(
 )
 gpu_only = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU")]
 
-from loki_compile.kernels import fused, ops, reference, triton_attend, triton_select  # noqa: E402
+from loki_compile.kernels import (  # noqa: E402
+    fused,
+    ops,
+    reference,
+    triton_attend,
+    triton_pages,
+    triton_select,
+)
 from loki_compile.kernels.checks import hidden_below  # noqa: E402
 from loki_compile.kernels.triton_launch import SelectLaunch  # noqa: E402
 
@@ -239,6 +246,119 @@ def test_a_sample_that_misleads_costs_time_and_no_key():
     index[..., 1:] = 0
     assert len(set(sampled.tolist())) < case.top_k
     assert_equal_choice(case, [q, basis, index, scale], launch=launch)
+
+
+# --------------------------------------------- the other scorers, and choices by probability
+
+PAGE = 5
+CHOICES = {"maximum": {}, "probability": {"by_probability": True}, "heads": {"per_head": True}}
+
+
+def bounds_of_pages(keys, page):
+    b, h, t, d = keys.shape
+    pages = torch.full((b, h, -(-t // page) + 1, 2 * d), torch.nan, dtype=keys.dtype)
+    reference.update_pages(pages, keys, torch.ones(1, 1, 1, 1, dtype=torch.bool), page=page)
+    return pages
+
+
+def assert_scored_as_defined(inputs, options, launch=None):
+    """The reference's choice, but for scores within rounding of the threshold."""
+    moved = [None if x is None else x.to(DEVICE) for x in inputs]
+    got = triton_select.select(*moved, **options, launch=launch).cpu()
+    want = reference.select(*inputs, **options)
+    assert torch.equal(got >= 0, want >= 0)
+    ranked_by = ("scale", "per_head", "page", "keys", "by_probability")
+    score = reference.scores(*inputs[:5], **{n: options[n] for n in ranked_by if n in options})
+    slack = 2**-14 * float(score[score.isfinite()].abs().max())
+    for row in (got != want).any(-1).nonzero().tolist():
+        row = tuple(row)
+        found, wanted = set(got[row].tolist()), set(want[row].tolist())
+        gained, lost = score[row][sorted(found - wanted)], score[row][sorted(wanted - found)]
+        assert (gained >= lost.max() - slack).all(), (row, found ^ wanted)
+
+
+def scored(scorer, dtype, case, mask=None):
+    """Inputs of select, and the options that the scorer needs; the cache as (B, T, H, D)."""
+    keys = torch.randn(case.b, case.t, case.hkv, case.d).to(dtype).transpose(1, 2)
+    q = torch.randn(case.b, case.hq, case.s, case.d).to(case.q_dtype)
+    bounds = None if mask is None else ops.mask_bounds(mask)
+    if scorer == "exact":
+        return [q, None, keys, None, mask, bounds], {}
+    if scorer == "pages":
+        pages = bounds_of_pages(keys, PAGE)
+        return [q, None, pages, None, mask, bounds], {"page": PAGE, "keys": case.t}
+    basis = torch.randn(case.hkv, case.d, case.r) / 4
+    index, scale = ops.index_rows(keys, basis, torch.int8 if scorer == "int8" else dtype)
+    return [q, basis, index, scale, mask, bounds], {}
+
+
+@here
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("scorer", ["low rank", "int8", "exact", "pages"])
+def test_every_scorer_chooses_as_defined(scorer, dtype, choice):
+    for mask in (None, mask_of("holes", 131, 2), torch.randn(1, 1, 2, 131)):
+        case = Case(hq=6, s=2, t=131, top_k=30, q_dtype=dtype)
+        inputs, more = scored(scorer, dtype, case, mask)
+        assert_scored_as_defined(inputs, {**case.options, **more, **CHOICES[choice]})
+
+
+@here
+@pytest.mark.parametrize("scorer", ["low rank", "exact", "pages"])
+def test_a_sample_and_parts_of_scores_in_memory(scorer):
+    """Many tiles, parts and a sample, of rows with a window each."""
+    case = Case(b=2, hq=14, s=2, t=300, top_k=40)
+    visible = mask_of("window", 300, 2, 2)
+    for choice in ({}, {"by_probability": True}):
+        inputs, more = scored(scorer, torch.float32, case, visible)
+        launch = small_launch(dataclasses.replace(case, index_dtype=torch.float32), pack=1)
+        assert_scored_as_defined(inputs, {**case.options, **more, **choice}, launch)
+
+
+@here
+@pytest.mark.parametrize("choice", ["maximum", "probability"])
+@pytest.mark.parametrize("scorer", ["exact", "pages"])
+def test_keys_that_are_not_finite_rank_as_defined(scorer, choice):
+    case = Case(t=120, sink=0, recent=0)
+    inputs, more = scored("exact", torch.float32, case)
+    keys = inputs[2]
+    keys[:, :, 20:25] = torch.nan
+    keys[:, 0, 50, 3] = torch.inf
+    keys[:, 1, 90, 3] = -torch.inf
+    if scorer == "pages":
+        inputs[2], more = bounds_of_pages(keys, PAGE), {"page": PAGE, "keys": 120}
+    assert_scored_as_defined(inputs, {**case.options, **more, **CHOICES[choice]})
+
+
+@here
+def test_improbable_keys_are_ranked_not_tied():
+    score = -torch.arange(200.0).flip(0).view(1, 1, 200, 1) * 10
+    q = torch.tensor([1.0, 0.5, 0.1]).view(1, 3, 1, 1)
+    options = {**Case(top_k=50, sink=0, recent=0).options, "scale": 1.0, "by_probability": True}
+    found = triton_select.select(q.to(DEVICE), None, score.to(DEVICE), None, None, None, **options)
+    assert found.flatten().tolist() == list(range(150, 200))
+
+
+@here
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("t, page", [(1, 2), (33, 16), (40, 7)])
+def test_pages_are_updated_and_extended_as_defined(t, page, dtype):
+    keys = torch.randn(2, t, 2, 20).to(dtype).transpose(1, 2)
+    keys[0, 1, t // 2, 3] = torch.nan
+    for written in (torch.ones(1, 1, 1, 1, dtype=torch.bool), torch.rand(2, 1, t, 1) < 0.1):
+        pages = torch.randn(2, 2, -(-t // page), 40).to(dtype)
+        for stored in (written, written.to(torch.uint8)):
+            got, want = pages.to(DEVICE, copy=True), pages.clone()
+            triton_pages.update_pages(got, keys.to(DEVICE), stored.to(DEVICE), page=page)
+            reference.update_pages(want, keys, stored, page=page)
+            torch.testing.assert_close(got.cpu(), want, rtol=0, atol=0, equal_nan=True)
+        old = pages[:, :, :-1]
+        if old.shape[2]:
+            got = triton_pages.extend_pages(
+                old.to(DEVICE), keys.to(DEVICE), written.to(DEVICE), page=page
+            )
+            want = reference.extend_pages(old, keys, written, page=page)
+            torch.testing.assert_close(got.cpu(), want, rtol=0, atol=0, equal_nan=True)
 
 
 # ---------------------------------------------------------------------------- masks of select
