@@ -8,10 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from loki_compile.pca_store import basis_file
+from loki_compile.pca_store import basis_header
 from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.basis_file import decode, encode
-from loki_compile.pca_store.fingerprint import block_fingerprints, run_of, weights_fingerprint
+from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
+from loki_compile.pca_store.metadata import run_of
 from loki_compile.pca_store.store import Store
 from torch import nn
 from toy_decoders import interpret
@@ -268,8 +269,8 @@ class TestRows:
         weight = torch.randn(12, 7)
         saved = self.basis_set(weight, 4, 3)
         with monkeypatch.context() as patch:
-            patch.setattr(basis_file, "FORMAT_VERSION", 1)
-            patch.setattr(basis_file, "_SITE_FIELDS", basis_file._SITE_FIELDS[:-1])
+            patch.setattr(basis_header, "FORMAT_VERSION", 1)
+            patch.setattr(basis_header, "SITE_FIELDS", basis_header.SITE_FIELDS[:-1])
             data = encode(saved)
         loaded = decode(data, "old")
         assert loaded.bases[0].blocks == ()

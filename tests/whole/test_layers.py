@@ -34,9 +34,6 @@ PRIVATE_IN_TESTS = {
     "loki_compile.kernels.cpu_build._compiler",
     "loki_compile.kernels.ops.select._schema",
     "loki_compile.pca_store.attention_fit._loss",
-    "loki_compile.pca_store.basis_file._file_error",
-    "loki_compile.pca_store.basis_file._SITE_FIELDS",
-    "loki_compile.pca_store.basis_file._read",
 }
 # The command line's modules; transformers only inside their functions.
 MAY_USE_TRANSFORMERS = {"cli.py", "demo.py", "evaluation.py", "models.py"}
