@@ -7,6 +7,8 @@ from loki_compile.passes.rewrite import blind_rows, joint_mask, plain_mask, visi
 from loki_compile.passes.sites import SCORES
 from torch import nn
 
+pytestmark = pytest.mark.covers
+
 BATCH, HEADS, NEW, SLOTS = 2, 6, 3, 11
 SIZES = (HEADS, 1, NEW)
 LOW, HIDDEN = torch.finfo(torch.float32).min, float("-inf")

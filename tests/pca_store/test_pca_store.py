@@ -43,6 +43,8 @@ from loki_compile.pca_store.store import (
 )
 from tally import cases, count
 
+pytestmark = [pytest.mark.soak, pytest.mark.covers]
+
 SITE_A, SITE_B, SITE_C = (digit * 32 for digit in "abc")
 
 few = settings(

@@ -16,15 +16,15 @@ import pytest
 import torch
 from tally import count
 from torch import Tensor
-from toy_conversations import LONG, VOCABULARY, make_model, new_cache, prompt, started
-from toy_decoders import clear_runtime
+from toy_capture import clear_runtime
+from toy_models import LONG, VOCABULARY, make_model, new_cache, prompt, started
+from toy_options import MODES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loki_compile import indexes, stats
 from loki_compile.indexes import indexes_of
 
 CACHES = pytest.mark.parametrize("kind", ["static", "growing"])
-MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 
 
 class Steps:

@@ -15,7 +15,7 @@ from loki_compile.pca_store.fingerprint import block_fingerprints, weights_finge
 from loki_compile.pca_store.metadata import run_of
 from loki_compile.pca_store.store import Store
 from torch import nn
-from toy_decoders import interpret
+from toy_capture import interpret
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from loki_compile import calibrate, reset_stats, stats

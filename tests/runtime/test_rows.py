@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_decoders import recorded
+from toy_capture import recorded
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
