@@ -208,6 +208,24 @@ def test_every_reason_to_stay_dense_is_documented():
     assert sorted(sections) == sorted(reason.name for reason in Reason)
 
 
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "tests/*.md", "tests/peers/*.md", "benchmarks/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_what_a_page_points_to_exists(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", text)
+    assert not [x for x in links if "://" not in x and not (page.parent / x).exists()]
+    if page == ROOT / "tests" / "README.md":
+        assert not [
+            x for x in re.findall(r"`(\w+/test_\w+\.py)", text) if not (page.parent / x).exists()
+        ]
+
+
 def test_the_readme_lists_every_option_with_its_default():
     import dataclasses
 
