@@ -152,7 +152,7 @@ def test_explain_does_not_need_a_checkpoint(tiny, tmp_path):
 # --------------------------------------------------------------------------------------- eval
 
 
-def test_eval_with_the_whole_budget_is_dense(tiny, text):
+def test_eval_with_the_whole_budget_is_dense(tiny, text, interpreted):
     shown = succeed(
         *("eval", tiny, "--text", text, "--context", "90", "--prefill", "70", "--windows", "2"),
         *("--top-k", "1.0", "--min-context", "0", "--recall-prompts", "0", "--dtype", "float32"),

@@ -62,7 +62,7 @@ class Sealed(Wrapped):
 def llama(dtype=torch.float32):
     torch.manual_seed(6)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, vocab_size=89, max_position_embeddings=2048,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval().to(dtype)
@@ -141,7 +141,11 @@ def logits_of(call, cache):
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# quanto compiles an extension of its own for 4 bits: a minute, for what bitsandbytes shows as well.
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow if k == "quanto int4" else ()) for k in KINDS],
+)
 def test_a_model_of_such_weights_is_sparse_and_right(kind, use_engine):
     model = KINDS[kind](llama())
     interpret(use_engine)
