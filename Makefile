@@ -22,19 +22,15 @@ demo: $(STAMP)
 test: $(FOREIGN_STAMP)
 	$(WORKERS) $(TEST_FLAGS)
 
-# Hours: the slow tests, and thousands of generated cases for each clause; one table at the end.
-# LOKI_SOAK_CASES=100 tries that many for a clause instead of 3000.
-SOAK := properties graph_properties cache_machine odd_spellings rollback faults pca_store latent shared_tensors
+# Hours: the tests marked `soak`, slow ones too, with thousands of generated cases for each clause; one
+# table at the end. LOKI_SOAK_CASES=100 tries that many for a clause instead of 3000.
 soak: $(STAMP)
-	$(WORKERS) --hypothesis-profile=soak --timeout=0 -m "slow or not slow" $(foreach name,$(SOAK),$(wildcard tests/*/test_$(name).py)) $(TEST_FLAGS)
+	$(WORKERS) --hypothesis-profile=soak --timeout=0 -m soak $(TEST_FLAGS)
 
-# Lines and branches of passes/, pca_store/ and the runtime.
-COVERING := sites cache_writes normalize graphs plan rotary masks rewrite rollback flex latent runtime faults backend shared_tensors hand_written masks \
-  odd_spellings graph_properties cache_machine windows other_decoders end_to_end config calibration \
-  attention_fit pca_store
+# Lines and branches of passes/, pca_store/ and the runtime, by the tests marked `covers`.
 coverage: $(STAMP)
 	$(WORKERS) --timeout=1800 --hypothesis-profile=brief --cov --cov-branch \
-	  --cov-report=term-missing --cov-fail-under=95 $(foreach name,$(COVERING),$(wildcard tests/*/test_$(name).py)) $(TEST_FLAGS)
+	  --cov-report=term-missing --cov-fail-under=95 -m "covers and not slow" $(TEST_FLAGS)
 
 # Small changes to a file that some test should notice: make mutants FILE=passes/plan.py SAMPLE=30
 FILE ?= passes/plan.py

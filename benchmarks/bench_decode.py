@@ -1,6 +1,6 @@
 """Milliseconds per decoded token of a whole model: dense paths and loki, in one run.
 
-    python benchmarks/bench_decode.py                          the README's table (about 10 minutes)
+    python benchmarks/bench_decode.py                         the table of docs/measured.md, 10 min
     python benchmarks/bench_decode.py --context 512 --dtype float32
     python benchmarks/bench_decode.py --cache dynamic --context 16384
 

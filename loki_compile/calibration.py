@@ -36,9 +36,10 @@ from loki_compile.passes.normalize import normalize
 from loki_compile.passes.rotary import Unrotated, before_rotation
 from loki_compile.passes.sites import find_sites
 from loki_compile.pca_store.attention_fit import RECENT, SINK, STEPS, AttentionSamples
-from loki_compile.pca_store.basis import CALIBRATIONS, Basis, BasisSet, library_versions
+from loki_compile.pca_store.basis import Basis, BasisSet, library_versions
 from loki_compile.pca_store.covariance import KeyCovariance
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
+from loki_compile.pca_store.metadata import CALIBRATIONS
 from loki_compile.pca_store.partial import Partial
 from loki_compile.watching import watched
 

@@ -1,4 +1,5 @@
-"""Bases: fit (covariance, attention_fit), hold (basis), file format (basis_file), lookup (store).
+"""Bases: fit (covariance, attention_fit), hold (basis), say what they are (metadata), file format
+(basis_file, basis_header), lookup (store).
 
 File format, version 1. One safetensors file per basis set. Its header holds, besides the tensors:
 

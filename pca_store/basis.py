@@ -8,10 +8,7 @@ what they explain, so the first R are the best R for every R.
 
 from __future__ import annotations
 
-import json
 import math
-import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -19,26 +16,22 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from loki_compile.pca_store.fingerprint import combine_fingerprints, run_of
+from loki_compile.pca_store.metadata import (
+    KINDS,
+    ORTHONORMAL_KINDS,
+    calibrate_command,
+    check_choice,
+    check_fingerprint,
+    check_metadata,
+    check_text,
+    combine_fingerprints,
+    run_of,
+)
 from torch import Tensor
-
-# "random" is the control: any orthonormal basis, fitted to nothing.
-KINDS = ("pca", "score-optimal", "attention", "random")
-# For these the query's projection is the key's, and its columns are orthonormal (Loki, Lemma 4.1).
-ORTHONORMAL_KINDS = ("pca", "random")
-# Which keys the basis was fitted on. It is applied after RoPE in both cases, as in the paper.
-CALIBRATIONS = ("pre-rotary", "post-rotary")
-
-MAX_TEXT = 4096
-_FINGERPRINT = re.compile(r"[0-9a-f]{16,64}")
 
 
 class BasisMismatch(ValueError):
     """A basis does not belong to the attention site it was given for."""
-
-
-class BasisNotFound(ValueError):
-    """No basis is stored under the name, path or hub id given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -391,54 +384,3 @@ class BasisSet:
                 f"for these weights; needed the site's own dims: run {calibrate_command()}"
             )
         return basis
-
-
-def calibrate_command(model: str = "") -> str:
-    """The command that makes a basis for `model`, quoted for a shell and for a message."""
-    return f"`loki calibrate {shlex.quote(model) if model else 'MODEL'} --text FILES`"
-
-
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"found {name} {value!r}; needed one of {', '.join(allowed)}")
-
-
-def check_fingerprint(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not _FINGERPRINT.fullmatch(value):
-        raise ValueError(f"found {name} {value!r:.80}; needed 16 to 64 lower-case hex digits")
-
-
-def check_text(name: str, value: Any) -> None:
-    """Text that is shown in terminals: no control characters, no lone surrogates, bounded."""
-    if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
-        raise ValueError(
-            f"found {name} {value!r:.80}; needed at most {MAX_TEXT} printable characters"
-        )
-
-
-def check_metadata(record: Any) -> None:
-    """The fields that a BasisSet and the header of its file share.
-
-    Raises:
-        ValueError: a field of the wrong type, not printable, not JSON, or not a date.
-    """
-    check_choice("calibration", record.calibration, CALIBRATIONS)
-    for name in ("model", "dtype", "source"):
-        check_text(name, getattr(record, name))
-    if not isinstance(record.rope, Mapping) or not isinstance(record.versions, Mapping):
-        raise ValueError("found rope or versions that are not mappings; needed a mapping for each")
-    for name, version in record.versions.items():
-        check_text("name of a library", name)
-        check_text(f"version of {name}", version)
-    try:
-        json.dumps(dict(record.rope), allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"found rope parameters that are not JSON ({error})") from None
-    try:
-        aware = datetime.fromisoformat(record.created).tzinfo is not None
-    except (TypeError, ValueError):
-        aware = False
-    if not aware:
-        raise ValueError(
-            f"found created={record.created!r:.80}; needed an ISO 8601 date with offset"
-        )

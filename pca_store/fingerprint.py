@@ -10,18 +10,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-from collections.abc import Iterable, Sequence
 
 import torch
+from loki_compile.pca_store.metadata import HEX_DIGITS, MAX_BLOCKS
 from torch import Tensor
 
 SAMPLED_ELEMENTS = 4096
-HEX_DIGITS = 32
-# Of each block of rows. A weight has few enough blocks for a header, and a wrong match takes a run
-# of equal blocks.
 BLOCK_ELEMENTS = 256
 BLOCK_HEX_DIGITS = 16
-MAX_BLOCKS = 4096
 
 logger = logging.getLogger("loki_compile")
 
@@ -66,27 +62,6 @@ def block_fingerprints(tensor: Tensor, rows: int) -> tuple[str, ...]:
     except Exception as error:  # as above
         logger.debug("no fingerprints of the rows of a %s: %s", type(tensor).__name__, error)
         return ()
-
-
-def run_of(part: Sequence[str], whole: Sequence[str]) -> int | None:
-    """Where `part` lies in `whole` as one run of blocks; None where it does not, or is empty.
-
-    The first of several places: blocks that are equal make equal keys.
-    """
-    length = len(part)
-    for start in range(len(whole) - length + 1 if length else 0):
-        if whole[start] == part[0] and tuple(whole[start : start + length]) == tuple(part):
-            return start
-    return None
-
-
-def combine_fingerprints(fingerprints: Iterable[str]) -> str:
-    """One fingerprint (32 hex digits) for several; their order does not count, repetition does.
-
-    Makes a site's fingerprint of its weights (key projection, bias, key norm), and a model's of
-    its sites.
-    """
-    return hashlib.sha256(" ".join(sorted(fingerprints)).encode()).hexdigest()[:HEX_DIGITS]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""The store: a folder of basis files, found by name or by the weights they were fitted for."""
+"""The store: a folder of basis files, found by name or by the weights they were fitted for.
+
+Headers are read without PyTorch, which is imported with the first file that is read or written
+whole: `loki bases list` needs none.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from loki_compile.pca_store.basis import BasisNotFound, BasisSet, calibrate_command
-from loki_compile.pca_store.basis_file import (
-    BasisFileError,
-    BasisHeader,
-    encode,
-    read_file,
-    read_header,
-    verify_file,
-)
-from loki_compile.pca_store.fingerprint import run_of
+from loki_compile.pca_store.basis_header import BasisFileError, BasisHeader, read_header
+from loki_compile.pca_store.metadata import BasisNotFound, calibrate_command, run_of
+
+if TYPE_CHECKING:
+    from loki_compile.pca_store.basis import BasisSet
 
 SUFFIX = ".safetensors"
 HUB_FILE = "loki_basis.safetensors"
@@ -100,6 +100,8 @@ class Store:
             BasisSaveError: the folder cannot be written (full, read-only, not a folder).
             ValueError: dims beyond what a file may hold.
         """
+        from loki_compile.pca_store.basis_file import encode
+
         data = encode(basis_set)
         path = self.root / file_name(basis_set)
         try:
@@ -131,7 +133,7 @@ class Store:
         """
         text = str(name)
         if path := _existing_file(Path(os.path.expanduser(text))):
-            return read_file(path)
+            return _whole(path)
         if isinstance(name, Path) or _is_written_as_path(text):
             raise BasisNotFound(
                 f"no basis file at {text}; needed a file, or a folder with {HUB_FILE}: correct the "
@@ -143,9 +145,9 @@ class Store:
             [entry for entry in stored if entry.header.model == text],
         ):
             if matching:
-                return read_file(matching[0].path)
+                return _whole(matching[0].path)
         if hub_id := _HUB_ID.fullmatch(text):
-            return read_file(_download(hub_id["repo"], hub_id["rev"]))
+            return _whole(_download(hub_id["repo"], hub_id["rev"]))
         raise BasisNotFound(
             f"no basis {text!r:.200} in {self.root} ({len(stored)} stored), and it is neither an "
             "existing path nor a hub id (org/name); needed one of these: see `loki bases list`, or "
@@ -198,7 +200,7 @@ class Store:
             if not covered(entry):
                 return None
             try:
-                return read_file(entry.path)
+                return _whole(entry.path)
             except BasisFileError as error:
                 logger.warning("passed over: %s", error)
         return None
@@ -209,6 +211,8 @@ class Store:
         Raises:
             BasisFileError: a check failed, or the file cannot be read.
         """
+        from loki_compile.pca_store.basis_file import verify_file
+
         return verify_file(Path(os.path.expanduser(path)))
 
     def _remove_stale(self) -> None:
@@ -217,6 +221,12 @@ class Store:
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                     path.unlink()
+
+
+def _whole(path: Path) -> BasisSet:
+    from loki_compile.pca_store.basis_file import read_file
+
+    return read_file(path)
 
 
 def file_name(basis_set: BasisSet) -> str:

@@ -13,7 +13,7 @@ import pytest
 import tally
 import torch
 from hypothesis import HealthCheck, settings
-from toy_decoders import clear_runtime, interpret
+from toy_capture import clear_runtime, interpret
 
 from loki_compile.backend import default_engine
 from loki_compile.counts import stats

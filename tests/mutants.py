@@ -84,6 +84,8 @@ ORACLES = {
     "pca_store/attention_fit.py": ("attention_fit",),
     "pca_store/basis.py": (f"{STORE}Basis", f"{STORE}BasisSet", f"{STORE}Pca"),
     "pca_store/basis_file.py": (f"{STORE}FileFormat", f"{STORE}FileNames", SHORT_HEADER),
+    "pca_store/basis_header.py": (f"{STORE}FileFormat", f"{STORE}FileNames", SHORT_HEADER),
+    "pca_store/metadata.py": (f"{STORE}FileFormat", f"{STORE}BasisSet"),
     "pca_store/covariance.py": (f"{STORE}KeyCovariance", f"{STORE}ScoreOptimal", f"{STORE}Ordered"),
     "pca_store/fingerprint.py": (f"{STORE}Fingerprint",),
     "pca_store/store.py": (

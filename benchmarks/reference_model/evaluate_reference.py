@@ -5,7 +5,7 @@
 Bits per byte are over the held-out modules, concatenated: windows of `--window` tokens that
 overlap by half, every token counted once and (after the first window) with at least half a window
 of context; xz gets the very same bytes. Recall is the share of questions of
-`loki_compile.reference_data.recall_prompt` whose answer has the highest logit.
+`loki_compile.commands.reference_data.recall_prompt` whose answer has the highest logit.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loki_compile
-from loki_compile import reference_data as data
+from loki_compile.commands import reference_data as data
 
 BUNDLED = Path(loki_compile.__file__).parent / "reference_model"
 PAIRS = {512: 16, 1024: 32, 2048: 32, 4096: 32}

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loki_compile import reference_data as data
+from loki_compile.commands import reference_data as data
 
 VOCABULARY = 2048
 END_OF_TEXT = "<|endoftext|>"

@@ -1,10 +1,12 @@
 """The command line: what a user sees, what is written where, and one line for each mistake."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from loki_compile.pca_store import attention_fit
 from loki_compile.pca_store.store import Store
 
 from loki_compile import calibration
-from loki_compile.cli import main
-from loki_compile.models import BUNDLED
+from loki_compile.commands import comparison
+from loki_compile.commands.main import main
+from loki_compile.commands.models import BUNDLED
 
 transformers = pytest.importorskip("transformers")
 
@@ -149,7 +152,7 @@ def test_explain_does_not_need_a_checkpoint(tiny, tmp_path):
 # --------------------------------------------------------------------------------------- eval
 
 
-def test_eval_with_the_whole_budget_is_dense(tiny, text):
+def test_eval_with_the_whole_budget_is_dense(tiny, text, interpreted):
     shown = succeed(
         *("eval", tiny, "--text", text, "--context", "90", "--prefill", "70", "--windows", "2"),
         *("--top-k", "1.0", "--min-context", "0", "--recall-prompts", "0", "--dtype", "float32"),
@@ -175,6 +178,26 @@ def test_bench_writes_the_rows_it_prints(tiny, tmp_path):
     assert f"wrote {file}" in shown
 
 
+def test_the_demo_takes_the_stored_basis_that_fits(tiny, text, own_store, monkeypatch):
+    """One that holds too few dims for the rank is passed over, and what was taken is named."""
+    options = {"min_context": 0, "rank": 0.25}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    assert comparison.stored_basis(model, options, 600) is None
+    succeed("calibrate", tiny, "--text", text, "--tokens", "200", "--kind", "pca")
+    (wide,) = own_store.glob("*.safetensors")
+    monkeypatch.setattr(attention_fit, "STEPS", 5)
+    succeed("calibrate", tiny, "--text", text, "--tokens", "200", "--rank", "5")
+    (narrow,) = set(own_store.glob("*.safetensors")) - {wide}
+    stamp = time.time() + 10
+    os.utime(narrow, (stamp, stamp))  # of the same second, this one is the newer
+    for rank, chosen in ((0.25, narrow), (7, wide)):
+        entry, config, found = comparison.stored_basis(model, {**options, "rank": rank}, 600)
+        assert entry.path == chosen and config.basis.kind == entry.header.kind
+        assert [site.basis for site in found[0].sites] == [f"{entry.header.kind}, 200 tokens"] * 2
+    other = transformers.AutoModelForCausalLM.from_config(model.config)
+    assert comparison.stored_basis(other, options, 600) is None
+
+
 @pytest.mark.slow
 def test_the_demo_shows_everything_and_writes_the_picture(tiny, tmp_path):
     picture = tmp_path / "new" / "picture.png"
@@ -186,6 +209,21 @@ def test_the_demo_shows_everything_and_writes_the_picture(tiny, tmp_path):
         assert re.search(r"\d+/32", row)
     assert "agree on the first 96" in shown
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("anew", [False, True])
+def test_the_demo_says_which_basis_it_takes(tiny, text, own_store, anew, monkeypatch):
+    monkeypatch.setattr(comparison, "CALIBRATION_TOKENS", 700)
+    succeed("calibrate", tiny, "--text", text, "--tokens", "200", "--kind", "pca")
+    (path,) = own_store.glob("*.safetensors")
+    arguments = ("--context", "560", "--min-context", "0", "--dtype", "float32", "--quick")
+    result = run("demo", "--model", tiny, *arguments, *(["--calibrate"] if anew else []))
+    assert result.exit_code == 0, result.output
+    taken = f"basis: {path.stem}, stored" in result.stderr
+    fitted = "one is fitted" in result.stderr
+    assert (taken, fitted) == (not anew, anew)
+    assert "200 tokens" in result.stdout or anew
 
 
 # ------------------------------------------------------------------------------------ mistakes
@@ -296,15 +334,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert not own_store.exists()  # nothing was written
 
 
-def test_help_needs_no_torch():
+def test_help_and_a_list_of_bases_need_no_torch(tiny, text, own_store):
+    """The whole process, with a store to list."""
+    succeed("calibrate", tiny, "--text", text, "--tokens", "200", "--kind", "pca")
+    (path,) = own_store.glob("*.safetensors")
+    (own_store / "damaged.safetensors").write_bytes(b"junk")
     code = (
-        "import sys; from click.testing import CliRunner; from loki_compile.cli import main\n"
-        "for words in ([], ['eval'], ['calibrate'], ['bases', 'list']):\n"
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "from loki_compile.commands.main import COMMANDS, main\n"
+        "for words in ([], *([name] for name in COMMANDS), ['bases', 'list']):\n"
         "    assert CliRunner().invoke(main, [*words, '--help']).exit_code == 0\n"
-        "print('torch' in sys.modules)"
+        "listed = CliRunner().invoke(main, ['bases', 'list'])\n"
+        f"assert listed.exit_code == 0 and {path.stem!r} in listed.stdout, listed.output\n"
+        "assert 'damaged.safetensors' in listed.stderr, listed.stderr\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
 def test_eval_says_what_log_likelihoods_say_of_us():

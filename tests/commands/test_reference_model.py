@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import loki_compile
-from loki_compile import reference_data as data
+from loki_compile.commands import reference_data as data
 
 transformers = pytest.importorskip("transformers")
 

@@ -20,7 +20,7 @@ from loki_compile.kernels.ops import (
     select,
     update_pages,
 )
-from toy_decoders import recorded
+from toy_capture import recorded
 
 B, HQ, HKV, S, T, D, DV, R, K = 2, 6, 2, 3, 37, 24, 16, 8, 11
 SELECT = {

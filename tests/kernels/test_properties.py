@@ -27,6 +27,8 @@ from loki_compile.pca_store.covariance import KeyCovariance
 from tally import cases, count
 from torch import Tensor
 
+pytestmark = pytest.mark.soak
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 

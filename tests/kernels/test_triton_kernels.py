@@ -281,14 +281,14 @@ def scored(scorer, dtype, case, mask=None):
     """Inputs of select, and the options that the scorer needs; the cache as (B, T, H, D)."""
     keys = torch.randn(case.b, case.t, case.hkv, case.d).to(dtype).transpose(1, 2)
     q = torch.randn(case.b, case.hq, case.s, case.d).to(case.q_dtype)
-    bounds = None if mask is None else ops.mask_bounds(mask)
+    bounds = None if mask is None else fused.mask_bounds(mask)
     if scorer == "exact":
         return [q, None, keys, None, mask, bounds], {}
     if scorer == "pages":
         pages = bounds_of_pages(keys, PAGE)
         return [q, None, pages, None, mask, bounds], {"page": PAGE, "keys": case.t}
     basis = torch.randn(case.hkv, case.d, case.r) / 4
-    index, scale = ops.index_rows(keys, basis, torch.int8 if scorer == "int8" else dtype)
+    index, scale = fused.index_rows(keys, basis, torch.int8 if scorer == "int8" else dtype)
     return [q, basis, index, scale, mask, bounds], {}
 
 

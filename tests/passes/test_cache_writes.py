@@ -8,46 +8,37 @@ from loki_compile.passes.calls import writes_of
 from loki_compile.passes.graphs import nearest_matrix
 from loki_compile.passes.sites import find_sites
 from loki_compile.passes.trace_caches import trace_cache
-from toy_decoders import (
-    BATCH,
-    FILLED,
-    HEAD_DIM,
-    HIDDEN,
-    KV_HEADS,
-    REWRITTEN,
-    SLOTS,
-    UNTOUCHED,
-    Conversation,
-    Spelling,
-    ToyDecoder,
+from toy_attends import gqa_repeat_kv, mqa_broadcast, sdpa
+from toy_capture import normal_graph
+from toy_conversation import Conversation, tokens
+from toy_decoders import REWRITTEN, UNTOUCHED, Spelling, ToyDecoder
+from toy_masks import no_mask
+from toy_options import BATCH, FILLED, HEAD_DIM, HIDDEN, KV_HEADS, SLOTS
+from toy_writes import (
     cat_bhtd,
     cat_cropped,
     cat_window_read,
-    gqa_repeat_kv,
     index_copy_method,
     index_copy_returned,
     index_put_bthd,
     index_put_method,
     index_put_returned,
     llama_reference,
-    mqa_broadcast,
     narrow_copy,
-    no_mask,
-    normal_graph,
     one_head_3d,
     read_only,
     ring,
     roll_window,
     row_assignment,
-    sdpa,
     select_copy,
     slice_assignment,
     slice_assignment_read,
     tensor_assignment,
-    tokens,
     write_twice,
     write_two_halves,
 )
+
+pytestmark = pytest.mark.covers
 
 
 def index_put_whole(k, v, ck, cv, pos):
@@ -227,7 +218,7 @@ class Nested(ToyDecoder):
 )
 @torch.no_grad()
 def test_a_tensor_that_holds_more_than_these_keys_is_right_or_dense(shape, read, use_engine):
-    from toy_decoders import interpret
+    from toy_capture import interpret
 
     interpret(use_engine)
     module = Nested(_static, read).eval()

@@ -5,24 +5,18 @@ import torch
 from loki_compile.passes.attention import Reason
 from loki_compile.passes.sites import find_sites
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from toy_decoders import (
-    Conversation,
-    Spelling,
-    ToyDecoder,
-    cat_bhtd,
-    causal,
-    index_copy_method,
-    interpret,
-    left_padded,
-    no_mask,
-    normal_graph,
-    nothing_seen_by_first,
-    tokens,
-)
+from toy_capture import interpret, normal_graph
+from toy_conversation import Conversation, tokens
+from toy_decoders import Spelling, ToyDecoder
+from toy_masks import causal, left_padded, no_mask, nothing_seen_by_first
+from toy_writes import cat_bhtd, index_copy_method
 
 from loki_compile import reports, stats
 
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+pytestmark = [
+    pytest.mark.covers,
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+]
 
 
 def looked_up(mask):

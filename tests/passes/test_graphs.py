@@ -9,7 +9,12 @@ from loki_compile.passes.trace_caches import trace_cache
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-from toy_decoders import Conversation, Spelling, ToyDecoder, index_copy_method, normal_graph, tokens
+from toy_capture import normal_graph
+from toy_conversation import Conversation, tokens
+from toy_decoders import Spelling, ToyDecoder
+from toy_writes import index_copy_method
+
+pytestmark = pytest.mark.covers
 
 
 def holding(*values):

@@ -30,18 +30,21 @@ from loki_compile.pca_store.basis import BasisSet, random_basis
 from loki_compile.pca_store.covariance import KeyCovariance
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from torch import Tensor, nn
-from toy_decoders import count_attention, count_calls, interpret, normal_graph, tiny_deepseek
+from toy_capture import count_attention, count_calls, interpret, normal_graph
+from toy_models import tiny_deepseek
+from toy_options import EVERYTHING, FEW, MODES
 
 from loki_compile import LokiConfig, calibrate, reports, stats
 from loki_compile.indexes import indexes_of
 from loki_compile.policies.low_rank import LOW_RANK
 
+pytestmark = [pytest.mark.soak, pytest.mark.covers]
+
 HIDDEN, HEADS, LATENT, SHARED, OWN, VALUE = 12, 3, 14, 4, 6, 5
 SLOTS, FILLED, BATCH = 41, 17, 2
 sdpa = F.scaled_dot_product_attention
 
-EVERYTHING = {"min_context": 0, "top_k": 1.0}
-FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 6}
+FEW_DIMS = {**FEW, "rank": 6}
 
 
 # --- writing the caches: (new latent, new shared part) (B,S,dims), both caches, position
@@ -662,7 +665,7 @@ def copied(module: LatentDecoder) -> LatentDecoder:
 # --- what becomes of the graph
 
 
-@pytest.mark.parametrize("options", [EVERYTHING, FEW], ids=["everything", "few"])
+@pytest.mark.parametrize("options", [EVERYTHING, FEW_DIMS], ids=["everything", "few"])
 @pytest.mark.parametrize("form", REWRITTEN, ids=names(REWRITTEN))
 def test_attention_over_the_cached_rows_is_attention_over_what_they_expand_to(form, options):
     with torch.no_grad():
@@ -676,7 +679,7 @@ def test_attention_over_the_cached_rows_is_attention_over_what_they_expand_to(fo
 @pytest.mark.parametrize("form", [_static, _cat], ids=names([_static, _cat]))
 def test_heads_may_choose_for_themselves(form):
     with torch.no_grad():
-        pair = Pair(form, FEW, share="head")
+        pair = Pair(form, FEW_DIMS, share="head")
         pair.step(pair.start(), steps=4)
     assert stats()["sparse_steps"] == 4
 
@@ -692,7 +695,7 @@ def test_an_int8_index_with_the_whole_budget_is_dense_attention(form):
 @pytest.mark.parametrize("form", UNTOUCHED, ids=names(UNTOUCHED))
 def test_what_is_not_that_form_stays_bit_for_bit(form):
     module = LatentDecoder(form).eval()
-    fast = torch.compile(module, backend="loki", options={**FEW, "pack_gqa": False})
+    fast = torch.compile(module, backend="loki", options={**FEW_DIMS, "pack_gqa": False})
     here = Conversation.start(form)
     there = here.fork()
     with torch.no_grad():
@@ -720,7 +723,7 @@ def test_repeated_heads_are_left_dense_with_the_reason(by_flag):
 
     form = _static
     module = Repeated(form).eval()
-    fast = torch.compile(module, backend="loki", options=FEW)
+    fast = torch.compile(module, backend="loki", options=FEW_DIMS)
     with torch.no_grad():
         Conversation.start(form).step(fast, torch.randn(BATCH, 1, HIDDEN))
     (site,) = reports()[0].sites
@@ -732,7 +735,7 @@ def test_repeated_heads_are_left_dense_with_the_reason(by_flag):
 )
 def test_nothing_is_expanded_for_all_tokens(form, interpreted):
     with torch.no_grad():
-        pair = Pair(form, FEW)
+        pair = Pair(form, FEW_DIMS)
         pair.step(pair.start(), steps=2)
     tokens = FILLED + 2 if form.growing else SLOTS
     for gm in interpreted.graphs:
@@ -793,14 +796,13 @@ def test_half_precision_is_as_near_to_fp64_as_eager_is(form, dtype):
 BOTH = pytest.mark.parametrize(
     "form", [_static, _cat, _one], ids=["static", "growing", "one_tensor"]
 )
-MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 
 
 @BOTH
 @MODES
 def test_one_rebuild_then_the_index_follows(form, mode):
     with mode():
-        pair = Pair(form, FEW)
+        pair = Pair(form, FEW_DIMS)
         pair.step(pair.start(), steps=8)
     assert stats()["rebuilds"] == 1 and stats()["sparse_steps"] == 8
 
@@ -809,7 +811,7 @@ def test_one_rebuild_then_the_index_follows(form, mode):
 @MODES
 def test_an_eager_step_between_rebuilds_once(form, mode):
     with mode():
-        pair = Pair(form, FEW)
+        pair = Pair(form, FEW_DIMS)
         here = pair.start()
         pair.step(here, steps=3)
         here.step(pair.module, torch.randn(BATCH, 1, HIDDEN))
@@ -821,7 +823,7 @@ def test_an_eager_step_between_rebuilds_once(form, mode):
 @pytest.mark.parametrize("which", [0, 1], ids=["latents", "shared parts"])
 def test_an_edit_of_either_cache_rebuilds_once(form, which):
     with torch.no_grad():
-        pair = Pair(form, FEW)
+        pair = Pair(form, FEW_DIMS)
         here = pair.start()
         pair.step(here, steps=2)
         here.caches[which][..., 7, :] = 3.0
@@ -835,7 +837,7 @@ def test_an_edit_of_either_cache_rebuilds_once(form, which):
 @MODES
 def test_a_new_tensor_for_either_cache_rebuilds_once(form, which, mode):
     with mode():
-        pair = Pair(form, FEW)
+        pair = Pair(form, FEW_DIMS)
         here = pair.start()
         pair.step(here, steps=2)
         here.caches[which] = here.caches[which].flip(0).contiguous()
@@ -847,7 +849,7 @@ def test_a_new_tensor_for_either_cache_rebuilds_once(form, which, mode):
 @BOTH
 def test_a_crop_rebuilds_once(form):
     with torch.no_grad():
-        pair = Pair(form, FEW)
+        pair = Pair(form, FEW_DIMS)
         here = pair.start()
         pair.step(here, steps=3)
         here.filled -= 2
@@ -863,7 +865,7 @@ def test_a_crop_rebuilds_once(form):
 def test_the_index_is_the_projection_of_both_caches():
     with torch.no_grad():
         for form in (_static, Form(windows, joined, window=True), _cat.but(write=cropped)):
-            pair = Pair(form, FEW)
+            pair = Pair(form, FEW_DIMS)
             here = pair.start()
             pair.step(here, steps=5)
             index, *others = indexes_of(*here.caches)
@@ -880,7 +882,7 @@ def test_a_basis_is_fitted_from_both_caches_for_what_heads_read_of_them(form):
     with torch.no_grad():
         module = LatentDecoder(form).eval()
         module.expand.weight.mul_(torch.logspace(-2, 0, LATENT))
-        fast = torch.compile(module, backend="loki", options={**FEW, "recent": 1})
+        fast = torch.compile(module, backend="loki", options={**FEW_DIMS, "recent": 1})
         here = Conversation.start(form)
         here.caches[0].mul_(torch.logspace(1, 0, LATENT))
         rows = here.rows = here.read(FILLED)
@@ -919,7 +921,7 @@ def test_calibration_sees_the_rows_that_decoding_ranks(kind):
             model(ids, past_key_values=cache)
         for layer, held in enumerate(cache.layers):
             rows[layer].append(torch.cat([held.keys, held.values], -1).flatten(0, 2))
-    bases = calibrate(model, texts, kind=kind, rank=FEW["rank"])
+    bases = calibrate(model, texts, kind=kind, rank=FEW_DIMS["rank"])
     assert len(bases.bases) == 2
     for basis, seen in zip(bases.bases, rows, strict=True):
         assert (basis.num_kv_heads, basis.head_dim) == (1, LATENT + SHARED)
@@ -930,7 +932,7 @@ def test_calibration_sees_the_rows_that_decoding_ranks(kind):
             found = (seen @ first).var(correction=0) / first.square().sum()
             torch.testing.assert_close(found, most, rtol=1e-4, atol=0)
     torch._dynamo.reset()
-    step = torch.compile(model, backend="loki", options={**FEW, "basis": bases})
+    step = torch.compile(model, backend="loki", options={**FEW_DIMS, "basis": bases})
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(texts[0], past_key_values=cache)
@@ -973,7 +975,7 @@ def test_a_scale_of_one_of_two_products_is_not_that_of_both(scales, found):
 def test_a_named_basis_without_the_rows_is_fitted_instead_of_refused():
     other = BasisSet((random_basis(2, 10, seed=0, weights="0123456789abcdef", layer="other"),))
     module = LatentDecoder(_static).eval()
-    fast = torch.compile(module, backend="loki", options={**FEW, "basis": other})
+    fast = torch.compile(module, backend="loki", options={**FEW_DIMS, "basis": other})
     with torch.no_grad():
         Conversation.start(_static).step(fast, torch.randn(BATCH, 1, HIDDEN))
     assert stats()["fitted_bases"] == 1 and stats()["sparse_steps"] == 1

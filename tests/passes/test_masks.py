@@ -12,6 +12,8 @@ from loki_compile.kernels.fused import (
 )
 from torch import nn
 
+pytestmark = pytest.mark.covers
+
 BATCH, HEADS, NEW, SLOTS = 2, 6, 3, 11
 SIZES = (HEADS, 1, NEW)
 LOW, HIDDEN = torch.finfo(torch.float32).min, float("-inf")

@@ -11,7 +11,9 @@ from loki_compile.passes.calls import (
     written_operands,
 )
 from loki_compile.passes.normalize import normalize
-from toy_decoders import capture
+from toy_capture import capture
+
+pytestmark = pytest.mark.covers
 
 X = torch.arange(24.0).view(2, 3, 4)
 

@@ -13,32 +13,16 @@ import torch
 from loki_compile.passes.attention import Reason
 from tally import count
 from torch import Tensor
-from toy_decoders import (
-    FILLED,
-    HEADS,
-    KV_HEADS,
-    Conversation,
-    Spelling,
-    ToyDecoder,
-    cat_bhtd,
-    causal,
-    causal_float,
-    causal_inf,
-    gqa_flag,
-    gqa_repeat_kv,
-    index_copy_method,
-    left_padded,
-    mqa_broadcast,
-    no_mask,
-    one_head_3d,
-    repeat_kv,
-    sdpa,
-    tokens,
-)
+from toy_attends import gqa_flag, gqa_repeat_kv, mqa_broadcast, repeat_kv, sdpa
+from toy_conversation import Conversation, tokens
+from toy_decoders import Spelling, ToyDecoder
+from toy_masks import causal, causal_float, causal_inf, left_padded, no_mask
+from toy_options import FILLED, HEADS, KV_HEADS
+from toy_writes import cat_bhtd, index_copy_method, one_head_3d
 
 from loki_compile import reports
 
-pytestmark = pytest.mark.usefixtures("interpreted")
+pytestmark = [pytest.mark.soak, pytest.mark.covers, pytest.mark.usefixtures("interpreted")]
 REWRITTEN, NOTHING, LEFT = "rewritten", "no attention", "dense, or not taken for attention"
 _static = Spelling(index_copy_method, mask=no_mask)
 _growing = Spelling(cat_bhtd, mask=no_mask, growing=True)

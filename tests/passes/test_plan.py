@@ -14,31 +14,18 @@ from loki_compile.passes.plan import make_plan
 from loki_compile.passes.policy import Choice
 from loki_compile.passes.sites import find_sites
 from torch import nn
-from toy_decoders import (
-    BATCH,
-    FILLED,
-    HEAD_DIM,
-    HEADS,
-    HIDDEN,
-    KV_HEADS,
-    SLOTS,
-    UNTOUCHED,
-    Conversation,
-    Spelling,
-    ToyDecoder,
-    alibi,
-    cat_bhtd,
-    cat_cropped,
-    gqa_repeat_kv,
-    index_copy_method,
-    no_mask,
-    normal_graph,
-    sdpa,
-    tokens,
-    with_dropout,
-)
+from toy_attends import gqa_repeat_kv, sdpa, with_dropout
+from toy_capture import normal_graph
+from toy_conversation import Conversation, tokens
+from toy_decoders import UNTOUCHED, Spelling, ToyDecoder
+from toy_masks import alibi, no_mask
+from toy_options import BATCH, FILLED, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, SLOTS
+from toy_writes import cat_bhtd, cat_cropped, index_copy_method
 
 from loki_compile.policies.low_rank import LOW_RANK
+
+pytestmark = pytest.mark.covers
+
 
 BUDGET = Budget(top_k=5, keep_q16=1 << 16, sink=1, recent=1, min_keys=0)
 STATIC = Spelling(index_copy_method)

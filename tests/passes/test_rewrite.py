@@ -11,45 +11,26 @@ from loki_compile.passes.dense import pack_groups
 from loki_compile.passes.graphs import copy_of
 from loki_compile.passes.sparse import rewrite_sparse
 from torch import nn
-from toy_decoders import (
-    BATCH,
-    FILLED,
-    HEAD_DIM,
-    HIDDEN,
-    REWRITTEN,
-    TILED,
-    UNTOUCHED,
-    Conversation,
-    DirectSparse,
-    Spelling,
-    ToyDecoder,
-    alibi,
-    basis_for,
+from toy_attends import TILED, gqa_flag, gqa_repeat_kv, plain, sdpa
+from toy_capture import count_attention, count_calls, normal_graph
+from toy_conversation import Conversation, basis_for, tokens
+from toy_decoders import REWRITTEN, UNTOUCHED, Spelling, ToyDecoder
+from toy_masks import alibi, causal, left_padded, no_mask
+from toy_options import BATCH, EVERYTHING, FEW, FILLED, HEAD_DIM, HIDDEN
+from toy_reference import DirectSparse
+from toy_writes import (
     cat_bhtd,
-    causal,
-    count_attention,
-    count_calls,
-    gqa_flag,
-    gqa_repeat_kv,
     index_copy_method,
-    left_padded,
-    no_mask,
-    normal_graph,
-    plain,
     read_only,
-    sdpa,
     slice_assignment,
     slice_assignment_read,
-    tokens,
 )
 
 from loki_compile import LokiConfig, reports, stats
 from loki_compile.backend import plan_graph
 
 STEPS = 4
-EVERYTHING = {"min_context": 0, "top_k": 1.0}
-FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
-pytestmark = pytest.mark.usefixtures("interpreted")
+pytestmark = [pytest.mark.covers, pytest.mark.usefixtures("interpreted")]
 
 
 def names(spellings):

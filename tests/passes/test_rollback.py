@@ -11,26 +11,24 @@ import torch
 from loki_compile.passes.rollback import Undo, what_to_save
 from tally import count
 from torch import Tensor, fx
-from toy_decoders import (
-    KV_HEADS,
-    REWRITTEN,
-    UNTOUCHED,
-    Conversation,
-    Spelling,
-    ToyDecoder,
+from toy_conversation import Conversation, tokens
+from toy_decoders import REWRITTEN, UNTOUCHED, Spelling, ToyDecoder
+from toy_masks import no_mask
+from toy_options import KV_HEADS
+from toy_writes import (
     accumulate,
     cat_bhtd,
     index_copy_method,
     index_put_method,
-    no_mask,
     ring,
     roll_window,
     select_copy,
     slice_assignment,
-    tokens,
     unknown_op,
     write_two_halves,
 )
+
+pytestmark = [pytest.mark.soak, pytest.mark.covers]
 
 
 def counter_advanced(k, v, ck, cv, pos):

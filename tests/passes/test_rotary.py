@@ -4,7 +4,10 @@ import pytest
 import torch
 from loki_compile.passes.rotary import before_rotation
 from torch import fx, nn
-from toy_decoders import BATCH, HEAD_DIM, HIDDEN, KV_HEADS, normal_graph
+from toy_capture import normal_graph
+from toy_options import BATCH, HEAD_DIM, HIDDEN, KV_HEADS
+
+pytestmark = pytest.mark.covers
 
 TOKENS = 5
 SHAPE = (BATCH, KV_HEADS, TOKENS, HEAD_DIM)

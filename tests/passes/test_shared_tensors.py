@@ -11,13 +11,13 @@ from loki_compile.passes.calls import op_name
 from loki_compile.passes.shared_caches import take_parts, with_parts
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from toy_decoders import normal_graph
+from toy_capture import normal_graph
 
 from loki_compile import reports, stats
 
 LAYERS, BATCH, HEADS, KV_HEADS, SLOTS, HEAD_DIM, WIDTH = 2, 2, 4, 2, 24, 8, 32
 STEPS = 6
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = [pytest.mark.soak, pytest.mark.covers, pytest.mark.usefixtures("fresh")]
 
 
 @dataclass(frozen=True)

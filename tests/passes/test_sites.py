@@ -9,47 +9,40 @@ from loki_compile.passes.attention import Reason
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.sites import find_sites
 from torch import nn
-from toy_decoders import (
-    BATCH,
-    FILLED,
-    HEAD_DIM,
-    HEADS,
-    KV_HEADS,
-    SLOTS,
-    Conversation,
-    Spelling,
-    ToyDecoder,
-    alibi,
-    capture,
-    causal,
-    causal_2d,
-    causal_inf,
-    count_calls,
+from toy_attends import (
     gqa_flag,
     gqa_flag_by_keyword,
     gqa_repeat_interleave,
     gqa_repeat_kv,
     gqa_repeat_kv_bthd,
-    index_copy_method,
-    interpret,
-    left_padded,
     mqa_broadcast,
     mqa_expand,
-    no_mask,
-    normal_graph,
-    nothing_seen_by_first,
     plain,
     repeat_kv,
     tiled,
     tiled_by_expand,
-    tokens,
     values_tiled,
     with_dropout,
 )
+from toy_capture import capture, count_calls, interpret, normal_graph
+from toy_conversation import Conversation, tokens
+from toy_decoders import Spelling, ToyDecoder
+from toy_masks import (
+    alibi,
+    causal,
+    causal_2d,
+    causal_inf,
+    left_padded,
+    no_mask,
+    nothing_seen_by_first,
+)
+from toy_options import BATCH, EVERYTHING, FILLED, HEAD_DIM, HEADS, KV_HEADS, SLOTS
+from toy_writes import index_copy_method
 
 from loki_compile import reports, stats
 
-EVERYTHING = {"min_context": 0, "top_k": 1.0}
+pytestmark = pytest.mark.covers
+
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 

@@ -15,6 +15,8 @@ import loki_compile
 from loki_compile.backend import interpreter
 from loki_compile.indexes import indexes_of
 
+pytestmark = pytest.mark.covers
+
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 64,

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from loki_compile.calibration import calibrate
 
+pytestmark = pytest.mark.covers
+
 HKV, GROUP, DIM, TOKENS, RANK = 2, 3, 16, 160, 3
 EVERY = 6
 SCALE = 1 / math.sqrt(DIM)

@@ -22,17 +22,18 @@ import torch
 from huggingface_hub import errors as hub_errors
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from loki_compile.pca_store import basis_file, covariance
+from loki_compile.pca_store import basis_header, covariance
 from loki_compile.pca_store.basis import (
     Basis,
     BasisMismatch,
-    BasisNotFound,
     BasisSet,
     random_basis,
 )
-from loki_compile.pca_store.basis_file import BasisFileError, decode, encode, read_header
+from loki_compile.pca_store.basis_file import decode, encode, header_of
+from loki_compile.pca_store.basis_header import BasisFileError, read_header
 from loki_compile.pca_store.covariance import KeyCovariance
-from loki_compile.pca_store.fingerprint import combine_fingerprints, weights_fingerprint
+from loki_compile.pca_store.fingerprint import weights_fingerprint
+from loki_compile.pca_store.metadata import BasisNotFound, combine_fingerprints
 from loki_compile.pca_store.store import (
     HUB_FILE,
     BasisSaveError,
@@ -41,6 +42,8 @@ from loki_compile.pca_store.store import (
     file_name,
 )
 from tally import cases, count
+
+pytestmark = [pytest.mark.soak, pytest.mark.covers]
 
 SITE_A, SITE_B, SITE_C = (digit * 32 for digit in "abc")
 
@@ -56,14 +59,14 @@ seeds = st.integers(0, 2**32 - 1)
 @pytest.fixture(scope="module", autouse=True)
 def bad_files_are_counted():
     """For the table of `make soak`: each file that is refused makes one error."""
-    real = basis_file._file_error
+    real = basis_header.file_error
 
     def counted(source, problem):
         count("store: bad files refused", not isinstance(problem, BasisFileError))
         return real(source, problem)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(basis_file, "_file_error", counted)
+        patch.setattr(basis_header, "file_error", counted)
         yield
 
 
@@ -687,7 +690,7 @@ class TestFileFormat:
     def test_header_alone_says_all_but_tensors(self, tmp_path):
         saved = fitted_set()
         header = read_header(Store(tmp_path).save(saved))
-        assert header == basis_file.header_of(saved)
+        assert header == header_of(saved)
         assert (header.fingerprint, header.tokens) == (saved.fingerprint, saved.tokens)
 
     def test_every_flipped_bit_is_refused(self, whole):
@@ -739,17 +742,17 @@ class TestFileFormat:
 
     def test_a_header_that_claims_too_much_is_refused_without_reading_it(self, tmp_path):
         path = tmp_path / "claims.safetensors"
-        for claimed in (basis_file.MAX_HEADER_BYTES + 1, 2**40, 2**64 - 1):
+        for claimed in (basis_header.MAX_HEADER_BYTES + 1, 2**40, 2**64 - 1):
             with path.open("wb") as file:
                 file.write(claimed.to_bytes(8, "little"))
-                file.truncate(basis_file.MAX_HEADER_BYTES + 4096)
+                file.truncate(basis_header.MAX_HEADER_BYTES + 4096)
             with pytest.raises(BasisFileError, match="the header claims"):
                 Store(tmp_path).load(path)
 
     def test_a_file_beyond_the_size_limit_is_refused_without_reading_it(self, tmp_path):
         path = tmp_path / "vast.safetensors"
         with path.open("wb") as file:
-            file.truncate(basis_file.MAX_FILE_BYTES + 1)
+            file.truncate(basis_header.MAX_FILE_BYTES + 1)
         with pytest.raises(BasisFileError, match="needed at most"):
             Store(tmp_path).load(path)
 
@@ -938,11 +941,11 @@ class TestFileFormat:
             Store(tmp_path).verify(tmp_path / "absent.safetensors")
 
     def test_dims_beyond_what_a_reader_accepts_are_not_written(self, monkeypatch):
-        monkeypatch.setattr(basis_file, "MAX_HEAD_DIM", 6)
+        monkeypatch.setattr(basis_header, "MAX_HEAD_DIM", 6)
         with pytest.raises(ValueError, match="head_dim 7"):
             encode(fitted_set())
-        monkeypatch.setattr(basis_file, "MAX_HEAD_DIM", 7)
-        monkeypatch.setattr(basis_file, "MAX_FILE_BYTES", 500)
+        monkeypatch.setattr(basis_header, "MAX_HEAD_DIM", 7)
+        monkeypatch.setattr(basis_header, "MAX_FILE_BYTES", 500)
         with pytest.raises(ValueError, match="needed at most 500"):
             encode(fitted_set())
 
@@ -1021,10 +1024,10 @@ class TestLookup:
         store.save(fitted_set("pca"))
         chosen = store.save(BasisSet((random_basis(1, 4, seed=0, weights=SITE_C),)))
         read = []
-        original = basis_file._read
+        original = basis_header.read_bytes
         monkeypatch.setattr(
-            basis_file,
-            "_read",
+            basis_header,
+            "read_bytes",
             lambda path, *, whole: (read.append((path, whole)), original(path, whole=whole))[1],
         )
         store.find([SITE_C])

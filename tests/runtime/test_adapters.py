@@ -6,7 +6,7 @@ import pytest
 import torch
 from loki_compile.passes.graphs import adapters_of, nearest_matrix
 from loki_compile.pca_store.fingerprint import weights_fingerprint
-from toy_decoders import interpret, normal_graph
+from toy_capture import interpret, normal_graph
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from loki_compile import calibrate, explain, reports, reset_stats, stats

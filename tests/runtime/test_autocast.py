@@ -7,22 +7,17 @@ import pytest
 import torch
 from loki_compile.kernels.fused import index_rows
 from torch._dynamo.backends.common import aot_autograd
-from toy_decoders import (
-    REWRITTEN,
-    Conversation,
-    ToyDecoder,
-    cat_bhtd,
-    index_copy_method,
-    no_mask,
-    tiny_llama,
-    tokens,
-)
+from toy_conversation import Conversation, tokens
+from toy_decoders import REWRITTEN, ToyDecoder
+from toy_masks import no_mask
+from toy_models import tiny_llama
+from toy_options import EVERYTHING
+from toy_writes import cat_bhtd, index_copy_method
 
 from loki_compile import reports, stats
 from loki_compile.backend import loki
 
 PROMPT = 1500
-WHOLE = {"min_context": 0, "top_k": 1.0}
 STATIC = next(s for s in REWRITTEN if s.write is index_copy_method)
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -72,7 +67,7 @@ def test_logits_are_as_near_to_fp32_as_eagers(model, implementation, where, dtyp
         truth.append(model(input_ids=ids[:, at : at + 1], past_key_values=cache).logits)
     truth = torch.cat(truth, 1)
     theirs = decode(forward, around)
-    ours = decode(torch.compile(forward, backend="loki", options=WHOLE), around)
+    ours = decode(torch.compile(forward, backend="loki", options=EVERYTHING), around)
     assert stats()["sparse_steps"] == 4 and stats()["dense_steps"] == 0
     error, eagers = (float((x - truth).abs().max()) for x in (ours, theirs))
     assert 0 < error <= 2 * eagers, (error, eagers)
@@ -122,7 +117,7 @@ def read_in_own_dtype(k, v, ck, cv, pos):
 def test_a_static_cache_of_any_dtype(cached, index_dtype, interpreted):
     spelling = STATIC.but(write=static_into_own_dtype, cache_dtype=cached, slots=PROMPT + 50)
     module = ToyDecoder(spelling).eval()
-    options = {**WHOLE, "index_dtype": index_dtype}
+    options = {**EVERYTHING, "index_dtype": index_dtype}
     fast = torch.compile(module, backend="loki", options=options)
     here = Conversation.start(spelling, filled=PROMPT)
     there = here.fork()

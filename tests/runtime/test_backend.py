@@ -13,41 +13,29 @@ import torch._dynamo
 from loki_compile.pca_store.basis import BasisSet, random_basis
 from loki_compile.pca_store.store import Store
 from torch._dynamo.utils import counters
-from toy_decoders import (
-    BATCH,
-    HEAD_DIM,
-    HIDDEN,
-    KV_HEADS,
-    Compiled,
-    Conversation,
-    DirectSparse,
-    Spelling,
-    ToyDecoder,
-    alibi,
-    basis_for,
+from toy_attends import gqa_repeat_kv, heads_flipped
+from toy_capture import Compiled
+from toy_conversation import Conversation, basis_for, tokens
+from toy_decoders import Spelling, ToyDecoder
+from toy_masks import alibi, causal, left_padded, no_mask
+from toy_options import BATCH, EVERYTHING, FEW, HEAD_DIM, HIDDEN, KV_HEADS
+from toy_reference import DirectSparse
+from toy_writes import (
     cat_bhtd,
-    causal,
-    gqa_repeat_kv,
-    heads_flipped,
     index_copy_method,
-    left_padded,
     llama_reference,
-    no_mask,
     read_only,
     roll_window,
     slice_assignment_read,
-    tokens,
 )
 
 from loki_compile import LokiConfig, backend, given_up, reports, runtime, stats
 from loki_compile.counts import Because
 from loki_compile.indexes import indexes_of
 
-EVERYTHING = {"min_context": 0, "top_k": 1.0}
-FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
 STATIC = Spelling(index_copy_method, mask=left_padded, attend=gqa_repeat_kv)
 GROWING = Spelling(cat_bhtd, mask=no_mask, growing=True)
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = [pytest.mark.covers, pytest.mark.usefixtures("fresh")]
 
 
 def outputs(f, conversation, xs):

@@ -32,7 +32,9 @@ from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from tally import cases, count
 from torch import Tensor, nn
-from toy_decoders import interpret, is_sparse, tiny_deepseek, tiny_llama
+from toy_capture import interpret, is_sparse
+from toy_models import tiny_deepseek, tiny_llama
+from toy_options import EVERYTHING, FEW
 from transformers import (
     DynamicCache,
     Gemma3ForCausalLM,
@@ -45,6 +47,8 @@ from loki_compile import builds, runtime, stats
 from loki_compile.backend import default_engine
 from loki_compile.caches import Cached
 from loki_compile.indexes import indexes_of
+
+pytestmark = [pytest.mark.soak, pytest.mark.covers]
 
 LAYERS, KV_HEADS, HEAD_DIM, VOCABULARY = 2, 2, 8, 64  # of `tiny_llama`
 LATENT_DIMS = 18  # of a cached row of `tiny_deepseek`
@@ -122,12 +126,11 @@ def axes(model: PreTrainedModel) -> BasisSet:
     return BasisSet(tuple(bases))
 
 
-EVERYTHING = {"min_context": 0, "top_k": 1.0}
-FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 1, "rank": 3}
+FEW_KEYS = {**FEW, "recent": 1, "rank": 3}
 OPTIONS = {
     "everything": EVERYTHING,
-    "few": FEW,
-    "crossing min_context": {**FEW, "min_context": 14},
+    "few": FEW_KEYS,
+    "crossing min_context": {**FEW_KEYS, "min_context": 14},
 }
 
 

@@ -22,6 +22,8 @@ from loki_compile.backend import bind_caches, plan_graph
 from loki_compile.calibration import calibrate as calibrate_any
 from loki_compile.config import LokiConfig
 
+pytestmark = pytest.mark.covers
+
 # What is fitted can be told from the keys alone; test_attention_fit.py has the other default.
 calibrate = functools.partial(calibrate_any, kind="pca")
 

@@ -9,6 +9,8 @@ from loki_compile.pca_store.basis import BasisSet, random_basis
 
 from loki_compile import LokiConfig
 
+pytestmark = pytest.mark.covers
+
 
 def test_defaults_are_the_documented_ones():
     assert LokiConfig() == LokiConfig(

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 import torch
-from toy_conversations import LONG, make_model, new_cache, prompt, started
-from toy_decoders import clear_runtime
+from toy_capture import clear_runtime
+from toy_models import LONG, make_model, new_cache, prompt, started
 
 from loki_compile import reports, stats
 from loki_compile.counts import say_once

@@ -6,7 +6,7 @@ import pytest
 import torch
 from loki_compile.pca_store.basis import BasisSet, random_basis
 from loki_compile.pca_store.store import Store
-from toy_decoders import tiny_llama
+from toy_models import tiny_llama
 
 from loki_compile import LokiConfig, backend, calibrate, reports, stats
 from loki_compile.counts import forget_notices

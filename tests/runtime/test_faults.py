@@ -21,22 +21,14 @@ import torch
 from loki_compile.pca_store.store import Store
 from tally import count
 from torch.multiprocessing import reductions
-from toy_decoders import (
-    Conversation,
-    Spelling,
-    ToyDecoder,
-    basis_for,
-    cat_bhtd,
-    gqa_repeat_kv,
-    index_copy_method,
-    is_sparse,
-    left_padded,
-    no_mask,
-    roll_window,
-    tiny_deepseek,
-    tiny_llama,
-    tokens,
-)
+from toy_attends import gqa_repeat_kv
+from toy_capture import is_sparse
+from toy_conversation import Conversation, basis_for, tokens
+from toy_decoders import Spelling, ToyDecoder
+from toy_masks import left_padded, no_mask
+from toy_models import tiny_deepseek, tiny_llama
+from toy_options import EVERYTHING, FEW, MODES
+from toy_writes import cat_bhtd, index_copy_method, roll_window
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -49,13 +41,10 @@ from loki_compile import builds, caches, fits, indexes, recovery, reports, runti
 from loki_compile.backend import interpreter
 from loki_compile.indexes import indexes_of
 
-EVERYTHING = {"min_context": 0, "top_k": 1.0}
-FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
 STATIC = Spelling(index_copy_method, mask=left_padded)
 GROWING = Spelling(cat_bhtd, mask=no_mask, growing=True)
 BOTH = pytest.mark.parametrize("spelling", [STATIC, GROWING], ids=["static", "growing"])
-MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-pytestmark = pytest.mark.usefixtures("interpreted")
+pytestmark = [pytest.mark.soak, pytest.mark.covers, pytest.mark.usefixtures("interpreted")]
 
 
 def compiled(module, **options):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from loki_compile.pca_store import basis_file
+from loki_compile.pca_store import basis_header
 from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.basis_file import decode, encode
-from loki_compile.pca_store.fingerprint import block_fingerprints, run_of, weights_fingerprint
+from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
+from loki_compile.pca_store.metadata import run_of
 from loki_compile.pca_store.store import Store
 from torch import nn
-from toy_decoders import interpret
+from toy_capture import interpret
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from loki_compile import calibrate, reset_stats, stats
@@ -61,7 +62,7 @@ class Sealed(Wrapped):
 def llama(dtype=torch.float32):
     torch.manual_seed(6)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, vocab_size=89, max_position_embeddings=2048,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval().to(dtype)
@@ -140,7 +141,11 @@ def logits_of(call, cache):
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# quanto compiles an extension of its own for 4 bits: a minute, for what bitsandbytes shows as well.
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow if k == "quanto int4" else ()) for k in KINDS],
+)
 def test_a_model_of_such_weights_is_sparse_and_right(kind, use_engine):
     model = KINDS[kind](llama())
     interpret(use_engine)
@@ -268,8 +273,8 @@ class TestRows:
         weight = torch.randn(12, 7)
         saved = self.basis_set(weight, 4, 3)
         with monkeypatch.context() as patch:
-            patch.setattr(basis_file, "FORMAT_VERSION", 1)
-            patch.setattr(basis_file, "_SITE_FIELDS", basis_file._SITE_FIELDS[:-1])
+            patch.setattr(basis_header, "FORMAT_VERSION", 1)
+            patch.setattr(basis_header, "SITE_FIELDS", basis_header.SITE_FIELDS[:-1])
             data = encode(saved)
         loaded = decode(data, "old")
         assert loaded.bases[0].blocks == ()

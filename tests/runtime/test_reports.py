@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from toy_decoders import tiny_llama
+from toy_models import tiny_llama
 
 import loki_compile
 from loki_compile import GraphReport, SiteReport, explain, reports

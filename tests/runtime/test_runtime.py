@@ -17,43 +17,31 @@ import pytest
 import torch
 from loki_compile.passes.attention import Reason
 from loki_compile.pca_store.covariance import KeyCovariance
-from toy_decoders import (
-    BATCH,
-    FILLED,
-    HEAD_DIM,
-    HIDDEN,
-    KV_HEADS,
-    Conversation,
-    DirectSparse,
-    Spelling,
-    ToyDecoder,
-    basis_for,
+from toy_attends import gqa_repeat_kv, sdpa
+from toy_conversation import Conversation, basis_for, tokens
+from toy_decoders import Spelling, ToyDecoder
+from toy_masks import causal, left_padded, no_mask
+from toy_options import BATCH, EVERYTHING, FEW, FILLED, HEAD_DIM, HIDDEN, KV_HEADS, MODES
+from toy_reference import DirectSparse
+from toy_writes import (
     cat_bhtd,
     cat_cropped,
-    causal,
-    gqa_repeat_kv,
     index_copy_method,
     index_copy_returned,
     index_put_returned,
-    left_padded,
-    no_mask,
     read_only,
     roll_window,
-    sdpa,
     slice_assignment,
-    tokens,
 )
 
 from loki_compile import LokiConfig, builds, fits, reports, reset_stats, runtime, stats, variants
 from loki_compile.counts import Because
 from loki_compile.indexes import indexes_of
 
-EVERYTHING = {"min_context": 0, "top_k": 1.0}
-FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
 STATIC = Spelling(index_copy_method, mask=left_padded)
 GROWING = Spelling(cat_bhtd, mask=no_mask, growing=True)
 BOTH = pytest.mark.parametrize("spelling", [STATIC, GROWING], ids=["static", "growing"])
-pytestmark = pytest.mark.usefixtures("interpreted")
+pytestmark = [pytest.mark.covers, pytest.mark.usefixtures("interpreted")]
 
 
 class Pair:
@@ -92,7 +80,6 @@ class Pair:
         there.step(self.module, x)
 
 
-MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 BUDGETS = pytest.mark.parametrize("options", [EVERYTHING, FEW], ids=["everything", "few"])
 
 

@@ -100,7 +100,7 @@ FAMILIES = {
 
 # Close relatives of the others: in the slow run only.
 _LESS_OFTEN = ("cohere", "starcoder2", "stablelm", "gemma2", "granite")
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = [pytest.mark.covers, pytest.mark.usefixtures("fresh")]
 
 
 def make(model_type: str, seed: int = 0, **changes):

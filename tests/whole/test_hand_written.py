@@ -15,9 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from toy_decoders import interpret
+from toy_capture import interpret
 
 from loki_compile import reports, stats
+
+pytestmark = pytest.mark.covers
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM, WIDTH, SLOTS, VOCABULARY = 2, 4, 2, 16, 64, 32, 50
 GROUP = HEADS // KV_HEADS

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,10 +16,18 @@ ROOMS = {
     "passes": (
         "torch",
         "loki_compile.passes",
-        "loki_compile.kernels.ops",
-        "loki_compile.kernels.fused",
+        *(f"loki_compile.kernels.{name}" for name in ("budget", "fused", "kept", "ops")),
     ),
-    "loki_compile": (
+    "loki_compile/policies": (
+        "torch",
+        "loki_compile.config",
+        "loki_compile.passes",
+        "loki_compile.kernels",
+        "loki_compile.policies",
+    ),
+    "loki_compile": ("torch", "loki_compile"),
+    # Above all others: what the command line alone needs, transformers above all.
+    "loki_compile/commands": (
         "torch",
         "numpy",
         "click",
@@ -29,6 +38,9 @@ ROOMS = {
         "loki_compile",
     ),
 }
+COMMANDS = "loki_compile/commands"
+# What `loki --help` imports: every command, and what they share.
+WITHOUT_TORCH = {"main", "options", "output"}
 # Names of ours with a leading underscore that tests reach for: faults that come from outside a
 # process, for which there is no public place.
 PRIVATE_IN_TESTS = {
@@ -39,12 +51,7 @@ PRIVATE_IN_TESTS = {
     "loki_compile.kernels.cpu_build._compiler",
     "loki_compile.kernels.ops.select._schema",
     "loki_compile.pca_store.attention_fit._loss",
-    "loki_compile.pca_store.basis_file._file_error",
-    "loki_compile.pca_store.basis_file._SITE_FIELDS",
-    "loki_compile.pca_store.basis_file._read",
 }
-# The command line's modules; transformers only inside their functions.
-MAY_USE_TRANSFORMERS = {"cli.py", "demo.py", "evaluation.py", "models.py"}
 HEAVY = ("transformers", "matplotlib", "huggingface_hub")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).glob("*.py"))]
 FAMILIES = (
@@ -115,30 +122,50 @@ def named(path):
     return str(path.relative_to(ROOT))
 
 
+def room_of(path):
+    return path.parent.relative_to(ROOT).as_posix()
+
+
 def test_there_are_files_to_look_at():
-    assert {path.parent.name for path in FILES} == set(ROOMS)
+    assert {room_of(path) for path in FILES} == set(ROOMS)
     assert len(FILES) > 20
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_a_room_imports_only_what_the_table_allows(path):
-    allowed = ROOMS[path.parent.name]
+    allowed = ROOMS[room_of(path)]
     for module, line, _ in imports(ast.parse(path.read_text(encoding="utf-8"))):
         standard = module.partition(".")[0] in sys.stdlib_module_names
         assert standard or is_within(module, allowed), f"{named(path)}:{line} imports {module}"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "loki_compile"], ids=named)
-def test_the_backend_does_not_need_what_only_the_command_line_needs(path):
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_what_is_heavy_is_imported_where_it_is_used(path):
     for module, line, in_function in imports(ast.parse(path.read_text(encoding="utf-8"))):
         if is_within(module, HEAVY):
             assert in_function, f"{named(path)}:{line} imports {module} when it is imported"
-        if is_within(module, ("transformers",)):
-            assert path.name in MAY_USE_TRANSFORMERS, f"{named(path)}:{line} imports {module}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) != COMMANDS], ids=named)
+def test_nothing_stands_on_the_command_line(path):
+    for module, line, _ in imports(ast.parse(path.read_text(encoding="utf-8"))):
+        assert not is_within(module, ("loki_compile.commands",)), f"{named(path)}:{line}"
+
+
+def test_commands_and_what_lists_bases_need_no_torch():
+    code = (
+        "import importlib, sys\n"
+        "from loki_compile.commands.main import COMMANDS\n"
+        f"for name in {sorted(WITHOUT_TORCH)} + list(COMMANDS.values()):\n"
+        "    importlib.import_module(f'loki_compile.commands.{name}')\n"
+        "print(sorted({'torch', 'numpy', *" + str(HEAVY) + "} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if room != "loki_compile"])
-def test_init_of_a_mapped_folder_holds_a_docstring_only(room):
+def test_init_of_a_room_holds_a_docstring_only(room):
     # A stray `import kernels` from the root would otherwise register every op a second time.
     body = ast.parse((ROOT / room / "__init__.py").read_text(encoding="utf-8")).body
     assert len(body) == 1
@@ -256,8 +283,9 @@ def test_a_private_name_is_found_however_it_is_reached():
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_rooms_are_flat(room):
-    assert not [path for path in (ROOT / room).rglob("*.py") if path.parent != ROOT / room]
+def test_a_folder_of_code_is_a_room(room):
+    found = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / room).rglob("*.py")}
+    assert found <= set(ROOMS)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "passes").glob("*.py")), ids=named)
@@ -273,6 +301,24 @@ def test_every_reason_to_stay_dense_is_documented():
     assert sorted(sections) == sorted(reason.name for reason in Reason)
 
 
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "tests/*.md", "tests/peers/*.md", "benchmarks/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_what_a_page_points_to_exists(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", text)
+    assert not [x for x in links if "://" not in x and not (page.parent / x).exists()]
+    if page == ROOT / "tests" / "README.md":
+        assert not [
+            x for x in re.findall(r"`(\w+/test_\w+\.py)", text) if not (page.parent / x).exists()
+        ]
+
+
 def test_the_readme_lists_every_option_with_its_default():
     import dataclasses
 
@@ -286,3 +332,8 @@ def test_the_readme_lists_every_option_with_its_default():
         for value in [getattr(default, field.name)]
     }
     assert dict(rows) == shown
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / COMMANDS).glob("*.py")), ids=named)
+def test_a_command_is_no_long_file(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 480

@@ -11,6 +11,8 @@ from loki_compile.backend import interpreter
 from loki_compile.counts import reset_stats, stats
 from loki_compile.report import clear_reports, reports
 
+pytestmark = pytest.mark.covers
+
 PROMPT, STEPS = 12, 6
 TOLERANCE = 2e-5  # of logits of size 1 to 4, in fp32
 

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 INSTALLED = {
     "loki_compile": "loki_compile",
+    "loki_compile/commands": "loki_compile/commands",
     "passes": "loki_compile/passes",
     "kernels": "loki_compile/kernels",
     "pca_store": "loki_compile/pca_store",
@@ -22,7 +23,7 @@ INSTALLED = {
 def wheel(tmp_path_factory):
     """The names in a wheel built from a copy, so that no build/ appears in the checkout."""
     copy = tmp_path_factory.mktemp("tree")
-    for name in (*INSTALLED, "tests"):
+    for name in (*(name for name in INSTALLED if "/" not in name), "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
@@ -72,13 +73,14 @@ def test_torch_finds_the_backend_by_name():
 
 def test_the_console_script_is_the_command_line():
     (script,) = metadata.entry_points(group="console_scripts", name="loki")
-    assert script.value == "loki_compile.cli:main"
+    assert script.value == "loki_compile.commands.main:main"
     assert callable(script.load())
 
 
-def test_importing_the_package_brings_no_model_library():
+@pytest.mark.parametrize("module", ["loki_compile", "loki_compile.backend"])
+def test_importing_the_package_brings_no_model_library(module):
     code = (
-        "import loki_compile, sys; "
+        f"import {module}, sys; "
         "print([m for m in ('transformers', 'matplotlib', 'rich', 'click') if m in sys.modules])"
     )
     done = subprocess.run(

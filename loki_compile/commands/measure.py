@@ -108,13 +108,21 @@ def decode_reports(
 
 
 @torch.no_grad()
-def follow(model: Any, step: Step, ids: Tensor, start: int, cache: Any) -> Trace:
+def follow(
+    model: Any,
+    step: Step,
+    ids: Tensor,
+    start: int,
+    cache: Any,
+    told: Callable[[int], None] | None = None,
+) -> Trace:
     """Prefills ids[:start], then feeds the rest token by token whatever is predicted.
 
     Args:
         ids: (T,) int64.
         start: 1 <= start < T - 1. The token at `start` is the first that is fed; the prediction
             for the token at `start + 1` is the first that counts.
+        told: called with 1 behind each step.
     """
     prefill(model, ids[None, :start], cache)
     nats, predicted, seconds = [], [], []
@@ -125,6 +133,8 @@ def follow(model: Any, step: Step, ids: Tensor, start: int, cache: Any) -> Trace
         predicted.append(int(logits.argmax()))  # waits for the device
         seconds.append(time.perf_counter() - begin)
         nats.append(-float(logits.log_softmax(-1)[ids[position + 1]]))
+        if told is not None:
+            told(1)
     return Trace(tuple(nats), tuple(predicted), tuple(seconds))
 
 
@@ -198,19 +208,22 @@ def latencies(
 
     Each variant has its own cache of noise, with room for `room` more tokens (at least as many as
     are timed); rounds are interleaved, and the median counts. `most_seconds` ends the rounds early,
-    after the first. `begin` is told what begins, where it may take long.
+    after the first. `begin` is told what begins and, as far as that is known, how long it takes.
     """
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     room = max(room, room_for(rounds, steps_per_round))
-    caches = {}
+    caches, a_round = {}, 0.0
     for name, step in steps.items():
         if begin is not None:
             begin(f"{name}: first steps" + (", Inductor compiles" if step is not model else ""))
         caches[name] = filled_cache(model, cache, context, room)
         for _ in range(WARM_UP_STEPS):
-            step(token, past_key_values=caches[name], use_cache=True)
+            start = time.perf_counter()
+            step(token, past_key_values=caches[name], use_cache=True).logits[0, -1, 0].item()
+        a_round += (time.perf_counter() - start) * steps_per_round
     if begin is not None:
-        begin(f"measuring {', '.join(steps)} in turn")
+        seconds = min(a_round * rounds, most_seconds)
+        begin(f"measuring {', '.join(steps)} in turn, about {math.ceil(seconds)} s")
     times: dict[str, list[float]] = {name: [] for name in steps}
     started = time.perf_counter()
     for number in range(rounds):

@@ -1,4 +1,4 @@
-"""`loki demo`: one model, dense against sparse decoding, and a picture of where sparse pays off."""
+"""What `loki demo` runs: one model, dense against sparse decoding, over the same text."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from loki_compile.calibration import calibrate
-from loki_compile.config import LokiConfig
-from loki_compile.evaluation import (
+from loki_compile.commands.explain import site_table, summary
+from loki_compile.commands.measure import (
     Step,
     Trace,
     decode_reports,
@@ -26,34 +25,27 @@ from loki_compile.evaluation import (
     recall_of,
     variants,
 )
-from loki_compile.explanation import site_table, summary
-from loki_compile.models import encode, longest_context
-from loki_compile.pca_store.basis import BasisSet
-from loki_compile.reference_data import (
+from loki_compile.commands.models import encode, longest_context
+from loki_compile.commands.output import announcing, duration, foretelling, out, phase, say, show
+from loki_compile.commands.picture import draw
+from loki_compile.commands.reference_data import (
     calibration_prompts,
     recall_prompt,
     recall_token_ids,
     stdlib_text,
 )
+from loki_compile.config import LokiConfig
+from loki_compile.pca_store.basis import BasisSet
+from loki_compile.pca_store.basis_header import BasisFileError
+from loki_compile.pca_store.fingerprint import weights_fingerprint
+from loki_compile.pca_store.store import Store, StoredBasis
+from loki_compile.report import GraphReport
 
 NEW_TOKENS = 96
 TEXT_TOKENS = 256
 QUESTIONS = 32
 CALIBRATION_TOKENS = 32768
 SEED = 4096
-# An attention-heavy shape for the picture: what long contexts cost when little else is computed.
-SHAPE = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "vocab_size": 1024,
-    "max_position_embeddings": 1 << 20,
-}
-SHAPE_CONTEXTS = (1024, 4096, 16384, 65536, 131072)
-SHAPE_TOP_K = 1024
 
 
 @dataclass(frozen=True)
@@ -82,54 +74,78 @@ def run_demo(
     context: int,
     options: dict[str, Any],
     picture: Path | None,
-    out: Console,
-    err: Console,
+    *,
+    anew: bool = False,
 ) -> None:
-    """Runs every part and prints it to `out`; progress goes to `err`.
+    """Runs every part and prints it; progress goes to stderr.
 
     Args:
         model, tokenizer: any causal LM of transformers.
         context: tokens of each prompt.
-        options: `torch.compile` options for loki; the basis is calibrated here.
+        options: `torch.compile` options for loki; the basis is chosen here.
         picture: where to write the picture of latencies; None for none.
+        anew: calibrate, also where a stored basis fits.
 
     Raises:
         ValueError: a context that the model or the text cannot fill.
     """
     prompts = make_prompts(model, tokenizer, context)
     out.print(_headline(model, name, context), highlight=False)
+    slots = context + NEW_TOKENS
     with many_variants():
-        _say(err, f"calibrating a basis: reading {CALIBRATION_TOKENS} tokens eagerly, then a fit")
-        with err.status("calibrating a basis on Python's standard library"):
+        stored = None if anew else stored_basis(model, options, slots)
+        if stored is not None:
+            entry, config, found = stored
+            say(
+                f"basis: {entry.name}, stored {entry.header.created[:10]} from "
+                f"{entry.header.tokens} tokens of {entry.header.source or 'unknown text'}; "
+                "--calibrate fits one anew"
+            )
+        else:
             basis = _calibrated(model, tokenizer, name, context, options)
-        config = LokiConfig.from_options({**options, "basis": basis})
-        found = decode_reports(model, "static", context + NEW_TOKENS, config.to_options())
+            config = LokiConfig.from_options({**options, "basis": basis})
+            found = decode_reports(model, "static", slots, config.to_options())
         out.print(site_table(found, config, context))
         out.print(summary(found, config, context), highlight=False)
         outcomes = {}
         steps = variants(model, {"loki": config.to_options()})
         for number, (label, step) in enumerate(steps.items(), 1):
-            how = "decoding" if label == "eager" else "Inductor compiles, then decoding"
-            _say(err, f"{label}: {how} behind {context} tokens")
-            with err.status(f"{label} ({number} of {len(steps)})"):
+            how = "decodes" if label == "eager" else "Inductor compiles at the first steps, decodes"
+            with phase(f"{label} ({number} of {len(steps)}): {how} behind {context} tokens"):
                 outcomes[label] = try_out(model, step, prompts)
-        _say(err, "measuring all three, in turns")
-        with err.status("timing all three, in turns"):
-            ms = latencies(model, steps, context, room=NEW_TOKENS)
+        begin = announcing("timing")
+        ms = latencies(model, steps, context, room=NEW_TOKENS, begin=begin)
         dense = min("eager", "inductor", key=ms.__getitem__)
         out.print(_outcome_table(outcomes, ms, dense, context))
         for line in _findings(outcomes, ms, dense, tokenizer, context):
-            out.print(line, highlight=False, markup=False)
+            show(line)
         if picture is not None:
             torch._dynamo.reset()
-            _say(err, "picture: compiling and measuring at several contexts; --quick leaves it out")
-            _draw(model, name, config, picture, err)
-            out.print(f"wrote {picture}", soft_wrap=True, highlight=False)
+            say("picture: compiles and measures at several contexts; --quick leaves it out")
+            draw(model, name, config, picture)
+            show(f"wrote {picture}")
 
 
-def _say(err: Console, line: str) -> None:
-    """What begins now, also where no terminal shows a status."""
-    err.print(line, soft_wrap=True, highlight=False, markup=False)
+def stored_basis(
+    model: Any, options: dict[str, Any], slots: int
+) -> tuple[StoredBasis, LokiConfig, Sequence[GraphReport]] | None:
+    """The newest stored basis that serves every sparse site of a model with these options.
+
+    Returns:
+        It, the configuration with it, and the reports of a decode step; None where there is none.
+    """
+    held = {weights_fingerprint(parameter) for parameter in model.parameters()}
+    for entry in Store().list():
+        if not any(site.weights in held for site in entry.header.sites):
+            continue
+        try:
+            config = LokiConfig.from_options({**options, "basis": Store().load(entry.path)})
+            return entry, config, decode_reports(model, "static", slots, config.to_options())
+        except BasisFileError as error:
+            say(f"passed over: {error}")
+        except ValueError as error:  # fewer columns than the rank asks for, or not of every layer
+            say(f"passed over: {entry.name}: {error}")
+    return None
 
 
 def _calibrated(
@@ -138,14 +154,29 @@ def _calibrated(
     rank = options.get("rank", LokiConfig().rank)
     length = min(max(context, 64), longest_context(model))
     prompts, source = calibration_prompts(tokenizer, length, CALIBRATION_TOKENS)
-    return calibrate(
-        model,
-        [torch.tensor([prompt]) for prompt in prompts],
-        kind="pca" if isinstance(rank, str) else "attention",  # "variance:0.9" needs all columns
-        rank=0.25 if isinstance(rank, str) else rank,
-        name=name,
-        source=source,
-    )
+    total = sum(map(len, prompts))
+    said = False
+
+    def expect(seconds: float) -> None:
+        nonlocal said
+        if not said:
+            say(f"  about {duration(seconds)} to go")
+        said = True
+
+    every = isinstance(rank, str)  # "variance:0.9" needs all columns
+    what = f"basis: one is fitted for {name}: reads {total} tokens eagerly, then fits"
+    with phase(what):
+        basis = calibrate(
+            model,
+            [torch.tensor([prompt]) for prompt in prompts],
+            kind="pca" if isinstance(rank, str) else "attention",
+            rank=0.25 if every else rank,
+            name=name,
+            source=source,
+            expect=expect,
+        )
+    say(f"  it is not kept; `loki calibrate {name}` fits and stores one")
+    return basis
 
 
 def check_context(context: int, model: Any) -> None:
@@ -187,11 +218,15 @@ def make_prompts(model: Any, tokenizer: Any, context: int) -> Prompts:
 def try_out(model: Any, step: Step, prompts: Prompts) -> Outcome:
     """Reads the text, answers the questions and generates, all behind a static cache."""
     slots = len(prompts.text) + NEW_TOKENS
-    text = follow(model, step, prompts.text, prompts.start, new_cache(model, "static", slots))
+    first = prompts.queries[0][0] - 2 if prompts.queries else 0
+    asked = 0 if prompts.questions is None else len(prompts.questions) - first - 1
+    told = foretelling(len(prompts.text) - prompts.start - 1 + asked + NEW_TOKENS)
+    cache = new_cache(model, "static", slots)
+    text = follow(model, step, prompts.text, prompts.start, cache, told)
     right: list[bool] = []
     if prompts.questions is not None:
-        first = prompts.queries[0][0] - 2
-        trace = follow(model, step, prompts.questions, first, new_cache(model, "static", slots))
+        cache = new_cache(model, "static", slots)
+        trace = follow(model, step, prompts.questions, first, cache, told)
         right = recall_of(trace, first, prompts.queries)
     cache = new_cache(model, "static", slots)
     return Outcome(
@@ -260,62 +295,3 @@ def _findings(
 def _shown(tokenizer: Any, ids: Sequence[int]) -> str:
     text = repr(tokenizer.decode(ids))
     return text if len(text) <= 100 else text[:97] + "..."
-
-
-def _draw(model: Any, name: str, config: LokiConfig, picture: Path, err: Console) -> None:
-    """Milliseconds per token against cached tokens; for the bundled model, of a larger shape."""
-    options = config.to_options()
-    if name == "reference":
-        title = "random weights, 4 layers, 8 query and 2 KV heads x 128 dims"
-        subject, contexts = _shape(model), list(SHAPE_CONTEXTS)
-        options.pop("basis")
-        named = {f"loki, top_k={config.top_k}": options}
-        named[f"loki, top_k={SHAPE_TOP_K}"] = {**options, "top_k": SHAPE_TOP_K}
-    else:
-        title = f"{name}, a cache of noise"
-        subject = model
-        longest = longest_context(model) - 64
-        contexts = [2**n for n in range(6, 18) if 2**n <= longest][-6:]
-        named = {f"loki, top_k={config.top_k}": options}
-    steps = variants(subject, named, dynamic=True)
-    rows: dict[int, dict[str, float]] = {}
-    for context in contexts:
-        with err.status(f"picture: latency behind {context} cached tokens"):
-            rows[context] = latencies(
-                subject, steps, context, rounds=3, steps_per_round=2, most_seconds=4
-            )
-    plot_latencies(rows, title, f"{model.device}, {model.dtype}".replace("torch.", ""), picture)
-
-
-def _shape(model: Any) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE)).to(model.device, model.dtype).eval()
-
-
-def plot_latencies(
-    rows: dict[int, dict[str, float]], title: str, device: str, picture: Path
-) -> None:
-    """Writes one picture: rows[context][variant] in milliseconds per token."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    contexts = list(rows)
-    for number, label in enumerate(next(iter(rows.values()))):
-        style = "--" if label in ("eager", "inductor") else "-"
-        times = [rows[context][label] for context in contexts]
-        axes.plot(contexts, times, style, marker="o", color=f"C{number}", label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
-    axes.set_xlabel("cached tokens")
-    axes.set_ylabel("milliseconds per token")
-    axes.set_title(f"{title}\n{device}", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(title="dense dashed, sparse solid")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from loki_compile.evaluation import (
+from loki_compile.commands.measure import (
     filled_cache,
     follow,
     generate,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BUNDLED = Path(__file__).parent / "reference_model"
+BUNDLED = Path(__file__).parent.parent / "reference_model"
 REFERENCE = "reference"
 
 

@@ -1,0 +1,149 @@
+"""`loki calibrate`: fit a basis from text, and store it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loki_compile.commands.options import (
+    MODEL_HELP,
+    MODEL_OPTIONS,
+    NUMBER,
+    text_of,
+    with_options,
+)
+from loki_compile.commands.output import duration, out, progress, say, show
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from loki_compile.pca_store.basis import BasisSet
+
+
+@click.command(epilog=MODEL_HELP)
+@click.argument("name", metavar="MODEL")
+@click.argument("more_text", metavar="[FILES]...", nargs=-1)
+@click.option("--text", "first_text", multiple=True, help="Text files. [Python's own library]")
+@click.option("--tokens", type=click.IntRange(2), default=65536, show_default=True)
+@click.option("--length", "--context", "length", type=click.IntRange(2),
+              help="Tokens per prompt; as long as you decode, where memory allows. "
+              "[4096, or what the model allows]")  # fmt: skip
+@click.option("--kind", default="attention", show_default=True,
+              help='"attention", "pca" or "score-optimal".')  # fmt: skip
+@click.option("--rank", default="0.25", show_default=True,
+              help='Columns of an "attention" basis: 16, or 0.25 of head_dim.')  # fmt: skip
+@click.option("--calibration", default="post-rotary", show_default=True,
+              help='"post-rotary" or "pre-rotary".')  # fmt: skip
+@click.option("--out", "folder", type=click.Path(path_type=Path), help="Folder. [the store]")
+@with_options(MODEL_OPTIONS)
+def command(
+    name: str,
+    more_text: tuple[str, ...],
+    first_text: tuple[str, ...],
+    tokens: int,
+    length: int | None,
+    kind: str,
+    rank: str,
+    calibration: str,
+    folder: Path | None,
+    device: str | None,
+    dtype: str,
+    random_weights: bool,
+) -> None:
+    """Fit a basis for MODEL from text, and store it.
+
+    How long it takes is said after the first prompt. Ctrl-C loses nothing: the same command goes on
+    from there (it is kept beside the store, in `partial`).
+    """
+    import torch
+
+    from loki_compile.calibration import calibrate, check_choices, check_lengths
+    from loki_compile.commands.models import (
+        batches_of,
+        check_placement,
+        check_writable,
+        encode,
+        fitting_context,
+        load_config,
+        load_model,
+        load_tokenizer,
+    )
+    from loki_compile.commands.reference_data import calibration_prompts
+    from loki_compile.pca_store.partial import default_partial_root
+    from loki_compile.pca_store.store import Store
+
+    columns = NUMBER.convert(rank, None, None)
+    check_choices(calibration, kind, columns)
+    check_placement(device, dtype)
+    store = Store(folder)
+    check_writable("--out" if folder else "the store", store.root, folder=True)
+    files = (*first_text, *more_text)
+    text, source = text_of(files, "train") if files else ("", "")
+    length = fitting_context("--length", length, 4096, load_config(name))
+    tokenizer = load_tokenizer(name)
+    if files:
+        batches = batches_of(encode(tokenizer, text[: 16 * tokens]), length, tokens)
+    else:
+        prompts, source = calibration_prompts(tokenizer, length, tokens)
+        batches = [torch.tensor([prompt]) for prompt in prompts]
+    check_lengths(batches, kind)
+    total = sum(batch.numel() for batch in batches)
+    if total < tokens:
+        say(f"the text holds {total} tokens of the {tokens} asked for; all are used")
+    say(f"loading {name}; then it reads {len(batches)} prompts eagerly, {total} tokens")
+    model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
+    try:
+        with progress(left=True) as bar:
+            task = bar.add_task(f"reading with {name}", total=total, left="")
+            fitting = bar.add_task("fitting", total=None, visible=kind == "attention", left="")
+            said = False
+
+            def expect(seconds: float) -> None:
+                nonlocal said
+                if not said:
+                    say(f"about {duration(seconds)} to go: the rest of the text, and the fit")
+                said = True
+                current = fitting if bar.tasks[0].finished else task
+                bar.update(task, left="")
+                bar.update(current, left=f"{duration(seconds)} left")
+
+            basis_set = calibrate(
+                model,
+                batches,
+                calibration=calibration,
+                kind=kind,
+                rank=columns,
+                name=name,
+                source=source,
+                progress=lambda done: bar.advance(task, done),
+                fit_progress=lambda done, steps: bar.update(fitting, completed=done, total=steps),
+                expect=expect,
+                partial=default_partial_root(),
+            )
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here")
+        raise
+    path = store.save(basis_set)
+    out.print(spectra(basis_set))
+    show(f"wrote {path}")
+
+
+def spectra(basis_set: BasisSet) -> Table:
+    """The dims that hold 90, 95 and 99 % of each layer's variance."""
+    from rich.table import Table
+
+    from loki_compile.pca_store.metadata import ORTHONORMAL_KINDS
+
+    shares = (0.9, 0.95, 0.99)
+    what = "key variance" if basis_set.kind in ORTHONORMAL_KINDS else "score variance"
+    what += "" if basis_set.kind != "attention" else " that the basis holds"
+    table = Table(title=f"dims that hold this share of the {what}", title_justify="left")
+    for column in ("layer", "KV heads", "head_dim", "tokens", *(f"{s:.0%}" for s in shares)):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for basis in basis_set.bases:
+        ranks = [str(basis.rank_for(f"variance:{share}")) for share in shares]
+        heads, dims = str(basis.num_kv_heads), str(basis.head_dim)
+        table.add_row(basis.layer or basis.weights, heads, dims, str(basis.tokens), *ranks)
+    return table

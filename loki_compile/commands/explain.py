@@ -1,0 +1,135 @@
+"""`loki explain`: what each attention site of a model becomes, as a table with sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loki_compile.commands.options import (
+    LOKI_OPTIONS,
+    MODEL_HELP,
+    MODEL_OPTIONS,
+    check_basis,
+    dense_because,
+    loki_options,
+    runs_sparse,
+    with_options,
+)
+from loki_compile.commands.output import out, say
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from loki_compile.config import LokiConfig
+    from loki_compile.report import Folded, GraphReport
+
+
+@click.command(epilog=MODEL_HELP)
+@click.argument("name", metavar="MODEL")
+@click.option("--cache", type=click.Choice(["static", "dynamic"]), default="static")
+@click.option("--context", type=click.IntRange(2), help="Cached tokens that budgets and memory are "
+              "given for. [4096, or what the model allows]")  # fmt: skip
+@click.option("--basis", help="Store name, path or hub id.")
+@with_options(LOKI_OPTIONS)
+@with_options(MODEL_OPTIONS)
+def command(
+    name: str,
+    cache: str,
+    context: int | None,
+    basis: str | None,
+    device: str | None,
+    dtype: str,
+    random_weights: bool,
+    **loki: Any,
+) -> None:
+    """What each attention site of MODEL becomes in a decode step, and why."""
+    from loki_compile.commands.measure import decode_reports
+    from loki_compile.commands.models import (
+        check_placement,
+        fitting_context,
+        load_config,
+        load_model,
+    )
+    from loki_compile.config import LokiConfig
+    from loki_compile.report import given_up
+
+    config = LokiConfig.from_options(loki_options(basis=basis, **loki))
+    check_placement(device, dtype)
+    check_basis(basis or "auto")
+    context = fitting_context("--context", context, 4096, load_config(name))
+    say(f"loading {name}; then one decode step is traced, and nothing compiled")
+    model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
+    found = decode_reports(model, cache, context, config.to_options())
+    out.print(site_table(found, config, context))
+    out.print(summary(found, config, context))
+    for sentence in given_up():
+        out.print(sentence)
+
+
+def site_table(reports: Sequence[GraphReport], config: LokiConfig, context: int) -> Table:
+    """A table of all sites, with budget and index memory at `context` visible keys."""
+    from rich.table import Table
+
+    from loki_compile.report import fold
+
+    table = Table(title=f"attention sites, with {context} cached tokens", title_justify="left")
+    for name, justify in (
+        ("site", "left"),
+        ("became", "left"),
+        ("heads q/kv", "right"),
+        ("dims", "right"),
+        ("keys read", "right"),
+        ("index", "right"),
+        ("basis, or why not", "left"),
+    ):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in fold(reports):
+        table.add_row(*_row(row, config, context))
+    return table
+
+
+def _row(row: Folded, config: LokiConfig, context: int) -> list[str]:
+    site = row.sites[0]
+    sparse = site.outcome == "sparse"
+    dims = f"{site.head_dim}" if site.head_dim else ""
+    keys, index, outcome = "", "", row.now or site.outcome
+    if sparse:
+        dims = row.dims
+        if not runs_sparse(config, context):
+            outcome, keys = "dense here", f"all {context}"
+        else:
+            keys = f"{config.budget.keys(context)} of {context}"
+        # Sites that share a cache share its index.
+        each = {s.cache or s.path: s.index_bytes_per_token for s in row.sites}
+        if None not in each.values():
+            index = _bytes(sum(each.values()) * context)  # type: ignore[arg-type]
+    served = f"{site.basis}; {site.note}" if site.note else site.basis
+    why = served if sparse else f"{site.reason} ({site.see})"
+    return [row.where, outcome, row.heads, dims, keys, index, why]
+
+
+def summary(reports: Sequence[GraphReport], config: LokiConfig, context: int) -> str:
+    """One line: how many sites, how many sparse, what the indexes cost in all."""
+    sites = [site for report in reports for site in report.sites]
+    sparse = [site for site in sites if site.outcome == "sparse"]
+    # Sites that share a cache share its index.
+    each = {
+        (number, site.cache): site.index_bytes_per_token or 0
+        for number, report in enumerate(reports)
+        for site in report.sites
+    }
+    memory = sum(each.values()) * context
+    line = f"{len(sparse)} of {len(sites)} sites sparse in {len(reports)} graph(s)"
+    if sparse and (why := dense_because(config, context)):
+        return f"{line}; at {context} cached tokens they run dense ({why})"
+    return f"{line}; indexes take {_bytes(memory)} at {context} cached tokens" if sparse else line
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

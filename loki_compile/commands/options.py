@@ -1,0 +1,118 @@
+"""Options that several commands share, and what is asked of them before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loki_compile.commands.output import say
+
+if TYPE_CHECKING:
+    from loki_compile.config import LokiConfig
+
+MODEL_HELP = 'MODEL is a hub id, a local folder, or "reference" for the bundled model.'
+
+
+class _FractionOrCount(click.ParamType):
+    """0.125 is a fraction, 1024 a count, anything else is left for `LokiConfig` to judge."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+        return value
+
+
+NUMBER = _FractionOrCount()
+
+LOKI_OPTIONS = [
+    click.option("--top-k", type=NUMBER, help="Keys each query reads: 0.125 or 1024."),
+    click.option("--rank", type=NUMBER, help="Dims of the index: 0.25, 32 or variance:0.9."),
+    click.option("--min-context", type=int, help="Fewer visible keys than this run dense."),
+    click.option("--index-dtype", help='"auto" or "int8".'),
+    click.option("--share", help='"group" or "head".'),
+]
+MODEL_OPTIONS = [
+    click.option("--device", help="cpu, cuda, ...; CUDA where there is a device."),
+    click.option("--dtype", default="auto", help="float32, bfloat16, float16; the checkpoint's."),
+    click.option("--random-weights", is_flag=True, help="The architecture alone, no checkpoint."),
+]
+
+
+def with_options(options: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """A decorator that adds options to a command, in their order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def loki_options(**given: Any) -> dict[str, Any]:
+    """The options that were given, checked; the names are `LokiConfig`'s.
+
+    Raises:
+        ValueError: an impossible value.
+    """
+    from loki_compile.config import LokiConfig
+
+    options = {name: value for name, value in given.items() if value is not None}
+    LokiConfig.from_options(options)
+    return options
+
+
+def check_basis(choice: str) -> None:
+    """Refuses a basis that does not exist.
+
+    Raises:
+        ValueError: as said.
+    """
+    from loki_compile.backend import load_basis
+
+    if choice != "auto":
+        load_basis(choice)
+
+
+def runs_sparse(config: LokiConfig, context: int) -> bool:
+    """As the runtime decides: `min_context=0` forces the sparse variant."""
+    if config.min_context == 0:
+        return True
+    return context >= config.min_context and not config.budget.covers(context)
+
+
+def dense_because(config: LokiConfig, context: int) -> str:
+    """Why nothing runs sparse at `context` visible keys; "" where it does."""
+    if runs_sparse(config, context):
+        return ""
+    if context < config.min_context:
+        return f"min_context={config.min_context}"
+    return f"top_k={config.top_k} covers them"
+
+
+def say_if_dense(options: dict[str, Any], context: int) -> None:
+    """A note where nothing would be sparse."""
+    from loki_compile.config import LokiConfig
+
+    if why := dense_because(LokiConfig.from_options(options), context):
+        say(f"note: behind {context} tokens every step of loki runs dense ({why})")
+
+
+def text_of(files: Sequence[str], split: str) -> tuple[str, str]:
+    """Text and what it is: the files', or the standard library's sources of a split."""
+    from loki_compile.commands.models import read_text
+    from loki_compile.commands.reference_data import stdlib_text
+
+    if not files:
+        return stdlib_text(split), f"Python's standard library ({split})"
+    shown = ", ".join(Path(file).name for file in files[:8])
+    more = f" and {len(files) - 8} more" if len(files) > 8 else ""
+    return read_text(files), "".join(c for c in shown + more if c.isprintable())[:4096]
