@@ -32,6 +32,7 @@ from torch import Tensor
 __all__ = [
     "BACKENDS",
     "KEEP_ALL_Q16",
+    "SCHEMAS",
     "Backend",
     "Budget",
     "attend",
@@ -97,24 +98,18 @@ _LIBRARY = torch.library.Library("loki", "DEF")
 # A cache view therefore arrives as it is, uncopied, and the strides that `checks` asks for hold.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-_LIBRARY.define(
+SCHEMAS = (
     "select(Tensor q, Tensor? basis, Tensor index, Tensor? index_scale, Tensor? mask,"
     " Tensor? bounds, *, float scale, int? top_k, int keep_q16, int sink, int recent,"
     " int min_keys, bool per_head, int page=1, SymInt? keys=None, bool by_probability=False)"
     " -> Tensor",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    "update_pages(Tensor(a!) pages, Tensor keys, Tensor written, *, int page) -> ()", tags=_TAGS
-)
-_LIBRARY.define(
-    "extend_pages(Tensor pages, Tensor keys, Tensor written, *, int page) -> Tensor", tags=_TAGS
-)
-_LIBRARY.define(
+    "update_pages(Tensor(a!) pages, Tensor keys, Tensor written, *, int page) -> ()",
+    "extend_pages(Tensor pages, Tensor keys, Tensor written, *, int page) -> Tensor",
     "attend(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor? mask,"
     " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_rest=None) -> Tensor",
-    tags=_TAGS,
 )
+for _schema in SCHEMAS:
+    _LIBRARY.define(_schema, tags=_TAGS)
 
 
 @torch.library.register_fake("loki::select", lib=_LIBRARY)

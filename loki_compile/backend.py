@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import logging
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,16 +26,14 @@ from loki_compile.bind import adapters, bind_caches, load_basis, token_count
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Tally, say_once, tally_of
 from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
+from loki_compile.kernels.ops import SCHEMAS
 from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.dense import lay_out_first_keys, pack_groups
-from loki_compile.passes.graphs import (
-    copy_of,
-    fake_mode_of,
-)
+from loki_compile.passes.graphs import copy_of, fake_mode_of, log_change, ops_of
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.plan import Plan, make_plan
-from loki_compile.passes.shared_caches import take_parts
+from loki_compile.passes.shared_caches import Part, take_parts
 from loki_compile.passes.sites import find_sites
 from loki_compile.policies.table import policy_of
 from loki_compile.refusal import Refusal, plainly
@@ -75,9 +74,7 @@ def loki(
     """
     config = plainly(_checked, {**(options or {}), **unknown}, mode)
     compile_graph = functools.partial(engine or _engine, mode=mode, options=config.inductor)
-    normal, _ = normalize(gm)
-    ask_for_values(normal.graph)
-    parts = take_parts(normal)
+    normal, parts = _in_one_form(gm)
     plan = plan_graph(normal, config)
     refusal = _refusal(plan) if config.strict else ""
     if plan.sparse or refusal:
@@ -146,12 +143,22 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfi
     Raises:
       ValueError: a basis that does not belong to the model.
     """
-    normal, _ = normalize(gm)
-    ask_for_values(normal.graph)
-    parts = take_parts(normal)
+    normal, parts = _in_one_form(gm)
     plan = plan_graph(normal, config)
     bindings = bind_caches(normal, plan, example_inputs, parts, config)
     return describe(plan, config, bindings, adapters(normal, bindings, example_inputs, parts))
+
+
+def _in_one_form(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Part]]:
+    """A copy of the graph in one spelling, and the caches that were cut out of other inputs."""
+    before = ops_of(gm.graph)
+    normal, _ = normalize(gm)
+    log_change(log, "normalize", before, normal.graph)
+    ask_for_values(normal.graph)
+    before = ops_of(normal.graph)
+    parts = take_parts(normal)
+    log_change(log, "shared_caches", before, normal.graph)
+    return normal, parts
 
 
 def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
@@ -245,7 +252,11 @@ def inductor(
       A function of the graph's inputs that returns its outputs as a list or tuple.
     """
     patches = torch._inductor.list_mode_options(mode) if mode and mode != "default" else {}
-    return torch._inductor.compile(gm, list(inputs), options={**patches, **options})
+    # What Inductor has stored calls our ops as they were then, which its own keys do not tell.
+    ours = zlib.crc32("".join(SCHEMAS).encode())
+    tag = f"{torch.compiler.config.cache_key_tag}loki-{ours:08x}"
+    with torch.compiler.config.patch(cache_key_tag=tag):
+        return torch._inductor.compile(gm, list(inputs), options={**patches, **options})
 
 
 def interpreter(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ tells how far a cache is filled, and those that tell what masks let see of one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,13 @@ from loki_compile.caches import GivenSize
 from loki_compile.kernels.kept import Layout
 from loki_compile.passes.attention import MaskTerm
 from loki_compile.passes.dense import pack_groups
-from loki_compile.passes.graphs import copy_of, extract
+from loki_compile.passes.graphs import copy_of, extract, log_change, ops_of
 from loki_compile.passes.masks import what_is_seen
 from loki_compile.passes.plan import Plan
 from loki_compile.passes.rollback import what_to_save
 from loki_compile.passes.sparse import rewrite_sparse
+
+log = logging.getLogger("loki_compile")
 
 # One compiled form of the graph.
 Variant = Callable[..., Any]
@@ -82,8 +85,10 @@ class Variants:
     def dense(self, missed: Callable[[], None]) -> Variant:
         """The graph with query groups packed, compiled."""
         gm, mapping = copy_of(self.gm)
+        before = ops_of(gm.graph)
         if self.pack_gqa:
             gm = pack_groups(gm, self.plan.on(mapping).sites)
+        log_change(log, "dense", before, gm.graph)
         return self.compile_graph(gm, "dense", missed)
 
     def sparse(self, layouts: Sequence[Layout | None], missed: Callable[[], None]) -> Variant:
@@ -92,9 +97,11 @@ class Variants:
         gm, mapping = copy_of(self.gm)
         plan = self.plan.on(mapping)
         sparse_sites = {s.site.node for s in plan.sparse}
+        before = ops_of(gm.graph)
         gm = rewrite_sparse(gm, plan, layouts)
         if self.pack_gqa:
             gm = pack_groups(gm, [s for s in plan.sites if s.node not in sparse_sites])
+        log_change(log, "sparse", before, gm.graph)
         return self.compile_graph(gm, "sparse", missed)
 
     def seen(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -45,6 +47,25 @@ def copy_of(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]
     if hasattr(gm, "_param_name_to_source"):
         copy._param_name_to_source = gm._param_name_to_source
     return copy, mapping
+
+
+def ops_of(graph: fx.Graph) -> Counter[str]:
+    """How often each operation is called."""
+    return Counter(op_name(node) or node.op for node in graph.nodes if node.op[:4] == "call")
+
+
+def log_change(log: logging.Logger, what: str, before: Counter[str], graph: fx.Graph) -> None:
+    """At level DEBUG: how many calls a graph has behind a pass, and which became more or fewer."""
+    if not log.isEnabledFor(logging.DEBUG):
+        return
+    after = ops_of(graph)
+    changed = [
+        f"{name} {before[name]} -> {after[name]}"
+        for name in sorted(before.keys() | after.keys())
+        if before[name] != after[name]
+    ]
+    sums = f"{sum(before.values())} -> {sum(after.values())} calls"
+    log.debug("%s: %s; %s", what, sums, ", ".join(changed) or "the same ones")
 
 
 def remap(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:

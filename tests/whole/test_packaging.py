@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 INSTALLED = {
     "loki_compile": "loki_compile",
     "loki_compile/commands": "loki_compile/commands",
+    "loki_compile/policies": "loki_compile/policies",
     "passes": "loki_compile/passes",
     "kernels": "loki_compile/kernels",
     "pca_store": "loki_compile/pca_store",

@@ -1,0 +1,147 @@
+"""What each way to choose keys loses, on a real model, through the compiled decode path.
+
+    python benchmarks/bench_policies.py MODEL --text FILE [--context 3000] [--steps 48]
+
+Steps of a text are decoded behind a prefill of its first tokens, each policy at the same budget,
+each step fed the text's own next token. Of every choice that a graph makes it is noted what share
+of each query head's attention lies on keys that were not chosen (missed mass; mean over layers,
+heads and steps), and of every step how far its logits are from dense attention's (KL divergence,
+same greedy token). Graphs run node by node: for speed see `bench_kernels.py` and `bench_decode.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import RESULTS, stamp, table, write_rows
+from loki_compile.kernels.ops import attend
+from torch import Tensor, fx
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from loki_compile import reset_stats, stats
+from loki_compile.backend import loki
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "oracle, max": {"policy": "oracle"},
+    "oracle, probability": {"policy": "oracle", "group_choice": "probability"},
+    "oracle, each head": {"policy": "oracle", "share": "head"},
+    "loki, max": {"policy": "loki"},
+    "loki, probability": {"policy": "loki", "group_choice": "probability"},
+    "quest, max": {"policy": "quest"},
+    "quest, probability": {"policy": "quest", "group_choice": "probability"},
+    "window": {"policy": "window"},
+}
+
+
+class Watching(fx.Interpreter):
+    """Runs a graph node by node and notes what each choice of keys misses."""
+
+    def __init__(self, gm: fx.GraphModule, missed: list[Tensor]) -> None:
+        super().__init__(gm)
+        self.missed = missed
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target is attend:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            self.missed.append(missed_mass(*args[:2], *args[3:5], scale=kwargs["scale"]))
+        return super().run_node(n)
+
+
+def missed_mass(
+    q: Tensor, k: Tensor, positions: Tensor, mask: Tensor | None, *, scale: float
+) -> Tensor:
+    """The share of each head's attention that lies on keys not chosen, the mean of all (0-d)."""
+    group = q.shape[1] // k.shape[1]
+    scores = scale * q.float() @ k.float().repeat_interleave(group, 1).mT
+    if mask is not None:
+        hidden = mask == 0 if mask.dtype in (torch.uint8, torch.bool) else None
+        scores = scores + mask if hidden is None else scores.masked_fill(hidden, -torch.inf)
+    chosen = torch.zeros(*positions.shape[:3], k.shape[2] + 1, dtype=torch.bool)
+    chosen.scatter_(3, positions.long() % (k.shape[2] + 1), True)  # -1 is one behind the last
+    chosen = chosen[..., :-1].repeat_interleave(q.shape[1] // positions.shape[1], 1)
+    return (scores.softmax(-1) * ~chosen).sum(-1).mean()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--context", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--top-k", type=float, default=0.125)
+    parser.add_argument("--name", default="policies", help="file under benchmarks/results/")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    ids = tokenizer(args.text.read_text(), return_tensors="pt").input_ids
+    needed = args.context + args.steps
+    if ids.shape[1] < needed:
+        raise SystemExit(f"{args.text} has {ids.shape[1]} tokens; needed {needed}: a longer text.")
+    rows = []
+    with torch.no_grad():
+        prefilled = DynamicCache(config=model.config)
+        model(ids[:, : args.context], past_key_values=prefilled, logits_to_keep=1)
+        dense = decode(model.forward, model, prefilled, ids, args)
+        for name, options in SETTINGS.items():
+            missed: list[Tensor] = []
+            torch._dynamo.reset()
+            reset_stats()
+
+            def engine(gm, inputs, missed=missed, **_):
+                return Watching(gm, missed).run
+
+            options = {"top_k": args.top_k, **options}
+            backend = functools.partial(loki, engine=engine)
+            step = torch.compile(model.forward, backend=backend, options=options)
+            logits = decode(step, model, prefilled, ids, args)
+            if stats()["sparse_steps"] != args.steps:
+                raise SystemExit(f"{name}: {stats()}; needed {args.steps} sparse steps.")
+            both = (dense.log_softmax(-1), logits.log_softmax(-1))
+            kl = (both[0].exp() * (both[0] - both[1])).sum(-1).mean()
+            same = (dense.argmax(-1) == logits.argmax(-1)).float().mean()
+            row = {"setting": name, "missed_mass": float(torch.stack(missed).mean())}
+            row |= {"kl": float(kl), "same_token": float(same)}
+            rows.append(row)
+            print(table([row], list(row)), flush=True)
+    print(table(rows, list(rows[0])))
+    about = {"model": Path(args.model).name, "text": args.text.name, "context": args.context}
+    about |= {"steps": args.steps, "top_k": args.top_k, **stamp("cpu")}
+    write_rows(args.name, [{**row, **about} for row in rows])
+    draw(rows, about, RESULTS / f"{args.name}.png")
+
+
+def decode(step: Any, model: Any, prefilled: DynamicCache, ids: Tensor, args: Any) -> Tensor:
+    """Logits (steps, vocabulary) behind each of the text's tokens."""
+    cache = DynamicCache(config=model.config)
+    for number, layer in enumerate(prefilled.layers):
+        cache.update(layer.keys.clone(), layer.values.clone(), number)
+    out = []
+    for at in range(args.context, args.context + args.steps):
+        out.append(step(ids[:, at : at + 1], past_key_values=cache).logits[0, -1].float())
+    return torch.stack(out)
+
+
+def draw(rows: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.4), layout="constrained")
+    names = [row["setting"] for row in rows]
+    bars = axes.barh(names, [row["missed_mass"] for row in rows], color="#4878a8")
+    axes.bar_label(bars, fmt="%.3f", padding=3)
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        f"attention on keys that were not chosen: {about['top_k']:.1%} of {about['context']} keys"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
