@@ -377,7 +377,8 @@ def window_positions(
     chosen = visible & ((number <= first) | (number > first + skipped))
     slot = torch.where(number <= first, number - 1, number - 1 - skipped)
     slots = rule.slots(cached)
-    slot = torch.where(chosen, slot, torch.full_like(slot, slots))  # one more: not chosen
+    behind = torch.zeros_like(slot) + slots  # one more, for what is not chosen
+    slot = torch.where(chosen, slot, behind)
     out = torch.full((*visible.shape[:-1], slots + 1), -1, dtype=torch.int32, device=key.device)
     out = out.scatter(-1, slot.long(), at.expand(visible.shape))[..., :slots]
     return out.expand(batch, heads, tokens, slots).contiguous()

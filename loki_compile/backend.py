@@ -255,7 +255,7 @@ def inductor(
     # What Inductor has stored calls our ops as they were then, which its own keys do not tell.
     ours = zlib.crc32("".join(SCHEMAS).encode())
     tag = f"{torch.compiler.config.cache_key_tag}loki-{ours:08x}"
-    with torch.compiler.config.patch(cache_key_tag=tag):
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         return torch._inductor.compile(gm, list(inputs), options={**patches, **options})
 
 
