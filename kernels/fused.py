@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from loki_compile.kernels.budget import Budget
@@ -377,8 +377,8 @@ def window_positions(
     chosen = visible & ((number <= first) | (number > first + skipped))
     slot = torch.where(number <= first, number - 1, number - 1 - skipped)
     slots = rule.slots(cached)
-    behind = torch.zeros_like(slot) + slots  # one more, for what is not chosen
-    slot = torch.where(chosen, slot, behind)
+    behind = slot * 0 + slots  # one more, for what is not chosen
+    slot = torch.where(chosen, slot, cast("Tensor", behind))
     out = torch.full((*visible.shape[:-1], slots + 1), -1, dtype=torch.int32, device=key.device)
     out = out.scatter(-1, slot.long(), at.expand(visible.shape))[..., :slots]
     return out.expand(batch, heads, tokens, slots).contiguous()
