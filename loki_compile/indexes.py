@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from loki_compile import fits
-from loki_compile.caches import CacheBinding, CacheForm, Cached, Stamp, tokens_before, version_of
+from loki_compile.caches import CacheBinding, Cached, CacheForm, Stamp, tokens_before, version_of
 from loki_compile.counts import Tally, hold_bytes
 from loki_compile.fits import BoundBasis, Fit, Origin
 from loki_compile.kernels.fused import project_new_keys
