@@ -123,6 +123,14 @@ def rows_and_heads_first(x: torch.Tensor, head_axis: int, batch_axis: int) -> to
     return x.movedim((batch_axis, head_axis), (0, 1))
 
 
+def keys_by_head(x: torch.Tensor, head_axis: int, batch_axis: int, kv_heads: int) -> torch.Tensor:
+    """Rows of a cache in any layout as (B, Hkv, T, D): `rows_and_heads_first` where heads have a
+    dimension, or heads and head_dim the last one, which is `head_axis` then."""
+    if head_axis == x.ndim - 1:
+        x = x.unflatten(-1, (kv_heads, -1))
+    return rows_and_heads_first(x, head_axis, batch_axis).flatten(2, -2)
+
+
 def queries_by_head(query: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Queries whose dimensions are the letters of `layout`, as (B, Hq, S, D)."""
     letters = "".join(layout)

@@ -144,10 +144,11 @@ def _choose_bases(
         chosen = _once(Store().find((b.weights for b in bindings if b.weights), blocks))
     else:
         chosen = load_basis(config.basis)
-    uses: dict[str, int] = {}
+    uses: dict[str, dict[Any, int]] = {}
     for binding in bindings:
-        occurrence = uses.get(binding.weights, 0)
-        uses[binding.weights] = occurrence + 1
+        # A cache that is ranked in two ways is bound twice.
+        caches = uses.setdefault(binding.weights, {})
+        occurrence = caches.setdefault((binding.argument, binding.part, binding.rest), len(caches))
         if binding.keeps is not Keeps.INDEX:
             continue
         must = config.basis != "auto" and not binding.latent

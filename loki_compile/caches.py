@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from loki_compile.kernels.fused import rows_and_heads_first
+from loki_compile.kernels.fused import keys_by_head
 from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
 from loki_compile.pca_store.basis import Basis
 
@@ -63,10 +63,10 @@ class CacheForm:
 
     def heads_first(self, keys: Tensor, kv_heads: int) -> Tensor:
         """Rows of the cache as (B, Hkv, N, D); B is 1 where no dimension of sequences is seen."""
+        if self.batch_axis >= 0:
+            return keys_by_head(keys, self.head_axis, self.batch_axis, kv_heads)
         if self.folded:
             keys = keys.unflatten(-1, (kv_heads, -1))
-        if self.batch_axis >= 0:
-            return rows_and_heads_first(keys, self.head_axis, self.batch_axis).flatten(2, -2)
         heads = keys.unsqueeze(0) if self.head_axis < 0 else keys.movedim(self.head_axis, 0)
         return heads.reshape(1, heads.shape[0], -1, heads.shape[-1])
 

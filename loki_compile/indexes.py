@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from loki_compile import fits
 from loki_compile.builds import Build, Watch
-from loki_compile.caches import CacheBinding, Cached, Stamp, tokens_before, version_of
+from loki_compile.caches import CacheBinding, Cached, CacheForm, Stamp, tokens_before, version_of
 from loki_compile.counts import Tally, hold_bytes
 from loki_compile.fits import BoundBasis, Fit, Origin
 from loki_compile.kernels.fused import project_new_keys
@@ -214,7 +214,7 @@ def build(
         old.as_it_was = False  # its memory is written over, and that may fail half way
     fit = bound = None
     if isinstance(binding.layout, PageLayout):
-        tensors = [_bounds(binding, cached, binding.layout, filled)]
+        tensors = [_bounds(binding, cached, binding.layout, filled, seen)]
     else:
         layout, bound, fit = _basis(binding, cached, old, filled, rank, dtype, seen, tally)
         binding.layout = layout
@@ -222,9 +222,12 @@ def build(
     record = IndexRecord(tensors, cached.stamps(), filled, binding.layout, made, bound, fit)
     with _lock:
         held = _indexes.setdefault(cached.holder, {})
-        if isinstance(rank, str):  # of lower rank than this one, and never looked for again
+        if isinstance(rank, str) and isinstance(
+            binding.layout, IndexLayout
+        ):  # of lower rank than this one, and never looked for again
             for identity in [key for key in held if key[::2] == binding.identity[::2]]:
-                if identity[1].dtype == binding.layout.dtype:
+                other = identity[1]
+                if isinstance(other, IndexLayout) and other.dtype == binding.layout.dtype:
                     del held[identity]
         held[binding.identity] = record
     tally.add("rebuilds")
@@ -254,15 +257,37 @@ def _basis(
     return layout, fit.bound(layout, cached.past.device), fit
 
 
-def _bounds(binding: CacheBinding, cached: Cached, layout: PageLayout, filled: int) -> Tensor:
+def _bounds(
+    binding: CacheBinding,
+    cached: Cached,
+    layout: PageLayout,
+    filled: int,
+    seen: Callable[[], Tensor | None],
+) -> Tensor:
     """Of the pages of all slots; those that hold no token are 0."""
     form, tokens = binding.form, max(0, tokens_before(cached, filled))
-    bounds = page_bounds(form.heads_first(cached.narrow(0, tokens), binding.kv_heads), layout.page)
+    keys = form.heads_first(cached.narrow(0, tokens), binding.kv_heads)
     pages = -(-cached.slots // layout.page)
-    if bounds.shape[2] < pages:
-        missing = pages - bounds.shape[2]
-        bounds = torch.nn.functional.pad(bounds, (0, 0, 0, missing))
+    bounds = keys.new_zeros((*keys.shape[:2], pages, 2 * keys.shape[3]))
+    rows = keys.split(1)
+    for row, count in enumerate(_tokens_of_rows(form, tokens, len(rows), seen)):
+        held = page_bounds(rows[row][:, :, :count], layout.page)
+        bounds[row : row + 1, :, : held.shape[2]] = held
     return bounds
+
+
+def _tokens_of_rows(
+    form: CacheForm, tokens: int, rows: int, seen: Callable[[], Tensor | None]
+) -> list[int]:
+    """Of the `tokens` of the longest sequence, how many slots each may hold keys in: behind the
+    last that it sees, what lies in them is of another sequence."""
+    visible = seen() if form.written and not form.grows and tokens else None
+    if visible is None:
+        return [tokens] * rows
+    counts = (visible * torch.arange(1, visible.shape[1] + 1, device=visible.device)).amax(1)
+    counts = counts.masked_fill(counts == 0, tokens).clamp(max=tokens)  # 0: it sees nothing at all
+    known: list[int] = counts.expand(rows).tolist() if len(counts) in (1, rows) else []
+    return known or [tokens] * rows
 
 
 def _project(

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from loki_compile.kernels.fused import as_written, project_new_keys, unwritten
+from loki_compile.kernels.fused import as_written, keys_by_head, project_new_keys, unwritten
 from loki_compile.kernels.kept import IndexLayout, Layout, PageLayout
 from loki_compile.kernels.ops import extend_pages, update_pages
 from loki_compile.passes.attention import AttentionSite
 from loki_compile.passes.caches import CacheWrite, KeyCache
 from loki_compile.passes.calls import fake_value, op_name, operand
-from loki_compile.passes.emit import call_like, canonical, replay
+from loki_compile.passes.emit import call_like, replay
 from loki_compile.passes.graphs import call, fake_mode_of
 from torch import fx
 
@@ -120,11 +120,18 @@ def _mirror_pages(
             written = _mirror_part(graph, cache, write, {write: ones}, 0, written)
         graph.erase_node(marker)
     with graph.inserting_before(site.node):
-        keys = canonical(graph, site.key, site)
-        written = canonical(graph, site.key, site, replay(graph, cache.views, written))
-        done = extend_pages if cache.grows else update_pages
+        # The whole cache, of which this site may read less than the next.
+        keys, written = (
+            call(
+                graph, keys_by_head, rows, cache.head_axis, cache.batch_axis, site.kv_heads,
+                like=site.node,
+            )
+            for rows in (cache.root, written)
+        )  # fmt: skip
+        # A cache that is replaced stays as it was, and so does what is kept of it.
+        done = extend_pages if cache.replaced else update_pages
         after = call(graph, done, bounds, keys, written, page=layout.page, like=site.node)
-    return after if cache.grows else bounds
+    return after if cache.replaced else bounds
 
 
 def mirror_write(

@@ -8,7 +8,8 @@ from torch import fx
 
 from loki_compile.kernels.kept import PAGE, Keeps
 from loki_compile.passes.attention import AttentionSite
-from loki_compile.passes.caches import KeyCache
+from loki_compile.passes.caches import CacheWrite, KeyCache
+from loki_compile.passes.calls import fake_value, op_name, same_size
 from loki_compile.passes.graphs import call
 from loki_compile.passes.policy import Asked, Ranking
 from loki_compile.policies.ops import selected
@@ -16,6 +17,10 @@ from loki_compile.policies.ops import selected
 
 def positions(asked: Asked) -> fx.Node:
     (bounds,) = asked.kept
+    batch, rows = fake_value(asked.key).shape[0], fake_value(bounds).shape[0]
+    if not same_size(batch, rows):  # the cache holds more sequences than decode
+        batch = call(asked.graph, torch.Tensor.size, asked.key, 0, like=asked.site.node)
+        bounds = call(asked.graph, torch.narrow, bounds, 0, 0, batch, like=asked.site.node)
     tokens = call(asked.graph, torch.Tensor.size, asked.key, 2, like=asked.site.node)
     return selected(asked, None, bounds, None, page=PAGE, keys=tokens)
 
@@ -27,7 +32,37 @@ def refuses(site: AttentionSite, cache: KeyCache) -> str:
         return "its cache is a window whose keys move from page to page"
     if cache.batch_axis < 0:
         return "which dimension of its cache holds sequences is not seen"
+    if not _reads_from_the_start(site, cache):
+        return "it reads a part of its cache that does not begin where the cache does"
+    if not cache.grows and any(_wraps(write) for write in cache.writes):
+        return "its positions wrap around"
+    slots = fake_value(cache.past).shape[cache.token_axis]
+    read = fake_value(site.key.base).shape[site.key.order[2]]
+    if cache.writes and not cache.grows and not site.masks and same_size(slots, read):
+        return "its keys are written over where no mask hides what is left of the page"
     return ""
+
+
+def _reads_from_the_start(site: AttentionSite, cache: KeyCache) -> bool:
+    """Whether the site's keys are the first ones of the cache, of its first sequences."""
+    whole, part = fake_value(cache.root), fake_value(site.key.base)
+    axes = (cache.batch_axis, cache.token_axis)
+    return same_size(whole.storage_offset(), part.storage_offset()) and all(
+        same_size(whole.stride(axis), part.stride(site.key.order[dim]))
+        for axis, dim in zip(axes, (0, 2), strict=True)
+        if not same_size(whole.shape[axis], 1)
+    )
+
+
+def _wraps(write: CacheWrite) -> bool:
+    """Whether the graph takes a remainder for the position of a write."""
+    what = None if write.fill is None else write.fill[0]
+    nodes = [what] if isinstance(what, fx.Node) else []
+    for node in nodes:
+        if op_name(node) in ("mod", "remainder", "fmod"):
+            return True
+        nodes += [source for source in node.all_input_nodes if source not in nodes]
+    return False
 
 
 PAGES = Ranking("quest", positions, Keeps.PAGES, refuses)

@@ -18,7 +18,8 @@ def positions(asked: Asked) -> fx.Node:
     heads = site.query_heads if choice.per_head else fake_value(asked.key).shape[1]
     # Sizes by name: symbols have no hash, and comparing them would guard the graph.
     sizes = f"{fake_value(asked.query).shape[::2]} {fake_value(asked.key).shape[2]}"
-    what = ("window", asked.mask, heads, choice.budget, sizes)
+    device = fake_value(asked.key).device
+    what = ("window", asked.mask, heads, choice.budget, sizes, device)
     if what not in asked.shared:
         asked.shared[what] = call(
             asked.graph, window_positions, asked.query, asked.key, asked.mask, heads,

@@ -83,7 +83,7 @@ def interpret(use_engine: Callable[[Engine], None]) -> Compiled:
 
 def is_sparse(gm: fx.GraphModule) -> bool:
     """Whether an engine is given the sparse variant."""
-    return count_calls(gm.graph, "loki.select") > 0
+    return count_calls(gm.graph, "loki.attend") > 0
 
 
 def clear_runtime() -> None:

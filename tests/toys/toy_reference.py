@@ -42,22 +42,35 @@ class DirectSparse(TorchFunctionMode):
             if attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1:
                 attn_mask = attn_mask[..., heads, :, :]
         keys, values = (x[:, :: x.shape[1] // self.kv_heads] for x in (key, value))
-        query_basis, key_basis = self.basis.bases[0].truncate(self._rank())
-        index, _ = index_rows(keys, key_basis, torch.float32)
         mask = attn_mask
         if mask is not None:
             mask = mask[(None,) * (4 - mask.ndim)]
-        budget = self.config.budget
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         heads_differ = mask is not None and mask.shape[1] != 1
-        positions = reference.select(
-            query, query_basis, index, None, mask, None,
-            scale=scale, top_k=budget.top_k, keep_q16=budget.keep_q16, sink=budget.sink,
-            recent=budget.recent, min_keys=budget.min_keys,
-            per_head=self.config.share == "head" or heads_differ,
-        )  # fmt: skip
+        per_head = self.config.share == "head" or heads_differ
+        positions = self.positions(query, keys, mask, scale, per_head)
         out = reference.attend(query, keys, values, positions, mask, scale=scale)
         return out[:, heads.argsort()] if self.tiled else out
+
+    def positions(
+        self, query: Tensor, keys: Tensor, mask: Tensor | None, scale: float, per_head: bool
+    ) -> Tensor:
+        """What each row reads, as `kernels.ops.select` returns it."""
+        query_basis, key_basis = self.basis.bases[0].truncate(self._rank())
+        index, _ = index_rows(keys, key_basis, torch.float32)
+        return reference.select(
+            query, query_basis, index, None, mask, None,
+            scale=scale, per_head=per_head, **self.choice(per_head),
+        )  # fmt: skip
+
+    def choice(self, per_head: bool) -> dict[str, Any]:
+        """The options of `kernels.reference.select` that say how many keys, and whose they are."""
+        budget = self.config.budget
+        return {
+            "top_k": budget.top_k, "keep_q16": budget.keep_q16, "sink": budget.sink,
+            "recent": budget.recent, "min_keys": budget.min_keys,
+            "by_probability": self.config.group_choice == "probability" and not per_head,
+        }  # fmt: skip
 
     def _rank(self) -> int:
         return self.basis.bases[0].rank_for(self.config.rank)
