@@ -12,19 +12,10 @@ from torch import nn
 from toy_attends import TILED, gqa_repeat_kv, mqa_broadcast, plain
 from toy_capture import count_calls
 from toy_conversation import Conversation, basis_for, tokens
-from toy_decoders import (
-    BATCH,
-    FILLED,
-    HEAD_DIM,
-    HIDDEN,
-    KV_HEADS,
-    REWRITTEN,
-    SLOTS,
-    Spelling,
-    ToyDecoder,
-)
+from toy_decoders import REWRITTEN, Spelling, ToyDecoder
 from toy_masks import alibi, causal, causal_float, left_padded, no_mask
 from toy_models import tiny_deepseek
+from toy_options import BATCH, FILLED, HEAD_DIM, HIDDEN, KV_HEADS, SLOTS
 from toy_policies import KEEP_NOTHING, POLICIES, DirectPolicy
 from toy_writes import (
     cat_bhtd,

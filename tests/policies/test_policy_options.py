@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from tensor_parallel_run import prompt
 from toy_capture import clear_runtime
-from toy_models import LONG, make_model, new_cache, started, tiny_llama
+from toy_models import LONG, make_model, new_cache, prompt, started, tiny_llama
 from toy_policies import KEEP_NOTHING, POLICIES
 from transformers import DynamicCache
 
@@ -80,7 +79,7 @@ def test_what_names_no_policy_or_no_layer_is_refused_in_one_line(policy, says):
 
 @pytest.mark.parametrize("choice", ["Max", "sum", None])
 def test_another_choice_of_a_group_is_refused_in_one_line(choice):
-    with pytest.raises(ValueError, match="^group_choice=.*'max', 'probability'"):
+    with pytest.raises(ValueError, match=r"^group_choice=.*'max', 'probability'"):
         LokiConfig(group_choice=choice)
 
 

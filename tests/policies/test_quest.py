@@ -6,18 +6,9 @@ from loki_compile.kernels.kept import PAGE, PageLayout
 from torch import nn
 from toy_attends import gqa_repeat_kv_bthd, sdpa
 from toy_conversation import Conversation, basis_for, tokens
-from toy_decoders import (
-    BATCH,
-    FILLED,
-    HEAD_DIM,
-    HEADS,
-    HIDDEN,
-    KV_HEADS,
-    SLOTS,
-    Spelling,
-    ToyDecoder,
-)
+from toy_decoders import Spelling, ToyDecoder
 from toy_masks import causal, left_padded, no_mask
+from toy_options import BATCH, FILLED, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, SLOTS
 from toy_policies import DirectPolicy, bounds_of
 from toy_writes import (
     cat_bhtd,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from loki_compile.kernels import reference
 from loki_compile.kernels.fused import index_rows
 from loki_compile.pca_store.basis import BasisSet
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from toy_attends import sdpa
 
