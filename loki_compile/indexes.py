@@ -130,8 +130,8 @@ class TensorIndex:
     `tensors` are rows like the tensor's, R dims wide (per head where heads are folded), and their
     fp32 scales where the rows are int8; or bounds of pages (`PageLayout`). `valid` says that
     they belong to the tensor as it is now, as far as versions tell. `basis` is what keys were
-    projected by; `fitted`: whether it was fitted for this cache. The index may serve a part of it: `numbers`,
-    () for the whole.
+    projected by; `fitted`: whether it was fitted for this cache. The index may serve a part of it:
+    `numbers`, () for the whole.
     """
 
     tensors: tuple[Tensor, ...]
