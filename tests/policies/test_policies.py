@@ -21,7 +21,6 @@ from toy_decoders import (
     Conversation,
     Spelling,
     ToyDecoder,
-    alibi,
     basis_for,
     cat_bhtd,
     cat_cropped,
@@ -40,7 +39,6 @@ from toy_decoders import (
     read_only,
     ring,
     roll_window,
-    row_assignment,
     slice_assignment,
     tiny_deepseek,
     tokens,
@@ -82,15 +80,13 @@ MORE = [_static.but(write=scatter), _static.but(write=scatter_folded, layout="bt
 QUICK = [
     _cat,
     _cat.but(write=cat_folded, layout="btf", mask=causal, new_tokens=3),
-    _cat.but(mask=alibi, attend=gqa_repeat_kv),
     _static.but(new_tokens=2, mask=left_padded),
     _static.but(mask=causal_float, attend=plain, kv_heads=6),
-    _static.but(write=index_copy_folded, layout="btf", attend=gqa_repeat_kv),
     _static.but(write=slice_assignment, position="int", attend=mqa_broadcast, kv_heads=1),
-    _static.but(write=row_assignment, position="rows", mask=left_padded),
     *MORE,
 ]
 SLOW = [s for s in REWRITTEN if s not in QUICK]
+SLOW.append(_static.but(write=index_copy_folded, layout="btf", attend=gqa_repeat_kv))
 SPELLINGS = [*QUICK, *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW)]
 spelled = pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.name)
 

@@ -90,16 +90,20 @@ def test_another_choice_of_a_group_is_refused_in_one_line(choice):
         LokiConfig(group_choice=choice)
 
 
-@pytest.mark.parametrize("group_choice", ["max", "probability"])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("kind", ["growing", "static"])
-@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    "kind, inference, group_choice",
+    [
+        ("growing", False, "max"),
+        ("static", True, "probability"),
+        pytest.param("growing", True, "probability", marks=pytest.mark.slow),
+        pytest.param("static", False, "max", marks=pytest.mark.slow),
+    ],
+)
 def test_long_contexts_are_sparse_at_default_options(
     policy, kind, inference, group_choice, interpreted
 ):
     """What a fresh compilation makes of a copy of the cache is what the tenth step makes of it."""
-    if inference == (group_choice == "max"):
-        pytest.skip("each of the two once")
     model, ids = make_model(), prompt(1, LONG + 12)
     options = {"policy": policy, "group_choice": group_choice, "rank": 16}
     fast = torch.compile(model, backend="loki", options=options)
