@@ -162,6 +162,7 @@ def _mirrors_still(binding: CacheBinding, cached: Cached, old: IndexRecord, toke
     picked = torch.linspace(0, last, SAMPLED_ROWS, device=cached.past.device).long()
     keys = cached.at(picked)
     axis, form = cached.token_axis, binding.form
+    assert old.bound is not None  # of an index
     if old.layout.each_row and len(old.bound.key) != keys.shape[form.batch_axis]:
         return False
     now = project_new_keys(keys, old.bound.key, form.head_axis, torch.float32, form.batch_axis)[0]
