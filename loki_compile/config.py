@@ -175,11 +175,19 @@ def _picks(layers: Any) -> tuple[int | str, ...]:
     picks: list[int | str] = []
     for pick in layers:
         ends = pick.split("-") if isinstance(pick, str) else []
-        if 1 <= len(ends) <= 2 and all(end.isdigit() for end in ends):
+        if 1 <= len(ends) <= 2 and all(end.isdecimal() for end in ends):
             picks += range(int(ends[0]), int(ends[-1]) + 1)
         else:
             picks.append(pick)
     return tuple(picks)
+
+
+def _names_layers(pick: Any) -> bool:
+    """Whether a key of `policy`, or an item of one, names any layer: no number below 0, no range
+    that is empty."""
+    if isinstance(pick, str):
+        return bool(pick) and bool(_picks(pick))
+    return _is_int(pick) and pick >= 0
 
 
 def _policies(policy: Any) -> None:
@@ -187,7 +195,7 @@ def _policies(policy: Any) -> None:
         return _policy(policy)
     for layers, name in policy.items():
         many = layers if isinstance(layers, tuple) else (layers,)
-        if not many or not all(_is_int(pick) or isinstance(pick, str) for pick in many):
+        if not many or not all(_names_layers(pick) for pick in many):
             raise ValueError(
                 f'policy={{{layers!r}: ...}}: needs layer numbers, ranges such as "0-3", or '
                 'module path patterns such as "model.layers.1*".'

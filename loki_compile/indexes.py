@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from loki_compile import fits
 from loki_compile.builds import Build, Watch
-from loki_compile.caches import CacheBinding, Cached, CacheForm, Stamp, tokens_before, version_of
+from loki_compile.caches import CacheBinding, Cached, Stamp, tokens_before, version_of
 from loki_compile.counts import Tally, hold_bytes
 from loki_compile.fits import BoundBasis, Fit, Origin
 from loki_compile.kernels.fused import project_new_keys
@@ -214,7 +214,7 @@ def build(
         old.as_it_was = False  # its memory is written over, and that may fail half way
     fit = bound = None
     if isinstance(binding.layout, PageLayout):
-        tensors = [_bounds(binding, cached, binding.layout, filled, seen)]
+        tensors = [_bounds(binding, cached, binding.layout, filled)]
     else:
         layout, bound, fit = _basis(binding, cached, old, filled, rank, dtype, seen, tally)
         binding.layout = layout
@@ -257,37 +257,19 @@ def _basis(
     return layout, fit.bound(layout, cached.past.device), fit
 
 
-def _bounds(
-    binding: CacheBinding,
-    cached: Cached,
-    layout: PageLayout,
-    filled: int,
-    seen: Callable[[], Tensor | None],
-) -> Tensor:
-    """Of the pages of all slots; those that hold no token are 0."""
+def _bounds(binding: CacheBinding, cached: Cached, layout: PageLayout, filled: int) -> Tensor:
+    """Of the pages of all slots; those that hold no token are 0.
+
+    Slots that a shorter sequence has not filled count here as well: the step makes the page that it
+    stores in anew, and no row sees those behind it.
+    """
     form, tokens = binding.form, max(0, tokens_before(cached, filled))
-    keys = form.heads_first(cached.narrow(0, tokens), binding.kv_heads)
+    bounds = page_bounds(form.heads_first(cached.narrow(0, tokens), binding.kv_heads), layout.page)
     pages = -(-cached.slots // layout.page)
-    bounds = keys.new_zeros((*keys.shape[:2], pages, 2 * keys.shape[3]))
-    rows = keys.split(1)
-    for row, count in enumerate(_tokens_of_rows(form, tokens, len(rows), seen)):
-        held = page_bounds(rows[row][:, :, :count], layout.page)
-        bounds[row : row + 1, :, : held.shape[2]] = held
+    if bounds.shape[2] < pages:
+        missing = pages - bounds.shape[2]
+        bounds = torch.nn.functional.pad(bounds, (0, 0, 0, missing))
     return bounds
-
-
-def _tokens_of_rows(
-    form: CacheForm, tokens: int, rows: int, seen: Callable[[], Tensor | None]
-) -> list[int]:
-    """Of the `tokens` of the longest sequence, how many slots each may hold keys in: behind the
-    last that it sees, what lies in them is of another sequence."""
-    visible = seen() if form.written and not form.grows and tokens else None
-    if visible is None:
-        return [tokens] * rows
-    counts = (visible * torch.arange(1, visible.shape[1] + 1, device=visible.device)).amax(1)
-    counts = counts.masked_fill(counts == 0, tokens).clamp(max=tokens)  # 0: it sees nothing at all
-    known: list[int] = counts.expand(rows).tolist() if len(counts) in (1, rows) else []
-    return known or [tokens] * rows
 
 
 def _project(

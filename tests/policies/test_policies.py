@@ -13,7 +13,7 @@ from toy_attends import TILED, gqa_repeat_kv, mqa_broadcast, plain
 from toy_capture import count_calls
 from toy_conversation import Conversation, basis_for, tokens
 from toy_decoders import REWRITTEN, Spelling, ToyDecoder
-from toy_masks import alibi, causal, causal_float, left_padded, no_mask
+from toy_masks import causal, causal_float, left_padded, no_mask
 from toy_models import tiny_deepseek
 from toy_options import BATCH, FILLED, HEAD_DIM, HIDDEN, KV_HEADS, SLOTS
 from toy_policies import KEEP_NOTHING, POLICIES, DirectPolicy
@@ -27,7 +27,6 @@ from toy_writes import (
     read_only,
     ring,
     roll_window,
-    row_assignment,
     slice_assignment,
 )
 from transformers import DynamicCache
@@ -66,15 +65,13 @@ MORE = [_static.but(write=scatter), _static.but(write=scatter_folded, layout="bt
 QUICK = [
     _cat,
     _cat.but(write=cat_folded, layout="btf", mask=causal, new_tokens=3),
-    _cat.but(mask=alibi, attend=gqa_repeat_kv),
     _static.but(new_tokens=2, mask=left_padded),
     _static.but(mask=causal_float, attend=plain, kv_heads=6),
-    _static.but(write=index_copy_folded, layout="btf", attend=gqa_repeat_kv),
     _static.but(write=slice_assignment, position="int", attend=mqa_broadcast, kv_heads=1),
-    _static.but(write=row_assignment, position="rows", mask=left_padded),
     *MORE,
 ]
 SLOW = [s for s in REWRITTEN if s not in QUICK]
+SLOW.append(_static.but(write=index_copy_folded, layout="btf", attend=gqa_repeat_kv))
 SPELLINGS = [*QUICK, *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW)]
 spelled = pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.name)
 
