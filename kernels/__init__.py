@@ -18,6 +18,5 @@ q (B,Hq,S,D), k (B,Hkv,T,D), v (B,Hkv,T,Dv), basis (Hkv,D,R) or (B,Hkv,D,R), ind
 index_scale (B,Hkv,T,1), mask broadcastable to (B,Hq,S,T), positions (B,Hkv or Hq,S,K).
 
 `ops` is the public door, `reference` the definition, `budget` how many keys a row chooses, `fused`
-the plain torch around the ops that Inductor fuses with the graph; `cpu`,
-`triton_select` and `triton_attend` implement it.
+the plain torch around the ops; `cpu`, `triton_select` and `triton_attend` implement them.
 """
