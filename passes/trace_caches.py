@@ -22,7 +22,14 @@ from loki_compile.passes.calls import (
     shape_of,
     source_name,
 )
-from loki_compile.passes.views import splits_heads, view_dims
+from loki_compile.passes.views import (
+    SPLITS,
+    TURNS,
+    identity,
+    operand_of_view,
+    splits_heads,
+    through,
+)
 from loki_compile.passes.write_forms import (
     No,
     after_index,
@@ -36,6 +43,10 @@ from loki_compile.passes.write_forms import (
 from torch import fx
 
 _FUNCTIONAL_WRITES = ("cat", "index_copy", "index_put")
+_BY_SIZE = ("reshape", "flatten", "unflatten", "squeeze")
+_SHARE_MEMORY = (
+    *TURNS, *_BY_SIZE, "unsqueeze", "narrow", "select", "getitem", "detach", "alias",
+)  # fmt: skip
 _REARRANGEMENTS = (
     "reshape", "to", "float", "type", "repeat", "repeat_interleave", "flatten", "unflatten",
     "getitem", "transpose", "permute", "movedim", "expand", "unsqueeze", "squeeze", "select",
@@ -60,7 +71,7 @@ def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skip
         dims = [*range(last), last - 1] if apart else view_dims(node)
         if dims is None:
             return skip(*_why_not_a_view(node, all_writes))
-        order = [_source_dim(dims, d) for d in order]
+        order = [d if d is None or d < 0 else dims[d] for d in order]
         if order[2] is None or order[3] is None:
             return skip(Reason.OPAQUE_VIEW, op_name(node))
         if not mutates(node):
@@ -204,8 +215,30 @@ def _rows_lie_together(heads: Heads) -> bool:
     return value.shape[heads.order[3]] == 1 or concrete(value.stride(heads.order[3])) == 1
 
 
-def _source_dim(dims: list[int | None], dim: int | None) -> int | None:
-    return dim if dim is None or dim < 0 else dims[dim]
+def view_dims(node: fx.Node) -> list[int | None] | None:
+    """For a view of a cache: the input dimension that each output one is (None: new); else None.
+
+    A view shares memory, takes rows whole and joins or splits no dimensions, so that whatever has
+    the cache's dimensions but the last can be seen in the same way. A call that writes into its
+    first operand returns that operand: it is a view as well.
+    """
+    source = node.args[0] if node.args else None
+    if mutates(node) and isinstance(source, fx.Node) and shape_of(node) is not None:
+        return list(range(len(shape_of(node) or ())))
+    source = operand_of_view(node)
+    if source is None or op_name(node) not in _SHARE_MEMORY or op_name(node.args[0]) in SPLITS:
+        return None
+    view, last = through(node, identity(source)), len(shape_of(source) or ()) - 1
+    if view is None or last in view.cut:
+        return None
+    dims = [view.axis(dim) for dim in range(len(view.dims))]
+    if op_name(node) in _BY_SIZE and dims[-1:] != [last]:
+        return None
+    known = [dim for dim in dims if dim is not None]
+    new = [view.sizes[at] for at, dim in enumerate(dims) if dim is None]
+    if len(set(known)) < len(known) or any(concrete(size) != 1 for size in new):
+        return None
+    return dims
 
 
 def _why_not_a_view(node: fx.Node, writes: list[Write]) -> tuple[Any, ...]:
