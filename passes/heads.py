@@ -15,7 +15,7 @@ from loki_compile.passes.calls import (
     op_name,
     same_size,
 )
-from loki_compile.passes.views import CASTS, View, operand_of_view, views_behind, widens
+from loki_compile.passes.views import CASTS, Dim, View, operand_of_view, views_behind, widens
 from torch import fx
 
 
@@ -83,7 +83,7 @@ def _heads(view: View, at: tuple[int, int, int, int]) -> Heads | None:
     order: list[int] = []
     group, tiled = 1, False
     for dim in at:
-        steps = view.factors(dim) if dim >= 0 else ()
+        steps: Dim = view.factors(dim) if dim >= 0 else ()
         kept = [step for step in steps if step.axis is not None]
         if len(order) == 1:
             repeats = [concrete(step.size) for step in steps if step.axis is None]

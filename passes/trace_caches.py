@@ -23,7 +23,6 @@ from loki_compile.passes.calls import (
     source_name,
 )
 from loki_compile.passes.views import (
-    SPLITS,
     TURNS,
     identity,
     operand_of_view,
@@ -225,14 +224,16 @@ def view_dims(node: fx.Node) -> list[int | None] | None:
     source = node.args[0] if node.args else None
     if mutates(node) and isinstance(source, fx.Node) and shape_of(node) is not None:
         return list(range(len(shape_of(node) or ())))
-    source = operand_of_view(node)
-    if source is None or op_name(node) not in _SHARE_MEMORY or op_name(node.args[0]) in SPLITS:
+    source, name = operand_of_view(node), op_name(node)
+    if source is None or name not in _SHARE_MEMORY or source is not node.args[0]:
         return None
+    if name == "squeeze" and not isinstance(operand(node, "dim"), int):
+        return None  # another last dimension may be of size one
     view, last = through(node, identity(source)), len(shape_of(source) or ()) - 1
     if view is None or last in view.cut:
         return None
     dims = [view.axis(dim) for dim in range(len(view.dims))]
-    if op_name(node) in _BY_SIZE and dims[-1:] != [last]:
+    if name in _BY_SIZE and dims[-1:] != [last]:
         return None
     known = [dim for dim in dims if dim is not None]
     new = [view.sizes[at] for at, dim in enumerate(dims) if dim is None]

@@ -211,9 +211,10 @@ def _unsqueezed(node: fx.Node, view: View) -> View:
 
 def _squeezed(node: fx.Node, view: View) -> View | None:
     dim = operand(node, "dim")
-    if not isinstance(dim, int) or concrete(view.sizes[dim]) != 1:
-        return None
-    return view.with_dim(dim % len(view.dims))
+    if not isinstance(dim, int):
+        return _regrouped(node, view)
+    same_rank = len(shape_of(node) or ()) == len(view.dims)
+    return view if same_rank else view.with_dim(dim % len(view.dims))
 
 
 def _expanded(node: fx.Node, view: View) -> View | None:
@@ -293,11 +294,11 @@ def indexed(view: View, index: Any, shape: Sequence[Any] | None = None) -> View 
         after: View | None = None
         if item is None:
             after = view.with_dims([*view.dims[:dim], (), *view.dims[dim:]])
-        elif isinstance(item, slice) and shape is None:
-            after = _sliced(view, dim, item)
-        elif isinstance(item, slice):
+        elif isinstance(item, slice) and shape is not None:
             step = 1 if item.step is None else item.step
             after = _window(view, dim, item.start or 0, shape[dim], step)
+        elif isinstance(item, slice):
+            after = _sliced(view, dim, item)
         elif is_number(item):
             after = _taken(view, dim, item)
         if after is None:
@@ -461,17 +462,3 @@ def _counting_axis(item: Any, size: Any) -> int | None:
     if not whole or len(axes) != 1 or not same_size(shape[axes[0]], size):
         return None
     return axes[0] - len(shape)
-
-
-def only_adds_dim(node: fx.Node, dim: int) -> bool:
-    """Whether the view does nothing but insert a dimension of size one at `dim`."""
-    if op_name(node) == "unsqueeze":
-        return operand(node, "dim") % len(shape_of(node) or (0,)) == dim
-    index = node.args[1]
-    if not isinstance(index, tuple):
-        return False
-    return (
-        index.count(None) == 1
-        and index.index(None) == dim
-        and all(i is None or i == slice(None) for i in index)
-    )

@@ -1176,7 +1176,7 @@ ODD = {
     "the one head selected": _static.but(expand=from_both(lambda x: heads_of(x.select(1, 0)))),
     "the one head indexed": _static.but(expand=from_both(lambda x: heads_of(x[:, 0]))),
     "squeezed wherever it can be": _static.but(
-        expand=from_both(lambda x: heads_of(x.squeeze())), **_latent),
+        expand=from_both(lambda x: heads_of(x.squeeze()))),
     "the one head selected from the end": _static.but(
         expand=from_both(lambda x: heads_of(x.select(1, -1)))),
     "in five dimensions": _static.but(expand=in_five_dimensions, **_latent),

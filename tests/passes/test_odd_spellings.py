@@ -152,6 +152,12 @@ def where_as_method(s):
     return s.where(s < 100, torch.finfo(s.dtype).min)
 
 
+def by_written_keys(q, k):
+    keys = folded(k).clone()
+    keys[:, 0] = 0.5
+    return (folded(q) @ keys.transpose(1, 2)).unflatten(0, (-1, HEADS))
+
+
 ATTENTION = {
     # What is done to scores.
     "a number added": (written_out(number_added), REWRITTEN),
@@ -225,6 +231,14 @@ ATTENTION = {
             )
         ),
         REWRITTEN),
+    "keys folded, then cloned": (
+        written_out(
+            product=lambda q, k: (folded(q) @ folded(k).clone().transpose(1, 2)).unflatten(
+                0, (-1, HEADS)
+            )
+        ),
+        REWRITTEN),
+    "keys folded, cloned and written": (written_out(product=by_written_keys), Reason.SOFTMAX),
     # Heads.
     "tiles of blocks": (twelve_heads, Reason.GROUPS),
     "heads moved there and back": (through(lambda x: x.movedim(1, 2).movedim(2, 1)), REWRITTEN),
