@@ -30,13 +30,11 @@ from loki_compile.passes.views import (
     through,
 )
 from loki_compile.passes.write_forms import (
+    FORMS,
     No,
-    after_index,
+    Stored,
     batch_axis_of,
-    fill_of_index,
-    full_slices,
     head_axis_of,
-    indexes_features,
     mirrorable,
 )
 from torch import fx
@@ -125,31 +123,22 @@ def _replaced(
     node: fx.Node, labels: list[Any], site: AttentionSite
 ) -> tuple[fx.Node, tuple[CacheWrite, ...], int, tuple[fx.Node, ...]] | No:
     """The cache is rebuilt by one call from a placeholder and the new keys, and returned."""
-    target: list[Any] | None
-    fill = None
+    stored: Stored | No
     if op_name(node) == "cat":
         tensors = operand(node, "tensors")
         dim = operand(node, "dim", 0) % len(labels)
         if not isinstance(tensors, (list, tuple)) or len(tensors) != 2 or labels[dim] != "T":
             return No((Reason.WRITE, "cat", "not (past, new) along the key dimension"))
-        past, source = tensors
-        target = labels
+        past, stored = tensors[0], Stored(tensors[1], labels, None)
     else:
-        past = node.args[0]
-        source = operand(node, "source" if op_name(node) == "index_copy" else "values")
-        target = labels if op_name(node) == "index_copy" else after_index(node, labels)
-        if op_name(node) == "index_copy":
-            fill = (operand(node, "index"), 1)
-        else:
-            if operand(node, "accumulate", False):
-                return No((Reason.WRITE, op_name(node), "it accumulates"))
-            fill = fill_of_index(full_slices(operand(node, "indices")), labels)
+        past, stored = node.args[0], FORMS[op_name(node)](node, labels)
+    if isinstance(stored, No):
+        return stored
     if not isinstance(past, fx.Node) or past.op != "placeholder":
         return No((Reason.NO_CACHE, op_name(node)))
     if len(shape_of(past) or ()) != len(labels):
         return No((Reason.WRITE, op_name(node), "the past has other dimensions"))
-    if op_name(node) == "index_copy" and indexes_features(node, labels):
-        return No((Reason.WRITE, op_name(node), "it indexes heads or head_dim"))
+    source, target = stored.source, stored.target
     head_axis = head_axis_of(source, target, site)
     if head_axis is None:
         return No((Reason.WRITE, op_name(node), "the new keys do not line up with the cache"))
@@ -158,7 +147,11 @@ def _replaced(
         users = ", ".join(sorted({op_name(user) or user.op for user in node.users}))
         return No((Reason.CACHE_LEAVES, f"its users are {users}"))
     batch_axis = batch_axis_of(source, target, past, labels)
-    return past, (CacheWrite(node, source, head_axis, fill=fill, batch_axis=batch_axis),), *left
+    return (
+        past,
+        (CacheWrite(node, source, head_axis, fill=stored.fill, batch_axis=batch_axis),),
+        *left,
+    )
 
 
 def _way_out(node: fx.Node) -> tuple[int, tuple[fx.Node, ...]] | None:
