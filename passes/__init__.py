@@ -6,7 +6,7 @@ Each file imports only from those above it. The vocabulary first:
     graphs         copies, new nodes, extraction; which input brings a size, which weight a tensor
     attention      what an attention core and a site are, and the reasons why one stays dense
     caches         what the cache behind a site's keys is, and a write into it
-    views          what a call that rearranges a tensor does with its dimensions
+    views          a tensor as a rearrangement of another: one algebra, one table of calls
     heads          keys and values behind their repetition over a group of query heads
 
 then, in the order in which `loki_compile.backend` runs them, what brings a graph into one form,

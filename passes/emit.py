@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from loki_compile.kernels.fused import QUERIES, absorbed_queries, laid_out, queries_by_head
 from loki_compile.passes.attention import AttentionSite, Heads, Latent
-from loki_compile.passes.calls import concrete, fake_value, shape_of
+from loki_compile.passes.calls import concrete, fake_value, op_name, shape_of
 from loki_compile.passes.graphs import call, fake_mode_of
 from loki_compile.passes.views import splits_heads
 from torch import fx
@@ -43,6 +44,10 @@ def replay(graph: fx.Graph, views: Sequence[fx.Node], start: fx.Node) -> fx.Node
         if splits_heads(view):
             heads = fake_value(view).shape[-2]
             node = call(graph, torch.unflatten, node, -1, (heads, -1), like=view)
+        elif op_name(view) == "reshape":
+            sizes: Any = view.args[1] if isinstance(view.args[1], (tuple, list)) else view.args[1:]
+            sizes = (*sizes[:-1], fake_value(node).shape[-1])
+            node = call(graph, torch.reshape, node, sizes, like=view)
         else:
             node = call_like(graph, view, {view.args[0]: node})  # type: ignore[dict-item]
     return node

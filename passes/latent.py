@@ -13,8 +13,6 @@ and copies into fresh tensors back to one linear map. Analysis only: nothing her
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,38 +29,19 @@ from loki_compile.passes.calls import (
     shape_of,
 )
 from loki_compile.passes.trace_caches import trace_cache
-from loki_compile.passes.views import permutation
+from loki_compile.passes.views import (
+    CASTS,
+    Step,
+    View,
+    identity,
+    indexed,
+    same_type,
+    spread,
+    view_of,
+)
 from torch import fx
 
 _ALLOCATIONS = ("new_empty", "empty", "new_zeros", "zeros", "empty_like", "zeros_like")
-_COPIES = ("contiguous", "clone", "detach", "alias", "to", "float", "type", "half", "bfloat16")
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A factor of a dimension: advancing by one moves `step` along `axis` of the source."""
-
-    axis: int | None
-    size: Any
-    step: int = 1
-
-
-@dataclass(frozen=True)
-class _View:
-    """A tensor as a rearrangement of `source`, of which it takes a window that begins at `starts`.
-
-    `dims` has the factors of each dimension, outermost first; those of size one are left out.
-    `walked` are the nodes between, `source` not among them.
-    """
-
-    source: fx.Node
-    dims: tuple[tuple[_Step, ...], ...]
-    starts: tuple[int, ...]
-    walked: tuple[fx.Node, ...] = ()
-
-    @property
-    def sizes(self) -> tuple[Any, ...]:
-        return tuple(math.prod(step.size for step in steps) for steps in self.dims)
 
 
 class _No(Exception):
@@ -123,7 +102,7 @@ class _Absorption:
         ):  # fmt: skip
             raise _No("the values come from something else than the keys")
         # Views of the cache are `trace_cache`'s to follow; a slice of its rows is not.
-        rows = _identity(latent) if _whole(seen, -1) else seen
+        rows = identity(latent) if _whole(seen, -1) else seen
         heads = _heads_of_rows(key, rows)
         if heads != _heads_of_rows(value, rows):
             raise _No("keys and values take its dimensions differently")
@@ -132,7 +111,7 @@ class _Absorption:
             ((kept_at, shared),) = direct
             if any(step.axis is not None for step in shared.dims[1]):
                 raise _No("the part beside it differs between heads")
-            beside = _heads_of_rows(shared, _identity(shared.source))
+            beside = _heads_of_rows(shared, identity(shared.source))
             kept = _concrete_size(shared.dims[3])
             at, first = rows.starts[-1], shared.starts[-1]
             if shared.source is not rows.source:
@@ -167,7 +146,7 @@ class _Absorption:
             latent=latent_form,
         )
 
-    def _pieces(self) -> list[tuple[int, _View]]:
+    def _pieces(self) -> list[tuple[int, View]]:
         """What the keys' head_dim is put together from: first dim and (B, H, T, dims) of each."""
         base, last = self.site.key.base, self.site.key.order[3]
         if op_name(base) == "cat" and operand(base, "dim", 0) in (last, last - 4):
@@ -192,7 +171,7 @@ class _Absorption:
             raise _No("the keys are not put together from whole parts")
         return ordered
 
-    def _filled_pieces(self, base: fx.Node, last: int) -> list[tuple[int, _View]]:
+    def _filled_pieces(self, base: fx.Node, last: int) -> list[tuple[int, View]]:
         """The parts that are copied into a fresh tensor."""
         pieces = []
         for write in self.writes:
@@ -206,20 +185,20 @@ class _Absorption:
             if fake_value(source).dtype != fake_value(base).dtype:
                 raise _No("the keys are of another dtype")
             self.fills.append(write.call)
-            view = _spread(_view_of(source), target.sizes)
+            view = spread(_view_of(source), target.sizes)
             if view is None or _concrete_size(target.dims[last]) != _concrete_size(view.dims[last]):
                 raise _No("the keys are not put together from whole parts")
             pieces.append((target.starts[last], view))
         return pieces
 
-    def _ordered(self, view: _View, heads: Heads) -> _View:
+    def _ordered(self, view: View, heads: Heads) -> View:
         """The view of `heads.base` with dimensions (B, H, T, last)."""
         self.computed += view.walked
         if len(view.dims) != 4:
             raise _No("keys and values are not 4-D")
         return dataclasses.replace(view, dims=tuple(view.dims[d] for d in heads.order))
 
-    def _maps(self, view: _View, dims: int) -> HeadMaps:
+    def _maps(self, view: View, dims: int) -> HeadMaps:
         """Which rows of the weight make (B, H, T, dims), for a view of the linear map's result."""
         node, heads = view.source, self.site.query_heads
         weight, columns = node.args[1], op_name(node) != "linear"
@@ -309,7 +288,7 @@ def _input_of(linear: fx.Node) -> fx.Node:
     return linear.args[0]  # type: ignore[return-value]
 
 
-def _heads_of_rows(view: _View, rows: _View) -> Heads:
+def _heads_of_rows(view: View, rows: View) -> Heads:
     """The rows behind a view (B, H, T, last) of something that has the dimensions of `rows`."""
     batch, token = _axis(view, 0, rows), _axis(view, 2, rows)
     shape = shape_of(rows.source) or ()
@@ -323,7 +302,7 @@ def _heads_of_rows(view: _View, rows: _View) -> Heads:
     return Heads(rows.source, order, group=1)
 
 
-def _axis(view: _View, dim: int, rows: _View) -> int | None:
+def _axis(view: View, dim: int, rows: View) -> int | None:
     """The dimension of the rows' source that a whole dimension of the view is; None: size one."""
     if not view.dims[dim]:
         return None
@@ -336,7 +315,7 @@ def _axis(view: _View, dim: int, rows: _View) -> int | None:
     return rows.dims[axis][0].axis
 
 
-def _whole_axis(view: _View, dim: int) -> bool:
+def _whole_axis(view: View, dim: int) -> bool:
     """Whether a dimension of the view is one of its source, from its first entry to its last."""
     steps = view.dims[dim]
     if len(steps) != 1 or steps[0].axis is None or steps[0].step != 1:
@@ -345,7 +324,7 @@ def _whole_axis(view: _View, dim: int) -> bool:
     return view.starts[steps[0].axis] == 0 and same_size(steps[0].size, whole)
 
 
-def _whole(view: _View, dim: int) -> bool:
+def _whole(view: View, dim: int) -> bool:
     """The same, of dimensions in the source's order; one of size one is whole as well."""
     axis = dim % len(view.dims)
     shape = shape_of(view.source) or ()
@@ -354,7 +333,7 @@ def _whole(view: _View, dim: int) -> bool:
     return view.dims[axis][0].axis == axis + len(shape) - len(view.dims) and _whole_axis(view, axis)
 
 
-def _concrete_size(steps: tuple[_Step, ...]) -> int:
+def _concrete_size(steps: tuple[Step, ...]) -> int:
     """The size of a dimension that is one run of entries."""
     size = concrete(steps[0].size) if len(steps) == 1 and steps[0].axis is not None else None
     if size is None:
@@ -362,223 +341,27 @@ def _concrete_size(steps: tuple[_Step, ...]) -> int:
     return size
 
 
-# --- tensors as rearrangements of others
-
-
-def _identity(node: fx.Node) -> _View:
-    shape = shape_of(node) or ()
-    dims = tuple(() if concrete(n) == 1 else (_Step(d, n),) for d, n in enumerate(shape))
-    return _View(node, dims, (0,) * len(shape))
-
-
-def _view_of(node: fx.Node) -> _View:
+def _view_of(node: fx.Node) -> View:
     """Back through calls that only rearrange, to the first that does not."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or shape_of(node) is None:
-        return _identity(node)
-    name = op_name(node)
-    if name == "getitem" and op_name(source) in _SPLITS:
-        return _part_of_split(node, source) or _identity(node)
-    if shape_of(source) is None or name not in _REARRANGE or not _same_type(node, source):
-        return _identity(node)
-    view = _REARRANGE[name](node, _view_of(source))
-    if view is None:
-        return _identity(node)
-    return dataclasses.replace(view, walked=(*view.walked, node))
+    view = view_of(node, _rearranges)
+    return view.with_dims([view.factors(dim) for dim in range(len(view.dims))])
 
 
-def _same_type(a: fx.Node, b: fx.Node) -> bool:
-    x, y = fake_value(a), fake_value(b)
-    return (x.dtype, x.device) == (y.dtype, y.device)
+def _rearranges(node: fx.Node, view: View) -> bool:
+    """Windows of the source's features are followed; one of its tokens is a view of a cache."""
+    last = len(view.starts) - 1
+    same = op_name(node) not in CASTS or same_type(node, node.args[0])  # type: ignore[arg-type]
+    return same and view.cut <= {last} and (not view.starts or view.starts[last] is not None)
 
 
-def _copy(node: fx.Node, view: _View) -> _View:
-    return view
-
-
-def _permute(node: fx.Node, view: _View) -> _View | None:
-    back = permutation(node)
-    return None if back is None else _with_dims(view, [view.dims[d] for d in back])
-
-
-def _unsqueeze(node: fx.Node, view: _View) -> _View:
-    dims = list(view.dims)
-    dims.insert(operand(node, "dim") % (len(dims) + 1), ())
-    return _with_dims(view, dims)
-
-
-def _squeeze(node: fx.Node, view: _View) -> _View | None:
-    dim = operand(node, "dim")
-    if not isinstance(dim, int) or view.dims[dim]:
-        return None
-    return _with_dims(view, [d for i, d in enumerate(view.dims) if i != dim % len(view.dims)])
-
-
-def _expand(node: fx.Node, view: _View) -> _View | None:
-    return _spread(view, tuple(shape_of(node) or ()))
-
-
-def _narrow(node: fx.Node, view: _View) -> _View | None:
-    dim, start, length = (operand(node, name) for name in ("dim", "start", "length"))
-    if not all(isinstance(x, int) for x in (dim, start, length)) or start < 0:
-        return None
-    return _window(view, dim % len(view.dims), start, length)
-
-
-def _select(node: fx.Node, view: _View) -> _View | None:
-    dim, index = operand(node, "dim"), operand(node, "index")
-    if not isinstance(dim, int) or not isinstance(index, int) or index < 0:
-        return None
-    dim %= len(view.dims)
-    cut = _window(view, dim, index, 1)
-    return cut and _with_dims(cut, [d for i, d in enumerate(cut.dims) if i != dim])
-
-
-def _getitem(node: fx.Node, view: _View) -> _View | None:
-    return _indexed(view, node.args[1])
-
-
-def _indexed(view: _View, index: Any) -> _View | None:
-    """`view[index]` for slices with constant ends, integers, None and `...`."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    if not all(
-        item is None or item is Ellipsis or type(item) is int or isinstance(item, slice)
-        for item in items
-    ):
-        return None
-    taken = sum(item is not None and item is not Ellipsis for item in items)
-    at = next((n for n, item in enumerate(items) if item is Ellipsis), len(items))
-    items[at : at + 1] = [slice(None)] * (len(view.dims) - taken)
-    dim = 0
-    for item in items:
-        if item is None:
-            view = _with_dims(view, [*view.dims[:dim], (), *view.dims[dim:]])
-        elif item == slice(None):
-            pass
-        else:
-            cut = _cut(view, dim, item)
-            if cut is None:
-                return None
-            view = cut
-            if not isinstance(item, slice):
-                view = _with_dims(view, [*view.dims[:dim], *view.dims[dim + 1 :]])
-                continue
-        dim += 1
-    return view
-
-
-def _cut(view: _View, dim: int, item: int | slice) -> _View | None:
-    size = concrete(view.sizes[dim])
-    ends = (item.start, item.stop) if isinstance(item, slice) else (item, None)
-    if size is None or not all(end is None or type(end) is int for end in ends):
-        return None
-    if not isinstance(item, slice):
-        return _window(view, dim, item % size, 1) if -size <= item < size else None
-    start, stop, step = item.indices(size) if item.step in (None, 1) else (0, 0, 0)
-    return _window(view, dim, start, stop - start) if step == 1 and stop > start else None
-
-
-def _part_of_split(node: fx.Node, split: fx.Node) -> _View | None:
-    """One of the tensors that a split makes, which lie behind each other."""
-    parts, number, source = fake_value(split), node.args[1], split.args[0]
-    if not isinstance(parts, (tuple, list)) or not isinstance(number, int):
-        return None
-    dim = split.kwargs.get("dim", split.args[2] if len(split.args) > 2 else 0)
-    if not isinstance(source, fx.Node) or not isinstance(dim, int):
-        return None
-    view = _view_of(source)
-    dim %= len(view.dims)
-    sizes = [concrete(part.shape[dim]) for part in parts]
-    if any(size is None for size in sizes):
-        return None
-    number %= len(sizes)
-    cut = _window(view, dim, sum(sizes[:number]), sizes[number])  # type: ignore[arg-type]
-    return cut and dataclasses.replace(cut, walked=(*cut.walked, split, node))
-
-
-def _window(view: _View, dim: int, start: int, length: int) -> _View | None:
-    """Of the source's features. Windows of its tokens are views of a cache: not seen through."""
-    steps = view.dims[dim]
-    if not steps:
-        return view if (start, length) == (0, 1) else None
-    if len(steps) > 1 or steps[0].axis != len(view.starts) - 1:
-        return view if start == 0 and same_size(view.sizes[dim], length) else None
-    (step,) = steps
-    starts = list(view.starts)
-    starts[step.axis] += start * step.step  # type: ignore[index]
-    kept = () if length == 1 else (dataclasses.replace(step, size=length),)
-    cut = _with_dims(view, [*view.dims[:dim], kept, *view.dims[dim + 1 :]])
-    return dataclasses.replace(cut, starts=tuple(starts))
-
-
-def _reshape(node: fx.Node, view: _View) -> _View | None:
-    """Factors are regrouped, and split where a dimension ends within one."""
-    queue = [step for steps in view.dims for step in steps]
-    dims: list[tuple[_Step, ...]] = []
-    for size in shape_of(node) or ():
-        taken: list[_Step] = []
-        while concrete(size) != 1:
-            if not queue:
-                return None
-            step, wanted = queue.pop(0), concrete(size)
-            if same_size(step.size, size):
-                taken.append(step)
-                break
-            known = concrete(step.size)
-            if known is None or wanted is None:
-                return None
-            if wanted % known == 0:
-                taken.append(step)
-                size = wanted // known
-            elif known % wanted == 0:
-                inner = known // wanted
-                taken.append(dataclasses.replace(step, size=wanted, step=step.step * inner))
-                queue.insert(0, dataclasses.replace(step, size=inner))
-                break
-            else:
-                return None
-        dims.append(tuple(taken))
-    return _with_dims(view, dims) if not queue else None
-
-
-def _spread(view: _View, sizes: tuple[Any, ...]) -> _View | None:
-    """Broadcast to `sizes`."""
-    missing = len(sizes) - len(view.dims)
-    if missing < 0:
-        return None
-    dims: list[tuple[_Step, ...]] = [()] * missing + list(view.dims)
-    for i, size in enumerate(sizes):
-        if not dims[i] and concrete(size) != 1:
-            dims[i] = (_Step(None, size, 0),)
-    return _with_dims(view, dims)
-
-
-def _with_dims(view: _View, dims: list[tuple[_Step, ...]]) -> _View:
-    return dataclasses.replace(view, dims=tuple(dims))
-
-
-def _copied_into(call: fx.Node) -> tuple[_View | None, Any]:
+def _copied_into(call: fx.Node) -> tuple[View | None, Any]:
     """For a copy into a tensor: where it goes, and what it copies."""
     if op_name(call) == "copy_":
         return _view_of(call.args[0]), operand(call, "source")  # type: ignore[arg-type]
     if op_name(call) == "setitem":
         into = _view_of(call.args[0])  # type: ignore[arg-type]
-        return _indexed(into, operand(call, "index")), operand(call, "source")
+        return indexed(into, operand(call, "index")), operand(call, "source")
     return None, None
-
-
-_SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split")
-_REARRANGE = {
-    **dict.fromkeys(("transpose", "permute", "movedim"), _permute),
-    **dict.fromkeys(("reshape", "flatten", "unflatten"), _reshape),
-    **dict.fromkeys(_COPIES, _copy),
-    "unsqueeze": _unsqueeze,
-    "squeeze": _squeeze,
-    "expand": _expand,
-    "narrow": _narrow,
-    "select": _select,
-    "getitem": _getitem,
-}
 
 
 # --- two caches that are written alike

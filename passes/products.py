@@ -15,11 +15,26 @@ from typing import Any
 
 from loki_compile.kernels.fused import SCORES, Layout
 from loki_compile.passes.attention import MaskTerm
-from loki_compile.passes.calls import concrete, einsum_terms, op_name, same_size, shape_of
-from loki_compile.passes.views import only_adds_dim, permutation, widens
+from loki_compile.passes.calls import (
+    concrete,
+    einsum_terms,
+    may_overlap,
+    op_name,
+    same_size,
+    shape_of,
+)
+from loki_compile.passes.views import (
+    CALLS,
+    CASTS,
+    TURNS,
+    Step,
+    View,
+    operand_of_view,
+    views_behind,
+    widens,
+)
 from torch import fx
 
-TURNS = ("transpose", "permute", "movedim")
 VIEWS = (*TURNS, "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")
 
@@ -82,22 +97,17 @@ def without_ones(letters: str, sizes: dict[str, Any]) -> str:
 
 def after_view(layout: Layout, view: fx.Node, sizes: dict[str, Any]) -> Layout | None:
     """The layout behind a call that turns, splits or joins dimensions; None if it mixes them."""
-    if op_name(view) in TURNS:
-        return tuple(layout[d] for d in permutation(view))
-    left = list("".join(layout))
-    after = []
-    for size in shape_of(view) or ():
-        held = ""
-        while left and not (held and same_size(math.prod(sizes[c] for c in held), size)):
-            if concrete(size) == 1 and concrete(sizes[left[0]]) != 1:
-                break
-            held += left.pop(0)
-        if not same_size(math.prod(sizes[c] for c in held), size):
-            return None
-        after.append(held)
-    if any(concrete(sizes[c]) != 1 for c in left):
+    letters = "".join(layout)
+    dims = tuple(tuple(Step(letters.index(c), sizes[c]) for c in held) for held in layout)
+    seen = CALLS[op_name(view)](view, View(view, dims, (0,) * len(letters)))
+    if seen is None:
         return None
-    return (*after[:-1], after[-1] + "".join(left))
+    steps = [step for dim in seen.dims for step in dim]
+    if any(s.axis is None or not same_size(s.size, sizes[letters[s.axis]]) for s in steps):
+        return None
+    after = ["".join(letters[s.axis] for s in dim if s.axis is not None) for dim in seen.dims]
+    after[-1] += "".join(c for c in letters if c not in "".join(after))  # of size one
+    return tuple(after)
 
 
 def queries_by_keys(
@@ -116,7 +126,7 @@ def queries_by_keys(
     if len(shapes[1]) != rank:
         return None
     if rank == 5 and len(shapes[0]) == rank:
-        found = _before_group(key)
+        found = _before_group(key, product, reads)
         if found is None or found[1].index(-1) > 2:
             return None
         source, order = found
@@ -126,7 +136,7 @@ def queries_by_keys(
         sizes = dict(zip((*batch, "s", "d"), shapes[0], strict=True))
         if not all(map(same_size, shapes[0][:4], shapes[2][:4])):
             return None
-        reads += [(query, product), (source, product)]
+        reads.append((query, product))
         return ScoreProduct(
             query=query,
             query_layout=(*batch, "s", "d"),
@@ -214,7 +224,7 @@ def weights_by_values(
             continue
         source, order = value, list(range(rank))
         if rank == 5:
-            before = _before_group(value)
+            before = _before_group(value, product, reads)
             if before is None or before[1][letters.index("g")] != -1:
                 continue
             source, order = before
@@ -264,62 +274,68 @@ def is_batched(product: fx.Node) -> bool:
     return len(shape_of(second) or ()) > 2
 
 
-def _before_group(node: fx.Node) -> tuple[fx.Node, list[int]] | None:
+def _four_dims(node: fx.Node, product: fx.Node, reads: Reads) -> View | None:
+    """A factor of the product as a view of the nearest 4-D tensor behind it, all of that.
+
+    Copies on the way read what they copy, and nothing may be written into them.
+    """
+
+    def behind(call: fx.Node) -> fx.Node | None:
+        return operand_of_view(call) if op_name(call) not in CASTS or widens(call) else None
+
+    view = next((view for view in views_behind(node, behind) if len(view.starts) == 4), None)
+    if view is None or view.cut:
+        return None
+    copies = [step for step in view.walked if not may_overlap(step, view.source)]
+    reads += [(view.source, (*copies, product)[0]), *((copy, copy) for copy in copies)]
+    return view
+
+
+def _before_group(
+    node: fx.Node, product: fx.Node, reads: Reads
+) -> tuple[fx.Node, list[int]] | None:
     """Behind a 5-D operand that has a dimension for groups: the 4-D tensor without it, and the
     dimension there of each of the five, -1 for the group's."""
-    order: list[int] = list(range(5))
-    grown: set[int] = set()
-    while node.args and isinstance(node.args[0], fx.Node):
-        name, source = op_name(node), node.args[0]
-        before, after = shape_of(source) or (), shape_of(node) or ()
-        if name in TURNS:
-            back = permutation(node)
-            order = [back[d] for d in order]
-            grown = {back[d] for d in grown}
-        elif name == "expand" and len(before) == 5:
-            grown |= {d for d in range(5) if not same_size(before[d], after[d])}
-        elif name in ("unsqueeze", "getitem", "reshape") and len(before) == 4:
-            new = [d for d in range(5) if _adds_dim(node, d, before, after)]
-            # Of several, all are of size one: any will do.
-            if not new or grown - {new[0]}:
-                return None
-            return source, [-1 if d == new[0] else d - (d > new[0]) for d in order]
-        elif name not in ("contiguous", "detach", "alias") and not (
-            name in ("to", "float") and widens(node)
-        ):
-            return None
-        node = source
-    return None
-
-
-def _adds_dim(node: fx.Node, dim: int, before: Any, after: Any) -> bool:
-    """Whether the view does nothing but insert a dimension of size one at `dim`."""
-    if op_name(node) != "reshape":
-        return only_adds_dim(node, dim)
-    rest = (*after[:dim], *after[dim + 1 :])
-    return concrete(after[dim]) == 1 and all(map(same_size, rest, before))
+    view = _four_dims(node, product, reads)
+    if view is None:
+        return None
+    steps = [view.factors(dim) for dim in range(5)]
+    spread = [dim for dim in range(5) if any(step.axis is None for step in steps[dim])]
+    if len(spread) > 1 or any(len(held) > 1 for held in steps):
+        return None
+    order = [held[0].axis if held else None for held in steps]
+    free = [dim for dim in range(5) if order[dim] is None]
+    left = [axis for axis in range(4) if axis not in order]
+    if len(free) != len(left) + 1:
+        return None
+    # Of several that may be the group's, all are of size one: any will do.
+    group = [*spread, *(dim for dim in free if not view.dims[dim]), *free][0]
+    for dim in free:
+        order[dim] = -1 if dim == group else left.pop(0)
+    return view.source, [axis for axis in order if axis is not None]
 
 
 def _queries(
-    query: Any, reader: fx.Node, reads: Reads, unscaled: Unscaled
+    query: Any, product: fx.Node, reads: Reads, unscaled: Unscaled
 ) -> tuple[fx.Node, Layout] | None:
     """The 4-D queries behind an operand of the product."""
     order = (0, 1, 2, 3)
     while isinstance(query, fx.Node) and len(shape_of(query) or ()) == 3:
-        found = _before_fold(query, (0, 1, 2))
+        found = _before_fold(query, (0, 1, 2), product, reads)
         if found is not None:
-            query, order, reader = found
+            query, order = found
             break
         query = unscaled(query)
-    if not isinstance(query, fx.Node) or len(shape_of(query) or ()) != 4:
-        return None
-    reads.append((query, reader))
+    else:
+        if not isinstance(query, fx.Node) or len(shape_of(query) or ()) != 4:
+            return None
+        reads.append((query, product))
     letters = dict(zip(order, "bhsd", strict=True))
     return query, tuple(letters[dim] for dim in range(4))
 
 
 def _operand(
-    node: Any, at: tuple[int, int, int, int], reader: fx.Node, reads: Reads
+    node: Any, at: tuple[int, int, int, int], product: fx.Node, reads: Reads
 ) -> tuple[fx.Node, tuple[int, int, int, int]] | None:
     """The 4-D keys or values behind an operand of a product, and where their dimensions are.
 
@@ -329,47 +345,28 @@ def _operand(
         return None
     rank = len(shape_of(node) or ())
     if rank == 4:
-        reads.append((node, reader))
+        reads.append((node, product))
         return node, at
-    found = _before_fold(node, (0, at[2] - 1, at[3] - 1)) if rank == 3 else None
-    if found is None:
-        return None
-    reads.append((found[0], found[2]))
-    return found[0], found[1]
-
-
-def _folds(node: fx.Node, at: int) -> bool:
-    """Whether the call makes one dimension, `at`, of two of a 4-D tensor: (B * H, x, y), or
-    (x, B * H, y)."""
-    apart, folded = shape_of(node.args[0]) if node.args else None, shape_of(node)
-    if op_name(node) not in ("reshape", "flatten") or at > 1:
-        return False
-    if apart is None or folded is None or len(apart) != 4 or len(folded) != 3:
-        return False
-    expected = (*apart[:at], apart[at] * apart[at + 1], *apart[at + 2 :])
-    return all(same_size(a, b) for a, b in zip(expected, folded, strict=True))
+    return _before_fold(node, (0, at[2] - 1, at[3] - 1), product, reads) if rank == 3 else None
 
 
 def _before_fold(
-    node: fx.Node, at: tuple[int, int, int]
-) -> tuple[fx.Node, tuple[int, int, int, int], fx.Node] | None:
+    node: fx.Node, at: tuple[int, int, int], product: fx.Node, reads: Reads
+) -> tuple[fx.Node, tuple[int, int, int, int]] | None:
     """From a 3-D operand of a batched product back to its 4-D self.
 
     at: the dimensions of `node` that are batch and heads in one, tokens, head_dim. Returns the 4-D
-    node, its dimensions of batch, heads, tokens, head_dim, and the call that folds it.
+    node and its dimensions of batch, heads, tokens, head_dim.
     """
-    order = list(at)
-    while node.args and isinstance(node.args[0], fx.Node):
-        name, source = op_name(node), node.args[0]
-        fold, tokens, last = order
-        if _folds(node, fold):
-            return source, (fold, fold + 1, tokens + (tokens > fold), last + (last > fold)), node
-        if name in ("transpose", "permute", "movedim"):
-            back = permutation(node)
-            order = [back[d] for d in order]
-        elif name not in ("contiguous", "detach", "alias") and not (
-            name in ("to", "float") and widens(node)
-        ):
-            return None
-        node = source
-    return None
+    view = _four_dims(node, product, reads)
+    if view is None:
+        return None
+    fold, *others = ([step.axis for step in view.factors(dim) or view.dims[dim][:1]] for dim in at)
+    raw = [step.axis for step in view.dims[at[0]]]
+    left = [axis for axis in range(4) if all(axis not in held for held in (fold, *others))]
+    if len(fold) < 2:
+        fold = raw if len(raw) == 2 else sorted([*fold, *left[: 2 - len(fold)]])
+    order = [axis for held in (fold, *others) for axis in held if axis is not None]
+    if set(order) != set(range(4)) or [len(held) for held in (fold, *others)] != [2, 1, 1]:
+        return None
+    return view.source, (order[0], order[1], order[2], order[3])

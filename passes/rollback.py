@@ -20,17 +20,14 @@ from loki_compile.passes.calls import (
     fake_value,
     may_overlap,
     mutates,
-    op_name,
-    operand,
     writes_of,
 )
+from loki_compile.passes.write_forms import only_stores
 from torch import fx
 from torch.fx.node import map_arg
 
 # Tensors of at most so many numbers are saved before every run: counters, not caches.
 FEW_NUMBERS = 64
-
-_STORES = ("index_copy_", "copy_", "setitem", "index_put_", "scatter_")
 
 
 @dataclass(frozen=True)
@@ -72,11 +69,8 @@ def _is_collective(node: fx.Node) -> bool:
 
 def _stored_before_read(past: fx.Node, writes: list[Write], order: dict[fx.Node, int]) -> bool:
     """Whether all that is written into `past` is stored there before anything reads it."""
-    for write in writes:
-        name = op_name(write.call)
-        added = name == "index_put_" and operand(write.call, "accumulate")
-        if name not in _STORES or added or "reduce" in write.call.kwargs:
-            return False
+    if not all(only_stores(write.call) for write in writes):
+        return False
     last = writes[-1].position
     return not any(_reads(node, past) for node, position in order.items() if position <= last)
 

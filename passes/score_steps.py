@@ -24,7 +24,8 @@ from loki_compile.passes.calls import (
     shape_of,
     writes_of,
 )
-from loki_compile.passes.products import PRODUCTS, TURNS, VIEWS, after_view, without_ones
+from loki_compile.passes.products import PRODUCTS, VIEWS, after_view, without_ones
+from loki_compile.passes.views import TURNS
 from torch import fx
 
 _ADD = ("add", "add_", "iadd", "__add__", "__iadd__")

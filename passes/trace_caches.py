@@ -22,20 +22,28 @@ from loki_compile.passes.calls import (
     shape_of,
     source_name,
 )
-from loki_compile.passes.views import splits_heads, view_dims
+from loki_compile.passes.views import (
+    TURNS,
+    identity,
+    operand_of_view,
+    splits_heads,
+    through,
+)
 from loki_compile.passes.write_forms import (
+    FORMS,
     No,
-    after_index,
+    Stored,
     batch_axis_of,
-    fill_of_index,
-    full_slices,
     head_axis_of,
-    indexes_features,
     mirrorable,
 )
 from torch import fx
 
 _FUNCTIONAL_WRITES = ("cat", "index_copy", "index_put")
+_BY_SIZE = ("reshape", "flatten", "unflatten", "squeeze")
+_SHARE_MEMORY = (
+    *TURNS, *_BY_SIZE, "unsqueeze", "narrow", "select", "getitem", "detach", "alias",
+)  # fmt: skip
 _REARRANGEMENTS = (
     "reshape", "to", "float", "type", "repeat", "repeat_interleave", "flatten", "unflatten",
     "getitem", "transpose", "permute", "movedim", "expand", "unsqueeze", "squeeze", "select",
@@ -60,7 +68,7 @@ def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skip
         dims = [*range(last), last - 1] if apart else view_dims(node)
         if dims is None:
             return skip(*_why_not_a_view(node, all_writes))
-        order = [_source_dim(dims, d) for d in order]
+        order = [d if d is None or d < 0 else dims[d] for d in order]
         if order[2] is None or order[3] is None:
             return skip(Reason.OPAQUE_VIEW, op_name(node))
         if not mutates(node):
@@ -115,31 +123,22 @@ def _replaced(
     node: fx.Node, labels: list[Any], site: AttentionSite
 ) -> tuple[fx.Node, tuple[CacheWrite, ...], int, tuple[fx.Node, ...]] | No:
     """The cache is rebuilt by one call from a placeholder and the new keys, and returned."""
-    target: list[Any] | None
-    fill = None
+    stored: Stored | No
     if op_name(node) == "cat":
         tensors = operand(node, "tensors")
         dim = operand(node, "dim", 0) % len(labels)
         if not isinstance(tensors, (list, tuple)) or len(tensors) != 2 or labels[dim] != "T":
             return No((Reason.WRITE, "cat", "not (past, new) along the key dimension"))
-        past, source = tensors
-        target = labels
+        past, stored = tensors[0], Stored(tensors[1], labels, None)
     else:
-        past = node.args[0]
-        source = operand(node, "source" if op_name(node) == "index_copy" else "values")
-        target = labels if op_name(node) == "index_copy" else after_index(node, labels)
-        if op_name(node) == "index_copy":
-            fill = (operand(node, "index"), 1)
-        else:
-            if operand(node, "accumulate", False):
-                return No((Reason.WRITE, op_name(node), "it accumulates"))
-            fill = fill_of_index(full_slices(operand(node, "indices")), labels)
+        past, stored = node.args[0], FORMS[op_name(node)](node, labels)
+    if isinstance(stored, No):
+        return stored
     if not isinstance(past, fx.Node) or past.op != "placeholder":
         return No((Reason.NO_CACHE, op_name(node)))
     if len(shape_of(past) or ()) != len(labels):
         return No((Reason.WRITE, op_name(node), "the past has other dimensions"))
-    if op_name(node) == "index_copy" and indexes_features(node, labels):
-        return No((Reason.WRITE, op_name(node), "it indexes heads or head_dim"))
+    source, target = stored.source, stored.target
     head_axis = head_axis_of(source, target, site)
     if head_axis is None:
         return No((Reason.WRITE, op_name(node), "the new keys do not line up with the cache"))
@@ -148,7 +147,11 @@ def _replaced(
         users = ", ".join(sorted({op_name(user) or user.op for user in node.users}))
         return No((Reason.CACHE_LEAVES, f"its users are {users}"))
     batch_axis = batch_axis_of(source, target, past, labels)
-    return past, (CacheWrite(node, source, head_axis, fill=fill, batch_axis=batch_axis),), *left
+    return (
+        past,
+        (CacheWrite(node, source, head_axis, fill=stored.fill, batch_axis=batch_axis),),
+        *left,
+    )
 
 
 def _way_out(node: fx.Node) -> tuple[int, tuple[fx.Node, ...]] | None:
@@ -204,8 +207,32 @@ def _rows_lie_together(heads: Heads) -> bool:
     return value.shape[heads.order[3]] == 1 or concrete(value.stride(heads.order[3])) == 1
 
 
-def _source_dim(dims: list[int | None], dim: int | None) -> int | None:
-    return dim if dim is None or dim < 0 else dims[dim]
+def view_dims(node: fx.Node) -> list[int | None] | None:
+    """For a view of a cache: the input dimension that each output one is (None: new); else None.
+
+    A view shares memory, takes rows whole and joins or splits no dimensions, so that whatever has
+    the cache's dimensions but the last can be seen in the same way. A call that writes into its
+    first operand returns that operand: it is a view as well.
+    """
+    source = node.args[0] if node.args else None
+    if mutates(node) and isinstance(source, fx.Node) and shape_of(node) is not None:
+        return list(range(len(shape_of(node) or ())))
+    source, name = operand_of_view(node), op_name(node)
+    if source is None or name not in _SHARE_MEMORY or source is not node.args[0]:
+        return None
+    if name == "squeeze" and not isinstance(operand(node, "dim"), int):
+        return None  # another last dimension may be of size one
+    view, last = through(node, identity(source)), len(shape_of(source) or ()) - 1
+    if view is None or last in view.cut:
+        return None
+    dims = [view.axis(dim) for dim in range(len(view.dims))]
+    if name in _BY_SIZE and dims[-1:] != [last]:
+        return None
+    known = [dim for dim in dims if dim is not None]
+    new = [view.sizes[at] for at, dim in enumerate(dims) if dim is None]
+    if len(set(known)) < len(known) or any(concrete(size) != 1 for size in new):
+        return None
+    return dims
 
 
 def _why_not_a_view(node: fx.Node, writes: list[Write]) -> tuple[Any, ...]:

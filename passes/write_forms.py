@@ -5,7 +5,7 @@ Analysis only: nothing here edits a graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from loki_compile.passes.calls import (
     shape_of,
     writes_of,
 )
-from loki_compile.passes.views import indexed_dims
+from loki_compile.passes.views import indexed_dims, items_of
 from torch import fx
 
 
@@ -33,6 +33,70 @@ class No:
     reason: tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What a call stores: `source`, whose dimensions line up from the right with those that the
+    labels `target` are of, and how far the cache is filled then (`CacheWrite.fill`)."""
+
+    source: Any
+    target: list[Any] | None
+    fill: tuple[Any, int] | None
+
+
+def _index_copied(node: fx.Node, labels: list[Any]) -> Stored | No:
+    if labels[operand(node, "dim") % len(labels)] in ("H", "D"):
+        return No((Reason.WRITE, op_name(node), "it indexes heads or head_dim"))
+    return Stored(operand(node, "source"), labels, (operand(node, "index"), 1))
+
+
+def _scattered(node: fx.Node, labels: list[Any]) -> Stored | No:
+    if not _scatters_rows(node, labels):
+        return No((Reason.WRITE, op_name(node), "it does not store whole rows"))
+    return Stored(operand(node, "src"), labels, (operand(node, "index"), 1))
+
+
+def _copied(node: fx.Node, labels: list[Any]) -> Stored:
+    return Stored(operand(node, "source"), labels, None)
+
+
+def _assigned(node: fx.Node, labels: list[Any]) -> Stored:
+    return _at_index(node, operand(node, "source"), operand(node, "index"), labels)
+
+
+def _index_put(node: fx.Node, labels: list[Any]) -> Stored | No:
+    if operand(node, "accumulate", False):
+        return No((Reason.WRITE, op_name(node), "it accumulates"))
+    # A whole dimension is None here.
+    index = tuple(slice(None) if i is None else i for i in operand(node, "indices"))
+    return _at_index(node, operand(node, "values"), index, labels)
+
+
+def _at_index(node: fx.Node, source: Any, index: Any, labels: list[Any]) -> Stored:
+    dims = indexed_dims(index, shape_of(node.args[0]) or ())  # type: ignore[arg-type]
+    target = None if dims is None else [None if d is None else labels[d] for d in dims]
+    return Stored(source, target, fill_of_index(index, labels))
+
+
+# The calls that store rows, in place or in a copy, -> what each stores, given the labels of the
+# dimensions ("B", "H", "T", "D") of what it stores into.
+FORMS: dict[str, Callable[[fx.Node, list[Any]], Stored | No]] = {
+    "index_copy_": _index_copied,
+    "index_copy": _index_copied,
+    "scatter_": _scattered,
+    "copy_": _copied,
+    "setitem": _assigned,
+    "index_put_": _index_put,
+    "index_put": _index_put,
+}
+
+
+def only_stores(node: fx.Node) -> bool:
+    """Whether what the call leaves where it writes does not depend on what was there."""
+    if op_name(node) not in FORMS or "reduce" in node.kwargs:
+        return False
+    return op_name(node) != "index_put_" or not operand(node, "accumulate")
+
+
 def mirrorable(
     node: fx.Node,
     views: tuple[fx.Node, ...],
@@ -40,30 +104,19 @@ def mirrorable(
     root_labels: list[Any],
     site: AttentionSite,
 ) -> CacheWrite | No:
-    name, fill = op_name(node), None
-    target: list[Any] | None
-    if name == "index_copy_":
-        source, target = operand(node, "source"), labels
-        fill = (operand(node, "index"), 1)
-        if indexes_features(node, labels):
-            return No((Reason.WRITE, name, "it indexes heads or head_dim"))
-    elif name == "scatter_":
-        source, target = operand(node, "src"), labels
-        fill = (operand(node, "index"), 1)
-        if not _scatters_rows(node, labels):
-            return No((Reason.WRITE, name, "it does not store whole rows"))
-    elif name == "copy_":
-        source, target = operand(node, "source"), labels
-        fill = _fill_of_view(views, root_labels)
-    elif name in ("setitem", "index_put_"):
-        if name == "index_put_" and operand(node, "accumulate", False):
-            return No((Reason.WRITE, name, "it accumulates"))
-        source = operand(node, "source" if name == "setitem" else "values")
-        target = after_index(node, labels)
-        index = operand(node, "index" if name == "setitem" else "indices")
-        fill = fill_of_index(index if name == "setitem" else full_slices(index), labels)
-    else:
+    """The write of new keys that a call is, given the views from the cache to what it writes into.
+
+    labels: of the dimensions of that; root_labels: of the cache's.
+    """
+    name = op_name(node)
+    if name not in FORMS:
         return No((Reason.WRITE, name, "not a copy of new keys"))
+    stored = FORMS[name](node, labels)
+    if isinstance(stored, No):
+        return stored
+    source, target, fill = stored.source, stored.target, stored.fill
+    if name == "copy_":
+        fill = _fill_of_view(views, root_labels)
     head_axis = head_axis_of(source, target, site)
     if head_axis is None:
         return No((Reason.WRITE, name, "the new keys do not line up with the cache"))
@@ -113,11 +166,6 @@ def _moved_rows(
     return tuple(calls)
 
 
-def indexes_features(node: fx.Node, labels: list[Any]) -> bool:
-    """Whether an index_copy indexes heads or head_dim, so that rows lose their place."""
-    return labels[operand(node, "dim") % len(labels)] in ("H", "D")
-
-
 def _scatters_rows(node: fx.Node, labels: list[Any]) -> bool:
     """Whether a scatter_ stores rows at tokens: all of a row's numbers have one position."""
     index, source = operand(node, "index"), operand(node, "src")
@@ -139,14 +187,10 @@ def _rows(source: Any, target: list[Any] | None) -> Any:
 
 def fill_of_index(index: Any, labels: list[Any]) -> tuple[Any, int] | None:
     """Where `x[index]` ends at the token dimension, for x with these labels."""
-    items = list(index) if isinstance(index, (tuple, list)) else [index]
-    if any(i is Ellipsis for i in items):
-        at = next(n for n, i in enumerate(items) if i is Ellipsis)
-        items[at : at + 1] = [slice(None)] * (len(labels) + 1 - len(items))
-    token = labels.index("T") if "T" in labels else len(items)
-    if any(i is None for i in items) or token >= len(items):
+    items = items_of(index, len(labels))
+    if any(i is None for i in items) or "T" not in labels or len(items) != len(labels):
         return None
-    return _end_of(items[token])
+    return _end_of(items[labels.index("T")])
 
 
 def _end_of(item: Any) -> tuple[Any, int] | None:
@@ -193,19 +237,3 @@ def batch_axis_of(source: Any, target: list[Any] | None, cache: Any, labels: lis
         return -1
     axis = target.index("B") - (len(target) - len(shape))
     return axis if axis >= 0 and same_size(shape[axis], sizes[labels.index("B")]) else -1
-
-
-def after_index(node: fx.Node, labels: list[Any]) -> list[Any] | None:
-    """Labels of `tensor[index]` for a setitem or index_put of the tensor with `labels`."""
-    index = operand(node, "index" if op_name(node) == "setitem" else "indices")
-    if op_name(node) != "setitem":
-        index = full_slices(index)
-    dims = indexed_dims(index, shape_of(node.args[0]) or ())  # type: ignore[arg-type]
-    if dims is None:
-        return None
-    return [None if d is None else labels[d] for d in dims]
-
-
-def full_slices(indices: Sequence[Any]) -> tuple[Any, ...]:
-    """The indices of an index_put, which spells a full slice as None, as those of a setitem."""
-    return tuple(slice(None) if i is None else i for i in indices)

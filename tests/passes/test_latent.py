@@ -1181,9 +1181,9 @@ ODD = {
     "the one head selected": _static.but(expand=from_both(lambda x: heads_of(x.select(1, 0)))),
     "the one head indexed": _static.but(expand=from_both(lambda x: heads_of(x[:, 0]))),
     "squeezed wherever it can be": _static.but(
-        expand=from_both(lambda x: heads_of(x.squeeze())), **_latent),
+        expand=from_both(lambda x: heads_of(x.squeeze()))),
     "the one head selected from the end": _static.but(
-        expand=from_both(lambda x: heads_of(x.select(1, -1))), **_latent),
+        expand=from_both(lambda x: heads_of(x.select(1, -1)))),
     "in five dimensions": _static.but(expand=in_five_dimensions, **_latent),
     "last dim left out": _static.but(expand=last_dim_left_out, **_latent),
     "folded and back, growing": _cat.but(expand=from_both(folded_and_back)),
@@ -1193,7 +1193,7 @@ ODD = {
     "copied": _static.but(expand=from_own(lambda x: x[..., :OWN].clone().contiguous())),
     "indexed from the end": _static.but(expand=from_own(lambda x: x[..., : -VALUE])),
     "narrowed from the end": _static.but(
-        expand=from_own(lambda x: x.narrow(-1, -OWN - VALUE, OWN)), **_latent),
+        expand=from_own(lambda x: x.narrow(-1, -OWN - VALUE, OWN))),
     "dims by a list": _static.but(
         expand=from_own(lambda x: x[..., torch.arange(OWN)]), **_latent),
     "every other dim": _static.but(

@@ -13,7 +13,7 @@ import torch
 from loki_compile.passes.attention import Reason
 from tally import count
 from torch import Tensor
-from toy_attends import gqa_flag, gqa_repeat_kv, mqa_broadcast, repeat_kv, sdpa
+from toy_attends import gqa_flag, gqa_repeat_kv, mqa_broadcast, plain, repeat_kv, sdpa
 from toy_conversation import Conversation, tokens
 from toy_decoders import Spelling, ToyDecoder
 from toy_masks import causal, causal_float, causal_inf, left_padded, no_mask
@@ -135,6 +135,12 @@ def where_as_method(s):
     return s.where(s < 100, torch.finfo(s.dtype).min)
 
 
+def by_written_keys(q, k):
+    keys = folded(k).clone()
+    keys[:, 0] = 0.5
+    return (folded(q) @ keys.transpose(1, 2)).unflatten(0, (-1, HEADS))
+
+
 ATTENTION = {
     # What is done to scores.
     "a number added": (written_out(number_added), REWRITTEN),
@@ -208,6 +214,14 @@ ATTENTION = {
             )
         ),
         REWRITTEN),
+    "keys folded, then cloned": (
+        written_out(
+            product=lambda q, k: (folded(q) @ folded(k).clone().transpose(1, 2)).unflatten(
+                0, (-1, HEADS)
+            )
+        ),
+        REWRITTEN),
+    "keys folded, cloned and written": (written_out(product=by_written_keys), Reason.SOFTMAX),
     # Heads.
     "tiles of blocks": (twelve_heads, Reason.GROUPS),
     "heads moved there and back": (through(lambda x: x.movedim(1, 2).movedim(2, 1)), REWRITTEN),
@@ -215,8 +229,15 @@ ATTENTION = {
     "each head another number of times": (
         through(lambda x: x.repeat_interleave(_uneven, 1, output_size=6)), Reason.OPAQUE_VIEW),
     "repeated by a list": (through(lambda x: x.repeat([1, 2, 1, 1])), REWRITTEN),
-    "repeated into a new dimension": (
-        through(lambda x: x.repeat(1, 1, 2, 1, 1)[0]), Reason.OPAQUE_VIEW),
+    "repeated into a new dimension": (through(lambda x: x.repeat(1, 1, 2, 1, 1)[0]), REWRITTEN),
+    "cloned": (through(torch.clone), REWRITTEN),
+    "split and joined": (through(lambda x: x.unflatten(1, (-1, 1)).flatten(1, 2)), REWRITTEN),
+    "grouped by unflatten": (
+        through(lambda x: x.unflatten(1, (-1, 1)).expand(-1, -1, 2, -1, -1).flatten(1, 2)),
+        REWRITTEN),
+    "head dims grouped": (
+        through(lambda x: x.unflatten(3, (-1, 2)).transpose(3, 4).flatten(3, 4)),
+        Reason.OPAQUE_VIEW),
     "heads and tokens repeated": (through(lambda x: x.repeat(1, 2, 2, 1)), Reason.OPAQUE_VIEW),
     "tokens repeated": (through(tokens_repeated), Reason.OPAQUE_VIEW),
     "heads folded into tokens": (through(heads_into_tokens), Reason.OPAQUE_VIEW),
@@ -490,6 +511,78 @@ def gathered(k, v, ck, cv, pos):
     slice_copied(ck, k, pos), slice_copied(cv, v, pos)
     slots = torch.arange(ck.shape[2])
     return ck[:, :, slots], cv[:, :, slots], ()
+
+
+def stored(write: Callable[..., None] = slice_copied):
+    """Ways to read the cache, behind the write of new keys or before it."""
+
+    def reading(read: Callable[[Tensor, int], Tensor], *, early: bool = False):
+        def toy(k, v, ck, cv, pos):
+            before = [read(c, pos + 1) for c in (ck, cv)] if early else []
+            write(ck, k, pos), write(cv, v, pos)
+            keys, values = before or [read(c, pos + 1) for c in (ck, cv)]
+            return keys, values, ()
+
+        return toy
+
+    return reading
+
+
+def written_into(copy: Callable[[Tensor], Tensor]) -> Callable[[Tensor, int], Tensor]:
+    """A copy of the cache whose first key is not the cache's."""
+
+    def read(c, end):
+        keys = copy(c)
+        keys[:, :, 0] = 0.5
+        return keys
+
+    return read
+
+
+def one_more_dim(c, end):
+    return c.view(c.shape[0], 1, *c.shape[1:])[:, :, :, :end].squeeze(1)
+
+
+def halves_of_tokens(c, end):
+    return c[:, :, 1:].unflatten(2, (2, -1))[:, :, 0]
+
+
+def through_another_name(c, new, pos):
+    c.detach()[:, :, pos : pos + 1].copy_(new.transpose(1, 2))
+
+
+READS = {
+    "cloned": (stored()(lambda c, end: c.clone()), REWRITTEN),
+    "cloned before the write": (stored()(lambda c, end: c.clone(), early=True), Reason.OPAQUE_VIEW),
+    "cloned and written": (stored()(written_into(torch.clone)), Reason.OPAQUE_VIEW),
+    "repeated and written": (
+        stored()(written_into(lambda c: c.repeat_interleave(2, 1))), Reason.OPAQUE_VIEW),
+    "sliced, then cloned": (stored()(lambda c, end: c[:, :, :end].clone()), REWRITTEN),
+    "sliced, then cloned before the write": (
+        stored()(lambda c, end: c[:, :, :end].clone(), early=True), Reason.OPAQUE_VIEW),
+    "a dimension added, sliced, squeezed": (stored()(one_more_dim), REWRITTEN),
+    "new by None, sliced, squeezed": (
+        stored()(lambda c, end: c[None][:, :, :, :end].squeeze(0)), REWRITTEN),
+    "squeezed wherever it can be": (
+        stored()(lambda c, end: c[:, None][:, :, :, :end].squeeze()), Reason.OPAQUE_VIEW),
+    "half of the tokens": (stored()(halves_of_tokens), Reason.OPAQUE_VIEW),
+    "detached and sliced": (stored()(lambda c, end: c.detach()[:, :, :end]), REWRITTEN),
+    "written by another name": (stored(through_another_name)(lambda c, end: c), REWRITTEN),
+    "cast by name": (stored()(lambda c, end: c.bfloat16().float()), REWRITTEN),
+    "cast by name before the write": (
+        stored()(lambda c, end: c.float(), early=True), Reason.OPAQUE_VIEW),
+    "cast by type": (stored()(lambda c, end: c.type(torch.float32)), REWRITTEN),
+    "cast to whole numbers": (
+        stored()(lambda c, end: (c * 4).short().float()), Reason.NO_CACHE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READS)
+def test_odd_reads_are_right_and_dense_unless_understood(name):
+    write, expected = READS[name]
+    more = {"cache_dtype": torch.bfloat16} if "cast" in name else {}
+    attend = plain if name == "repeated and written" else gqa_flag
+    check(_static.but(write=write, attend=attend, position="int", mask=no_mask, **more), expected)
 
 
 WRITES = {
