@@ -113,7 +113,7 @@ class _Absorption:
                 raise _No("the part beside it differs between heads")
             beside = _heads_of_rows(shared, identity(shared.source))
             kept = _concrete_size(shared.dims[3])
-            at, first = rows.starts[-1], shared.starts[-1]
+            at, first = _start(rows, -1), _start(shared, -1)
             if shared.source is not rows.source:
                 rest = beside
             elif beside != heads or (at, first) not in ((0, dims), (kept, 0)):
@@ -188,7 +188,7 @@ class _Absorption:
             view = spread(_view_of(source), target.sizes)
             if view is None or _concrete_size(target.dims[last]) != _concrete_size(view.dims[last]):
                 raise _No("the keys are not put together from whole parts")
-            pieces.append((target.starts[last], view))
+            pieces.append((_start(target, last), view))
         return pieces
 
     def _ordered(self, view: View, heads: Heads) -> View:
@@ -214,7 +214,7 @@ class _Absorption:
             [features] * (1 + (heads > 1))
         ) or any(concrete(s.size) != heads for s in steps):  # fmt: skip
             raise _No("its linear map does not make heads of dims in one order")
-        size, first = _concrete_size(per_head), view.starts[features]
+        size, first = _concrete_size(per_head), _start(view, features)
         block = steps[0].step if steps else count
         if per_head[0].step != 1 or block < size:
             raise _No("its linear map does not make heads of dims in one order")
@@ -331,6 +331,14 @@ def _whole(view: View, dim: int) -> bool:
     if not view.dims[axis]:
         return len(shape) == len(view.dims) and concrete(shape[axis]) == 1
     return view.dims[axis][0].axis == axis + len(shape) - len(view.dims) and _whole_axis(view, axis)
+
+
+def _start(view: View, axis: int) -> int:
+    """Where a view begins in a dimension of its source."""
+    start = view.starts[axis]
+    if start is None:
+        raise _No("where a part of it begins is not a constant")
+    return start
 
 
 def _concrete_size(steps: tuple[Step, ...]) -> int:

@@ -305,7 +305,7 @@ def _before_group(
         return None
     order = [held[0].axis if held else None for held in steps]
     free = [dim for dim in range(5) if order[dim] is None]
-    left = [axis for axis in range(4) if axis not in order]
+    left: list[int | None] = [axis for axis in range(4) if axis not in order]
     if len(free) != len(left) + 1:
         return None
     # Of several that may be the group's, all are of size one: any will do.
@@ -363,9 +363,11 @@ def _before_fold(
         return None
     fold, *others = ([step.axis for step in view.factors(dim) or view.dims[dim][:1]] for dim in at)
     raw = [step.axis for step in view.dims[at[0]]]
-    left = [axis for axis in range(4) if all(axis not in held for held in (fold, *others))]
+    left: list[int | None] = [
+        axis for axis in range(4) if all(axis not in held for held in (fold, *others))
+    ]
     if len(fold) < 2:
-        fold = raw if len(raw) == 2 else sorted([*fold, *left[: 2 - len(fold)]])
+        fold = raw if len(raw) == 2 else sorted([*fold, *left[: 2 - len(fold)]], key=str)
     order = [axis for held in (fold, *others) for axis in held if axis is not None]
     if set(order) != set(range(4)) or [len(held) for held in (fold, *others)] != [2, 1, 1]:
         return None

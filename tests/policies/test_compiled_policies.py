@@ -2,20 +2,13 @@
 
 import pytest
 import torch
-from toy_conversations import make_model, new_cache, prompt
-from toy_decoders import (
-    Conversation,
-    Spelling,
-    ToyDecoder,
-    basis_for,
-    cat_bhtd,
-    clear_runtime,
-    index_copy_method,
-    left_padded,
-    no_mask,
-    tokens,
-)
+from toy_capture import clear_runtime
+from toy_conversation import Conversation, basis_for, tokens
+from toy_decoders import Spelling, ToyDecoder
+from toy_masks import left_padded, no_mask
+from toy_models import make_model, new_cache, prompt
 from toy_policies import POLICIES, DirectPolicy
+from toy_writes import cat_bhtd, index_copy_method
 
 from loki_compile import stats
 
