@@ -55,8 +55,8 @@ FLEX_FORMS = (
 ORACLES = {
     "passes/attention.py": ("sites", "plan", LATENT_ROWS),
     "passes/caches.py": ("cache_writes", "rewrite"),
-    "passes/views.py": ("cache_writes", "sites", "odd_spellings"),
-    "passes/heads.py": ("sites", "odd_spellings"),
+    "passes/views.py": ("views", "cache_writes", "sites", "odd_spellings"),
+    "passes/heads.py": ("views", "sites", "odd_spellings"),
     "passes/sdpa.py": ("sites", "odd_spellings"),
     "passes/score_steps.py": ("sites", "odd_spellings"),
     "passes/written_out.py": ("sites", "odd_spellings"),
