@@ -38,7 +38,8 @@ from loki_compile.passes.sites import find_sites
 from loki_compile.policies.table import policy_of
 from loki_compile.refusal import Refusal, plainly
 from loki_compile.report import GraphReport, describe, record_graph
-from loki_compile.runtime import DecodeGraph, Served
+from loki_compile.runtime import DecodeGraph
+from loki_compile.steps import Served
 from loki_compile.variants import Variant, Variants
 
 log = logging.getLogger("loki_compile")

@@ -12,7 +12,6 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,12 +22,13 @@ from loki_compile import fits, indexes
 from loki_compile.builds import Build, Watch
 from loki_compile.caches import CacheBinding, Cached, tokens_before, version_of
 from loki_compile.config import LokiConfig
-from loki_compile.counts import Because, Tally, say_once
+from loki_compile.counts import Because, say_once
 from loki_compile.indexes import IndexRecord
 from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
-from loki_compile.passes.attention import MAX_QUERY_TOKENS, MaskTerm
+from loki_compile.passes.attention import MAX_QUERY_TOKENS
 from loki_compile.passes.shared_caches import Part, with_parts
 from loki_compile.recovery import Rollback, Saved, is_shortage, ordinary_tensors
+from loki_compile.steps import Served, Step
 from loki_compile.variants import FillGraph, Variant, Variants
 from loki_compile.witness import Witness
 
@@ -38,44 +38,6 @@ log = logging.getLogger("loki_compile")
 # each further one, up to the second number.
 SHORTAGE_CALLS = 64
 SHORTAGE_CALLS_MOST = 1 << 14
-
-
-@dataclass(frozen=True, eq=False)
-class Served:
-    """What a graph has for one model: the bases that were stored for its weights, its counts.
-
-    Dynamo runs one graph for all models of a class whose sizes agree.
-    """
-
-    bindings: list[CacheBinding]
-    tally: Tally
-    kept: list[int] = field(init=False)  # the caches beside which something is kept
-
-    def __post_init__(self) -> None:
-        kept = [i for i, b in enumerate(self.bindings) if b.keeps is not Keeps.NOTHING]
-        object.__setattr__(self, "kept", kept)
-
-
-@dataclass
-class Step:
-    """One call: its arguments, whose model's it is, its caches in the plan's order, how many tokens
-    each of them holds behind it, and, once it is asked for, what masks let see of them."""
-
-    args: Sequence[Any]
-    served: Served
-    caches: list[Cached]
-    filled: list[int]
-    seen: dict[tuple[MaskTerm, ...], Tensor | None] = field(default_factory=dict)
-
-    @property
-    def kept(self) -> list[CacheBinding]:
-        """Of the caches beside which something is kept."""
-        return [self.served.bindings[place] for place in self.served.kept]
-
-    @property
-    def visible(self) -> int:
-        """Keys that can be seen behind the call, the most of any cache."""
-        return max(self.filled)
 
 
 class DecodeGraph:

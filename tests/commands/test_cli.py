@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from loki_compile.pca_store import attention_fit
 from loki_compile.pca_store.store import Store
 
-from loki_compile import calibration
+from loki_compile import observation, progress
 from loki_compile.commands import comparison
 from loki_compile.commands.main import main
 from loki_compile.commands.models import BUNDLED
@@ -362,13 +362,14 @@ def test_a_stopped_calibration_goes_on(tiny, text, own_store, monkeypatch):
     """Ctrl-C in the third prompt: the next command reads the rest alone, and fits the same."""
     command = ("calibrate", tiny, "--text", text, "--tokens", "400", "--length", "80")
     monkeypatch.setattr(attention_fit, "STEPS", 20)
-    monkeypatch.setattr(calibration, "STEPS", 20)
+    for module in (observation, progress):
+        monkeypatch.setattr(module, "STEPS", 20)
     succeed(*command)
     (path,) = own_store.glob("*.safetensors")
     whole = Store().load(path)
     path.unlink()
     read = []
-    add = calibration.Seen.add
+    add = observation.Seen.add
 
     def stopping(self, *arguments):
         read.append(arguments[1].shape[2])
@@ -376,7 +377,7 @@ def test_a_stopped_calibration_goes_on(tiny, text, own_store, monkeypatch):
             raise KeyboardInterrupt
         add(self, *arguments)
 
-    monkeypatch.setattr(calibration.Seen, "add", stopping)
+    monkeypatch.setattr(observation.Seen, "add", stopping)
     result = run(*command)
     assert result.exit_code == 1 and "the same command goes on" in result.stderr
     assert (own_store.parent / "partial").exists() and not list(own_store.glob("*"))

@@ -17,7 +17,7 @@ from loki_compile.pca_store.fingerprint import weights_fingerprint
 from torch import nn
 from torch.nn import functional as F
 
-from loki_compile import calibration
+from loki_compile import observation, progress
 from loki_compile.backend import bind_caches, plan_graph
 from loki_compile.calibration import calibrate as calibrate_any
 from loki_compile.config import LokiConfig
@@ -261,7 +261,8 @@ class Stopped(Exception):
 def samples(monkeypatch):
     """Weak references to everything that calibration keeps of prompts; fits are short."""
     monkeypatch.setattr(attention_fit, "STEPS", 12)
-    monkeypatch.setattr(calibration, "STEPS", 12)
+    for module in (observation, progress):
+        monkeypatch.setattr(module, "STEPS", 12)
     alive = []
     update = attention_fit.AttentionSamples.update
 
@@ -347,7 +348,7 @@ def test_fitted_layers_are_kept(samples, tmp_path, monkeypatch):
     whole = calibrate_any(model, batches)
     stopped_run(model, batches, tmp_path, in_fit=15)  # three steps into the second of two
     monkeypatch.setattr(
-        calibration.LookingOn, "run", lambda *_: pytest.fail("the text was read again")
+        observation.LookingOn, "run", lambda *_: pytest.fail("the text was read again")
     )
     steps = []
     again = calibrate_any(
@@ -421,7 +422,7 @@ def test_the_time_that_is_left_is_measured(samples, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     model, batches = Looped().eval(), [tokens(1, 90, n) for n in range(4)]
-    run, draw = calibration.LookingOn.run, attention_fit._loss
+    run, draw = observation.LookingOn.run, attention_fit._loss
 
     def slow_run(self, *arguments):
         clock[0] += 7
@@ -431,7 +432,7 @@ def test_the_time_that_is_left_is_measured(samples, monkeypatch):
         clock[0] += 2 if torch.is_grad_enabled() else 0.75  # 32 of these are 12 steps
         return draw(*arguments)
 
-    monkeypatch.setattr(calibration.LookingOn, "run", slow_run)
+    monkeypatch.setattr(observation.LookingOn, "run", slow_run)
     monkeypatch.setattr(attention_fit, "_loss", slow_loss)
     said = []
     calibrate_any(model, batches, expect=lambda left: said.append((clock[0], left)))
