@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from toy_models import tiny_llama
+from transformers import DynamicCache
 
 import loki_compile
 from loki_compile import GraphReport, SiteReport, explain, reports
@@ -143,3 +144,19 @@ def test_torch_compile_alone_compiles_no_generate(interpreted):
     model.generate(torch.ones(1, 5, dtype=torch.long), max_new_tokens=3, do_sample=False)
     assert not reports()
     assert "call model.compile" in str(reports())
+
+
+def test_each_pass_says_which_calls_it_made_more_or_fewer(caplog, interpreted):
+    """`TORCH_LOGS="+loki_compile"`: what becomes of a graph can be followed from pass to pass."""
+    model = tiny_llama()
+    step = torch.compile(model, backend="loki", options={"min_context": 0, "top_k": 1.0})
+    cache = DynamicCache(config=model.config)
+    caplog.set_level("DEBUG", "loki_compile")
+    with torch.no_grad():
+        model(torch.randint(64, (1, 9)), past_key_values=cache)
+        step(torch.randint(64, (1, 1)), past_key_values=cache)
+    said = {m.split(":")[0]: m for m in caplog.messages if " calls; " in m}
+    assert {"normalize", "shared_caches", "sparse"} <= set(said)
+    layers = len(model.model.layers)
+    assert f"loki::attend 0 -> {layers}" in said["sparse"]
+    assert f"scaled_dot_product_attention {layers} -> 0" in said["sparse"]
