@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import logging
 import time
@@ -119,6 +120,7 @@ def loki(
     added = adapters(normal, bindings, example_inputs, parts)
     record_graph(plan, config, bindings, decode, added)  # last: it may be traced again
     _say_what_stays_dense(plan, config, tally)
+    _say_which_layers_there_are(plan, config, tally)
     return compiled
 
 
@@ -136,6 +138,22 @@ def _checked(options: dict[str, Any], mode: str | None) -> LokiConfig:
     if config.basis == "auto":
         return config
     return dataclasses.replace(config, basis=load_basis(config.basis))
+
+
+def _say_which_layers_there_are(plan: Plan, config: LokiConfig, tally: Tally) -> None:
+    """Says once which layers the options name in vain. One layer's fragment tells nothing."""
+    if len(plan.sites) < 2 or not plan.sparse:
+        return
+    sites = list(enumerate(plan.sites))
+    for option, words, picks in config.layers_named():
+        if not any(site.is_among(picks, number) for number, site in sites):
+            paths = [site.path or str(number) for number, site in sites]
+            near = difflib.get_close_matches(str(words), paths, n=1, cutoff=0.0)
+            say_once(
+                (tally.model, option, words),
+                f"{tally.model}: {option} names {words!r}, and none of the {len(paths)} attention "
+                f"sites is that; the nearest is {near[0]!r}. loki_compile.reports() lists all.",
+            )
 
 
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfig) -> GraphReport:

@@ -124,6 +124,15 @@ class LokiConfig:
                 return name
         return "loki"
 
+    def layers_named(self) -> list[tuple[str, Any, tuple[int | str, ...]]]:
+        """Words by which options call layers: the option, its words, what these stand for."""
+        named: list[tuple[str, Any, tuple[int | str, ...]]] = []
+        if self.layers != "all":
+            named += [("layers", pick, (pick,)) for pick in self.layers]
+        if not isinstance(self.policy, str):
+            named += [("policy", layers, _picks(layers)) for layers in self.policy]
+        return named
+
     @property
     def budget(self) -> Budget:
         """`top_k`, `sink`, `recent` and `min_context` as the passes and kernels take them."""

@@ -168,3 +168,26 @@ def test_as_many_graphs_as_for_loki_whatever_the_sizes(policy, interpreted):
         assert stats()["sparse_steps"] == 12
         made[name] = len(interpreted.graphs)
     assert made[policy] <= made["loki"]
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"policy": {7: "window"}}, "policy names 7"),
+        ({"layers": (0, "model.layers.9*")}, "layers names 'model.layers.9*'"),
+        ({"policy": {"0-1": "window"}, "layers": (0, 1)}, ""),
+    ],
+)
+def test_a_layer_that_there_is_not_is_said_once_with_the_nearest(
+    options, says, interpreted, caplog
+):
+    model = tiny_llama()
+    fast = torch.compile(model, backend="loki", options={"min_context": 0, **options})
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.randint(64, (1, 9)), past_key_values=cache)
+        for _ in range(3):
+            fast(torch.randint(64, (1, 1)), past_key_values=cache)
+    said = [m for m in caplog.messages if " names " in m]
+    assert len(said) == bool(says)
+    assert not says or (says in said[0] and "nearest is 'model.layers." in said[0])
