@@ -15,6 +15,8 @@ import functools
 import json
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from harness import checkout, importable, run_python, stamp, table, write_rows
@@ -88,6 +90,18 @@ def microseconds(layers: int, kind: str, variant: str, mode: str) -> tuple[float
     return statistics.median(each), each[len(each) * 4 // 5]
 
 
+def measured(layers: int) -> list[dict[str, Any]]:
+    """A row for each cache, variant and mode."""
+    rows = []
+    for kind in ("static", "growing"):
+        for variant in ("sparse", "dense"):
+            for mode in ("no_grad", "inference_mode"):
+                median, p80 = microseconds(layers, kind, variant, mode)
+                what = {"cache": kind, "variant": variant, "mode": mode}
+                rows.append({**what, "us_per_layer": median, "p80": p80})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=32)
@@ -95,26 +109,27 @@ def main() -> None:
     parser.add_argument("--rows-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for kind in ("static", "growing"):
-        for variant in ("sparse", "dense"):
-            for mode in ("no_grad", "inference_mode"):
-                median, p80 = microseconds(args.layers, kind, variant, mode)
-                what = {"cache": kind, "variant": variant, "mode": mode}
-                rows.append({**what, "us_per_layer": median, "p80": p80})
+    if args.compare:  # both at once, so that neither has the machine to itself
+        command = [__file__, "--rows-only", f"--layers={args.layers}"]
+        with (
+            checkout(args.compare) as tree,
+            importable(tree) as theirs,
+            ThreadPoolExecutor() as pool,
+        ):
+            printed = list(pool.map(functools.partial(run_python, command), (None, theirs)))
+        rows, before = (
+            [json.loads(line) for line in text.splitlines() if line[:1] == "{"] for text in printed
+        )
+        for row, then in zip(rows, before, strict=True):
+            row["before"] = then["us_per_layer"]
+            row["ratio"] = row["us_per_layer"] / row["before"]
+    else:
+        rows = measured(args.layers)
     if args.rows_only:
         for row in rows:
             print(json.dumps(row))
         return
     columns = list(rows[0])
-    if args.compare:
-        command = [__file__, "--rows-only", f"--layers={args.layers}"]
-        with checkout(args.compare) as tree, importable(tree) as theirs:
-            printed = [line for line in run_python(command, theirs).splitlines() if line[:1] == "{"]
-        for row, line in zip(rows, printed, strict=True):
-            row["before"] = json.loads(line)["us_per_layer"]
-            row["ratio"] = row["us_per_layer"] / row["before"]
-        columns += ["before", "ratio"]
     print(table(rows, columns))
     about = {"layers": args.layers, "against": args.compare, **stamp("cpu")}
     write_rows("host", [{**row, **about} for row in rows])

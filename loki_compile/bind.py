@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from loki_compile.caches import CacheBinding, CacheForm, GivenSize, PartOf
+from loki_compile.caches import CacheBinding, CacheForm, GivenSize
 from loki_compile.config import LokiConfig
 from loki_compile.counts import say_once
 from loki_compile.kernels.fused import unit_queries
@@ -59,7 +59,7 @@ def bind_caches(
                 form=_form(cache),
                 keeps=keeps,
                 argument=place,
-                part=_part(parts[place - own]) if place >= own else None,
+                part=parts[place - own] if place >= own else None,
                 weights=weights,
                 layer=site.path or cache.source,
                 kv_heads=site.kv_heads,
@@ -111,10 +111,6 @@ def _form(cache: KeyCache) -> CacheForm:
         output=cache.output,
         rest_output=None if cache.beside is None else cache.beside.output,
     )
-
-
-def _part(part: Part) -> PartOf:
-    return PartOf(part.holder, part.numbers)
 
 
 def _unit_queries(

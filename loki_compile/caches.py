@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from loki_compile.kernels.fused import keys_by_head
 from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
+from loki_compile.passes.shared_caches import Part
 from loki_compile.pca_store.basis import Basis
 
 
@@ -25,14 +26,6 @@ class GivenSize:
 
     def of(self, args: Sequence[Any]) -> int:
         return int(args[self.argument])
-
-
-@dataclass(frozen=True)
-class PartOf:
-    """Which part of another tensor a cache is: `numbers` tell the parts of a tensor apart."""
-
-    holder: int
-    numbers: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -187,7 +180,7 @@ class CacheBinding:
     new_tokens: int | GivenSize
     weight: int | None = None
     rest: int | None = None
-    part: PartOf | None = None
+    part: Part | None = None
     latent: bool = False
     unit_queries: Callable[[Sequence[Any]], Tensor | None] | None = None
     basis: Basis | None = None
