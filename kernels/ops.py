@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,11 @@ SCHEMAS = (
 )
 for _schema in SCHEMAS:
     _LIBRARY.define(_schema, tags=_TAGS)
+
+# What Inductor stored on disk calls our ops as they were then, and its own keys do not tell: of
+# whatever graph calls them, ours or a user's, each set of schemas has its own entries.
+_ours = f"loki-{zlib.crc32(''.join(SCHEMAS).encode()):08x}"
+torch.compiler.config.cache_key_tag += _ours  # type: ignore[attr-defined]
 
 
 @torch.library.register_fake("loki::select", lib=_LIBRARY)

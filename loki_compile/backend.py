@@ -16,7 +16,6 @@ import difflib
 import functools
 import logging
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,7 +26,6 @@ from loki_compile.bind import adapters, bind_caches, load_basis, token_count
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Tally, say_once, tally_of
 from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
-from loki_compile.kernels.ops import SCHEMAS
 from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.dense import lay_out_first_keys, pack_groups
@@ -271,11 +269,7 @@ def inductor(
       A function of the graph's inputs that returns its outputs as a list or tuple.
     """
     patches = torch._inductor.list_mode_options(mode) if mode and mode != "default" else {}
-    # What Inductor has stored calls our ops as they were then, which its own keys do not tell.
-    ours = zlib.crc32("".join(SCHEMAS).encode())
-    tag = f"{torch.compiler.config.cache_key_tag}loki-{ours:08x}"
-    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-        return torch._inductor.compile(gm, list(inputs), options={**patches, **options})
+    return torch._inductor.compile(gm, list(inputs), options={**patches, **options})
 
 
 def interpreter(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ dims, K slots.
 """
 
 import re
+import zlib
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from loki_compile.kernels import cpu, cpu_torch, reference
 from loki_compile.kernels.fused import index_rows, mask_bounds
 from loki_compile.kernels.ops import (
     KEEP_ALL_Q16,
+    SCHEMAS,
     Budget,
     attend,
     extend_pages,
@@ -451,6 +453,12 @@ def test_inductor_hands_caches_over_as_they_are(step):
                 tensor.data_ptr() for tensor in found[2:]
             ]
         assert q.stride(-1) == 1
+
+
+def test_code_that_inductor_stored_for_other_schemas_is_not_found_again():
+    gm = torch.fx.symbolic_trace(lambda q: q + 1)
+    key = torch._inductor.codecache.FxGraphHashDetails(gm, [], {}, []).cache_key_tag
+    assert f"loki-{zlib.crc32(''.join(SCHEMAS).encode()):08x}" in key
 
 
 # ---- what is refused ---------------------------------------------------------------------------
