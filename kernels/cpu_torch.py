@@ -121,7 +121,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     mask: Tensor | None,
     *,
     scale: float,
@@ -133,6 +133,8 @@ def attend(
     check_attend(q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest)
     b, hq, s, d = q.shape
     t, dv = v.shape[2:]
+    if positions is None:
+        positions = torch.full((b, k.shape[1], s, 1), -1, dtype=torch.int32)
     heads = positions.shape[1]
     if mask is not None and mask.shape[1] != 1 and heads != hq:
         # Heads of a group see different keys: each reads for itself, or what one must not see

@@ -106,7 +106,7 @@ SCHEMAS = (
     " -> Tensor",
     "update_pages(Tensor(a!) pages, Tensor keys, Tensor written, *, int page) -> ()",
     "extend_pages(Tensor pages, Tensor keys, Tensor written, *, int page) -> Tensor",
-    "attend(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor? mask,"
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? positions, Tensor? mask,"
     " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_rest=None) -> Tensor",
 )
 for _schema in SCHEMAS:

@@ -145,7 +145,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     mask: Tensor | None,
     *,
     scale: float,
@@ -153,7 +153,7 @@ def attend(
     sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
 ) -> Tensor:
-    """Exact attention over the keys at `positions`: (B, Hq, S, Dv) in q.dtype.
+    """Exact attention over the keys at `positions`, or over all: (B, Hq, S, Dv) in q.dtype.
 
     k_rest (B, Hkv, T, dims): the keys' last dims, where they lie in a tensor of their own.
     """
@@ -161,6 +161,8 @@ def attend(
     b, hq, s, _ = q.shape
     hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
     every_key = torch.arange(t, device=q.device)
+    if positions is None:
+        positions = torch.full((b, hkv, s, 1), -1, dtype=torch.int32, device=q.device)
     bias = None if mask is None else mask.expand(b, hq, s, t)
     out = torch.empty((b, hq, s, dv), dtype=q.dtype, device=q.device)
     for i, h, j in _rows(b, hq, s):
