@@ -179,11 +179,12 @@ def check_attend(
     sink_logits: Tensor | None,
     k_rest: Tensor | None = None,
 ) -> None:
-    """Raise ValueError (what was found, what is allowed) unless `loki::attend` takes these.
+    """Raise ValueError (what was found, what is allowed) unless `loki::attend` takes these, or
+    `loki::attention` where there are no positions.
 
     q, k, v and k_rest may each have a dtype of its own: a cache is read as it is stored.
     """
-    op = "loki::attend"
+    op = "loki::attention" if positions is None else "loki::attend"
     b, hq, s, d = _rank4(op, "q", q)
     bk, hkv, t, dk = _rank4(op, "k", k)
     _, _, _, dv = _rank4(op, "v", v)
@@ -234,7 +235,7 @@ def _check_positions(op: str, positions: Tensor, q: Tensor, hkv: int) -> None:
     if positions.dtype != torch.int32:
         raise _wrong(op, "positions dtype", positions.dtype, "int32")
     if bp != b or sp != s or (hp != hkv and hp != hq) or slots < 1:
-        allowed = f"None, or (B, Hkv or Hq, S, K) = ({b}, {hkv} or {hq}, {s}, at least 1)"
+        allowed = f"(B, Hkv or Hq, S, K) = ({b}, {hkv} or {hq}, {s}, at least 1)"
         raise _wrong(op, "shape of positions", (bp, hp, sp, slots), allowed)
     _rows_contiguous(op, "positions", positions, slots)
     _same_device(op, "positions", positions, q)

@@ -110,7 +110,7 @@ def attend(
     sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
 ) -> Tensor:
-    """`loki::attend`; see `loki_compile.kernels.ops`."""
+    """`loki::attend`, and `loki::attention` without positions; see `loki_compile.kernels.ops`."""
     kernels = _kernels()
     if kernels is None:
         return cpu_torch.attend(
@@ -143,7 +143,7 @@ def attend(
         )
     )
     if missing:
-        raise _no_memory("loki::attend", missing)
+        raise _no_memory("loki::attention" if positions is None else "loki::attend", missing)
     return out
 
 

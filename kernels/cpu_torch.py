@@ -129,7 +129,7 @@ def attend(
     sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
 ) -> Tensor:
-    """`loki::attend`; see `loki_compile.kernels.ops`."""
+    """`loki::attend`, and `loki::attention` without positions; see `loki_compile.kernels.ops`."""
     check_attend(q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest)
     b, hq, s, d = q.shape
     t, dv = v.shape[2:]

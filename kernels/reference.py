@@ -7,6 +7,8 @@ to have the truth unrounded.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.checks import hidden_below, keys_ranked
@@ -183,6 +185,11 @@ def attend(
         weights = _softmax_or_zero(logits)[: len(at)]
         out[i, h, j] = (weights @ v[i, kv, at].double()).to(q.dtype)
     return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+    """`attend` over all keys."""
+    return attend(q, k, v, None, mask, **options)
 
 
 def _choose(score: Tensor, candidates: Tensor, budget: Budget) -> Tensor:
