@@ -2,6 +2,7 @@
 
     python benchmarks/bench_kernels.py                    this machine's shapes, about 2 minutes
     python benchmarks/bench_kernels.py --quick            fewer of them
+    python benchmarks/bench_kernels.py --attention        all keys: our op and each dense path
     python benchmarks/bench_kernels.py --scorers          what a group's choice and a scorer cost
     python benchmarks/bench_kernels.py --autotune         neighbours of the Triton launch tables
     python benchmarks/bench_kernels.py --compare REV      against the kernels of a git revision
@@ -11,11 +12,13 @@ output against fp64 attention over those keys, each dense path against fp64 atte
 shape that fails is not timed. All of a shape's variants are timed in turn in one run, over several
 input sets, so that no input waits in a cache that a decode step would find cold.
 
-A row has: the stage ("select", "attend", "loki" for both, or a dense path), milliseconds, bytes
-that must move at least (T*(R*index_bytes + 4 for an int8 scale) + 2*K*D*bytes per KV head), its
-share of the bandwidth measured in the same run (a large copy on a GPU, a large read on a CPU), the
-ratio to the fastest dense path, device, versions, commit. `share_of_index_and_kv` counts the bytes
-of index and keys and values alone, without the scales. On a GPU each launched kernel has a row too.
+A row has: the stage ("select", "attend", "loki" for both, "attention" for our op over all keys, or
+a dense path), milliseconds, bytes that must move at least (T*(R*index_bytes + 4 for an int8 scale)
++ 2*K*D*bytes per KV head), its share of the bandwidth measured in the same run (a large copy on a
+GPU, large reads on a CPU), the ratio to the fastest dense path, device, versions, commit.
+`share_of_index_and_kv` counts the bytes of index and keys and values alone, without the scales. On
+a CPU the reads take turns with the kernels, and shares are of the least times of both, since others
+may use the machine. On a GPU each launched kernel has a row too.
 """
 
 from __future__ import annotations
@@ -35,13 +38,14 @@ import torch
 import torch.nn.functional as F
 from harness import (
     RESULTS,
+    Timing,
     checkout,
     copy_bandwidth,
     draw_lines,
     importable,
     input_sets,
     measure,
-    read_bandwidth,
+    readers,
     require,
     run_python,
     stamp,
@@ -52,7 +56,7 @@ from harness import (
 )
 from loki_compile.kernels import reference
 from loki_compile.kernels.fused import index_rows
-from loki_compile.kernels.ops import attend, select, update_pages
+from loki_compile.kernels.ops import attend, attention, select, update_pages
 from torch import Tensor
 
 try:  # CPU builds of torch come without Triton
@@ -139,6 +143,10 @@ def choose(x: Inputs, shape: Shape) -> Tensor:
 
 def read(x: Inputs, shape: Shape, positions: Tensor) -> Tensor:
     return attend(x.q, x.k, x.v, positions, None, scale=shape.head_dim**-0.5)
+
+
+def read_all(x: Inputs, shape: Shape) -> Tensor:
+    return attention(x.q, x.k, x.v, None, scale=shape.head_dim**-0.5)
 
 
 def packed(x: Inputs, shape: Shape) -> Tensor:
@@ -257,6 +265,7 @@ def verify(shape: Shape, device: str, paths: dict[str, DensePath]) -> dict[str, 
     got = read(x, shape, positions).view(shape.batch, shape.kv_heads, shape.group, -1)
     require("loki::attend", got, exact(x, shape, positions), bound)
     truth = exact(x, shape)
+    require("loki::attention", read_all(x, shape).view(truth.shape), truth, bound)
     running: dict[str, DensePath] = {}
     for name, path in paths.items():
         try:
@@ -300,15 +309,17 @@ def bench(
         "attend": [lambda x=x, p=p: read(x, shape, p) for x, p in zip(inputs, chosen, strict=True)],
         "loki": [lambda x=x: read(x, shape, choose(x, shape)) for x in inputs],
     }
+    variants["attention"] = [lambda x=x: read_all(x, shape) for x in inputs]
     variants |= {name: [lambda x=x, p=p: p(x) for x in inputs] for name, p in paths.items()}
     if kernels:
         variants |= launched_kernels(shape, inputs)
-    timings = measure(variants, device, budget_s=budget_s)
+    timings, bandwidth = timed(variants, device, budget_s, bandwidth)
     fastest = min(paths, key=lambda name: timings[name].median_ms)
     moved = {
         "select": shape.select_bytes(),
         "attend": shape.attend_bytes(),
         "loki": shape.select_bytes() + shape.attend_bytes(),
+        "attention": shape.dense_bytes(),
         "kernel list": shape.select_bytes(),
         "kernel attend": shape.attend_bytes(),
     }
@@ -316,10 +327,7 @@ def bench(
     shared = {
         **stamp(device),
         "bench": "kernels",
-        **{
-            name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-            for name, value in asdict(shape).items()
-        },
+        **fields_of(shape),
         "input_sets": sets,
         "fastest_dense": fastest,
     }
@@ -328,12 +336,63 @@ def bench(
         row = {**shared, "stage": name, **timing_fields(timing)}
         if name in paths or name in moved:
             size = moved.get(name, shape.dense_bytes())
-            row |= traffic_fields(size, timing.median_ms, bandwidth)
+            row |= traffic_fields(size, best_ms(timing, device), bandwidth)
         if name == "loki":
-            row["share_of_index_and_kv"] = floor_ms / timing.median_ms
+            row["share_of_index_and_kv"] = floor_ms / best_ms(timing, device)
         if not name.startswith("kernel "):
             row["vs_fastest_dense"] = timings[fastest].median_ms / timing.median_ms
         rows.append(row)
+    return rows
+
+
+def fields_of(shape: Shape) -> dict:
+    return {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in asdict(shape).items()
+    }
+
+
+def best_ms(timing: Timing, device: str) -> float:
+    """What is compared with a bandwidth: the median on a GPU, the least on a CPU."""
+    return timing.least_ms if device == "cpu" else timing.median_ms
+
+
+def timed(
+    variants: dict[str, list[Callable[[], Tensor]]], device: str, budget_s: float, bandwidth: float
+) -> tuple[dict[str, Timing], float]:
+    """The variants' times, and bytes per second: `bandwidth` on a GPU, read in turn on a CPU."""
+    if device != "cpu":
+        return measure(variants, device, budget_s=budget_s), bandwidth
+    reads = readers(device, READ_BYTES)
+    timings = measure({**variants, **reads}, device, budget_s=budget_s)
+    least = min(timings.pop(name).least_ms for name in reads)
+    return timings, READ_BYTES / least * 1e3
+
+
+READ_BYTES = 1 << 28
+
+
+def bench_attention(device: str, budget_s: float, bandwidth: float) -> list[dict]:
+    """All keys by our op and by every dense path, by length and dtype."""
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for tokens in (128, 512, 2048, 16384, 131072):
+            shape = Shape(1, 2, 4, tokens, 128, tokens, 32, dtype, dtype)
+            paths = verify(shape, device, dense_paths(shape, device))
+            sets = input_sets(shape.dense_bytes(), device)
+            inputs = [make_inputs(shape, device, seed) for seed in range(sets)]
+            variants = {"attention": [lambda x=x, s=shape: read_all(x, s) for x in inputs]}
+            for name, path in paths.items():
+                variants[name] = [lambda x=x, p=path: p(x) for x in inputs]
+            timings, reached = timed(variants, device, budget_s, bandwidth)
+            fastest = min(paths, key=lambda name: best_ms(timings[name], device))
+            for name, timing in timings.items():
+                row = {**stamp(device), "bench": "attention", **fields_of(shape), "stage": name}
+                row |= {"input_sets": sets, "fastest_dense": fastest, **timing_fields(timing)}
+                mine = best_ms(timing, device)
+                row |= traffic_fields(shape.dense_bytes(), mine, reached)
+                row["vs_fastest_dense"] = best_ms(timings[fastest], device) / mine
+                rows.append(row)
     return rows
 
 
@@ -516,6 +575,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the shapes of the stated goals only")
     parser.add_argument("--scorers", action="store_true", help="select by scorer and group choice")
+    parser.add_argument("--attention", action="store_true", help="our op and dense paths by length")
     parser.add_argument("--autotune", action="store_true", help="try other launches (GPU)")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds of timing per shape")
     parser.add_argument("--rows-only", action="store_true", help="JSON lines on stdout, no files")
@@ -536,7 +596,13 @@ def main() -> int:
         for shape in shapes_of(args.device, quick=True):
             autotune(shape, args.device, args.budget)
         return 0
-    bandwidth = (copy_bandwidth if on_gpu else read_bandwidth)(args.device)
+    bandwidth = copy_bandwidth(args.device) if on_gpu else 0.0
+    if args.attention:
+        rows = bench_attention(args.device, args.budget, bandwidth)
+        columns = ["tokens", "dtype", "stage", "median_ms", "least_ms"]
+        print(table(rows, [*columns, "share_of_bandwidth", "vs_fastest_dense"]))
+        print("written to", write_rows(f"attention_{args.device.partition(':')[0]}", rows))
+        return 0
     rows: list[dict] = []
     for shape in shapes_of(args.device, args.quick):
         new = bench(shape, args.device, bandwidth, args.budget, kernels=on_gpu)

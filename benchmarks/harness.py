@@ -2,7 +2,7 @@
 
     require(...)            refuse to time something that is not right
     measure({...})          interleaved timing of several callables: median, 20th, 80th percentile
-    read_bandwidth(device)  and copy_bandwidth: bytes per second, measured here and now
+    copy_bandwidth(device)  bytes per second, measured here and now; readers: to measure in turn
     stamp(device)           device, versions and commit, for each row
     write_rows(...)         JSON lines under benchmarks/results/
     checkout(rev)           another revision of this repository, importable by a subprocess
@@ -44,6 +44,7 @@ class Timing:
     p20_ms: float
     p80_ms: float
     rounds: int
+    least_ms: float
     how: str  # "host clock", "CUDA graph" or "CUDA events"
 
 
@@ -103,7 +104,7 @@ class _Clock:
 def _timing(samples: list[float], how: str) -> Timing:
     ordered = sorted(samples)
     at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]  # noqa: E731
-    return Timing(statistics.median(ordered), at(0.2), at(0.8), len(ordered), how)
+    return Timing(statistics.median(ordered), at(0.2), at(0.8), len(ordered), ordered[0], how)
 
 
 def _host_clock(calls: list[Thunk]) -> tuple[_Clock, str]:
@@ -167,19 +168,13 @@ def _cuda_clock(calls: list[Thunk]) -> tuple[_Clock, str]:
 # ------------------------------------------------------------------------------------ bandwidth
 
 
-def read_bandwidth(device: torch.device | str, size: int | None = None) -> float:
-    """Bytes per second of reading one large buffer once (the best of several reductions)."""
-    device = torch.device(device)
-    buffers = _large(device, size, 2)
-    readers = {
-        "sum": [lambda x=x: x.sum() for x in buffers],
-        "amax": [lambda x=x: x.amax() for x in buffers],
-        "sum of 4 columns": [lambda x=x: x.view(4, -1).sum(1) for x in buffers],
+def readers(device: torch.device | str, size: int | None = None) -> dict[str, list[Thunk]]:
+    """Reads of large buffers, to `measure` a bandwidth in turn with what uses it."""
+    buffers = _large(torch.device(device), size, 2)
+    return {
+        "read": [lambda x=x: x.sum() for x in buffers],
+        "read by dot": [lambda x=x: torch.dot(x, x) for x in buffers],
     }
-    if device.type == "cpu":
-        readers["dot"] = [lambda x=x: torch.dot(x, x) for x in buffers]
-    best = min(t.median_ms for t in measure(readers, device, budget_s=1.0).values())
-    return buffers[0].nbytes / best * 1e3
 
 
 def copy_bandwidth(device: torch.device | str, size: int | None = None) -> float:

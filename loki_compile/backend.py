@@ -4,8 +4,8 @@
 
 Dynamo calls it once per graph, at torch level: attention is still one call, and writes into a
 cache are still visible mutations. A graph without a sparse site goes to Inductor at once (with
-query groups packed, unless `pack_gqa=False`); any other becomes a `DecodeGraph`, whose two
-variants are compiled when they are first needed.
+exact attention as fast as can be, unless `pack_gqa=False`); any other becomes a `DecodeGraph`,
+whose two variants are compiled when they are first needed.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Variants:
         return len(self.plan.sites)
 
     def dense(self, missed: Callable[[], None]) -> Variant:
-        """The graph with query groups packed, compiled."""
+        """The graph with exact attention as fast as can be, compiled."""
         gm, mapping = copy_of(self.gm)
         before = ops_of(gm.graph)
         if self.pack_gqa:

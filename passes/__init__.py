@@ -33,7 +33,7 @@ what reads it (decides, never edits),
 and what rewrites it (edits, never decides):
 
     emit           nodes that several edits add: views, calls like the model's, layouts
-    dense          the dense variant: query groups packed
+    dense          the dense variant: our exact attention, or query groups packed
     mirror         each write into a cache, repeated on the index that is kept beside it
     masks          the masks of a site as one
     sparse         the sparse variant: a core becomes positions and attention over them

@@ -1,10 +1,12 @@
 """The CPU kernels against the reference in fp64: compiled for this processor, compiled for a plain
-one (the code without intrinsics), and made of PyTorch ops.
+one (the code without intrinsics), made of PyTorch ops; and, where tests are slow, compiled for the
+first processors with AVX-512 (neither bf16 nor int8 products), and for the oldest ones.
 
 Legend: B batch, Hq query heads, Hkv KV heads, S new tokens, T cached tokens, D dims of q and k, Dv
 dims of v, R index dims, K slots.
 """
 
+import functools
 import itertools
 import logging
 import os
@@ -23,6 +25,7 @@ from loki_compile.kernels.ops import KEEP_ALL_Q16
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN_ISA = {"x86_64": "-march=x86-64-v3", "aarch64": "-march=armv8-a"}
+OTHER_ISA = {"avx512": "-march=x86-64-v4", "oldest": "-march=x86-64"}
 
 #        B, Hq, Hkv, S, T, D, Dv, R, K
 SHAPES = [
@@ -37,24 +40,50 @@ SHAPES = [
 SHAPE_NAMES = [f"T{shape[4]}-D{shape[5]}-G{shape[1] // shape[2]}" for shape in SHAPES]
 
 
-@pytest.fixture(scope="session")
-def plain_library():
-    machine = platform.machine()
-    if machine not in PLAIN_ISA:
-        pytest.skip(f"no plain instruction set is named for {machine}")
-    flags = tuple(PLAIN_ISA[machine] if f.startswith("-march") else f for f in cpu_build._FLAGS)
+def runs(level):
+    return level != "avx512" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def library_for(isa):
+    """The kernels, compiled for another instruction set than this processor's."""
+    flags = tuple(isa if f.startswith("-march") else f for f in cpu_build._FLAGS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_build, "_FLAGS", flags)
         return cpu.declare(cpu_build.load())
 
 
-@pytest.fixture(params=["native", "plain", "torch"])
+@pytest.fixture(scope="session")
+def plain_library():
+    machine = platform.machine()
+    if machine not in PLAIN_ISA:
+        pytest.skip(f"no plain instruction set is named for {machine}")
+    return library_for(PLAIN_ISA[machine])
+
+
+@pytest.fixture(scope="session")
+def other_libraries():
+    return functools.cache(library_for)
+
+
+@pytest.fixture(
+    params=[
+        "native",
+        "plain",
+        "torch",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in OTHER_ISA),
+    ]
+)
 def implementation(request, monkeypatch):
     """loki_compile.kernels.cpu, with the kernels that the parameter names."""
     if request.param == "native":
         assert cpu._kernels() is not None
     if request.param == "plain":
         library = request.getfixturevalue("plain_library")
+        monkeypatch.setattr(cpu, "_kernels", lambda: library)
+    if request.param in OTHER_ISA:
+        if platform.machine() != "x86_64" or not runs(request.param):
+            pytest.skip(f"this processor does not run {OTHER_ISA[request.param]}")
+        library = request.getfixturevalue("other_libraries")(OTHER_ISA[request.param])
         monkeypatch.setattr(cpu, "_kernels", lambda: library)
     if request.param == "torch":
         monkeypatch.setattr(cpu, "_kernels", lambda: None)
