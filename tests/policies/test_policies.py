@@ -182,6 +182,23 @@ def test_what_no_row_sees_yet_may_hold_anything(policy, hidden):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @torch.no_grad()
+def test_keys_of_padding_may_be_nan(policy):
+    """As rows that see nothing leave them in the next layer; a page holds visible ones too."""
+    module = ToyDecoder(_static.but(mask=left_padded)).eval()
+    for options in (EVERYTHING, FEW):
+        torch._dynamo.reset()
+        fast = compiled(module, policy, **options)
+        clean = Conversation.start(module.spelling)
+        clean.keys[1, :, :3] = clean.keys[1, :, 3:4]  # which bound a page no further
+        dirty = clean.fork()
+        dirty.keys[1, :, :3] = torch.nan
+        for x in tokens(module.spelling, STEPS):
+            out, expected = dirty.step(fast, x), clean.step(fast, x)
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@torch.no_grad()
 def test_caches_that_are_parts_of_one_tensor(policy):
     """The caches of two layers, keys and values in one tensor."""
 
