@@ -5,10 +5,11 @@ Analysis only: nothing here edits a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from loki_compile.passes.attention import MAX_QUERY_TOKENS, AttentionSite, Reason
 from loki_compile.passes.caches import CacheWrite
 from loki_compile.passes.calls import (
@@ -22,7 +23,7 @@ from loki_compile.passes.calls import (
     shape_of,
     writes_of,
 )
-from loki_compile.passes.views import indexed_dims, items_of
+from loki_compile.passes.views import is_number, items_of
 from torch import fx
 
 
@@ -237,3 +238,64 @@ def batch_axis_of(source: Any, target: list[Any] | None, cache: Any, labels: lis
         return -1
     axis = target.index("B") - (len(target) - len(shape))
     return axis if axis >= 0 and same_size(shape[axis], sizes[labels.index("B")]) else -1
+
+
+# --- indices that copy
+
+
+def indexed_dims(index: Any, shape: Sequence[Any]) -> list[int | None] | None:
+    """NumPy's rule: the input dimension behind each dimension of `x[index]`, None where new."""
+    items = items_of(index, len(shape))
+    out: list[int | None] = []
+    advanced: list[int] = []  # positions among items
+    counted: dict[int, int] = {}  # dimension of the indices, from the right -> dimension of x
+    advanced_rank, insert_at, dim = 0, 0, 0
+    for position, item in enumerate(items):
+        if item is None:
+            out.append(None)
+            continue
+        if isinstance(item, slice):
+            out.append(dim)
+        elif shape_of(item) is not None:
+            value = fake_value(item)
+            if value.dtype == torch.bool:
+                return None
+            if not advanced:
+                insert_at = len(out)
+            advanced.append(position)
+            advanced_rank = max(advanced_rank, value.ndim)
+            axis = _counting_axis(item, shape[dim])
+            if axis is not None:
+                counted[axis] = dim
+        elif not is_number(item):
+            return None
+        elif advanced:
+            return None  # an int between tensors joins their broadcast; not worth following
+        dim += 1
+    if not advanced:
+        return out
+    if advanced[-1] - advanced[0] + 1 != len(advanced):
+        insert_at = 0
+    out[insert_at:insert_at] = [counted.get(axis) for axis in range(-advanced_rank, 0)]
+    return out
+
+
+def _counting_axis(item: Any, size: Any) -> int | None:
+    """The axis (from the right) along which an index tensor counts a dimension from 0 to its end.
+
+    `cache[torch.arange(B)[:, None], :, pos]` pairs rows as a slice would.
+    """
+    shape = fake_value(item).shape
+    node, axes = item, [d for d, n in enumerate(shape) if concrete(n) != 1]
+    while op_name(node) in ("unsqueeze", "getitem", "reshape", "to"):
+        node = node.args[0]
+    ends = [a for a in node.args if isinstance(a, (int, fx.Node))]
+    if op_name(node) != "arange" or len(ends) != len(node.args) or len(ends) > 2:
+        return None
+    if (len(ends) == 2 and ends[0] != 0) or "step" in node.kwargs or "start" in node.kwargs:
+        return None
+    counted = shape_of(node)
+    whole = same_size(counted[0], size) if counted else False
+    if not whole or len(axes) != 1 or not same_size(shape[axes[0]], size):
+        return None
+    return axes[0] - len(shape)

@@ -67,7 +67,7 @@ ORACLES = {
     "passes/graphs.py": ("graphs", "cache_writes", "rollback"),
     "passes/latent.py": LATENT_FORMS,
     "passes/normalize.py": ("normalize", "sites"),
-    "passes/shared_caches.py": ("shared_tensors",),
+    "passes/shared_caches.py": ("shared_tensors", "shared_properties"),
     "passes/products.py": ("sites", "odd_spellings"),
     "passes/plan.py": ("plan", "config"),
     "passes/emit.py": ("rewrite", LATENT_ROWS, LATENT_BASES, "sites"),
