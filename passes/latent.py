@@ -131,7 +131,6 @@ class _Absorption:
             kept=kept,
             rest=rest,
             at=at,
-            fills=tuple(self.fills),
         )
         self._refuse_other_dtypes(latent_form, heads)
         self._refuse_writes_between(latent_form, heads)

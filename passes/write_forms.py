@@ -23,7 +23,8 @@ from loki_compile.passes.calls import (
     shape_of,
     writes_of,
 )
-from loki_compile.passes.views import is_number, items_of
+from loki_compile.passes.graphs import ancestors
+from loki_compile.passes.views import CALLS, is_number, items_of
 from torch import fx
 
 
@@ -96,6 +97,23 @@ def only_stores(node: fx.Node) -> bool:
     if op_name(node) not in FORMS or "reduce" in node.kwargs:
         return False
     return op_name(node) != "index_put_" or not operand(node, "accumulate")
+
+
+# Calls behind which a later token's position is the greater one if it was before.
+_KEEP_ORDER = {
+    *CALLS, "add", "add_", "iadd", "arange", "size", "item", "int", "long", "stack", "cat", "max",
+    "amax", "full", "zeros", "ones", "tensor",
+}  # fmt: skip
+
+
+def unordered_by(write: CacheWrite) -> str:
+    """The call on the way to the position of a write behind which a later token may come first, as
+    in a buffer that wraps around; "" where there is none."""
+    what = None if write.fill is None else write.fill[0]
+    for node in ancestors([what] if isinstance(what, fx.Node) else []):
+        if node.op != "placeholder" and op_name(node) not in _KEEP_ORDER:
+            return op_name(node) or node.op
+    return ""
 
 
 def mirrorable(
