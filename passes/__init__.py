@@ -22,6 +22,7 @@ what reads it (decides, never edits),
     written_out    a spelling: products around a softmax
     sdpa           a spelling: the call of `scaled_dot_product_attention`
     flex           a spelling: the call of `flex_attention`
+    flash          a spelling: the op of FlashAttention-2
     sites          every attention core becomes an `AttentionSite`, or `Skipped` with a reason
     trace_caches   from a site's keys back to the cache they are read from and the writes into it
     latent         attention over a cached latent, where each step expands keys and values from one

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from loki_compile.passes import flex, sdpa, written_out
+from loki_compile.passes import flash, flex, sdpa, written_out
 from loki_compile.passes.attention import (
     MAX_QUERY_TOKENS,
     AttentionSite,
@@ -45,6 +45,7 @@ SPELLINGS: dict[str, Callable[[fx.Node], Core | Skipped | None]] = {
     "scaled_dot_product_attention": sdpa.core_at,
     "softmax": written_out.core_at,
     "flex_attention": flex.core_at,
+    flash.OP: flash.core_at,
 }
 
 

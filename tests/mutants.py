@@ -63,6 +63,7 @@ ORACLES = {
     "passes/write_forms.py": ("cache_writes", "odd_spellings"),
     "passes/trace_caches.py": ("cache_writes", "odd_spellings"),
     "passes/flex.py": FLEX_FORMS,
+    "passes/flash.py": ("flash",),
     "passes/calls.py": ("graphs", "normalize", "cache_writes", "rollback"),
     "passes/graphs.py": ("graphs", "cache_writes", "rollback"),
     "passes/latent.py": LATENT_FORMS,
