@@ -69,6 +69,15 @@ class Skipped:
         return self.reason.value.format(*self.details)
 
 
+class No(Exception):
+    """Why what is looked at is no site, or has no cache that can be kept track of: a `Reason` and
+    its details. Raised and caught within a stage of analysis."""
+
+    def skipped(self, node: fx.Node, path: str) -> Skipped:
+        reason, *details = self.args
+        return Skipped(node, reason, tuple(details), path)
+
+
 @dataclass(frozen=True)
 class Heads:
     """Keys or values behind views: `base` permuted by `order` is (B, Hkv, T, head_dim).

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from loki_compile.passes.attention import MAX_QUERY_TOKENS, AttentionSite, Reason
+from loki_compile.passes.attention import MAX_QUERY_TOKENS, AttentionSite, No, Reason
 from loki_compile.passes.caches import CacheWrite
 from loki_compile.passes.calls import (
     concrete,
@@ -29,13 +29,6 @@ from torch import fx
 
 
 @dataclass(frozen=True)
-class No:
-    """Why a write cannot be mirrored: a `Reason` and its details."""
-
-    reason: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
 class Stored:
     """What a call stores: `source`, whose dimensions line up from the right with those that the
     labels `target` are of, and how far the cache is filled then (`CacheWrite.fill`)."""
@@ -45,15 +38,15 @@ class Stored:
     fill: tuple[Any, int] | None
 
 
-def _index_copied(node: fx.Node, labels: list[Any]) -> Stored | No:
+def _index_copied(node: fx.Node, labels: list[Any]) -> Stored:
     if labels[operand(node, "dim") % len(labels)] in ("H", "D"):
-        return No((Reason.WRITE, op_name(node), "it indexes heads or head_dim"))
+        raise No(Reason.WRITE, op_name(node), "it indexes heads or head_dim")
     return Stored(operand(node, "source"), labels, (operand(node, "index"), 1))
 
 
-def _scattered(node: fx.Node, labels: list[Any]) -> Stored | No:
+def _scattered(node: fx.Node, labels: list[Any]) -> Stored:
     if not _scatters_rows(node, labels):
-        return No((Reason.WRITE, op_name(node), "it does not store whole rows"))
+        raise No(Reason.WRITE, op_name(node), "it does not store whole rows")
     return Stored(operand(node, "src"), labels, (operand(node, "index"), 1))
 
 
@@ -65,9 +58,9 @@ def _assigned(node: fx.Node, labels: list[Any]) -> Stored:
     return _at_index(node, operand(node, "source"), operand(node, "index"), labels)
 
 
-def _index_put(node: fx.Node, labels: list[Any]) -> Stored | No:
+def _index_put(node: fx.Node, labels: list[Any]) -> Stored:
     if operand(node, "accumulate", False):
-        return No((Reason.WRITE, op_name(node), "it accumulates"))
+        raise No(Reason.WRITE, op_name(node), "it accumulates")
     # A whole dimension is None here.
     index = tuple(slice(None) if i is None else i for i in operand(node, "indices"))
     return _at_index(node, operand(node, "values"), index, labels)
@@ -81,7 +74,7 @@ def _at_index(node: fx.Node, source: Any, index: Any, labels: list[Any]) -> Stor
 
 # The calls that store rows, in place or in a copy, -> what each stores, given the labels of the
 # dimensions ("B", "H", "T", "D") of what it stores into.
-FORMS: dict[str, Callable[[fx.Node, list[Any]], Stored | No]] = {
+FORMS: dict[str, Callable[[fx.Node, list[Any]], Stored]] = {
     "index_copy_": _index_copied,
     "index_copy": _index_copied,
     "scatter_": _scattered,
@@ -122,23 +115,21 @@ def mirrorable(
     labels: list[Any],
     root_labels: list[Any],
     site: AttentionSite,
-) -> CacheWrite | No:
+) -> CacheWrite:
     """The write of new keys that a call is, given the views from the cache to what it writes into.
 
     labels: of the dimensions of that; root_labels: of the cache's.
     """
     name = op_name(node)
     if name not in FORMS:
-        return No((Reason.WRITE, name, "not a copy of new keys"))
+        raise No(Reason.WRITE, name, "not a copy of new keys")
     stored = FORMS[name](node, labels)
-    if isinstance(stored, No):
-        return stored
     source, target, fill = stored.source, stored.target, stored.fill
     if name == "copy_":
         fill = _fill_of_view(views, root_labels)
     head_axis = head_axis_of(source, target, site)
     if head_axis is None:
-        return No((Reason.WRITE, name, "the new keys do not line up with the cache"))
+        raise No(Reason.WRITE, name, "the new keys do not line up with the cache")
     if name == "copy_" and not views and site.query_tokens > 0:
         moved = _moved_rows(source, node, labels, site)
         if moved:
@@ -146,7 +137,7 @@ def mirrorable(
     rows = _rows(source, target)
     known = concrete(rows)
     if (known is None and not same_size(rows, site.tokens)) or (known or 0) > MAX_QUERY_TOKENS:
-        return No((Reason.WRITE, name, "it writes more rows than there are new tokens"))
+        raise No(Reason.WRITE, name, "it writes more rows than there are new tokens")
     batch_axis = batch_axis_of(source, target, node.args[0], labels)
     return CacheWrite(node, source, head_axis, views, fill, batch_axis=batch_axis)
 
@@ -178,8 +169,11 @@ def _moved_rows(
             continue
         if other.operand is not roll or not other.call < write:
             return ()
-        into = mirrorable(other.call, (), labels, labels, site)
-        if isinstance(into, No) or into.moved:
+        try:
+            into = mirrorable(other.call, (), labels, labels, site)
+        except No:
+            return ()
+        if into.moved:
             return ()
         calls.append(into)
     return tuple(calls)
