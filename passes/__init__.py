@@ -8,6 +8,7 @@ Each file imports only from those above it. The vocabulary first:
     caches         what the cache behind a site's keys is, and a write into it
     views          a tensor as a rearrangement of another: one algebra, one table of calls
     heads          keys and values behind their repetition over a group of query heads
+    write_forms    the calls that store new keys in a cache
 
 then, in the order in which `loki_compile.backend` runs them, what brings a graph into one form,
 
@@ -21,8 +22,8 @@ what reads it (decides, never edits),
     written_out    a spelling: products around a softmax
     sdpa           a spelling: the call of `scaled_dot_product_attention`
     flex           a spelling: the call of `flex_attention`
+    flash          a spelling: the op of FlashAttention-2
     sites          every attention core becomes an `AttentionSite`, or `Skipped` with a reason
-    write_forms    the calls that store new keys in a cache
     trace_caches   from a site's keys back to the cache they are read from and the writes into it
     latent         attention over a cached latent, where each step expands keys and values from one
     rotary         keys and queries before their rotation, for calibration

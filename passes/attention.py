@@ -69,6 +69,15 @@ class Skipped:
         return self.reason.value.format(*self.details)
 
 
+class No(Exception):
+    """Why what is looked at is no site, or has no cache that can be kept track of: a `Reason` and
+    its details. Raised and caught within a stage of analysis."""
+
+    def skipped(self, node: fx.Node, path: str) -> Skipped:
+        reason, *details = self.args
+        return Skipped(node, reason, tuple(details), path)
+
+
 @dataclass(frozen=True)
 class Heads:
     """Keys or values behind views: `base` permuted by `order` is (B, Hkv, T, head_dim).
@@ -198,9 +207,9 @@ class Latent:
     A row is the latent and, behind it, `rest`: what all heads take as it is. That lies in a tensor
     of its own, or in the latent's (`rest` None; then the latent begins at dim `at` of a row), or
     does not exist (`kept` 0). Of a query's dims, the `keys.dims` from `absorbed_at` meet what is
-    expanded from the latent, the `kept` from `kept_at` meet the rest. `fills` are the calls that
-    put expanded keys together. Where the model itself absorbs the maps, both are None: queries meet
-    the rows as they are, and weighted latents are what the core returns.
+    expanded from the latent, the `kept` from `kept_at` meet the rest. Where the model itself
+    absorbs the maps, both are None: queries meet the rows as they are, and weighted latents are
+    what the core returns.
     """
 
     keys: HeadMaps | None
@@ -211,7 +220,6 @@ class Latent:
     kept: int
     rest: Heads | None
     at: int = 0
-    fills: tuple[fx.Node, ...] = ()
 
     @property
     def absorption(self) -> tuple[tuple[bool, int, int, int, int], int, tuple[int, int], bool]:

@@ -14,8 +14,8 @@ import torch
 from loki_compile.kernels.fused import expanded_values, tiles_to_blocks
 from loki_compile.kernels.kept import Layout
 from loki_compile.kernels.ops import attend
-from loki_compile.passes.attention import AttentionSite, Latent
-from loki_compile.passes.calls import concrete, fake_value, may_overlap, written_operands
+from loki_compile.passes.attention import AttentionSite
+from loki_compile.passes.calls import concrete, fake_value
 from loki_compile.passes.emit import absorbed, canonical, cast, replay, strided_like, whole_queries
 from loki_compile.passes.graphs import call, finish
 from loki_compile.passes.masks import Masks, with_plain_masks
@@ -59,8 +59,6 @@ def rewrite_sparse(
             of_cache = kept.get(sparse.cache, []), places.get(sparse.cache)
             out = _sparse_attention(graph, sparse, *of_cache, masks, shared)
         sparse.site.node.replace_all_uses_with(out)
-        if sparse.site.latent is not None:
-            _drop_fills(graph, sparse.site.latent)
     result = graph.output_node()
     result.args = ((*result.args[0], *outputs),)  # type: ignore[misc]
     return finish(gm)
@@ -153,29 +151,3 @@ def _attended(asked: Asked, positions: fx.Node, sinks: fx.Node | None) -> fx.Nod
         k_rest=rest,
         like=site.node,
     )
-
-
-def _drop_fills(graph: fx.Graph, latent: Latent) -> None:
-    """Removes the copies that put expanded keys together, unless something else reads those.
-
-    Dead code that writes is not removed by `finish`. That nothing reads them shows only when the
-    core is replaced, which is why no analysis names them.
-    """
-    if not latent.fills:
-        return
-    keys = latent.fills[0].args[0]
-    while isinstance(keys, fx.Node) and keys.args and isinstance(keys.args[0], fx.Node):
-        if not may_overlap(keys, keys.args[0]):
-            break
-        keys = keys.args[0]
-    assert isinstance(keys, fx.Node)
-    dead = [keys]
-    for node in dead:
-        for user in node.users:
-            outside = [w for w in written_operands(user) if not may_overlap(w, keys)]
-            if user.op == "output" or outside:
-                return
-            if user not in dead:
-                dead.append(user)
-    for node in sorted(dead, reverse=True):
-        graph.erase_node(node)
