@@ -5,7 +5,7 @@
 Dynamo calls it once per graph, at torch level: attention is still one call, and writes into a
 cache are still visible mutations. A graph without a sparse site goes to Inductor at once (with
 query groups packed, unless `pack_gqa=False`); any other becomes a `DecodeGraph`, whose two
-variants are compiled when they are first needed.
+variants are compiled when they are first needed. What may be called once is `Deferred`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import fx
 from loki_compile.bind import adapters, bind_caches, load_basis, token_count
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Tally, say_once, tally_of
+from loki_compile.deferred import PRICE, Deferred
 from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
 from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
@@ -73,26 +74,32 @@ def loki(
       RuntimeError: under `strict=True`, listing every site that could not be rewritten.
     """
     config = plainly(_checked, {**(options or {}), **unknown}, mode)
-    compile_graph = functools.partial(engine or _engine, mode=mode, options=config.inductor)
+    compile_graph = PRICE.timed(
+        functools.partial(engine or _engine, mode=mode, options=config.inductor)
+    )
     normal, parts = _in_one_form(gm)
     plan = plan_graph(normal, config)
     refusal = _refusal(plan) if config.strict else ""
-    if plan.sparse or refusal:
+    once = _is_called_once(plan, normal.graph)
+    if plan.sparse or refusal or once:
         ask_what_inductor_asks(gm, example_inputs)  # what is traced again is not judged
     if refusal:
         raise Refusal(refusal)
     bindings = plainly(bind_caches, normal, plan, example_inputs, parts, config)
     tally = tally_of(gm, example_inputs)
     decode = None
-    if plan.sparse:
-        late = functools.partial(
+    if plan.sparse or once:
+        late: Callable[..., Variant] = functools.partial(
             _compile_late,
             compile_graph=compile_graph,
             known=len(fake_mode_of(normal.graph).shape_env.guards),
             tally=tally,
-            sites=len(plan.sites),
+            sites=len(plan.sites) or len(plan.dense),
             autocast=_autocast_now(normal),
         )
+        if once:
+            late = functools.partial(Deferred, late)
+    if plan.sparse:
         served = Served(bindings, tally)
 
         def serve(args: Sequence[Any]) -> Served:
@@ -102,13 +109,16 @@ def loki(
         variants = Variants(normal, plan, config.pack_gqa, late, counts)
         decode = DecodeGraph(variants, config, parts, served, serve)
         decode.remember(example_inputs)
-    elif plan.dense:
+    elif plan.dense and not once:
         prefill = all(skip.reason is Reason.PREFILL for skip in plan.dense)
-        what = "a prefill, which is dense" if prefill else "a graph that stays dense"
+        what = _A_PREFILL if prefill else "a graph that stays dense"
         _say_compiling(tally, what, len(plan.dense))
     compiled: Callable[..., Any]
     if decode is not None:
         compiled = decode
+    elif once:
+        missed = functools.partial(tally.add, "interpreted_steps")
+        compiled = late(lay_out_first_keys(gm), _A_PREFILL, missed)
     elif config.pack_gqa and not parts and any(site.group > 1 for site in plan.sites):
         packed, mapping = copy_of(normal)
         packed = pack_groups(packed, plan.on(mapping).sites)
@@ -116,10 +126,25 @@ def loki(
     else:
         compiled = compile_graph(lay_out_first_keys(gm), example_inputs)
     added = adapters(normal, bindings, example_inputs, parts)
-    record_graph(plan, config, bindings, decode, added)  # last: it may be traced again
+    record_graph(plan, config, bindings, compiled, added)  # last: it may be traced again
     _say_what_stays_dense(plan, config, tally)
     _say_which_layers_there_are(plan, config, tally)
     return compiled
+
+
+def _is_called_once(plan: Plan, graph: fx.Graph) -> bool:
+    """Whether a conversation calls the graph once: a prefill, or a step for one length of a cache
+    that grows, as Dynamo traces the first.
+
+    What computes flex_attention is never run as it is: all scores would lie in memory at once.
+    """
+    if any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in graph.nodes):
+        return False
+    if plan.sparse:
+        return any(cache.serves_one_length for cache in plan.caches)
+    if plan.sites or not plan.dense:
+        return False
+    return all(skip.reason is Reason.PREFILL for skip in plan.dense)
 
 
 def _checked(options: dict[str, Any], mode: str | None) -> LokiConfig:
@@ -216,6 +241,9 @@ def _refusal(plan: Plan) -> str:
     return ""
 
 
+_A_PREFILL = "a prefill, which is dense"
+
+
 def _say_compiling(tally: Tally, what: str, sites: int) -> None:
     """Each time where that takes minutes, else once."""
     again = time.monotonic() if sites >= _LONG else None
@@ -307,7 +335,7 @@ def _autocast_now(gm: fx.GraphModule) -> list[tuple[str, torch.dtype, bool]]:
 
 def _compile_late(
     gm: fx.GraphModule,
-    which: str,
+    what: str,
     missed: Callable[[], None],
     *,
     compile_graph: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
@@ -316,7 +344,7 @@ def _compile_late(
     sites: int,
     autocast: Sequence[tuple[str, torch.dtype, bool]],
 ) -> Variant:
-    """Compiles a variant after Dynamo has returned, under the fake mode it traced with.
+    """Compiles a graph after Dynamo has returned, under the fake mode it traced with.
 
     Private API, checked on torch 2.11 and 2.13: `torch._guards.tracing` and the guards of a
     `ShapeEnv`. Dynamo's guards exist already, so a guard that Inductor adds now must be checked by
@@ -325,7 +353,7 @@ def _compile_late(
     `autocast` is `_autocast_now` of then: whoever traces the graph again takes the casts of
     autocast from the state around it.
     """
-    _say_compiling(tally, f"the {which} variant of a decode graph", sites)
+    _say_compiling(tally, what, sites)
     values = _fakes(gm)
     fake_mode = fake_mode_of(gm.graph)
     shape_env = fake_mode.shape_env

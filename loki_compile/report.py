@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch._dynamo.utils import counters
 from torch._logging import trace_structured
@@ -21,11 +21,20 @@ if TYPE_CHECKING:
     from loki_compile.caches import CacheBinding
     from loki_compile.config import LokiConfig
     from loki_compile.passes.plan import Plan
-    from loki_compile.runtime import DecodeGraph
 
 log = logging.getLogger("loki_compile")
 
 _KEPT_GRAPHS = 256
+
+
+@runtime_checkable
+class Running(Protocol):
+    """The function of a graph that can tell how it fares."""
+
+    gave_up: str | None
+
+    def state(self) -> str:
+        """What differs now from the plan, in words: "" if nothing does."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +220,7 @@ def _ranges(numbers: set[int]) -> str:
 
 
 _lock = threading.Lock()
-_reports: deque[tuple[GraphReport, Callable[[], DecodeGraph | None]]] = deque(maxlen=_KEPT_GRAPHS)
+_reports: deque[tuple[GraphReport, Callable[[], Running | None]]] = deque(maxlen=_KEPT_GRAPHS)
 
 
 def reports() -> Reports:
@@ -226,7 +235,7 @@ def reports() -> Reports:
     return Reports(_as_it_is(report, graph()) for report, graph in kept)
 
 
-def _as_it_is(report: GraphReport, graph: DecodeGraph | None) -> GraphReport:
+def _as_it_is(report: GraphReport, graph: Running | None) -> GraphReport:
     now = "" if graph is None else graph.state()
     if not now:
         return report
@@ -269,13 +278,17 @@ def record_graph(
     plan: Plan,
     config: LokiConfig,
     bindings: list[CacheBinding],
-    decode: DecodeGraph | None,
+    compiled: Any,
     adapters: int = 0,
 ) -> GraphReport:
-    """Keeps, logs and traces what the plan decided for one graph; `adapters` as for `describe`."""
+    """Keeps, logs and traces what the plan decided for one graph; `adapters` as for `describe`.
+
+    compiled: its function; where that has a `state`, it is asked for as long as it lives.
+    """
     report = describe(plan, config, bindings, adapters)
+    told = weakref.ref(compiled) if isinstance(compiled, Running) else lambda: None
     with _lock:
-        _reports.append((report, (lambda: None) if decode is None else weakref.ref(decode)))
+        _reports.append((report, told))
     for site in report.sites:
         name = site.path or site.cache or "attention"
         if site.outcome == "sparse":

@@ -23,6 +23,7 @@ from loki_compile.builds import Build, Watch
 from loki_compile.caches import CacheBinding, Cached, tokens_before, version_of
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Because, say_once
+from loki_compile.deferred import Deferred
 from loki_compile.indexes import IndexRecord
 from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
 from loki_compile.passes.attention import MAX_QUERY_TOKENS
@@ -116,7 +117,9 @@ class DecodeGraph:
             return f"no memory for an index: tried again in {self.short_of_memory} steps"
         if self.interpreted:
             return f"interpreted in {self.interpreted} calls: sizes that Inductor had fixed changed"
-        return self.watch.state()
+        variants = [self.dense, *self.sparse.values()]
+        late = [one.state() for one in variants if isinstance(one, Deferred)]
+        return self.watch.state() or "; ".join(filter(None, late))
 
     def _missed(self) -> None:
         self.interpreted += 1

@@ -89,7 +89,7 @@ class Variants:
         if self.pack_gqa:
             gm = pack_groups(gm, self.plan.on(mapping).sites)
         log_change(log, "dense", before, gm.graph)
-        return self.compile_graph(gm, "dense", missed)
+        return self.compile_graph(gm, "the dense variant of a decode graph", missed)
 
     def sparse(self, layouts: Sequence[Layout | None], missed: Callable[[], None]) -> Variant:
         """The graph with its sparse sites rewritten, compiled; `layouts` as `rewrite_sparse` takes
@@ -102,7 +102,7 @@ class Variants:
         if self.pack_gqa:
             gm = pack_groups(gm, [s for s in plan.sites if s.node not in sparse_sites])
         log_change(log, "sparse", before, gm.graph)
-        return self.compile_graph(gm, "sparse", missed)
+        return self.compile_graph(gm, "the sparse variant of a decode graph", missed)
 
     def seen(
         self, args: Sequence[Any], place: int, known: dict[tuple[MaskTerm, ...], Tensor | None]
