@@ -68,7 +68,7 @@ def main() -> None:
     engine = clock.wrap("inductor", backend.inductor)
     for where, name in ((indexes, "bind"), (KeyCovariance, "update"), (KeyCovariance, "pca")):
         setattr(where, name, clock.wrap("bases", getattr(where, name)))
-    for where, name in ((runtime, "rewrite_sparse"), (runtime, "pack_groups")):
+    for where, name in ((runtime, "rewrite_sparse"), (runtime, "rewrite_dense")):
         setattr(where, name, clock.wrap("passes", getattr(where, name)))
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
         torch._functorch.config.enable_autograd_cache = False

@@ -19,6 +19,7 @@
    of any row over T keys (`budget.Budget.slots`); it is not the budget of a row.
 7. `attend` reads K and V at these positions alone and is exact over them: softmax in fp32.
 8. A row without positions is computed over all T keys, as scaled_dot_product_attention would.
+   `attention` is that for all rows: it reads a KV head's keys once for all query heads and tokens.
 
 9. `update_pages` and `extend_pages` keep the bounds of pages: those of a page in which this step
    stored a token become minima and maxima from its start to the last token stored in it.

@@ -172,23 +172,23 @@ def check_attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     mask: Tensor | None,
     *,
     softcap: float,
     sink_logits: Tensor | None,
     k_rest: Tensor | None = None,
 ) -> None:
-    """Raise ValueError (what was found, what is allowed) unless `loki::attend` takes these.
+    """Raise ValueError (what was found, what is allowed) unless `loki::attend` takes these, or
+    `loki::attention` where there are no positions.
 
     q, k, v and k_rest may each have a dtype of its own: a cache is read as it is stored.
     """
-    op = "loki::attend"
+    op = "loki::attention" if positions is None else "loki::attend"
     b, hq, s, d = _rank4(op, "q", q)
     bk, hkv, t, dk = _rank4(op, "k", k)
     _, _, _, dv = _rank4(op, "v", v)
     more = 0 if k_rest is None else _rank4(op, "k_rest", k_rest)[3]
-    bp, hp, sp, slots = _rank4(op, "positions", positions)
     if q.dtype not in FLOAT_DTYPES:
         raise _wrong(op, "q dtype", q.dtype, "bfloat16, float16 or float32")
     if k.dtype not in FLOAT_DTYPES or v.dtype not in FLOAT_DTYPES:
@@ -209,18 +209,13 @@ def check_attend(
     if min(b, s, t, dk, dv) < 1 or t > MAX_KEYS:
         allowed = f"1 or more, T at most {MAX_KEYS}"
         raise _wrong(op, "sizes (B, S, T, D, Dv)", (b, s, t, d, dv), allowed)
-    if positions.dtype != torch.int32:
-        raise _wrong(op, "positions dtype", positions.dtype, "int32")
-    if bp != b or sp != s or (hp != hkv and hp != hq) or slots < 1:
-        allowed = f"(B, Hkv or Hq, S, K) = ({b}, {hkv} or {hq}, {s}, at least 1)"
-        raise _wrong(op, "shape of positions", (bp, hp, sp, slots), allowed)
+    if positions is not None:
+        _check_positions(op, positions, q, hkv)
     _rows_contiguous(op, "q", q, d)
     _rows_contiguous(op, "k", k, dk)
     _rows_contiguous(op, "v", v, dv)
-    _rows_contiguous(op, "positions", positions, slots)
     _same_device(op, "k", k, q)
     _same_device(op, "v", v, q)
-    _same_device(op, "positions", positions, q)
     if mask is not None:
         _check_mask(op, mask, q, t)
     if softcap < 0:
@@ -232,6 +227,18 @@ def check_attend(
                 op, "sink_logits", found, f"shape (Hq,) = {(hq,)}, bfloat16, float16 or float32"
             )
         _same_device(op, "sink_logits", sink_logits, q)
+
+
+def _check_positions(op: str, positions: Tensor, q: Tensor, hkv: int) -> None:
+    b, hq, s, _ = q.shape
+    bp, hp, sp, slots = _rank4(op, "positions", positions)
+    if positions.dtype != torch.int32:
+        raise _wrong(op, "positions dtype", positions.dtype, "int32")
+    if bp != b or sp != s or (hp != hkv and hp != hq) or slots < 1:
+        allowed = f"(B, Hkv or Hq, S, K) = ({b}, {hkv} or {hq}, {s}, at least 1)"
+        raise _wrong(op, "shape of positions", (bp, hp, sp, slots), allowed)
+    _rows_contiguous(op, "positions", positions, slots)
+    _same_device(op, "positions", positions, q)
 
 
 def _check_mask(op: str, mask: Tensor, q: Tensor, t: int) -> None:

@@ -102,7 +102,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     mask: Tensor | None,
     *,
     scale: float,
@@ -110,7 +110,7 @@ def attend(
     sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
 ) -> Tensor:
-    """`loki::attend`; see `loki_compile.kernels.ops`."""
+    """`loki::attend`, and `loki::attention` without positions; see `loki_compile.kernels.ops`."""
     kernels = _kernels()
     if kernels is None:
         return cpu_torch.attend(
@@ -133,7 +133,7 @@ def attend(
             *_view(k),
             *(_NO_TENSOR if k_rest is None else _view(k_rest)),
             *_view(v),
-            *_view(positions),
+            *(_NO_TENSOR if positions is None else _view(positions)),
             *(_NO_TENSOR if mask is None else _view(mask)),
             *(_NO_TENSOR if sink_logits is None else _view(sink_logits.view(1, 1, 1, hq))),
             out.data_ptr(),
@@ -143,7 +143,7 @@ def attend(
         )
     )
     if missing:
-        raise _no_memory("loki::attend", missing)
+        raise _no_memory("loki::attention" if positions is None else "loki::attend", missing)
     return out
 
 

@@ -1,8 +1,9 @@
 // loki::attend on the CPU.
 //
-// The work is the rows' slots, cut into blocks; each thread takes a contiguous run of blocks and
-// leaves, for each row it touched, a partial softmax (maximum, sum, weighted V). A K or V row is
-// loaded once for all query heads that share the row of positions.
+// A row is the query heads that share a list of positions; a unit is the rows that read the same keys
+// at the same time: one row, or, where there are no lists and all keys are read, all rows of a KV
+// head. The work is the units' slots, cut into blocks; each thread takes a contiguous run of blocks
+// and leaves, for each row it touched, a partial softmax (maximum, sum, weighted V).
 //
 // q, k, the rest of k, and v each have a float type of their own (under autocast the cache's differs
 // from that of queries), so what reads rows is compiled for one type each and chosen once per call.
@@ -17,7 +18,7 @@ struct AttendParams {
   View4 k;          // (B, Hkv, T, D), or the first dims of keys
   View4 rest;       // (B, Hkv, T, the other dims of keys), or none
   View4 v;          // (B, Hkv, T, Dv)
-  View4 positions;  // (B, Hkv or Hq, S, K) int32
+  View4 positions;  // (B, Hkv or Hq, S, K) int32, or none: all keys
   View4 mask;       // (B, Hq, S, T) after broadcasting, or none
   View4 sink_logits;  // (1, 1, 1, Hq) floating, or none
   void* out;        // (B, Hq, S, Dv), dtype of q
@@ -27,11 +28,20 @@ struct AttendParams {
 
 constexpr int64_t kSlots = 64;         // slots in a block
 constexpr int64_t kMaxHeads = 8;       // heads taken together
-constexpr int64_t kAccumulator = 256;  // floats of V accumulated in registers: dims * heads
-constexpr int64_t kBytesPerThread = 1 << 16;
-// Slots fetched ahead. K and V are each fetched while they are themselves read, a line at a time:
-// all V rows of a block while its K rows were read, or whole rows at once, took a third longer.
-constexpr int64_t kAhead = 64;
+constexpr int64_t kStrip = 16;         // rows of V taken through all their dims together
+// Slots fetched ahead. K and V are each fetched while they are themselves read, whole rows at once.
+constexpr int64_t kAhead = 32;
+// Bytes of keys and values that the rows of a unit read in turn, out of the second cache.
+constexpr int64_t kTurn = 1 << 18;
+constexpr int64_t kCombinedAlone = 1 << 16;  // numbers that the calling thread combines alone
+constexpr int64_t kSumUnit = 256;  // sums of heads lie a multiple of this apart
+
+// Dims of V whose sums are held in registers, for 1, 2, 4 or 8 heads.
+constexpr int64_t piece_of(int64_t heads) {
+  return LOKI_AVX512 ? (heads == 1 ? 128 : 256 / heads) : 64 / heads;
+}
+template <int GB>
+constexpr int64_t kPiece = piece_of(GB);
 
 // After Cephes tanhf.
 inline float tanh_of(float x) {
@@ -63,11 +73,6 @@ struct Queue {
   }
 };
 
-LOKI_INLINE inline void prefetch(const void* row, int64_t bytes) {
-  const char* at = static_cast<const char*>(row);
-  for (int64_t done = 0; done < bytes; done += 64) __builtin_prefetch(at + done);
-}
-
 #if LOKI_AVX512
 
 // logit[i * GB + head] = q . k for the first n of the queue, n > 0; k of E, q of Q.
@@ -87,23 +92,19 @@ void dots(const void* rows, int64_t stride, const Queue& queue, int64_t n, const
   }
 }
 
-// Dims [0, left) of sum[head] = sum[head] * rescale[head] + weight . v, kAccumulator / GB of them
-// at most, for the first n of the queue.
+// sum[head * kPiece<GB> + dim] += weight . v for dims [0, left), kPiece<GB> of them at most, and slots
+// [from, to) of the queue. `ahead`: bytes of each row to fetch for later slots, or 0.
 template <bool Whole, class E, int GB>
-void accumulate_piece(const E* v, int64_t stride, const Queue& queue, int64_t n,
-                      const float* weight, int64_t left, const float* rescale, float* sum,
-                      int64_t sum_stride) {
+LOKI_INLINE inline void accumulate_piece(const E* v, int64_t stride, const Queue& queue,
+                                         int64_t from, int64_t to, const float* weight,
+                                         int64_t left, int64_t ahead, float* sum) {
   constexpr int kVectors = Chunk<E>::kVectors;
-  constexpr int64_t kPiece = kAccumulator / GB;
-  constexpr int kChunks = kPiece / Chunk<E>::kSize, kParts = kChunks * kVectors;
+  constexpr int kChunks = kPiece<GB> / Chunk<E>::kSize, kParts = kChunks * kVectors;
   __m512 part[GB * kParts];
-  unroll<GB * kParts>([&](auto i) LOKI_INLINE {
-    __m512 before = _mm512_loadu_ps(sum + i / kParts * sum_stride + 16 * (i % kParts));
-    part[i] = _mm512_mul_ps(before, _mm512_set1_ps(rescale[i / kParts]));
-  });
-  for (int64_t i = 0; i < n; ++i) {
+  unroll<GB * kParts>([&](auto i) LOKI_INLINE { part[i] = _mm512_loadu_ps(sum + 16 * i); });
+  for (int64_t i = from; i < to; ++i) {
     const E* row = v + queue.position[i] * stride;
-    prefetch(v + queue.at_most(i + kAhead) * stride, min_of(left, kPiece) * sizeof(E));
+    if (ahead) prefetch(v + queue.at_most(i + kAhead) * stride, ahead);
     __m512 weights[GB];
     unroll<GB>([&](auto g) LOKI_INLINE { weights[g] = _mm512_set1_ps(weight[i * GB + g]); });
     unroll<kChunks>([&](auto c) LOKI_INLINE {
@@ -119,22 +120,7 @@ void accumulate_piece(const E* v, int64_t stride, const Queue& queue, int64_t n,
       });
     });
   }
-  unroll<GB * kParts>([&](auto i) LOKI_INLINE {
-    _mm512_storeu_ps(sum + i / kParts * sum_stride + 16 * (i % kParts), part[i]);
-  });
-}
-
-template <class E, int GB>
-void accumulate(const void* rows, int64_t stride, const Queue& queue, int64_t n,
-                const float* weight, int64_t dv, const float* rescale, float* sum,
-                int64_t sum_stride) {
-  const E* v = static_cast<const E*>(rows);
-  constexpr int64_t kPiece = kAccumulator / GB;
-  for (int64_t done = 0; done < dv; done += kPiece) {
-    auto piece =
-        done + kPiece <= dv ? accumulate_piece<true, E, GB> : accumulate_piece<false, E, GB>;
-    piece(v + done, stride, queue, n, weight, dv - done, rescale, sum + done, sum_stride);
-  }
+  unroll<GB * kParts>([&](auto i) LOKI_INLINE { _mm512_storeu_ps(sum + 16 * i, part[i]); });
 }
 
 #else
@@ -150,42 +136,48 @@ void dots(const void* rows, int64_t stride, const Queue& queue, int64_t n, const
   }
 }
 
-template <class E, int GB>
-void accumulate(const void* rows, int64_t stride, const Queue& queue, int64_t n,
-                const float* weight, int64_t dv, const float* rescale, float* sum,
-                int64_t sum_stride) {
-  const E* v = static_cast<const E*>(rows);
-  constexpr int kParts = 8 / GB;  // vectors of dims that fit in registers with all heads
-  for (int64_t done = 0; done < dv; done += 8 * kParts) {
-    Float8 part[GB * kParts];
-    unroll<GB * kParts>([&](auto i) LOKI_INLINE {
-      constexpr int g = i / kParts;
-      part[i] = load8(sum + g * sum_stride + done + i % kParts * 8) * rescale[g];
-    });
-    for (int64_t i = 0; i < n; ++i) {
-      const E* row = v + queue.position[i] * stride + done;
-      if (done == 0) prefetch(v + queue.at_most(i + kAhead) * stride, dv * sizeof(E));
-      unroll<kParts>([&](auto x) LOKI_INLINE {
-        int64_t left = dv - done - 8 * x;
-        if (left <= 0) return;
-        Float8 value = left >= 8 ? load8(row + 8 * x) : load8(row + 8 * x, left);
-        unroll<GB>([&](auto g) LOKI_INLINE {
-          part[g * kParts + x] += value * weight[i * GB + g];
-        });
-      });
-    }
-    unroll<GB * kParts>([&](auto i) LOKI_INLINE {
-      std::memcpy(sum + i / kParts * sum_stride + done + i % kParts * 8, &part[i], 32);
+template <bool Whole, class E, int GB>
+LOKI_INLINE inline void accumulate_piece(const E* v, int64_t stride, const Queue& queue,
+                                         int64_t from, int64_t to, const float* weight,
+                                         int64_t left, int64_t ahead, float* sum) {
+  constexpr int kParts = kPiece<GB> / 8;
+  Float8 part[GB * kParts];
+  unroll<GB * kParts>([&](auto i) LOKI_INLINE { part[i] = load8(sum + 8 * i); });
+  for (int64_t i = from; i < to; ++i) {
+    const E* row = v + queue.position[i] * stride;
+    if (ahead) prefetch(v + queue.at_most(i + kAhead) * stride, ahead);
+    unroll<kParts>([&](auto x) LOKI_INLINE {
+      if (!Whole && 8 * x >= left) return;
+      Float8 value = Whole || left >= 8 * x + 8 ? load8(row + 8 * x) : load8(row + 8 * x, left - 8 * x);
+      unroll<GB>([&](auto g) LOKI_INLINE { part[g * kParts + x] += value * weight[i * GB + g]; });
     });
   }
+  unroll<GB * kParts>([&](auto i) LOKI_INLINE { std::memcpy(sum + 8 * i, &part[i], 32); });
 }
 
 #endif
 
+// Sums of all dims, piece after piece, for the first n of the queue. A strip of rows at a time goes
+// through all of them: its lines come from memory once and in order.
+template <class E, int GB>
+void accumulate(const void* rows, int64_t stride, const Queue& queue, int64_t n,
+                const float* weight, int64_t dv, float* sum) {
+  const E* v = static_cast<const E*>(rows);
+  for (int64_t from = 0; from < n; from += kStrip) {
+    int64_t to = min_of(from + kStrip, n);
+    for (int64_t done = 0; done < dv; done += kPiece<GB>) {
+      auto piece = done + kPiece<GB> <= dv ? accumulate_piece<true, E, GB>
+                                           : accumulate_piece<false, E, GB>;
+      int64_t ahead = done == 0 ? dv * sizeof(E) : 0;
+      piece(v + done, stride, queue, from, to, weight, dv - done, ahead, sum + done * GB);
+    }
+  }
+}
+
 // `dots` and `accumulate` of one type of rows, for 1, 2, 4 and 8 heads.
 using Dots = void (*)(const void*, int64_t, const Queue&, int64_t, const void*, int64_t, float*);
 using Accumulate = void (*)(const void*, int64_t, const Queue&, int64_t, const float*, int64_t,
-                            const float*, float*, int64_t);
+                            float*);
 
 template <class E, class Q>
 const Dots* dots_of() {
@@ -254,45 +246,56 @@ class Attend {
   explicit Attend(const AttendParams& p)
       : p_(p),
         hq_(p.q.size[1]), s_(p.q.size[2]), d_(p.k.size[3]), hkv_(p.k.size[1]), t_(p.k.size[2]),
-        rest_(p.q.size[3] - d_), dv_(p.v.size[3]), slots_(p.positions.size[3]),
-        together_(p.positions.size[1] == hkv_ && p.mask.step(1) == 0 ? hq_ / hkv_ : 1),
+        rest_(p.q.size[3] - d_), dv_(p.v.size[3]),
+        slots_(p.positions.dtype == kNone ? 0 : p.positions.size[3]),
+        lists_(slots_ ? p.positions.size[1] : hkv_),
+        together_(lists_ == hkv_ && p.mask.step(1) == 0 ? hq_ / hkv_ : 1),
         rows_(p.q.size[0] * hq_ / together_ * s_),
-        sum_stride_(round_up(dv_, kAccumulator)),
+        rows_per_unit_(slots_ ? 1 : hq_ / together_ / hkv_ * s_),
+        units_(rows_ / rows_per_unit_),
+        sum_stride_(round_up(dv_, kSumUnit)),
         partial_stride_(round_up(together_, kMaxHeads) * (sum_stride_ + 16)),
         query_size_(round_up(d_, 32) + round_up(rest_, 32)),
+        query_floats_(round_up(together_, kMaxHeads) * query_size_),
         k_bytes_(p.k.element_size()), rest_bytes_(p.rest.element_size()),
         v_bytes_(p.v.element_size()),
+        key_bytes_(d_ * k_bytes_ + rest_ * rest_bytes_ + dv_ * v_bytes_),
         dots_(dots_of(p.k.dtype, p.q.dtype)), rest_dots_(dots_of(p.rest.dtype, p.q.dtype)),
         accumulate_(accumulate_of(p.v.dtype)) {}
 
   // Bytes of scratch that could not be had, then nothing is written; else 0.
   int64_t run() {
     if (int64_t missing = find_spans()) return missing;
-    int64_t bytes = blocks_ * kSlots * (d_ * k_bytes_ + rest_ * rest_bytes_ + dv_ * v_bytes_);
-    int threads = static_cast<int>(min_of(p_.threads, bytes / kBytesPerThread + 1));
+    int threads = threads_for(blocks_ * kSlots * key_bytes_, p_.threads);
     thread_local Scratch scratch;
-    int64_t query_floats = round_up(together_, kMaxHeads) * query_size_;
-    int64_t wanted = 4 * (threads * query_floats + (rows_ + threads) * partial_stride_);
+    int64_t query_floats = rows_per_unit_ * query_floats_;
+    int64_t partials = (units_ + threads) * rows_per_unit_;
+    int64_t wanted = 4 * (threads * query_floats + partials * partial_stride_);
     float* room = static_cast<float*>(scratch.reserve(wanted));
     if (!room) return wanted;
     partials_ = room + threads * query_floats;
+    // What little there is to combine is not worth waiting for another thread.
+    bool shared = threads > 1 && rows_ * together_ * dv_ > kCombinedAlone;
+    int64_t workers = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+      if (me == 0) workers = all;
       work(me, all, room + me * query_floats);
+      if (shared) {
 #pragma omp barrier
-      int64_t heads = rows_ * together_;
-      for (int64_t i = heads * me / all; i < heads * (me + 1) / all; ++i) {
-        combine(i / together_, i % together_, all);
+        combine(units_ * me / all, units_ * (me + 1) / all, all);
       }
     }
+    if (!shared) combine(0, units_, workers);
     return 0;
   }
 
  private:
-  // Slots a row has to look at; a row without any position takes all keys instead.
+  // Slots [first, stop) that a unit has to look at: of its list, or, if `dense`, of all keys, which
+  // a row without any position reads.
   struct Span {
-    int64_t slots, first_block;
+    int64_t first, stop, first_block;
     bool dense;
   };
 
@@ -301,8 +304,11 @@ class Attend {
   int64_t token_of(int64_t row) const { return row % s_; }
   int64_t kv_head_of(int64_t row) const { return head_of(row) / (hq_ / hkv_); }
   const int32_t* positions_of(int64_t row) const {
-    int64_t h = p_.positions.size[1] == hkv_ ? kv_head_of(row) : head_of(row);
+    int64_t h = lists_ == hkv_ ? kv_head_of(row) : head_of(row);
     return p_.positions.row<int32_t>(batch_of(row), h, token_of(row));
+  }
+  MaskRow mask_of(int64_t row) const {
+    return MaskRow(p_.mask, batch_of(row), head_of(row), token_of(row));
   }
   bool valid(int32_t position) const {
     return static_cast<uint32_t>(position) < static_cast<uint32_t>(t_);
@@ -311,27 +317,38 @@ class Attend {
   // As `run` in what it returns.
   int64_t find_spans() {
     thread_local Scratch scratch;
-    int64_t wanted = (rows_ + 1) * sizeof(Span);
+    int64_t wanted = (units_ + 1) * sizeof(Span);
     spans_ = static_cast<Span*>(scratch.reserve(wanted));
     if (!spans_) return wanted;
-#pragma omp parallel for num_threads(p_.threads) if (rows_ * slots_ > 1 << 17)
-    for (int64_t row = 0; row < rows_; ++row) {
-      const int32_t* position = positions_of(row);
+    blocks_ = 0;
+    for (int64_t unit = 0; unit < units_; ++unit) {
       int64_t used = slots_;
+      const int32_t* position = used ? positions_of(unit) : nullptr;
       while (used > 0 && !any_valid(position + max_of<int64_t>(used - kSlots, 0),
                                     min_of(kSlots, used))) {
         used = max_of<int64_t>(used - kSlots, 0);
       }
-      spans_[row].dense = used == 0;
-      spans_[row].slots = used == 0 ? t_ : used;
+      spans_[unit] = used ? Span{0, used, blocks_, false} : span_of_all(unit);
+      blocks_ += (spans_[unit].stop - spans_[unit].first + kSlots - 1) / kSlots;
     }
-    blocks_ = 0;
-    for (int64_t row = 0; row < rows_; ++row) {
-      spans_[row].first_block = blocks_;
-      blocks_ += (spans_[row].slots + kSlots - 1) / kSlots;
-    }
-    spans_[rows_].first_block = blocks_;
+    spans_[units_].first_block = blocks_;
     return 0;
+  }
+
+  // What any row of the unit sees of all keys.
+  Span span_of_all(int64_t unit) const {
+    int64_t row = unit * rows_per_unit_, first = t_, stop = 0;
+    if (p_.mask.dtype == kNone) return {0, t_, blocks_, true};
+    if (unit && spans_[unit - 1].dense && p_.mask.step(1) == 0 &&
+        batch_of(row) == batch_of(row - 1) && (s_ == rows_per_unit_ || p_.mask.step(2) == 0)) {
+      return {spans_[unit - 1].first, spans_[unit - 1].stop, blocks_, true};  // as its neighbour
+    }
+    for (int64_t behind = row + rows_per_unit_; row < behind; ++row) {
+      MaskRow mask = mask_of(row);
+      first = min_of(first, mask.next_seen(0, t_));
+      stop = max_of(stop, mask.seen_until(0, t_));
+    }
+    return {min_of(first, stop), stop, blocks_, true};
   }
 
   bool any_valid(const int32_t* position, int64_t n) const {
@@ -347,26 +364,34 @@ class Attend {
   }
 
   // Appends slots [from, to) of a row, without those that read nothing.
-  void fill(int64_t row, int64_t from, int64_t to, const MaskRow& mask, Queue* queue) const {
-    const int32_t* position = spans_[row].dense ? nullptr : positions_of(row) + from;
-    if (mask.dtype == kNone && position && all_valid(position, to - from)) {
-      std::memcpy(queue->position + queue->n, position, (to - from) * sizeof(int32_t));
+  void fill(const int32_t* position, int64_t from, int64_t to, const MaskRow& mask,
+            Queue* queue) const {
+    if (mask.dtype == kNone && position && all_valid(position + from, to - from)) {
+      std::memcpy(queue->position + queue->n, position + from, (to - from) * sizeof(int32_t));
       queue->n += to - from;
       return;
     }
-    for (int64_t i = 0; i < to - from; ++i) {
-      int32_t at = position ? position[i] : static_cast<int32_t>(from + i);
+    if (mask.dtype == kNone && !position) {
+      for (int64_t i = from; i < to; ++i) {
+        queue->position[queue->n + i - from] = static_cast<int32_t>(i);
+      }
+      queue->n += to - from;
+      return;
+    }
+    if (!position) from = mask.next_seen(from, to);
+    for (int64_t i = from; i < to; ++i) {
+      int32_t at = position ? position[i] : static_cast<int32_t>(i);
       if (!valid(at)) continue;
       float bias = mask.bias(at);
-      if (bias == -kInf) continue;
       queue->position[queue->n] = at;
-      queue->bias[queue->n++] = bias;
+      queue->bias[queue->n] = bias;
+      queue->n += bias != -kInf;
     }
   }
 
+  // Threads take consecutive units, and share at most the one at which they meet.
   float* partial(int64_t row, int64_t thread) const {
-    // Threads take consecutive rows, and share at most the one at which they meet.
-    return partials_ + (row + thread) * partial_stride_;
+    return partials_ + (row + thread * rows_per_unit_) * partial_stride_;
   }
   float* most_of(float* partial) const {
     return partial + round_up(together_, kMaxHeads) * sum_stride_;
@@ -377,14 +402,32 @@ class Attend {
 
   void work(int64_t me, int64_t all, float* queries) {
     int64_t from = blocks_ * me / all, stop = blocks_ * (me + 1) / all;
-    for (int64_t row = 0; from < stop; ++row) {
-      int64_t row_stop = min_of(stop, spans_[row + 1].first_block);
-      if (row_stop <= from) continue;
-      int64_t first = (from - spans_[row].first_block) * kSlots;
-      int64_t last = min_of((row_stop - spans_[row].first_block) * kSlots, spans_[row].slots);
-      load_queries(row, queries);
-      attend_slots(row, first, last, queries, partial(row, me));
-      from = row_stop;
+    for (int64_t unit = 0; from < stop; ++unit) {
+      int64_t unit_stop = min_of(stop, spans_[unit + 1].first_block);
+      if (unit_stop <= from) continue;
+      const Span& span = spans_[unit];
+      int64_t first = span.first + (from - span.first_block) * kSlots;
+      int64_t last = min_of(span.first + (unit_stop - span.first_block) * kSlots, span.stop);
+      attend_unit(unit, me, first, last, queries);
+      from = unit_stop;
+    }
+  }
+
+  void attend_unit(int64_t unit, int64_t me, int64_t first, int64_t last, float* queries) {
+    int64_t row = unit * rows_per_unit_;
+    for (int64_t i = 0; i < rows_per_unit_; ++i) {
+      float* part = partial(row + i, me);
+      std::memset(part, 0, partial_stride_ * sizeof(float));
+      for (int64_t g = 0; g < round_up(together_, kMaxHeads); ++g) most_of(part)[g] = -kInf;
+      load_queries(row + i, queries + i * query_floats_);
+    }
+    int64_t turn = last - first;
+    if (rows_per_unit_ > 1) turn = round_up(kTurn / key_bytes_ + 1, kSlots);
+    for (; first < last; first += turn) {
+      for (int64_t i = 0; i < rows_per_unit_; ++i) {
+        attend_slots(row + i, spans_[unit].dense, first, min_of(first + turn, last),
+                     queries + i * query_floats_, partial(row + i, me));
+      }
     }
   }
 
@@ -432,13 +475,12 @@ class Attend {
     return tensor.data + at * tensor.element_size();
   }
 
-  void attend_slots(int64_t row, int64_t first, int64_t last, const float* queries,
+  void attend_slots(int64_t row, bool dense, int64_t first, int64_t last, const float* queries,
                     float* partial) const {
-    MaskRow mask(p_.mask, batch_of(row), head_of(row), token_of(row));
+    const MaskRow mask = mask_of(row);
+    const int32_t* position = dense ? nullptr : positions_of(row);
     float* most = most_of(partial);
     float* total = total_of(partial);
-    std::memset(partial, 0, partial_stride_ * sizeof(float));
-    for (int64_t g = 0; g < round_up(together_, kMaxHeads); ++g) most[g] = -kInf;
     const char* k = rows_of(p_.k, row);
     const char* rest = rest_ ? rows_of(p_.rest, row) : nullptr;
     const char* v = rows_of(p_.v, row);
@@ -446,7 +488,7 @@ class Attend {
     queue.biased = mask.additive();
     for (bool begun = false;; begun = true) {
       for (; first < last && queue.n < kSlots + kAhead; first += kSlots) {
-        fill(row, first, min_of(first + kSlots, last), mask, &queue);
+        fill(position, first, min_of(first + kSlots, last), mask, &queue);
       }
       if (queue.n == 0) return;
       for (int64_t i = 0; !begun && i < min_of(kAhead, queue.n); ++i) {
@@ -497,43 +539,61 @@ class Attend {
     }
     for (int64_t i = n * GB; i < round_up(n * GB, 16); ++i) logit[i] = -kInf;
     soften<GB>(logit, round_up(n * GB, 16) / GB, most, total, rescale);
-    accumulate_[kWidth](v, p_.v.stride[2], queue, n, logit, dv_, rescale, sum, sum_stride_);
+    for (int64_t part = 0; part < (dv_ + kPiece<GB> - 1) / kPiece<GB> * GB; ++part) {
+      if (rescale[part % GB] == 1.0f) continue;
+      for (int64_t d = 0; d < kPiece<GB>; ++d) sum[part * kPiece<GB> + d] *= rescale[part % GB];
+    }
+    accumulate_[kWidth](v, p_.v.stride[2], queue, n, logit, dv_, sum);
   }
 
-  void combine(int64_t row, int64_t g, int64_t all) const {
+  // Joins what the threads left of units [unit, stop).
+  void combine(int64_t unit, int64_t stop, int64_t all) const {
+    for (int64_t first = 0; unit < stop; ++unit) {
+      int64_t from = spans_[unit].first_block, to = spans_[unit + 1].first_block;
+      // Threads [first, last) touched it: thread t has blocks [blocks * t / all, ... (t + 1) / all).
+      while (first < all && blocks_ * (first + 1) / all <= from) ++first;
+      int64_t last = first;
+      while (last < all && blocks_ * last / all < to) ++last;
+      for (int64_t i = 0; i < rows_per_unit_ * together_; ++i) {
+        combine(unit * rows_per_unit_ + i / together_, i % together_, from < to ? first : last,
+                last, all);
+      }
+    }
+  }
+
+  void combine(int64_t row, int64_t g, int64_t first, int64_t last, int64_t all) const {
     int64_t h = head_of(row) + g;
-    int64_t first = spans_[row].first_block, last = spans_[row + 1].first_block;
-    auto touched = [&](int64_t thread) {
-      return blocks_ * thread / all < last && blocks_ * (thread + 1) / all > first &&
-             blocks_ * thread / all < blocks_ * (thread + 1) / all;
-    };
+    // A thread without blocks lies between others where there are more threads than blocks.
+    auto idle = [&](int64_t t) { return blocks_ * t / all == blocks_ * (t + 1) / all; };
     float sink = p_.sink_logits.dtype == kNone ? -kInf : MaskRow(p_.sink_logits, 0, 0, 0).bias(h);
     float most = sink;
-    for (int64_t thread = 0; thread < all; ++thread) {
-      if (touched(thread)) most = max_of(most_of(partial(row, thread))[g], most);
+    for (int64_t t = first; t < last; ++t) {
+      if (!idle(t)) most = max_of(most_of(partial(row, t))[g], most);
     }
     float base = most == -kInf ? 0.0f : most;
     float total = sink == -kInf ? 0.0f : exp_of(sink - base);
-    float sum[256];
-    int64_t first_out = ((batch_of(row) * hq_ + h) * s_ + token_of(row)) * dv_;
-    for (int64_t thread = 0; thread < all; ++thread) {
-      if (!touched(thread)) continue;
-      float* part = partial(row, thread);
+    for (int64_t t = first; t < last; ++t) {
+      if (idle(t)) continue;
+      float* part = partial(row, t);
       total += total_of(part)[g] * exp_of(most_of(part)[g] - base);
     }
     float inverse = total == 0 ? 0.0f : 1.0f / total;
-    for (int64_t d0 = 0; d0 < dv_; d0 += 256) {
-      int64_t dims = min_of<int64_t>(256, dv_ - d0);
-      std::memset(sum, 0, sizeof(sum));
-      for (int64_t thread = 0; thread < all; ++thread) {
-        if (!touched(thread)) continue;
-        float* part = partial(row, thread);
+    // Heads lie in blocks of `heads`, each piece after piece of dims.
+    int64_t block = g / kMaxHeads * kMaxHeads;
+    int64_t heads = head_block(together_ - block), piece = piece_of(heads);
+    int64_t first_out = ((batch_of(row) * hq_ + h) * s_ + token_of(row)) * dv_;
+    for (int64_t d0 = 0; d0 < dv_; d0 += piece) {
+      float sum[128] = {};
+      for (int64_t t = first; t < last; ++t) {
+        if (idle(t)) continue;
+        float* part = partial(row, t);
         float weight = exp_of(most_of(part)[g] - base) * inverse;
-        for (int64_t d = 0; d < 256; ++d) sum[d] += weight * part[g * sum_stride_ + d0 + d];
+        const float* mine = part + block * sum_stride_ + d0 * heads + (g - block) * piece;
+        for (int64_t d = 0; d < piece; ++d) sum[d] += weight * mine[d];
       }
       with_float_type(p_.q.dtype, [&](auto type) {
         auto* out = static_cast<decltype(type)*>(p_.out) + first_out + d0;
-        for (int64_t d = 0; d < dims; ++d) {
+        for (int64_t d = 0; d < min_of(piece, dv_ - d0); ++d) {
           from_float(sum[unpacked_slot(v_bytes_ == 2, d)], out + d);
         }
       });
@@ -541,8 +601,9 @@ class Attend {
   }
 
   const AttendParams& p_;
-  const int64_t hq_, s_, d_, hkv_, t_, rest_, dv_, slots_, together_, rows_;
-  const int64_t sum_stride_, partial_stride_, query_size_, k_bytes_, rest_bytes_, v_bytes_;
+  const int64_t hq_, s_, d_, hkv_, t_, rest_, dv_, slots_, lists_, together_, rows_;
+  const int64_t rows_per_unit_, units_, sum_stride_, partial_stride_, query_size_, query_floats_;
+  const int64_t k_bytes_, rest_bytes_, v_bytes_, key_bytes_;
   const Dots* const dots_;
   const Dots* const rest_dots_;
   const Accumulate* const accumulate_;

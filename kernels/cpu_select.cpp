@@ -24,7 +24,6 @@ struct SelectParams {
 };
 
 constexpr int64_t kAhead = 8 * kBlock;  // positions fetched ahead of the ones being scored
-constexpr int64_t kBytesPerThread = 1 << 16;
 constexpr int64_t kMaxKeys = 1 << 24;  // scores held at once, unless one pair has more
 
 RowPlan plan_row(const SelectParams& p, const MaskRow& mask, int64_t i, int64_t h, int64_t s) {
@@ -78,7 +77,7 @@ class Select {
   // Bytes of scratch that could not be had, then nothing is written; else 0.
   int64_t run() {
     int64_t bytes = pairs_ * (t_ / p_.page + 1) * r_ * p_.index.element_size();
-    int threads = static_cast<int>(min_of(p_.threads, bytes / kBytesPerThread + 1));
+    int threads = threads_for(bytes, p_.threads);
     int64_t pairs_at_once =
         min_of(max_of<int64_t>(kMaxKeys / (rows_per_pair() * row_stride_), 1), pairs_);
     if (int64_t missing = allocate(threads, pairs_at_once)) return missing;

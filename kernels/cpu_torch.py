@@ -122,7 +122,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     mask: Tensor | None,
     *,
     scale: float,
@@ -130,10 +130,12 @@ def attend(
     sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
 ) -> Tensor:
-    """`loki::attend`; see `loki_compile.kernels.ops`."""
+    """`loki::attend`, and `loki::attention` without positions; see `loki_compile.kernels.ops`."""
     check_attend(q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest)
     b, hq, s, d = q.shape
     t, dv = v.shape[2:]
+    if positions is None:
+        positions = torch.full((b, k.shape[1], s, 1), -1, dtype=torch.int32)
     heads = positions.shape[1]
     if mask is not None and mask.shape[1] != 1 and heads != hq:
         # Heads of a group see different keys: each reads for itself, or what one must not see

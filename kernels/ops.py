@@ -1,10 +1,10 @@
 """The public door of the kernels: the ops.
 
-`loki::select` chooses keys, `loki::attend` reads them, `loki::update_pages` and
-`loki::extend_pages` keep the bounds of pages of keys. All are opaque to the compiler, and
-functional but for `update_pages`, which writes the pages it is given; `fused` has the plain torch
-around them. `loki_compile.kernels` has the algorithm and the legend of the letters; `checks` has
-what is refused.
+`loki::select` chooses keys, `loki::attend` reads them, `loki::attention` reads all keys;
+`loki::update_pages` and `loki::extend_pages` keep the bounds of pages of keys. All are opaque to
+the compiler, and functional but for `update_pages`, which writes the pages it is given; `fused` has
+the plain torch around them. `loki_compile.kernels` has the algorithm and the legend of the letters;
+`checks` has what is refused.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ __all__ = [
     "Backend",
     "Budget",
     "attend",
+    "attention",
+    "attention_pays",
     "check_attend",
     "check_pages",
     "check_select",
@@ -54,11 +56,13 @@ class Backend:
     """What runs the ops on one type of device.
 
     `available` says why it cannot run here, "" where it can; `note` says what a user may want to
-    know where it does run, "" where there is nothing. Neither builds a kernel.
+    know where it does run, "" where there is nothing; `attention_pays`: `loki::attention` is
+    measured to be faster than PyTorch's attention. None of them builds a kernel.
     """
 
     available: Callable[[], str]
     note: Callable[[], str] = lambda: ""
+    attention_pays: Callable[[], bool] = lambda: False
 
 
 def _plain_ops() -> str:
@@ -74,7 +78,9 @@ def _triton() -> str:
 
 # By `torch.device.type`; ROCm's devices are called "cuda" too.
 BACKENDS = {
-    "cpu": Backend(available=lambda: "", note=_plain_ops),
+    "cpu": Backend(
+        available=lambda: "", note=_plain_ops, attention_pays=lambda: not cpu_build.obstacle()
+    ),
     "cuda": Backend(available=_triton),
 }
 
@@ -84,6 +90,13 @@ def unserved(device_type: str) -> str:
     if device_type not in BACKENDS:
         return f"the kernels serve {' and '.join(BACKENDS)}"
     return BACKENDS[device_type].available()
+
+
+def attention_pays(device_type: str) -> bool:
+    """Whether few query tokens over all keys are faster by `loki::attention` than by PyTorch's own:
+    on a CPU with a C++ compiler, at any length and in every dtype (docs/measured.md)."""
+    backend = BACKENDS.get(device_type)
+    return backend is not None and not backend.available() and backend.attention_pays()
 
 
 def without_autocast(device_type: str) -> torch.autocast | contextlib.nullcontext[None]:
@@ -108,6 +121,8 @@ SCHEMAS = (
     "extend_pages(Tensor pages, Tensor keys, Tensor written, *, int page) -> Tensor",
     "attend(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor? mask,"
     " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_rest=None) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask,"
+    " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_rest=None) -> Tensor",
 )
 for _schema in SCHEMAS:
     _LIBRARY.define(_schema, tags=_TAGS)
@@ -130,6 +145,11 @@ def _select_fake(
 
 @torch.library.register_fake("loki::attend", lib=_LIBRARY)
 def _attend_fake(q, k, v, positions, mask, **_):
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
+
+
+@torch.library.register_fake("loki::attention", lib=_LIBRARY)
+def _attention_fake(q, k, v, mask, **_):
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
 
@@ -170,6 +190,15 @@ def _attend_cuda(*args, **kwargs):
     return triton_attend.attend(*args, **kwargs)
 
 
+def over_all_keys(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A kernel of `attention`, made of one of `attend`, which no positions mean all keys to."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+        return attend(q, k, v, None, mask, **options)
+
+    return attention
+
+
 def _update_pages_cuda(*args, **kwargs):
     from loki_compile.kernels import triton_pages
 
@@ -186,6 +215,8 @@ _LIBRARY.impl("select", with_bool_mask(cpu.select), "CPU")
 _LIBRARY.impl("attend", with_bool_mask(cpu.attend), "CPU")
 _LIBRARY.impl("select", with_bool_mask(_select_cuda), "CUDA")
 _LIBRARY.impl("attend", with_bool_mask(_attend_cuda), "CUDA")
+_LIBRARY.impl("attention", over_all_keys(with_bool_mask(cpu.attend)), "CPU")
+_LIBRARY.impl("attention", over_all_keys(with_bool_mask(_attend_cuda)), "CUDA")
 _LIBRARY.impl("update_pages", cpu.update_pages, "CPU")
 _LIBRARY.impl("extend_pages", cpu.extend_pages, "CPU")
 _LIBRARY.impl("update_pages", _update_pages_cuda, "CUDA")
@@ -193,5 +224,6 @@ _LIBRARY.impl("extend_pages", _extend_pages_cuda, "CUDA")
 
 select = torch.ops.loki.select.default
 attend = torch.ops.loki.attend.default
+attention = torch.ops.loki.attention.default
 update_pages = torch.ops.loki.update_pages.default
 extend_pages = torch.ops.loki.extend_pages.default

@@ -7,6 +7,8 @@ to have the truth unrounded.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.checks import hidden_below, keys_ranked
@@ -151,7 +153,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     mask: Tensor | None,
     *,
     scale: float,
@@ -159,7 +161,7 @@ def attend(
     sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
 ) -> Tensor:
-    """Exact attention over the keys at `positions`: (B, Hq, S, Dv) in q.dtype.
+    """Exact attention over the keys at `positions`, or over all: (B, Hq, S, Dv) in q.dtype.
 
     k_rest (B, Hkv, T, dims): the keys' last dims, where they lie in a tensor of their own.
     """
@@ -167,6 +169,8 @@ def attend(
     b, hq, s, _ = q.shape
     hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
     every_key = torch.arange(t, device=q.device)
+    if positions is None:
+        positions = torch.full((b, hkv, s, 1), -1, dtype=torch.int32, device=q.device)
     bias = None if mask is None else mask.expand(b, hq, s, t)
     out = torch.empty((b, hq, s, dv), dtype=q.dtype, device=q.device)
     for i, h, j in _rows(b, hq, s):
@@ -187,6 +191,11 @@ def attend(
         weights = _softmax_or_zero(logits)[: len(at)]
         out[i, h, j] = (weights @ v[i, kv, at].double()).to(q.dtype)
     return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+    """`attend` over all keys."""
+    return attend(q, k, v, None, mask, **options)
 
 
 def _choose(score: Tensor, candidates: Tensor, budget: Budget) -> Tensor:

@@ -15,6 +15,9 @@ tile is skipped when its first entry is no position, so what is beyond a row's b
 Tiles go to the splits in turn, so all programs have work however short the list is. A row without
 any position runs over all T keys instead.
 
+Without lists (`loki::attention`, TOKENS > 0) a row is a KV head, whose keys are read in order, once
+for all query heads and all TOKENS query tokens: "heads" are pairs of both, tokens side by side.
+
 Bytes: rows * K * (D + Dv) * bytes, and for each split G * (Dv + 2) * 4 written and read again.
 
 Legend as in `loki_compile.kernels`; p_ pointer, i_ program's coordinate, o_ offsets, m_ mask,
@@ -104,42 +107,51 @@ def attend_kernel(
     V_IS_K: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS_PER_KV: tl.constexpr,
     K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, MASK: tl.constexpr, HEAD_MASK: tl.constexpr,
     CAPPED: tl.constexpr, SINK_LOGITS: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Partial (SPLIT) or final attention of one row's heads; grid (rows * head blocks, splits).
 
     The head blocks of one row are neighbours in the grid: they share K and V through the cache.
     """
-    HEAD_BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    EACH: tl.constexpr = GROUP * TOKENS if TOKENS else GROUP
+    HEAD_BLOCKS: tl.constexpr = (EACH + HEADS - 1) // HEADS
     i = tl.program_id(0)
     i_split = tl.program_id(1)
-    i_row, i_b, i_h, i_s, i_kv = row_coordinates(i // HEAD_BLOCKS, H, S, ROWS_PER_KV)
+    rows_of_head = 1 if TOKENS else S
+    i_row, i_b, i_h, i_s, i_kv = row_coordinates(i // HEAD_BLOCKS, H, rows_of_head, ROWS_PER_KV)
     o_g = i % HEAD_BLOCKS * HEADS + tl.arange(0, HEADS)
-    o_h = i_h * GROUP + o_g
+    if TOKENS:
+        o_h, o_s = i_h * GROUP + o_g // TOKENS, o_g % TOKENS
+    else:
+        o_h, o_s = i_h * GROUP + o_g, i_s + tl.zeros((HEADS,), tl.int64)
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    m_g = o_g < GROUP
-    p_positions += i_b * pos_sb + i_h * pos_sh + i_s * pos_ss
+    m_g = o_g < EACH
     p_k += i_b * (k_sb * K_ALIGN) + i_kv * (k_sh * K_ALIGN)
     p_v += i_b * (v_sb * V_ALIGN) + i_kv * (v_sh * V_ALIGN)
     if REST:
         o_rest = tl.arange(0, BLOCK_REST)
         p_rest += i_b * (rest_sb * REST_ALIGN) + i_kv * (rest_sh * REST_ALIGN)
         q_rest = tl.load(
-            p_q + i_b * q_sb + o_h[:, None] * q_sh + i_s * q_ss + D + o_rest[None, :],
+            p_q + i_b * q_sb + (o_h * q_sh + o_s * q_ss)[:, None] + D + o_rest[None, :],
             mask=m_g[:, None] & (o_rest < REST)[None, :], other=0.0,
         ).to(DOT)  # fmt: skip
     HIDDEN: tl.constexpr = 0 if MASK == BOOL_MASK else float("-inf")
     if MASK != NO_MASK:
-        p_mask += i_b * mask_sb + i_s * mask_ss
+        p_mask += i_b * mask_sb
 
-    used = _used_tiles(p_positions, K, T, BLOCK_N)
-    # No position at all: over every key.
-    slots = tl.where(used == 0, 0, K)
-    tiles = tl.where(used == 0, tl.cdiv(T, BLOCK_N), used)
+    if TOKENS:
+        slots = 0
+        tiles = tl.cdiv(T, BLOCK_N)
+    else:
+        p_positions += i_b * pos_sb + i_h * pos_sh + i_s * pos_ss
+        used = _used_tiles(p_positions, K, T, BLOCK_N)
+        # No position at all: over every key.
+        slots = tl.where(used == 0, 0, K)
+        tiles = tl.where(used == 0, tl.cdiv(T, BLOCK_N), used)
     q = tl.load(
-        p_q + i_b * q_sb + o_h[:, None] * q_sh + i_s * q_ss + o_d[None, :],
+        p_q + i_b * q_sb + (o_h * q_sh + o_s * q_ss)[:, None] + o_d[None, :],
         mask=m_g[:, None] & (o_d < D)[None, :], other=0.0,
     ).to(DOT)  # fmt: skip
     largest = tl.full((HEADS,), float("-inf"), tl.float32)
@@ -147,18 +159,21 @@ def attend_kernel(
     acc = tl.zeros((HEADS, BLOCK_DV), tl.float32)
     for tile in tl.range(i_split, tiles, splits, num_stages=STAGES):
         slot = tile * BLOCK_N + o_n
-        at = tl.load(p_positions + slot, mask=slot < slots, other=-1)
-        at = tl.where(slots == 0, slot, at)
+        if TOKENS:
+            at = slot
+        else:
+            at = tl.load(p_positions + slot, mask=slot < slots, other=-1)
+            at = tl.where(slots == 0, slot, at)
         inside = (at >= 0) & (at < T)
         at = at.to(tl.int64)
         seen = inside[None, :]
         added = 0.0
         if MASK != NO_MASK:
             if HEAD_MASK:
-                o_mask = o_h[:, None] * mask_sh + at[None, :] * mask_st
+                o_mask = (o_h * mask_sh + o_s * mask_ss)[:, None] + at[None, :] * mask_st
                 added = tl.load(p_mask + o_mask, mask=seen & m_g[:, None], other=HIDDEN)
             else:
-                o_mask = i_h * GROUP * mask_sh + at * mask_st
+                o_mask = i_h * GROUP * mask_sh + i_s * mask_ss + at * mask_st
                 added = tl.load(p_mask + o_mask, mask=inside, other=HIDDEN)[None, :]
             if MASK == BOOL_MASK:
                 seen = added != 0
@@ -198,8 +213,8 @@ def attend_kernel(
         acc = tl.dot(weights.to(DOT), v, acc=acc * decay[:, None], input_precision="ieee")
 
     if SPLIT:
-        # Heads side by side: (rows, GROUP, splits).
-        o = (i_row * GROUP + o_g) * splits + i_split
+        # Heads side by side: (rows, EACH, splits).
+        o = (i_row * EACH + o_g) * splits + i_split
         tl.store(p_largest + o, largest, mask=m_g)
         tl.store(p_total + o, total, mask=m_g)
         if i_split < tiles:
@@ -210,7 +225,7 @@ def attend_kernel(
         if SINK_LOGITS:
             sink = tl.load(p_sink_logits + o_h, mask=m_g, other=float("-inf")).to(tl.float32)
         out = _finish(acc, largest, total, sink)
-        p_out += (((i_b * H * GROUP + o_h) * S + i_s) * DV)[:, None] + o_dv[None, :]
+        p_out += (((i_b * H * GROUP + o_h) * S + o_s) * DV)[:, None] + o_dv[None, :]
         m_out = m_g[:, None] & (o_dv < DV)[None, :]
         tl.store(p_out, out.to(p_out.dtype.element_ty), mask=m_out)
 
@@ -218,12 +233,16 @@ def attend_kernel(
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
 def combine_kernel(
     p_acc, p_largest, p_total, p_sink_logits, p_out, H, S, splits,
-    DV: tl.constexpr, GROUP: tl.constexpr, SINK_LOGITS: tl.constexpr,
+    DV: tl.constexpr, GROUP: tl.constexpr, SINK_LOGITS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits of one row and head; grid (rows * GROUP, blocks of Dv)."""
+    """Join the splits of one row and head; grid (rows * heads of a row, blocks of Dv)."""
     i = tl.program_id(0)
-    _, i_b, i_h, i_s, _ = row_coordinates(i // GROUP, H, S, 1)
-    i_head = i_h * GROUP + i % GROUP
+    if TOKENS:
+        # Query heads and their tokens follow each other as in the output.
+        _, i_b, i_head, i_s, _ = row_coordinates(i, H * GROUP, TOKENS, 1)
+    else:
+        _, i_b, i_h, i_s, _ = row_coordinates(i // GROUP, H, S, 1)
+        i_head = i_h * GROUP + i % GROUP
     i = i.to(tl.int64)
     o_split = tl.arange(0, SPLITS_MAX)
     o_dv = tl.program_id(1) * COMBINE_DV + tl.arange(0, COMBINE_DV)
@@ -254,7 +273,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     mask: Tensor | None,
     *,
     scale: float,
@@ -263,7 +282,8 @@ def attend(
     k_rest: Tensor | None = None,
     launch: AttendLaunch | None = None,
 ) -> Tensor:
-    """`loki::attend`; see `loki_compile.kernels.ops`. `launch` replaces the table's choice."""
+    """`loki::attend`, and `loki::attention` without positions; see `loki_compile.kernels.ops`.
+    `launch` replaces the table's choice."""
     out, stages = attend_stages(
         q, k, v, positions, mask, scale=scale, softcap=softcap, sink_logits=sink_logits,
         k_rest=k_rest, launch=launch,
@@ -278,7 +298,7 @@ def attend_stages(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     mask: Tensor | None,
     *,
     scale: float,
@@ -292,9 +312,12 @@ def attend_stages(
     b, hq, s, _ = q.shape
     d, (hkv, t, dv) = k.shape[3], v.shape[1:]
     rest = 0 if k_rest is None else k_rest.shape[3]
-    heads_out, slots = positions.shape[1], positions.shape[3]
+    all_keys = positions is None
+    heads_out = hkv if positions is None else positions.shape[1]
+    slots = 0 if positions is None else positions.shape[3]
     group = hq // heads_out
-    rows = b * heads_out * s
+    # Without lists a row is a KV head, of which each token is as another head.
+    rows, each = (b * hkv, group * s) if all_keys else (b * heads_out * s, group)
     out = q.new_empty((b, hq, s, dv))
     if rows == 0:
         return out, ()
@@ -305,17 +328,19 @@ def attend_stages(
         given = (q, k, v) if k_rest is None else (q, k, v, k_rest)
         widest = max(tensor.element_size() for tensor in given)
         launch = attend_launch(
-            device, group=group, block_d=max(block_d, block_dv), bytes_each=widest
+            device, group=each, block_d=max(block_d, block_dv), bytes_each=widest
         )
     sink_logits = None if sink_logits is None else sink_logits.contiguous()
-    head_blocks = triton.cdiv(group, launch.heads)
-    most = min(SPLITS_MAX.value, triton.cdiv(slots, launch.block_n))
+    head_blocks = triton.cdiv(each, launch.heads)
+    most = (
+        SPLITS_MAX.value if all_keys else min(SPLITS_MAX.value, triton.cdiv(slots, launch.block_n))
+    )
     splits = programs_per_row(device, rows * head_blocks, launch.programs, most)
     parts = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     acc = largest = total = None
     if splits > 1:
-        acc = parts((rows, group, splits, dv))
-        largest, total = parts((2, rows, group, splits))
+        acc = parts((rows, each, splits, dv))
+        largest, total = parts((2, rows, each, splits))
 
     k_strides, v_strides = broadcast_strides(k, 3), broadcast_strides(v, 3)
     k_align, v_align = alignment(d, k_strides), alignment(dv, v_strides)
@@ -327,7 +352,7 @@ def attend_stages(
     mask_kind, head_mask = NO_MASK.value, False
     mask_strides = broadcast_strides(mask)
     if mask is not None:
-        head_mask = mask_strides[1] != 0 and group > 1
+        head_mask = (mask_strides[1] != 0 and group > 1) or (all_keys and mask_strides[2] != 0)
         mask_kind = BOOL_MASK.value if mask.dtype == torch.bool else ADDITIVE_MASK.value
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     dot = getattr(tl, str(q.dtype).removeprefix("torch."))
@@ -346,13 +371,15 @@ def attend_stages(
             ROWS_PER_KV=heads_out // hkv, K_ALIGN=k_align, V_ALIGN=v_align,
             MASK=mask_kind, HEAD_MASK=head_mask, CAPPED=softcap > 0,
             SINK_LOGITS=sink_logits is not None, SPLIT=splits > 1, DOT=dot,
-            BLOCK_N=launch.block_n, STAGES=launch.stages, num_warps=launch.warps,
+            BLOCK_N=launch.block_n, STAGES=launch.stages, TOKENS=s if all_keys else 0,
+            num_warps=launch.warps,
         )  # fmt: skip
 
     def run_combine() -> None:
-        combine_kernel[(rows * group, triton.cdiv(dv, COMBINE_DV.value))](
+        combine_kernel[(rows * each, triton.cdiv(dv, COMBINE_DV.value))](
             acc, largest, total, sink_logits, out, heads_out, s, splits,
-            DV=dv, GROUP=group, SINK_LOGITS=sink_logits is not None, num_warps=4,
+            DV=dv, GROUP=group, SINK_LOGITS=sink_logits is not None,
+            TOKENS=s if all_keys else 0, num_warps=4,
         )  # fmt: skip
 
     attend_stage = Stage("attend", run_attend)

@@ -29,7 +29,7 @@ from loki_compile.deferred import PRICE, Deferred
 from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
 from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
-from loki_compile.passes.dense import lay_out_first_keys, pack_groups
+from loki_compile.passes.dense import lay_out_first_keys, rewrite_dense, served_by_attention
 from loki_compile.passes.graphs import copy_of, fake_mode_of, log_change, ops_of
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.plan import Plan, make_plan
@@ -119,9 +119,13 @@ def loki(
     elif once:
         missed = functools.partial(tally.add, "interpreted_steps")
         compiled = late(lay_out_first_keys(gm), _A_PREFILL, missed)
-    elif config.pack_gqa and not parts and any(site.group > 1 for site in plan.sites):
+    elif (
+        config.pack_gqa
+        and not parts
+        and any(site.group > 1 or served_by_attention(site) for site in plan.sites)
+    ):
         packed, mapping = copy_of(normal)
-        packed = pack_groups(packed, plan.on(mapping).sites)
+        packed = rewrite_dense(packed, plan.on(mapping).sites)
         compiled = compile_graph(lay_out_first_keys(packed), example_inputs)
     else:
         compiled = compile_graph(lay_out_first_keys(gm), example_inputs)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from loki_compile.caches import GivenSize
 from loki_compile.kernels.kept import Layout
 from loki_compile.passes.attention import MaskTerm
-from loki_compile.passes.dense import pack_groups
+from loki_compile.passes.dense import rewrite_dense
 from loki_compile.passes.graphs import copy_of, extract, log_change, ops_of
 from loki_compile.passes.masks import what_is_seen
 from loki_compile.passes.plan import Plan
@@ -87,7 +87,7 @@ class Variants:
         gm, mapping = copy_of(self.gm)
         before = ops_of(gm.graph)
         if self.pack_gqa:
-            gm = pack_groups(gm, self.plan.on(mapping).sites)
+            gm = rewrite_dense(gm, self.plan.on(mapping).sites)
         log_change(log, "dense", before, gm.graph)
         return self.compile_graph(gm, "the dense variant of a decode graph", missed)
 
@@ -100,7 +100,7 @@ class Variants:
         before = ops_of(gm.graph)
         gm = rewrite_sparse(gm, plan, layouts)
         if self.pack_gqa:
-            gm = pack_groups(gm, [s for s in plan.sites if s.node not in sparse_sites])
+            gm = rewrite_dense(gm, [s for s in plan.sites if s.node not in sparse_sites])
         log_change(log, "sparse", before, gm.graph)
         return self.compile_graph(gm, "the sparse variant of a decode graph", missed)
 

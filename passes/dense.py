@@ -1,4 +1,5 @@
-"""Edits of dense graphs: query groups packed, first keys laid out as later steps lay them."""
+"""Edits of dense graphs: exact attention by our own op, query groups packed, first keys laid out as
+later steps lay them."""
 
 from __future__ import annotations
 
@@ -6,12 +7,77 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from loki_compile.kernels.fused import mask_of_group, rows_of_group, rows_of_heads
-from loki_compile.passes.attention import AttentionSite
-from loki_compile.passes.calls import concrete, fake_value, op_name, operand, shape_of
-from loki_compile.passes.emit import canonical, cast
+from loki_compile.kernels.fused import joint_mask, mask_of_group, rows_of_group, rows_of_heads
+from loki_compile.kernels.ops import attention, attention_pays
+from loki_compile.passes.attention import MAX_QUERY_TOKENS, AttentionSite, MaskTerm
+from loki_compile.passes.calls import concrete, fake_value, op_name, operand, shape_of, writes_of
+from loki_compile.passes.emit import canonical, cast, strided_like, whole_queries
 from loki_compile.passes.graphs import call, copy_of, finish
+from loki_compile.passes.plan import masks_at
 from torch import fx
+
+
+def rewrite_dense(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphModule:
+    """Exact attention, as fast as can be: by `loki::attention` where that is faster, else by
+    PyTorch's own, with groups packed."""
+    ours = [site for site in sites if served_by_attention(site)]
+    gm = attend_to_all(gm, ours)
+    return pack_groups(gm, [site for site in sites if site not in ours])
+
+
+def served_by_attention(site: AttentionSite) -> bool:
+    """Whether the site is a call of SDPA with few query tokens that `loki::attention` computes as
+    well, and sooner."""
+    if not site.sdpa or site.tiled or site.core.causal or site.latent is not None:
+        return False
+    if not 1 <= site.query_tokens <= MAX_QUERY_TOKENS:
+        return False
+    key = fake_value(site.key.base)
+    rows = [fake_value(x.base).stride(x.order[3]) for x in (site.key, site.value)]
+    seen = [(shape_of(term.node) or (1,))[-1] for term in site.masks]
+    if any(concrete(step) != 1 for step in rows) or any(concrete(size) == 1 for size in seen):
+        return False  # head_dim is not one run of memory, or a mask is one for all keys
+    return attention_pays(key.device.type)
+
+
+def attend_to_all(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphModule:
+    """Swaps SDPA for `loki::attention`, which reads keys and values as they lie in the cache, once
+    for all query heads of a group and all query tokens."""
+    if not sites:
+        return gm
+    graph = gm.graph
+    writes = writes_of(graph)
+    joint: dict[tuple[tuple[MaskTerm, ...], fx.Node], fx.Node] = {}
+    for site in sites:
+        mask = None
+        if site.masks:
+            behind = masks_at(site, writes)
+            assert behind is not None
+            if (site.masks, behind) not in joint:
+                rules = [(term.factor, term.inverted, term.fill, term.floor) for term in site.masks]
+                nodes = [term.node for term in site.masks]
+                dtype = fake_value(site.query).dtype
+                with graph.inserting_after(behind):
+                    made = call(graph, joint_mask, rules, dtype, *nodes, like=site.node)
+                joint[site.masks, behind] = made
+            mask = joint[site.masks, behind]
+        with graph.inserting_before(site.node):
+            query = cast(graph, site, whole_queries(graph, site), fake_value(site.node).dtype)
+            if concrete(fake_value(query).stride(3)) != 1:
+                query = call(graph, torch.Tensor.contiguous, query, like=site.node)
+            out = call(
+                graph,
+                attention,
+                query,
+                canonical(graph, site.key, site),
+                canonical(graph, site.value, site),
+                mask,
+                scale=site.scale,
+                like=site.node,
+            )
+            out = strided_like(graph, out, site)
+        site.node.replace_all_uses_with(out)
+    return finish(gm)
 
 
 def pack_groups(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphModule:

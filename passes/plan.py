@@ -125,7 +125,7 @@ def make_plan(
                 cache.views,
                 choice,
                 note=BACKENDS[device].note(),
-                masks_at=_masks_at(site, writes),
+                masks_at=masks_at(site, writes),
             )
         )
     return Plan(
@@ -137,7 +137,7 @@ def make_plan(
     )
 
 
-def _masks_at(site: AttentionSite, writes: list[Write]) -> fx.Node | None:
+def masks_at(site: AttentionSite, writes: list[Write]) -> fx.Node | None:
     """The node behind which the site's masks are as its core reads them; None without masks.
 
     That is the last of the masks, or the last call before the core that writes into one: a mask may

@@ -527,8 +527,10 @@ def pytorch_attention(q, k, v, positions, mask, *, scale, softcap=0.0, sink_logi
     out = torch.empty(b, hq, s, v.shape[3], dtype=q.dtype)
     for i, h, j in itertools.product(range(b), range(hq), range(s)):
         kv = h // (hq // hkv)
-        row = positions[i, h if positions.shape[1] == hq else kv, j]
-        at = row[row >= 0].long() if (row >= 0).any() else torch.arange(t)
+        at = torch.arange(t)
+        if positions is not None:
+            row = positions[i, h if positions.shape[1] == hq else kv, j]
+            at = row[row >= 0].long() if (row >= 0).any() else at
         added = None if mask is None else mask.expand(b, hq, s, t)[i, h, j, at][None]
         if added is not None and added.dtype != torch.bool:
             added = added.to(q.dtype)
@@ -550,7 +552,8 @@ def eager_attention(query, keys, values, added, scale, softcap, sink):
     logits = query @ keys.T * scale
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
-    assert added is None
+    if added is not None:
+        logits = logits.masked_fill(~added, -torch.inf)
     if sink is not None:
         logits = torch.cat((logits, sink.to(logits.dtype).view(1, 1)), -1)
     weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
@@ -678,6 +681,64 @@ def test_a_row_without_positions_is_what_sdpa_makes_of_it(implementation, t, fil
     else:
         assert not found[0, :, 0].any()
     assert_attends_as_defined(implementation, (q, k, v, positions), mask, scale=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
+def test_attention_over_all_keys_is_exact(implementation, shape, dtype):
+    q, k, v, _ = attend_inputs(shape, dtype)
+    assert_attends_as_defined(implementation, (q, k, v, None), None, scale=shape[5] ** -0.5)
+
+
+@pytest.mark.parametrize("mask_kind", MASKS[1:])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4]], ids=str)
+def test_attention_over_all_keys_sees_what_the_mask_shows(implementation, shape, mask_kind):
+    mask = masks(mask_kind, shape[0], shape[3], shape[4])
+    q, k, v, _ = attend_inputs(shape, torch.float32)
+    assert_attends_as_defined(implementation, (q, k, v, None), mask, scale=0.2)
+    mask_of_each_head = mask.repeat(1, shape[1], 1, 1)
+    mask_of_each_head[:, ::2] = mask.flip(-1)
+    assert_attends_as_defined(implementation, (q, k, v, None), mask_of_each_head, scale=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_over_all_keys_with_softcap_and_sinks(implementation, dtype):
+    q, k, v, _ = attend_inputs((2, 6, 2, 3, 201, 80, 72, 16, 9), dtype)
+    mask = masks("window", 2, 3, 201)
+    options = dict(scale=0.3, softcap=5.0, sink_logits=torch.randn(6))
+    assert_attends_as_defined(implementation, (q, k, v, None), mask, **options)
+
+
+def test_attention_over_all_keys_takes_keys_in_two_tensors(implementation):
+    q, k, v, _ = attend_inputs((2, 6, 1, 2, 150, 96, 64, 16, 9), torch.float32)
+    whole = implementation.attend(q, k, v, None, None, scale=0.3)
+    parts = k[..., :64].contiguous(), k[..., 64:].contiguous()
+    found = implementation.attend(q, parts[0], v, None, None, scale=0.3, k_rest=parts[1])
+    torch.testing.assert_close(found, whole, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("first, behind", [(0, 40), (1900, 2600), (3990, 4000), (700, 700)])
+def test_slots_that_nothing_sees_are_not_read(implementation, tokens, first, behind):
+    """A static cache that is mostly empty, shared among threads; a row may see nothing at all."""
+    q, k, v, _ = attend_inputs((1, 6, 2, tokens, 4000, 64, 64, 16, 9), torch.float32)
+    position = torch.arange(4000)
+    mask = ((position >= first) & (position < behind)).expand(1, 1, tokens, 4000)
+    expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.1, enable_gqa=True)
+    k[:, :, ~mask[0, 0, 0]] = torch.nan
+    v[:, :, ~mask[0, 0, 0]] = torch.nan
+    for seen in (mask, mask.to(torch.float32).log()):
+        found = implementation.attend(q, k, v, None, seen, scale=0.1)
+        torch.testing.assert_close(found, expected.nan_to_num(0.0), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_any_number_of_threads_attends_to_all_keys_alike(implementation, count):
+    q, k, v, _ = attend_inputs((2, 6, 2, 3, 3000, 64, 64, 16, 9), torch.float32)
+    expected = implementation.attend(q, k, v, None, None, scale=0.1)
+    torch.set_num_threads(count)
+    found = implementation.attend(q, k, v, None, None, scale=0.1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
 def test_positions_outside_the_cache_add_nothing(implementation):

@@ -161,7 +161,8 @@ def attend_launches(
     chip, *, b=1, hq=32, hkv=8, s=1, t=300, d=128, dv=None, dtype=torch.bfloat16, slots=2048,
     mask=None, softcap=0.0, sink_logits=False, rest=0, keys=None, values=None,
 ):  # fmt: skip
-    """rest: dims of a second tensor of keys; the values then are the first itself (latents)."""
+    """rest: dims of a second tensor of keys; the values then are the first itself (latents).
+    slots=0: all keys, without positions."""
     mask, _ = mask_tensors(mask, b, hq, s, t)
     k = torch.empty(b, hkv, t, d, dtype=keys or dtype)
     v = k if rest else torch.empty(b, hkv, t, dv or d, dtype=values or dtype)
@@ -169,7 +170,8 @@ def attend_launches(
         triton_attend, ATTEND_KERNELS, chip,
         lambda: triton_attend.attend(
             torch.empty(b, hq, s, d + rest, dtype=dtype), k, v,
-            torch.empty(b, hkv, s, slots, dtype=torch.int32), mask, scale=0.1, softcap=softcap,
+            torch.empty(b, hkv, s, slots, dtype=torch.int32) if slots else None, mask,
+            scale=0.1, softcap=softcap,
             sink_logits=torch.empty(hq) if sink_logits else None,
             k_rest=torch.empty(b, hkv, t, rest, dtype=dtype) if rest else None,
         ),
@@ -249,6 +251,13 @@ ATTEND_COMMON = [
     dict(hq=16, hkv=1, d=512, rest=64, mask="additive"),
     dict(keys=torch.float32, mask="bool"),  # autocast: rotated keys stay fp32
 ]
+ATTENTION_COMMON = [dict(), dict(s=4, mask="bool", d=64)]
+ATTENTION_MORE = [
+    dict(s=8, hq=64, mask="additive", softcap=50.0, sink_logits=True),
+    dict(hq=8, hkv=8, d=256, dtype=torch.float16),
+    dict(hq=16, hkv=1, d=512, rest=64, mask="additive"),
+    dict(dtype=torch.float32, d=64, s=2, mask="per head"),
+]
 ATTEND_MORE = [
     dict(d=64, mask="bool", sink_logits=True),
     dict(d=80),
@@ -304,6 +313,19 @@ def test_updates_of_pages_fit(chip, dtype):
 @pytest.mark.parametrize("case", ATTEND_COMMON, ids=str)
 def test_attend_fits(chip, case):
     assert_fits(attend_launches(chip, **case), chip)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("case", ATTENTION_COMMON, ids=str)
+def test_attention_over_all_keys_fits(chip, case):
+    assert_fits(attend_launches(chip, slots=0, **case), chip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("case", ATTENTION_MORE, ids=str)
+def test_attention_over_all_keys_fits_everywhere_else(chip, case):
+    assert_fits(attend_launches(chip, slots=0, **case), chip)
 
 
 @pytest.mark.slow
@@ -371,6 +393,7 @@ def test_a_growing_cache_changes_neither_kernels_nor_grids(index, r):
         seen = [
             select_launches("sm90", b=b, t=t, r=r, index=index, mask="bool")
             + attend_launches("sm90", b=b, t=t, mask="bool")
+            + attend_launches("sm90", b=b, t=t, mask="bool", s=2, slots=0)
             for t in (1, 2, 1000, 1001, 1002, 1003, 4096, 5000)
         ]
         # T = 1 alone differs: a row of the index then has no stride to align.

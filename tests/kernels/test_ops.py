@@ -17,6 +17,7 @@ from loki_compile.kernels.ops import (
     SCHEMAS,
     Budget,
     attend,
+    attention,
     extend_pages,
     hidden_below,
     select,
@@ -386,6 +387,24 @@ def test_opcheck_of_attend(case):
     opcheck(attend, args)
 
 
+@pytest.mark.parametrize("case", ["plain", "mask", "bytes", "sink_logits"])
+def test_opcheck_of_attention(case):
+    args = attend_args()
+    del args["positions"]
+    if case == "mask":
+        args["mask"] = torch.rand(B, 1, S, T) > 0.3
+    if case == "bytes":
+        args["mask"] = (torch.rand(B, 1, S, T) > 0.3).byte()
+    if case == "sink_logits":
+        args.update(sink_logits=torch.randn(HQ), softcap=20.0)
+    opcheck(attention, args)
+    truth = reference.attention(
+        **{n: x.double() if n in "qkv" else x for n, x in args.items()}
+        | ({"mask": args["mask"].bool()} if case == "bytes" else {})
+    )
+    torch.testing.assert_close(attention(**args).double(), truth, rtol=0, atol=1e-5)
+
+
 def test_fakes_have_the_shapes_and_strides_of_the_results():
     with torch._subclasses.FakeTensorMode() as mode:
         fake = {
@@ -615,6 +634,16 @@ def test_pages_do_not_shrink():
 def test_attend_says_what_it_found_and_what_it_takes(found):
     with pytest.raises(ValueError, match="loki::attend: .*" + re.escape(found)):
         attend(**attend_args(**BAD_ATTEND[found]))
+
+
+@pytest.mark.parametrize(
+    "found", [f for f, changes in BAD_ATTEND.items() if "positions" not in changes]
+)
+def test_attention_says_what_it_found_and_what_it_takes(found):
+    args = attend_args(**BAD_ATTEND[found])
+    del args["positions"]
+    with pytest.raises(ValueError, match="loki::attention: .*" + re.escape(found)):
+        attention(**args)
 
 
 def test_tensors_on_two_devices_are_refused():

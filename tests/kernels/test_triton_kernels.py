@@ -509,6 +509,8 @@ def pytorchs_error(q, k, v, positions, mask, truth, scale):
     """Error of PyTorch's own attention, same dtype, over the same keys (one dense masked call)."""
     b, hq, s, _ = q.shape
     t = k.shape[2]
+    if positions is None:
+        positions = torch.arange(t, dtype=torch.int32).expand(b, k.shape[1], s, t)
     chosen = torch.zeros(b, positions.shape[1], s, t + 1, dtype=torch.bool)
     chosen.scatter_(-1, torch.where(positions < 0, t, positions).long(), True)
     chosen = chosen[..., :t].repeat_interleave(hq // chosen.shape[1], 1)
@@ -564,6 +566,46 @@ def test_attention_over_the_chosen_keys(dtype, b, hq, hkv, s, d, dv, programs):
     positions = random_positions(b, hkv, s, 150, 61, 43)
     launch = small_tiles(tensors, programs)
     assert_as_exact_as_pytorch(tensors, positions, launch=launch, scale=d**-0.5)
+
+
+@here
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("b", "hq", "hkv", "s", "d", "dv"),
+    [(1, 4, 2, 1, 64, 64), (2, 2, 2, 3, 80, 80), (1, 20, 1, 2, 17, 33)],
+)
+@pytest.mark.parametrize("programs", [0, 4])
+def test_attention_over_all_keys(dtype, b, hq, hkv, s, d, dv, programs):
+    tensors = attention_inputs(b, hq, hkv, s, 150, d, dv, dtype)
+    assert_as_exact_as_pytorch(tensors, None, launch=small_tiles(tensors, programs), scale=d**-0.5)
+
+
+@here
+@pytest.mark.parametrize("programs", [0, 4])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_masks_of_all_keys_are_of_each_head_and_token(heads, tokens, programs):
+    """The last row sees nothing, and what no row sees is not read."""
+    tensors = attention_inputs(2, 4, 2, tokens, 70, 32, 32, torch.float32)
+    launch = small_tiles(tensors, programs)
+    visible = torch.rand(2, heads, tokens, 70) > 0.4
+    visible[..., 48:64] = False
+    visible[1, -1, -1] = False
+    for x in tensors[1:]:
+        x[:, :, 48:64] = torch.nan
+    added = torch.randn(visible.shape).masked_fill(~visible, -torch.inf)
+    for mask in (visible, added):
+        for options in ({}, dict(softcap=3.0, sink_logits=torch.randn(4))):
+            error, _ = attend_error(tensors, None, mask, launch, scale=0.2, **options)
+            assert error < 1e-5
+
+
+@here
+def test_all_keys_in_two_tensors_and_values_that_are_keys():
+    q, k, _ = attention_inputs(1, 6, 1, 2, 90, 48, 48, torch.float32)
+    latent, rest = k[..., :32].contiguous(), k[..., 32:].contiguous()
+    error, _ = attend_error((q, latent, latent), None, scale=0.2, k_rest=rest)
+    assert error < 1e-5
 
 
 @here

@@ -7,6 +7,7 @@ rewriting; `test_backend.py` and `test_end_to_end.py` run Inductor.
 import pytest
 import torch
 from loki_compile.kernels.kept import IndexLayout
+from loki_compile.passes import dense
 from loki_compile.passes.dense import pack_groups
 from loki_compile.passes.graphs import copy_of
 from loki_compile.passes.sparse import rewrite_sparse
@@ -157,15 +158,12 @@ def test_any_batch_follows_the_reference(spelling, batch, interpreted):
         torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@names([REWRITTEN[0], Spelling(index_copy_method, mask=left_padded)])
-@torch.no_grad()
-def test_half_precision_is_as_near_to_fp64_as_eager_is(spelling, dtype, interpreted):
+def assert_as_near_to_fp64(spelling, dtype, options) -> None:
     module = ToyDecoder(spelling).eval()
     exact, half = ToyDecoder(spelling).eval().double(), ToyDecoder(spelling).eval().to(dtype)
     half.load_state_dict(module.state_dict())
     exact.load_state_dict(half.state_dict())
-    fast = torch.compile(half, backend="loki", options=EVERYTHING)
+    fast = torch.compile(half, backend="loki", options=options)
     here = Conversation.start(spelling, dtype=dtype)
     eager, truth = here.fork(), here.fork()
     truth.keys, truth.values = truth.keys.double(), truth.values.double()
@@ -174,8 +172,15 @@ def test_half_precision_is_as_near_to_fp64_as_eager_is(spelling, dtype, interpre
         expected = truth.step(exact, x.double())
         ours = max(ours, (here.step(fast, x) - expected).abs().max().item())
         theirs = max(theirs, (eager.step(half, x) - expected).abs().max().item())
-    assert stats()["sparse_steps"] == STEPS
     assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@names([REWRITTEN[0], Spelling(index_copy_method, mask=left_padded)])
+@torch.no_grad()
+def test_half_precision_is_as_near_to_fp64_as_eager_is(spelling, dtype, interpreted):
+    assert_as_near_to_fp64(spelling, dtype, EVERYTHING)
+    assert stats()["sparse_steps"] == STEPS
 
 
 @torch.no_grad()
@@ -195,23 +200,67 @@ def test_packing_swaps_one_attention_for_another_and_drops_the_repetition():
     assert tuple(key.shape) == (BATCH, 3, spelling.slots, HEAD_DIM)
 
 
-@names(
-    [
-        Spelling(index_copy_method, attend=gqa_repeat_kv),
-        Spelling(index_copy_method, attend=gqa_flag, mask=left_padded),
-        Spelling(index_copy_method, attend=gqa_repeat_kv, mask=alibi),
-        Spelling(index_copy_method, attend=gqa_repeat_kv, new_tokens=3),
-        Spelling(cat_bhtd, attend=gqa_repeat_kv, mask=no_mask, growing=True),
-        Spelling(index_copy_method, attend=plain, kv_heads=1),
-        Spelling(index_copy_method, attend=gqa_flag, mask=causal),
-    ]
-)
+EXACT = [
+    Spelling(index_copy_method, attend=gqa_repeat_kv),
+    Spelling(index_copy_method, attend=gqa_flag, mask=left_padded),
+    Spelling(index_copy_method, attend=gqa_repeat_kv, mask=alibi),
+    Spelling(index_copy_method, attend=gqa_repeat_kv, new_tokens=3),
+    Spelling(cat_bhtd, attend=gqa_repeat_kv, mask=no_mask, growing=True),
+    Spelling(index_copy_method, attend=plain, kv_heads=1),
+    Spelling(index_copy_method, attend=gqa_flag, mask=causal),
+]
+
+
+@names(EXACT)
 @torch.no_grad()
-def test_the_packed_dense_variant_is_dense_attention(spelling, interpreted):
+def test_the_dense_variant_is_exact_attention_by_our_op(spelling, interpreted):
     module = ToyDecoder(spelling).eval()
     fast = compiled(module, min_context=1000)
     assert compare(module, fast, spelling) < 2e-5
+    for gm in interpreted.graphs:
+        assert count_calls(gm.graph, "loki.") == count_calls(gm.graph, "loki.attention") == 1
+        assert count_attention(gm.graph) == 0
+
+
+@names([Spelling(index_copy_method, attend=gqa_repeat_kv, new_tokens=9), *EXACT[:1]])
+@torch.no_grad()
+def test_a_prefill_and_what_our_op_is_not_faster_for_keep_pytorchs_attention(
+    spelling, interpreted, monkeypatch
+):
+    if spelling.new_tokens == 1:
+        monkeypatch.setattr(dense, "attention_pays", lambda device: False)
+    module = ToyDecoder(spelling).eval()
+    assert compare(module, compiled(module, min_context=1000), spelling, steps=1) < 2e-5
     assert interpreted.calls("loki.") == 0
+    assert all(count_attention(gm.graph) == 1 for gm in interpreted.graphs)
+
+
+@names([EXACT[1], EXACT[3]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_exact_attention_in_half_precision_is_as_near_to_fp64_as_eager_is(
+    spelling, dtype, interpreted
+):
+    assert_as_near_to_fp64(spelling, dtype, {"min_context": 1000})
+    assert interpreted.calls("loki.attention") == len(interpreted.graphs) > 0
+
+
+@torch.no_grad()
+def test_dense_sites_beside_sparse_ones_attend_exactly(interpreted):
+    module = TwoReaders(None).eval()
+    options = {"min_context": 0, "top_k": 1.0, "layers": (0,)}
+    fast = torch.compile(module, backend="loki", options=options)
+    spelling = module.first.spelling
+    here = Conversation.start(spelling)
+    there = here.fork()
+    for x in tokens(spelling, STEPS):
+        torch.testing.assert_close(
+            here.step(fast, x), there.step(module, x), rtol=0, atol=2e-5, equal_nan=True
+        )
+    assert stats()["sparse_steps"] == STEPS
+    for gm in interpreted.graphs:
+        assert count_calls(gm.graph, "loki.attend") == 1
+        assert count_calls(gm.graph, "loki.attention") == 1
 
 
 @torch.no_grad()
