@@ -75,7 +75,7 @@ def loki(
     config = plainly(_checked, {**(options or {}), **unknown}, mode)
     compile_graph = functools.partial(engine or _engine, mode=mode, options=config.inductor)
     normal, parts = _in_one_form(gm)
-    plan = plan_graph(normal, config)
+    plan = plainly(plan_graph, normal, config)
     refusal = _refusal(plan) if config.strict else ""
     if plan.sparse or refusal:
         ask_what_inductor_asks(gm, example_inputs)  # what is traced again is not judged
@@ -179,7 +179,11 @@ def _in_one_form(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Part]]:
 
 
 def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
-    """The analysis half of the compiler: what would become of each attention core."""
+    """The analysis half of the compiler: what would become of each attention core.
+
+    Raises:
+      ValueError: a policy that has a layer read what no earlier one of the same slots chose.
+    """
     sites, skipped = find_sites(normal.graph)
     if _records_gradients(normal):
         skipped += [Skipped(site.node, Reason.GRAD, (), site.path) for site in sites]
