@@ -197,11 +197,11 @@ def _by_layer(sites: Sequence[SiteReport]) -> list[tuple[list[SiteReport], str]]
     match = list(_NUMBER.finditer(sites[0].path))[at]
     before, after = sites[0].path[: match.start()], sites[0].path[match.end() :]
     kind = before.rstrip(".").rpartition(".")[2] or "layers"
-    shown = _ranges({found[at] for found in numbers})
+    shown = shown_ranges({found[at] for found in numbers})
     return [(list(sites), f"{kind} {shown}: {before}*{after}")]
 
 
-def _ranges(numbers: set[int]) -> str:
+def shown_ranges(numbers: Iterable[int]) -> str:
     """ "0-4, 6, 8-9"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
