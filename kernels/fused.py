@@ -390,3 +390,68 @@ def window_positions(
     out = torch.full((*visible.shape[:-1], slots + 1), -1, dtype=torch.int32, device=key.device)
     out = out.scatter(-1, slot.long(), at.expand(visible.shape))[..., :slots]
     return out.expand(batch, heads, tokens, slots).contiguous()
+
+
+def positions_of_heads(positions: Tensor, heads: Sequence[int]) -> Tensor:
+    """Positions (B, H, S, K) of other heads: (B, len(heads), S, K), row i those of `heads[i]`."""
+    return torch.cat([positions.narrow(1, head, 1) for head in heads], 1)
+
+
+def unified_positions(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    heads: int,
+    scale: float,
+    recent_part: int,
+    *budget: Any,
+) -> Tensor:
+    """One set of positions for all heads of each row: int32 (B, heads, S, K), ascending, then -1.
+
+    query (B, Hq, S, D); key (B, Hkv, T, D); mask as `select` takes it, the same for all heads;
+    `budget` is `Budget.numbers`. Of the row's budget the `sink` first and the last keys are always
+    kept, these being the 1 / `recent_part` of it that the first leave over, or `recent` where that
+    is more. The query heads take turns for the rest: each adds the best of the keys between that no
+    head has named yet.
+    """
+    rule = Budget(*budget)
+    (batch, query_heads, tokens, _), cached = query.shape, key.shape[2]
+    if mask is None:
+        visible = torch.ones((1, 1, 1, cached), dtype=torch.bool, device=key.device)
+    elif mask.is_floating_point():
+        visible = mask > hidden_below(mask.dtype)
+    else:
+        visible = mask != 0
+    visible = visible[:, :1]
+    number = visible.cumsum(-1, dtype=torch.int32)  # of each visible key in its row, from 1
+    count = number[..., -1:]
+    keep = rule.keys_of(count).to(torch.int32)
+    first = keep.clamp(max=rule.sink)
+    last = (keep // recent_part - rule.sink).clamp(min=rule.recent)
+    last = torch.minimum(last, keep - first)
+    always = visible & ((number <= first) | (number > count - last))
+    between = visible & ~always
+    with without_autocast(query.device.type):
+        scores = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3).float() @ key.float().mT
+    scores = scale * scores.unflatten(2, (-1, tokens)).flatten(1, 2)  # (B, Hq, S, T)
+    if mask is not None and mask.is_floating_point():
+        scores = scores + mask
+    scores = scores.masked_fill(~between | scores.isnan(), -torch.inf)
+    slots = rule.slots(cached)
+    most = torch.sym_min(slots, cached)
+    best = scores.topk(most, -1).indices  # (B, Hq, S, most), best first
+    turn = torch.arange(most, device=key.device)[:, None] * query_heads
+    turn = (turn + torch.arange(query_heads, device=key.device)).T[None, :, None]
+    never = query_heads * most
+    turns = torch.full((batch, tokens, cached), never, device=key.device, dtype=torch.int64)
+    for head in range(query_heads):
+        named = best[:, head]
+        turns = turns.scatter_reduce(-1, named, turn[:, head].expand_as(named), "amin")
+    turns = torch.where(always[:, 0], -1, torch.where(between[:, 0], turns, never + 1))
+    chosen = turns.topk(most, -1, largest=False).indices  # (B, S, most)
+    chosen = torch.where(torch.arange(most, device=key.device) < keep[:, 0], chosen, cached)
+    chosen = chosen.sort(-1).values
+    chosen = torch.where(chosen < cached, chosen, -1).to(torch.int32)
+    out = chosen.new_full((batch, tokens, slots), -1)
+    out[..., :most] = chosen
+    return out[:, None].expand(batch, heads, tokens, slots).contiguous()

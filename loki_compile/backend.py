@@ -35,9 +35,10 @@ from loki_compile.passes.normalize import normalize
 from loki_compile.passes.plan import Plan, make_plan
 from loki_compile.passes.shared_caches import Part, take_parts
 from loki_compile.passes.sites import find_sites
+from loki_compile.policies.kinds import PLANS
 from loki_compile.policies.table import policy_of
 from loki_compile.refusal import Refusal, plainly
-from loki_compile.report import GraphReport, describe, record_graph
+from loki_compile.report import GraphReport, describe, record_graph, shown_ranges
 from loki_compile.runtime import DecodeGraph
 from loki_compile.steps import Served
 from loki_compile.variants import Variant, Variants
@@ -78,7 +79,7 @@ def loki(
         functools.partial(engine or _engine, mode=mode, options=config.inductor)
     )
     normal, parts = _in_one_form(gm)
-    plan = plan_graph(normal, config)
+    plan = plainly(plan_graph, normal, config)
     refusal = _refusal(plan) if config.strict else ""
     once = _is_called_once(plan, normal.graph)
     if plan.sparse or refusal or once:
@@ -133,6 +134,7 @@ def loki(
     record_graph(plan, config, bindings, compiled, added)  # last: it may be traced again
     _say_what_stays_dense(plan, config, tally)
     _say_which_layers_there_are(plan, config, tally)
+    _say_who_chooses(plan, config, tally)
     return compiled
 
 
@@ -183,6 +185,21 @@ def _say_which_layers_there_are(plan: Plan, config: LokiConfig, tally: Tally) ->
             )
 
 
+def _say_who_chooses(plan: Plan, config: LokiConfig, tally: Tally) -> None:
+    """Says once what a plan of all layers is for this model."""
+    if config.policy not in PLANS or len(plan.sites) < 2 or not plan.sparse:
+        return
+    numbers = {site.node: site.layer(number) for number, site in enumerate(plan.sites)}
+    chooses = [numbers[s.site.node] for s in plan.sparse if s.source is None]
+    reuse = len(plan.sparse) - len(chooses)
+    say_once(
+        (tally.model, "plan", config.policy),
+        f"{tally.model}: policy={config.policy!r}: layers {shown_ranges(chooses)} choose keys, "
+        f"{reuse} others read what these chose; which do is a guess, since no plan of `loki tune` "
+        "is stored for this model.",
+    )
+
+
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfig) -> GraphReport:
     """The report of one graph, without compiling it.
 
@@ -208,7 +225,11 @@ def _in_one_form(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Part]]:
 
 
 def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
-    """The analysis half of the compiler: what would become of each attention core."""
+    """The analysis half of the compiler: what would become of each attention core.
+
+    Raises:
+      ValueError: a policy that has a layer read what no earlier one of the same slots chose.
+    """
     sites, skipped = find_sites(normal.graph)
     if _records_gradients(normal):
         skipped += [Skipped(site.node, Reason.GRAD, (), site.path) for site in sites]

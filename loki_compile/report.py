@@ -16,11 +16,12 @@ from torch._dynamo.utils import counters
 from torch._logging import trace_structured
 
 from loki_compile.kernels.kept import Keeps, PageLayout
+from loki_compile.passes.attention import Reason
 
 if TYPE_CHECKING:
     from loki_compile.caches import CacheBinding
     from loki_compile.config import LokiConfig
-    from loki_compile.passes.plan import Plan
+    from loki_compile.passes.plan import Plan, SparseSite
 
 log = logging.getLogger("loki_compile")
 
@@ -45,7 +46,8 @@ class SiteReport:
     the section of this project's documents that says what would have to change.
     Heads and dims are counts; index_bytes_per_token is what the key index costs per cached token
     in the cache's own dtype (None where dense); basis tells where the projection comes from; note
-    is what one should know of the kernels that serve its device, mostly ""; policy chooses keys.
+    is what one should know of its policy and of the kernels that serve its device, mostly "";
+    policy chooses keys, or says whose choice is read.
     """
 
     path: str
@@ -204,11 +206,11 @@ def _by_layer(sites: Sequence[SiteReport]) -> list[tuple[list[SiteReport], str]]
     match = list(_NUMBER.finditer(sites[0].path))[at]
     before, after = sites[0].path[: match.start()], sites[0].path[match.end() :]
     kind = before.rstrip(".").rpartition(".")[2] or "layers"
-    shown = _ranges({found[at] for found in numbers})
+    shown = shown_ranges({found[at] for found in numbers})
     return [(list(sites), f"{kind} {shown}: {before}*{after}")]
 
 
-def _ranges(numbers: set[int]) -> str:
+def shown_ranges(numbers: Iterable[int]) -> str:
     """ "0-4, 6, 8-9"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
@@ -326,14 +328,18 @@ def describe(
     for sparse in plan.sparse:
         site, binding = sparse.site, bindings[sparse.cache]
         rank = binding.rank(config.rank) if binding.keeps is Keeps.INDEX else None
+        policy = _policy_text(plan, sparse)
         entries.append(
             (
                 site.node,
                 SiteReport(
                     path=site.path,
                     cache=plan.caches[sparse.cache].source,
-                    outcome="sparse",
-                    reason="",
+                    outcome="dense by plan" if sparse.reads_all else "sparse",
+                    reason=f"reads all keys, and chooses for others ({policy})"
+                    if sparse.reads_all
+                    else "",
+                    see=_see(Reason.READS_ALL) if sparse.reads_all else "",
                     query_heads=site.query_heads,
                     kv_heads=site.kv_heads,
                     head_dim=site.head_dim,
@@ -341,7 +347,7 @@ def describe(
                     basis=_basis_text(binding, adapters),
                     index_bytes_per_token=_bytes_per_token(binding, rank, config),
                     note=sparse.note,
-                    policy=sparse.choice.ranking.name,
+                    policy=policy,
                 ),
             )
         )
@@ -356,7 +362,7 @@ def describe(
                     cache="",
                     outcome="dense by plan" if skip.by_plan else "dense",
                     reason=skip.sentence(),
-                    see=f"docs/coverage.md#{skip.reason.name.lower()}",
+                    see=_see(skip.reason),
                     query_heads=found.query_heads if found else None,
                     kv_heads=found.kv_heads if found else None,
                     head_dim=found.head_dim if found else None,
@@ -367,6 +373,19 @@ def describe(
         position = {node: i for i, node in enumerate(entries[0][0].graph.nodes)}
         entries.sort(key=lambda entry: position[entry[0]])
     return GraphReport(tuple(report for _, report in entries))
+
+
+def _see(reason: Reason) -> str:
+    return f"docs/coverage.md#{reason.name.lower()}"
+
+
+def _policy_text(plan: Plan, sparse: SparseSite) -> str:
+    """By what a site chooses, or whose choice it reads."""
+    if sparse.source is None:
+        return sparse.choice.ranking.name if sparse.choice.ranking is not None else ""
+    source = plan.sparse[sparse.source].site
+    number = next(n for n, site in enumerate(plan.sites) if site.node is source.node)
+    return f"reuse of layer {source.layer(number)}" + ", heads mapped" * bool(sparse.choice.heads)
 
 
 def _bytes_per_token(binding: CacheBinding, rank: int | None, config: LokiConfig) -> float | None:

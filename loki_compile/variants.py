@@ -76,7 +76,7 @@ class Variants:
 
     @property
     def sparse_sites(self) -> int:
-        return len(self.plan.sparse)
+        return sum(not sparse.reads_all for sparse in self.plan.sparse)
 
     @property
     def sites(self) -> int:
@@ -96,7 +96,7 @@ class Variants:
         them."""
         gm, mapping = copy_of(self.gm)
         plan = self.plan.on(mapping)
-        sparse_sites = {s.site.node for s in plan.sparse}
+        sparse_sites = {s.site.node for s in plan.sparse if not s.reads_all}
         before = ops_of(gm.graph)
         gm = rewrite_sparse(gm, plan, layouts)
         if self.pack_gqa:

@@ -27,6 +27,7 @@ what reads it (decides, never edits),
     trace_caches   from a site's keys back to the cache they are read from and the writes into it
     latent         attention over a cached latent, where each step expands keys and values from one
     rotary         keys and queries before their rotation, for calibration
+    slots          which sites number their keys alike: what one chose, another may read
     policy         what a policy may say: a choice per site, by a ranking
     plan           per site: sparse, or dense with a reason
     rollback       what to save so that a graph that failed half-way can be run again

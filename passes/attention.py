@@ -45,6 +45,7 @@ class Reason(enum.Enum):
     GRAD = "gradients are recorded here: decode under torch.no_grad() or torch.inference_mode()"
     SHORT_CACHE = "the cache holds {} keys, which never exceeds min_context={}: dense by plan"
     LAYER_OFF = "left out by layers={}"
+    READS_ALL = "its policy has it read all keys: dense by plan"
     POLICY = "the policy {!r} cannot serve it: {}"
     NO_BASIS = "no basis: {}"
     SHARED_TENSOR = "one tensor {} holds more than this layer's keys"
@@ -63,7 +64,12 @@ class Skipped:
     @property
     def by_plan(self) -> bool:
         """Dense because that is the better choice, not because something was not understood."""
-        return self.reason in (Reason.PREFILL, Reason.SHORT_CACHE, Reason.LAYER_OFF)
+        return self.reason in (
+            Reason.PREFILL,
+            Reason.SHORT_CACHE,
+            Reason.LAYER_OFF,
+            Reason.READS_ALL,
+        )
 
     def sentence(self) -> str:
         return self.reason.value.format(*self.details)
@@ -278,11 +284,15 @@ class AttentionSite:
             "s", 1
         )
 
-    def is_among(self, layers: Sequence[int | str], number: int) -> bool:
-        """Whether one of `layers` names the site: by its layer's number, or by a pattern
-        (`fnmatch`) of its path. Without a path it has its `number` among its graph's sites."""
+    def layer(self, number: int) -> int:
+        """The number of its layer; without a path it has its `number` among its graph's sites."""
         digits = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.path)
-        layer = int(digits[1]) if digits else number
+        return int(digits[1]) if digits else number
+
+    def is_among(self, layers: Sequence[int | str], number: int) -> bool:
+        """Whether one of `layers` names the site: by its `layer`'s number, or by a pattern
+        (`fnmatch`) of its path."""
+        layer = self.layer(number)
         return any(
             layer == pick if isinstance(pick, int) else fnmatch.fnmatch(self.path, pick)
             for pick in layers

@@ -13,7 +13,7 @@ from loki_compile.passes.attention import MAX_QUERY_TOKENS, AttentionSite, MaskT
 from loki_compile.passes.calls import concrete, fake_value, op_name, operand, shape_of, writes_of
 from loki_compile.passes.emit import canonical, cast, strided_like, whole_queries
 from loki_compile.passes.graphs import call, copy_of, finish
-from loki_compile.passes.plan import masks_at
+from loki_compile.passes.slots import masks_at
 from torch import fx
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from loki_compile.kernels.fused import expanded_values, tiles_to_blocks
+from loki_compile.kernels.fused import expanded_values, positions_of_heads, tiles_to_blocks
 from loki_compile.kernels.kept import Layout
 from loki_compile.kernels.ops import attend
 from loki_compile.passes.attention import AttentionSite
@@ -54,25 +54,34 @@ def rewrite_sparse(
             with graph.inserting_before(graph.output_node()):
                 outputs += [replay(graph, cache.leaves, part) for part in kept[number]]
     shared: dict[Any, fx.Node] = {}
+    chosen: list[fx.Node] = []
     for sparse in plan.sparse:
         with graph.inserting_before(sparse.site.node):
             of_cache = kept.get(sparse.cache, []), places.get(sparse.cache)
-            out = _sparse_attention(graph, sparse, *of_cache, masks, shared)
+            asked, sinks = _asked(graph, sparse, *of_cache, masks, shared)
+            if sparse.source is not None:
+                chosen.append(_of_source(asked, plan.sparse[sparse.source], chosen[sparse.source]))
+            else:
+                assert sparse.choice.ranking is not None
+                chosen.append(sparse.choice.ranking.positions(asked))
+            if sparse.reads_all:
+                continue
+            out = _sparse_attention(asked, chosen[-1], sinks, masks)
         sparse.site.node.replace_all_uses_with(out)
     result = graph.output_node()
     result.args = ((*result.args[0], *outputs),)  # type: ignore[misc]
     return finish(gm)
 
 
-def _sparse_attention(
+def _asked(
     graph: fx.Graph,
     sparse: SparseSite,
     kept: list[fx.Node],
     place: Placeholders | None,
     masks: Masks,
     shared: dict[Any, fx.Node],
-) -> fx.Node:
-    """What the site's core returns, by way of the ops."""
+) -> tuple[Asked, fx.Node | None]:
+    """The site's operands as the ops take them, and its sink logits."""
     site = sparse.site
     query, sinks = _queries_and_sinks(graph, site)
     mask = masks.of(sparse)
@@ -91,7 +100,29 @@ def _sparse_attention(
         bounds=None if mask is None else masks.bounds_of(mask),
         shared=shared,
     )
-    positions = sparse.choice.ranking.positions(asked)
+    return asked, sinks
+
+
+def _of_source(asked: Asked, source: SparseSite, positions: fx.Node) -> fx.Node:
+    """Positions that another site chose, for each KV head or query head of this one."""
+    site, there = asked.site, source.site
+    heads: Sequence[int] = asked.choice.heads
+    if not heads:  # the same, as far as there are as many
+        heads = [head * there.kv_heads // site.kv_heads for head in range(site.kv_heads)]
+    made = fake_value(positions).shape[1]
+    if made != there.kv_heads:  # each query head of the source chose for itself
+        here, group = site.query_heads // site.kv_heads, there.query_heads // there.kv_heads
+        heads = [head * group + place * group // here for head in heads for place in range(here)]
+    if list(heads) == list(range(made)):
+        return positions
+    return call(asked.graph, positions_of_heads, positions, tuple(heads), like=site.node)
+
+
+def _sparse_attention(
+    asked: Asked, positions: fx.Node, sinks: fx.Node | None, masks: Masks
+) -> fx.Node:
+    """What the site's core returns, by way of the ops."""
+    graph, site, mask = asked.graph, asked.site, asked.mask
     out = _attended(asked, positions, sinks)
     if site.core.nan_rows and mask is not None:
         blind = masks.blind_rows_of(mask)
