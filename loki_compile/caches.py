@@ -167,7 +167,7 @@ class CacheBinding:
     the rank is known, and where nothing is. `latent`: its rows are expanded to
     keys; a set of bases need not hold one for such rows, which `calibrate` may not have seen: it is
     fitted then. `unit_queries` gives, for a call's arguments, what the rows meet, where that is
-    known before any query.
+    known before any query. `pairs` are the dims of its rows that turn together with the position.
     """
 
     form: CacheForm
@@ -183,6 +183,7 @@ class CacheBinding:
     part: Part | None = None
     latent: bool = False
     unit_queries: Callable[[Sequence[Any]], Tensor | None] | None = None
+    pairs: tuple[tuple[int, int], ...] = ()
     basis: Basis | None = None
     layout: Layout | None = None
 

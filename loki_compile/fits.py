@@ -226,6 +226,8 @@ def _fit_rows(
             moments.update(keys[row : row + 1], asks, None if seen is None else seen[row : row + 1])
     if not moments.tokens:  # a sequence that sees nothing ranks nothing
         return _any_basis(binding)
+    if binding.pairs:
+        moments = moments.over_rotations(binding.pairs)
     fitted = moments.pca if queries is None else moments.score_optimal
     return fitted(weights=binding.weights, layer=binding.layer)
 
