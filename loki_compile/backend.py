@@ -26,15 +26,19 @@ from loki_compile.bind import adapters, bind_caches, load_basis, token_count
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Tally, say_once, tally_of
 from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
+from loki_compile.kernels.kept import Keeps
 from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.dense import lay_out_first_keys, pack_groups
-from loki_compile.passes.graphs import copy_of, fake_mode_of, log_change, ops_of
+from loki_compile.passes.graphs import copy_of, fake_mode_of, log_change, ops_of, remap
+from loki_compile.passes.moments import add_query_moments
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.plan import Plan, make_plan
+from loki_compile.passes.prompts import AskedCache, find_asked
 from loki_compile.passes.shared_caches import Part, take_parts
 from loki_compile.passes.sites import find_sites
 from loki_compile.policies.table import policy_of
+from loki_compile.prompts import PrefillGraph
 from loki_compile.refusal import Refusal, plainly
 from loki_compile.report import GraphReport, describe, record_graph
 from loki_compile.runtime import DecodeGraph
@@ -113,6 +117,11 @@ def loki(
         packed, mapping = copy_of(normal)
         packed = pack_groups(packed, plan.on(mapping).sites)
         compiled = compile_graph(lay_out_first_keys(packed), example_inputs)
+    elif asked := _asked_in(normal, parts, config):
+        said, mapping = copy_of(normal)
+        own = len(said.graph.output_node().args[0])  # type: ignore[arg-type]
+        said = lay_out_first_keys(add_query_moments(said, remap(asked, mapping)))
+        compiled = PrefillGraph(compile_graph(said, example_inputs), asked, own)
     else:
         compiled = compile_graph(lay_out_first_keys(gm), example_inputs)
     added = adapters(normal, bindings, example_inputs, parts)
@@ -190,6 +199,21 @@ def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
         policy=policy_of(config),
         layers=config.layers,
     )
+
+
+def _asked_in(
+    normal: fx.GraphModule, parts: Sequence[Part], config: LokiConfig
+) -> tuple[AskedCache, ...]:
+    """The caches of which prompts' queries are taken note of, for bases that will be fitted."""
+    if config.basis != "auto" or parts or _records_gradients(normal):
+        return ()
+    asked = find_asked(normal.graph)
+    sites = [site for cache in asked for site in cache.sites]
+    ranked = {
+        choice.ranking.keeps is Keeps.INDEX and site.node
+        for site, choice in zip(sites, policy_of(config)(sites), strict=True)
+    }
+    return tuple(cache for cache in asked if any(site.node in ranked for site in cache.sites))
 
 
 def _records_gradients(gm: fx.GraphModule) -> bool:

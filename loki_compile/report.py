@@ -227,11 +227,10 @@ def reports() -> Reports:
 
 
 def _as_it_is(report: GraphReport, graph: DecodeGraph | None) -> GraphReport:
-    now = "" if graph is None else graph.state()
-    if not now:
+    if graph is None:
         return report
-    assert graph is not None
-    sites = report.sites
+    now, fitted = graph.state(), graph.fitted_bases()
+    sites = tuple(replace(site, basis=fitted.get(site.path, site.basis)) for site in report.sites)
     if graph.gave_up is not None:
         sites = tuple(
             replace(site, outcome="dense", reason=now, index_bytes_per_token=None)
