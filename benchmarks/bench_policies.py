@@ -1,12 +1,15 @@
 """What each way to choose keys loses, on a real model, through the compiled decode path.
 
     python benchmarks/bench_policies.py MODEL --text FILE [--context 3000] [--steps 48]
+        [--prefill compiled | eager] [--settings "loki, max" ...] [--basis NAME] [--rank 0.25]
 
 Steps of a text are decoded behind a prefill of its first tokens, each policy at the same budget,
 each step fed the text's own next token. Of every choice that a graph makes it is noted what share
 of each query head's attention lies on keys that were not chosen (missed mass; mean over layers,
 heads and steps), and of every step how far its logits are from dense attention's (KL divergence,
-same greedy token). Graphs run node by node: for speed see `bench_kernels.py` and `bench_decode.py`.
+same greedy token). The prompt is read through the backend, as `model.compile` has it, or eagerly,
+so that an automatic basis is fitted from keys alone. Graphs run node by node: for speed see
+`bench_kernels.py` and `bench_decode.py`.
 """
 
 from __future__ import annotations
@@ -73,6 +76,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--top-k", type=float, default=0.125)
+    parser.add_argument("--rank", type=float, default=0.25, help="a fraction below 1, or a count")
+    parser.add_argument("--basis", default="auto")
+    parser.add_argument("--prefill", choices=("compiled", "eager"), default="compiled")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--name", default="policies", help="file under benchmarks/results/")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -85,8 +92,8 @@ def main() -> None:
     with torch.no_grad():
         prefilled = DynamicCache(config=model.config)
         model(ids[:, : args.context], past_key_values=prefilled, logits_to_keep=1)
-        dense = decode(model.forward, model, prefilled, ids, args)
-        for name, options in SETTINGS.items():
+        dense = decode(model.forward, copy_of(prefilled, model), ids, args)
+        for name, options in ((name, SETTINGS[name]) for name in args.settings):
             missed: list[Tensor] = []
             torch._dynamo.reset()
             reset_stats()
@@ -94,10 +101,16 @@ def main() -> None:
             def engine(gm, inputs, missed=missed, **_):
                 return Watching(gm, missed).run
 
-            options = {"top_k": args.top_k, **options}
+            rank = args.rank if args.rank < 1 else int(args.rank)
+            top_k = args.top_k if args.top_k < 1 else int(args.top_k)
+            options = {"top_k": top_k, "rank": rank, "basis": args.basis, **options}
             backend = functools.partial(loki, engine=engine)
             step = torch.compile(model.forward, backend=backend, options=options)
-            logits = decode(step, model, prefilled, ids, args)
+            ranked = options["policy"] == "loki" and args.prefill == "compiled"
+            cache = DynamicCache(config=model.config) if ranked else copy_of(prefilled, model)
+            if ranked:  # others do not mind
+                step(ids[:, : args.context], past_key_values=cache, logits_to_keep=1)
+            logits = decode(step, cache, ids, args)
             if stats()["sparse_steps"] != args.steps:
                 raise SystemExit(f"{name}: {stats()}; needed {args.steps} sparse steps.")
             both = (dense.log_softmax(-1), logits.log_softmax(-1))
@@ -109,16 +122,21 @@ def main() -> None:
             print(table([row], list(row)), flush=True)
     print(table(rows, list(rows[0])))
     about = {"model": Path(args.model).name, "text": args.text.name, "context": args.context}
+    about |= {"prefill": args.prefill, "basis": args.basis, "rank": args.rank}
     about |= {"steps": args.steps, "top_k": args.top_k, **stamp("cpu")}
     write_rows(args.name, [{**row, **about} for row in rows])
     draw(rows, about, RESULTS / f"{args.name}.png")
 
 
-def decode(step: Any, model: Any, prefilled: DynamicCache, ids: Tensor, args: Any) -> Tensor:
-    """Logits (steps, vocabulary) behind each of the text's tokens."""
+def copy_of(prefilled: DynamicCache, model: Any) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     for number, layer in enumerate(prefilled.layers):
         cache.update(layer.keys.clone(), layer.values.clone(), number)
+    return cache
+
+
+def decode(step: Any, cache: DynamicCache, ids: Tensor, args: Any) -> Tensor:
+    """Logits (steps, vocabulary) behind each of the text's tokens."""
     out = []
     for at in range(args.context, args.context + args.steps):
         out.append(step(ids[:, at : at + 1], past_key_values=cache).logits[0, -1].float())

@@ -91,9 +91,10 @@ def rotated_pairs(
         known: what was found before, by the calls of the rotation: layers are alike. Added to.
     """
     found = _in_front_of_rotation(rotated, tokens, is_parameter)
-    if not found:
+    start = next((node for node in reversed(found or ()) if shape_of(node) is not None), None)
+    if start is None:
         return ()
-    stretch = _between(found[-1], rotated, set(ancestors([rotated])))
+    stretch = _between(start, rotated, set(ancestors([rotated])))
     alike = _spelled(stretch)
     if alike not in known:
         known[alike] = _pairs_of(stretch, head_dim)
