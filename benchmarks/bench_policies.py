@@ -2,13 +2,15 @@
 
     python benchmarks/bench_policies.py MODEL --text FILE [--context 3000] [--steps 48]
     python benchmarks/bench_policies.py MODEL --text FILE --plans --top-k 0.125 512 128
+         [--prefill compiled | eager] [--only "loki, max" ...] [--basis NAME] [--rank 0.25]
 
 Steps of a text are decoded behind a prefill of its first tokens, each policy at the same budget,
 each step fed the text's own next token. Of every layer it is noted what share of each query head's
 attention lies on keys that it does not read (missed mass; mean over layers, heads and steps; 0 for
 a layer that reads all), and of every step how far its logits are from dense attention's (KL
-divergence, same greedy token). Graphs run node by node: for speed see `bench_kernels.py`,
-`bench_reuse.py` and `bench_decode.py`.
+divergence, same greedy token). The prompt is read through the backend, as `model.compile` has it,
+or eagerly, so that an automatic basis is fitted from keys alone. Graphs run node by node: for speed
+see `bench_kernels.py`, `bench_reuse.py` and `bench_decode.py`.
 """
 
 from __future__ import annotations
@@ -87,6 +89,9 @@ def main() -> None:
     parser.add_argument("--top-k", type=number, nargs="+", default=[0.125])
     parser.add_argument("--plans", action="store_true", help="plans of all layers instead")
     parser.add_argument("--only", nargs="+", default=[], help="names of settings")
+    parser.add_argument("--rank", type=float, default=0.25, help="a fraction below 1, or a count")
+    parser.add_argument("--basis", default="auto")
+    parser.add_argument("--prefill", choices=("compiled", "eager"), default="compiled")
     parser.add_argument("--name", default="policies", help="file under benchmarks/results/")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -99,7 +104,7 @@ def main() -> None:
     with torch.no_grad():
         prefilled = DynamicCache(config=model.config)
         model(ids[:, : args.context], past_key_values=prefilled, logits_to_keep=1)
-        dense = decode(model.forward, model, prefilled, ids, args)
+        dense = decode(model.forward, copy_of(prefilled, model), ids, args)
         settings = PLANS if args.plans else SETTINGS
         chosen = [name for name in settings if not args.only or name in args.only]
         for top_k, name in itertools.product(args.top_k, chosen):
@@ -110,10 +115,15 @@ def main() -> None:
             def engine(gm, inputs, missed=missed, **_):
                 return Watching(gm, missed).run
 
-            options = {"top_k": top_k, **settings[name]}
+            rank = args.rank if args.rank < 1 else int(args.rank)
+            options = {"top_k": top_k, "rank": rank, "basis": args.basis, **settings[name]}
             backend = functools.partial(loki, engine=engine)
             step = torch.compile(model.forward, backend=backend, options=options)
-            logits = decode(step, model, prefilled, ids, args)
+            ranked = args.prefill == "compiled"
+            cache = DynamicCache(config=model.config) if ranked else copy_of(prefilled, model)
+            if ranked:
+                step(ids[:, : args.context], past_key_values=cache, logits_to_keep=1)
+            logits = decode(step, cache, ids, args)
             if stats()["sparse_steps"] != args.steps:
                 raise SystemExit(f"{name}: {stats()}; needed {args.steps} sparse steps.")
             both = (dense.log_softmax(-1), logits.log_softmax(-1))
@@ -126,6 +136,7 @@ def main() -> None:
             print(table([row], list(row)), flush=True)
     print(table(rows, list(rows[0])))
     about = {"model": Path(args.model).name, "text": args.text.name, "context": args.context}
+    about |= {"prefill": args.prefill, "basis": args.basis, "rank": args.rank}
     about |= {"steps": args.steps, **stamp("cpu")}
     write_rows(args.name, [{**row, **about} for row in rows])
     if len(args.top_k) == 1:
@@ -137,11 +148,15 @@ def number(text: str) -> int | float:
     return int(text) if text.isdecimal() else float(text)
 
 
-def decode(step: Any, model: Any, prefilled: DynamicCache, ids: Tensor, args: Any) -> Tensor:
-    """Logits (steps, vocabulary) behind each of the text's tokens."""
+def copy_of(prefilled: DynamicCache, model: Any) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     for number, layer in enumerate(prefilled.layers):
         cache.update(layer.keys.clone(), layer.values.clone(), number)
+    return cache
+
+
+def decode(step: Any, cache: DynamicCache, ids: Tensor, args: Any) -> Tensor:
+    """Logits (steps, vocabulary) behind each of the text's tokens."""
     out = []
     for at in range(args.context, args.context + args.steps):
         out.append(step(ids[:, at : at + 1], past_key_values=cache).logits[0, -1].float())

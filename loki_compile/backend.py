@@ -27,16 +27,21 @@ from loki_compile.config import LokiConfig
 from loki_compile.counts import Tally, say_once, tally_of
 from loki_compile.deferred import PRICE, Deferred
 from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
+from loki_compile.kernels.kept import Keeps
 from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.dense import lay_out_first_keys, rewrite_dense, served_by_attention
-from loki_compile.passes.graphs import copy_of, fake_mode_of, log_change, ops_of
+from loki_compile.passes.graphs import copy_of, fake_mode_of, log_change, ops_of, remap
+from loki_compile.passes.moments import add_query_moments
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.plan import Plan, make_plan
+from loki_compile.passes.policy import Candidate
+from loki_compile.passes.prompts import AskedCache, find_asked
 from loki_compile.passes.shared_caches import Part, take_parts
 from loki_compile.passes.sites import find_sites
 from loki_compile.policies.kinds import PLANS
 from loki_compile.policies.table import policy_of
+from loki_compile.prompts import PrefillGraph
 from loki_compile.refusal import Refusal, plainly
 from loki_compile.report import GraphReport, describe, record_graph, shown_ranges
 from loki_compile.runtime import DecodeGraph
@@ -114,12 +119,16 @@ def loki(
         prefill = all(skip.reason is Reason.PREFILL for skip in plan.dense)
         what = _A_PREFILL if prefill else "a graph that stays dense"
         _say_compiling(tally, what, len(plan.dense))
+    running: Any = decode  # what tells how it fares
     compiled: Callable[..., Any]
     if decode is not None:
         compiled = decode
     elif once:
         missed = functools.partial(tally.add, "interpreted_steps")
-        compiled = late(lay_out_first_keys(gm), _A_PREFILL, missed)
+        asked = _asked_in(normal, parts, config)
+        said, own = _saying_what_it_asks(normal, asked) if asked else (gm, 0)
+        running = late(lay_out_first_keys(said), _A_PREFILL, missed)
+        compiled = PrefillGraph(running, asked, own) if asked else running
     elif (
         config.pack_gqa
         and not parts
@@ -128,10 +137,13 @@ def loki(
         packed, mapping = copy_of(normal)
         packed = rewrite_dense(packed, plan.on(mapping).sites)
         compiled = compile_graph(lay_out_first_keys(packed), example_inputs)
+    elif asked := _asked_in(normal, parts, config):
+        said, own = _saying_what_it_asks(normal, asked)
+        compiled = PrefillGraph(compile_graph(lay_out_first_keys(said), example_inputs), asked, own)
     else:
         compiled = compile_graph(lay_out_first_keys(gm), example_inputs)
     added = adapters(normal, bindings, example_inputs, parts)
-    record_graph(plan, config, bindings, compiled, added)  # last: it may be traced again
+    record_graph(plan, config, bindings, running, added)  # last: it may be traced again
     _say_what_stays_dense(plan, config, tally)
     _say_which_layers_there_are(plan, config, tally)
     _say_who_chooses(plan, config, tally)
@@ -240,6 +252,33 @@ def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
         policy=policy_of(config),
         layers=config.layers,
     )
+
+
+def _saying_what_it_asks(
+    normal: fx.GraphModule, asked: Sequence[AskedCache]
+) -> tuple[fx.GraphModule, int]:
+    """The graph with what its caches are asked as more outputs, and how many outputs it had."""
+    said, mapping = copy_of(normal)
+    own = len(said.graph.output_node().args[0])  # type: ignore[arg-type]
+    return add_query_moments(said, remap(asked, mapping)), own
+
+
+def _asked_in(
+    normal: fx.GraphModule, parts: Sequence[Part], config: LokiConfig
+) -> tuple[AskedCache, ...]:
+    """The caches of which prompts' queries are taken note of, for bases that will be fitted."""
+    if config.basis != "auto" or parts or _records_gradients(normal):
+        return ()
+    asked = find_asked(normal.graph)
+    sites = [site for cache in asked for site in cache.sites]
+    # As if each chose for itself: what others will read from, only the steps' graphs tell.
+    choices = policy_of(config)([Candidate(site, None, None) for site in sites])
+    ranked = {
+        site.node
+        for site, choice in zip(sites, choices, strict=True)
+        if choice.ranking is not None and choice.ranking.keeps is Keeps.INDEX
+    }
+    return tuple(cache for cache in asked if any(site.node in ranked for site in cache.sites))
 
 
 def _records_gradients(gm: fx.GraphModule) -> bool:

@@ -20,6 +20,7 @@ from loki_compile.passes.caches import KeyCache
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.graphs import adapters_of, input_of, nearest_matrix, parameter_test
 from loki_compile.passes.plan import Plan
+from loki_compile.passes.rotary import rotated_pairs
 from loki_compile.passes.shared_caches import Part, with_parts
 from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
@@ -44,6 +45,7 @@ def bind_caches(
     is_parameter = parameter_test(gm, example_inputs)
     bindings = []
     blocks: dict[str, tuple[str, ...]] = {}
+    rotations: dict[str, tuple[tuple[int, int], ...]] = {}
     for number, (cache, keeps) in enumerate(zip(plan.caches, plan.keeps, strict=True)):
         site = next(s.site for s in plan.sparse if s.cache == number)
         weight = nearest_matrix(cache.new_keys, is_parameter)
@@ -69,6 +71,7 @@ def bind_caches(
                 rest=places[cache.beside.past] if cache.beside is not None else None,
                 latent=site.latent is not None,
                 unit_queries=_unit_queries(site, places),
+                pairs=_pairs(cache, site, is_parameter, rotations) if keeps is Keeps.INDEX else (),
                 layout=PageLayout(PAGE, dtype) if keeps is Keeps.PAGES else None,
             )
         )
@@ -111,6 +114,23 @@ def _form(cache: KeyCache) -> CacheForm:
         output=cache.output,
         rest_output=None if cache.beside is None else cache.beside.output,
     )
+
+
+def _pairs(
+    cache: KeyCache,
+    site: AttentionSite,
+    is_parameter: Callable[[fx.Node], bool],
+    known: dict[str, tuple[tuple[int, int], ...]],
+) -> tuple[tuple[int, int], ...]:
+    """The dims of the cache's rows that turn together; () where that cannot be told, or differs
+    between its writes. Of rows that are expanded to keys it is not asked."""
+    if site.latent is not None:
+        return ()
+    found = {
+        rotated_pairs(source, site.tokens, site.head_dim, is_parameter, known)
+        for source in cache.new_keys
+    }
+    return found.pop() if len(found) == 1 else ()
 
 
 def _unit_queries(

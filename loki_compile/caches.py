@@ -167,7 +167,8 @@ class CacheBinding:
     the rank is known, and where nothing is. `latent`: its rows are expanded to
     keys; a set of bases need not hold one for such rows, which `calibrate` may not have seen: it is
     fitted then. `unit_queries` gives, for a call's arguments, what the rows meet, where that is
-    known before any query.
+    known before any query. `pairs` are the dims of its rows that turn together with the position;
+    `fitted` says what the last automatic basis was fitted from, "" before the first.
     """
 
     form: CacheForm
@@ -183,6 +184,8 @@ class CacheBinding:
     part: Part | None = None
     latent: bool = False
     unit_queries: Callable[[Sequence[Any]], Tensor | None] | None = None
+    pairs: tuple[tuple[int, int], ...] = ()
+    fitted: str = ""
     basis: Basis | None = None
     layout: Layout | None = None
 
@@ -241,7 +244,7 @@ class CacheBinding:
         if self.keeps is not Keeps.INDEX:
             return ""
         if self.basis is None:
-            return "auto (fitted from the keys of each sequence)"
+            return f"auto (fitted to each sequence{', from ' * bool(self.fitted)}{self.fitted})"
         return f"{self.basis.kind}, {self.basis.tokens} tokens"
 
 

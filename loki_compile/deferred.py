@@ -57,7 +57,7 @@ PRICE = Price()
 class Deferred:
     """A graph's function, compiled when running it node by node has cost what that would."""
 
-    gave_up = None
+    gave_up: str | None = None
 
     def __init__(
         self,
@@ -96,3 +96,7 @@ class Deferred:
             return ""
         left = max(self.price() - self.spent, 0) / _SAVED
         return f"node by node, uncompiled: compiled after {left:.0f} s more of it"
+
+    def fitted_bases(self) -> dict[str, str]:
+        """None: nothing of it is sparse."""
+        return {}

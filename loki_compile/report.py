@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch._dynamo.utils import counters
 from torch._logging import trace_structured
@@ -28,7 +28,6 @@ log = logging.getLogger("loki_compile")
 _KEPT_GRAPHS = 256
 
 
-@runtime_checkable
 class Running(Protocol):
     """The function of a graph that can tell how it fares."""
 
@@ -36,6 +35,9 @@ class Running(Protocol):
 
     def state(self) -> str:
         """What differs now from the plan, in words: "" if nothing does."""
+
+    def fitted_bases(self) -> dict[str, str]:
+        """Of each site whose cache has an automatic basis, by its path: what it was fitted from."""
 
 
 @dataclass(frozen=True)
@@ -238,11 +240,10 @@ def reports() -> Reports:
 
 
 def _as_it_is(report: GraphReport, graph: Running | None) -> GraphReport:
-    now = "" if graph is None else graph.state()
-    if not now:
+    if graph is None:
         return report
-    assert graph is not None
-    sites = report.sites
+    now, fitted = graph.state(), graph.fitted_bases()
+    sites = tuple(replace(site, basis=fitted.get(site.path, site.basis)) for site in report.sites)
     if graph.gave_up is not None:
         sites = tuple(
             replace(site, outcome="dense", reason=now, index_bytes_per_token=None)
@@ -280,15 +281,15 @@ def record_graph(
     plan: Plan,
     config: LokiConfig,
     bindings: list[CacheBinding],
-    compiled: Any,
+    running: Running | None,
     adapters: int = 0,
 ) -> GraphReport:
     """Keeps, logs and traces what the plan decided for one graph; `adapters` as for `describe`.
 
-    compiled: its function; where that has a `state`, it is asked for as long as it lives.
+    running: asked how the graph fares, as long as it lives.
     """
     report = describe(plan, config, bindings, adapters)
-    told = weakref.ref(compiled) if isinstance(compiled, Running) else lambda: None
+    told = (lambda: None) if running is None else weakref.ref(running)
     with _lock:
         _reports.append((report, told))
     for site in report.sites:

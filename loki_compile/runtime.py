@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from loki_compile import fits, indexes
+from loki_compile import fits, indexes, prompts
 from loki_compile.builds import Build, Watch
 from loki_compile.caches import CacheBinding, Cached, tokens_before, version_of
 from loki_compile.config import LokiConfig
@@ -121,6 +121,16 @@ class DecodeGraph:
         late = [one.state() for one in variants if isinstance(one, Deferred)]
         return self.watch.state() or "; ".join(filter(None, late))
 
+    def fitted_bases(self) -> dict[str, str]:
+        """Of each site whose cache has an automatic basis, by its path: what that was fitted from
+        last."""
+        bindings = self.served.bindings
+        return {
+            sparse.site.path: bindings[sparse.cache].basis_name()
+            for sparse in self.variants.plan.sparse
+            if bindings[sparse.cache].fitted
+        }
+
     def _missed(self) -> None:
         self.interpreted += 1
         self.served.tally.add("interpreted_steps")
@@ -181,7 +191,14 @@ class DecodeGraph:
             with self.building:
                 if self.dense is None:
                     self.dense = self.variants.dense(self._missed)
+        asked = [
+            (binding, cached, said)
+            for binding, cached in zip(step.served.bindings, step.caches, strict=True)
+            if binding.needs_basis and (said := prompts.asked_of(binding, cached)) is not None
+        ]
         outputs = self.dense(*step.args)
+        for binding, cached, said in asked:
+            prompts.carry(said, binding, binding.left_by(outputs, cached))
         step.served.tally.dense(why)
         self._remember_filled(step, outputs)
         return outputs
@@ -220,7 +237,7 @@ class DecodeGraph:
                 raise  # what the first attempt has written cannot be taken back
             saved.put_back()
             return self._after(error, step, "the sparse variant failed", saved)
-        self._say_it_ran(step)
+        self._say_it_ran(step, records)
         try:
             self._adopt(step, outputs, records)
         except Exception as error:  # out of memory: the step is right, its index is built anew
@@ -354,10 +371,13 @@ class DecodeGraph:
             records.append(record)
         return records
 
-    def _say_it_ran(self, step: Step) -> None:
+    def _say_it_ran(self, step: Step, records: Sequence[IndexRecord]) -> None:
         if self.sparse_ran:
             return
         self.sparse_ran = True
+        for binding, record in zip(step.kept, records, strict=True):
+            if record.fit is not None:  # by this graph, or by one that found the cache before
+                binding.fitted = record.fit.origin
         visible, model = step.visible, step.served.tally.model
         say_once(
             (model, "sparse"),

@@ -26,7 +26,8 @@ what reads it (decides, never edits),
     sites          every attention core becomes an `AttentionSite`, or `Skipped` with a reason
     trace_caches   from a site's keys back to the cache they are read from and the writes into it
     latent         attention over a cached latent, where each step expands keys and values from one
-    rotary         keys and queries before their rotation, for calibration
+    rotary         keys and queries before their rotation, and which dims of theirs turn together
+    prompts        the caches that a prefill asks queries of
     slots          which sites number their keys alike: what one chose, another may read
     policy         what a policy may say: a choice per site, by a ranking
     plan           per site: sparse, or dense with a reason
@@ -35,6 +36,7 @@ what reads it (decides, never edits),
 and what rewrites it (edits, never decides):
 
     emit           nodes that several edits add: views, calls like the model's, layouts
+    moments        what a prefill's queries are like, as outputs beside its own
     dense          the dense variant: query groups packed
     mirror         each write into a cache, repeated on the index that is kept beside it
     masks          the masks of a site as one

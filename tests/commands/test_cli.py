@@ -75,7 +75,7 @@ def succeed(*arguments):
 
 def test_calibrate_stores_what_explain_then_uses(tiny, text, own_store):
     before = succeed("explain", tiny, "--min-context", "0")
-    assert before.count("auto (fitted from the keys of each sequence)") == 1
+    assert before.count("auto (fitted to each sequence)") == 1
     shown = succeed("calibrate", tiny, "--text", text, "--tokens", "300", "--length", "77")
     (path,) = own_store.glob("*.safetensors")
     assert f"wrote {path}" in shown

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -222,6 +223,39 @@ class TestKeyCovariance:
     def test_moments_of_other_dims_do_not_merge(self):
         with pytest.raises(ValueError, match="one site only"):
             KeyCovariance(3, 15).merge(KeyCovariance(3, 16))
+
+    @pytest.mark.parametrize("pairs", [(), ((0, 3), (4, 1)), ((0, 1),)], ids=str)
+    def test_over_rotations_is_what_quarter_turns_of_each_pair_come_to(self, pairs):
+        """Four quarter turns have the mean and the second moment of all rotations."""
+        generator = torch.Generator().manual_seed(3)
+        keys = torch.randn(1, 2, 30, 5, generator=generator, dtype=torch.float64) + 1.5
+        queries = torch.randn(1, 4, 30, 5, generator=generator, dtype=torch.float64) - 0.5
+        seen, turned = KeyCovariance(2, 5), KeyCovariance(2, 5)
+        seen.update(keys, queries)
+
+        def turn(x, quarters):
+            x = x.clone()
+            for (a, b), times in zip(pairs, quarters, strict=True):
+                for _ in range(times):
+                    x[..., a], x[..., b] = -x[..., b].clone(), x[..., a].clone()
+            return x
+
+        for quarters in itertools.product(range(4), repeat=len(pairs)):
+            turned.update(turn(keys, quarters), turn(queries, quarters))
+        times = 4 ** len(pairs)
+        for name, value in seen.over_rotations(pairs).state().items():
+            whole = 1 if name == "mean" else times
+            torch.testing.assert_close(value * whole, turned.state()[name], rtol=0, atol=1e-9)
+
+    def test_queries_may_come_as_their_sum(self):
+        seen, summed = KeyCovariance(2, 5), KeyCovariance(2, 5)
+        keys, queries = torch.randn(1, 2, 9, 5).double(), torch.randn(1, 4, 9, 5).double()
+        seen.update(keys, queries)
+        summed.update(keys)
+        rows = queries[0].unflatten(0, (2, 2)).flatten(1, 2)
+        summed.add_query_moment(rows.mT @ rows, 18)
+        for name, value in seen.state().items():
+            torch.testing.assert_close(summed.state()[name], value, rtol=0, atol=1e-12)
 
     def test_nothing_seen_is_an_error(self):
         with pytest.raises(ValueError, match="no keys"):
