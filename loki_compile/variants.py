@@ -16,9 +16,11 @@ from torch import Tensor, fx
 
 from loki_compile.caches import GivenSize
 from loki_compile.kernels.kept import Layout
+from loki_compile.passes.appends import Append
 from loki_compile.passes.attention import MaskTerm
 from loki_compile.passes.dense import pack_groups
-from loki_compile.passes.graphs import copy_of, extract, log_change, ops_of
+from loki_compile.passes.graphs import copy_of, extract, log_change, ops_of, remap
+from loki_compile.passes.in_place import Rooms, add_rooms, write_behind
 from loki_compile.passes.masks import what_is_seen
 from loki_compile.passes.plan import Plan
 from loki_compile.passes.rollback import what_to_save
@@ -57,9 +59,11 @@ class Variants:
         pack_gqa: bool,
         compile_graph: Callable[[fx.GraphModule, str, Callable[[], None]], Variant],
         counts: Sequence[int | GivenSize],
+        appends: Sequence[Append] = (),
     ) -> None:
         """
         Args:
+          appends: what both variants write in place.
           compile_graph: makes a variant of a graph, given in words which it is, and what to call
             when it has to be run node by node.
           counts: new tokens of each sparse site.
@@ -67,6 +71,7 @@ class Variants:
         self.gm = gm
         self.plan = plan
         self.pack_gqa = pack_gqa
+        self.appends = tuple(appends)
         self.compile_graph = compile_graph
         self.token_counts = [count for count in set(counts) if not isinstance(count, int)]
         self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -82,12 +87,15 @@ class Variants:
     def sites(self) -> int:
         return len(self.plan.sites)
 
-    def dense(self, missed: Callable[[], None]) -> Variant:
-        """The graph with query groups packed, compiled."""
+    def dense(self, missed: Callable[[], None], *, copying: bool = False) -> Variant:
+        """The graph with query groups packed, compiled; `copying` what grows, as it was written."""
         gm, mapping = copy_of(self.gm)
         before = ops_of(gm.graph)
+        rooms = None if copying else self._rooms(gm, mapping)
         if self.pack_gqa:
             gm = pack_groups(gm, self.plan.on(mapping).sites)
+        if rooms is not None:
+            gm = write_behind(gm, rooms)
         log_change(log, "dense", before, gm.graph)
         return self.compile_graph(gm, "dense", missed)
 
@@ -98,11 +106,18 @@ class Variants:
         plan = self.plan.on(mapping)
         sparse_sites = {s.site.node for s in plan.sparse}
         before = ops_of(gm.graph)
-        gm = rewrite_sparse(gm, plan, layouts)
+        rooms = self._rooms(gm, mapping)
+        gm = rewrite_sparse(gm, plan, layouts, rooms)
         if self.pack_gqa:
             gm = pack_groups(gm, [s for s in plan.sites if s.node not in sparse_sites])
+        if rooms is not None:
+            gm = write_behind(gm, rooms)
         log_change(log, "sparse", before, gm.graph)
         return self.compile_graph(gm, "sparse", missed)
+
+    def _rooms(self, gm: fx.GraphModule, mapping: dict[fx.Node, fx.Node]) -> Rooms | None:
+        """Inputs for what grows, in a copy of the graph."""
+        return add_rooms(gm.graph, remap(self.appends, mapping)) if self.appends else None
 
     def seen(
         self, args: Sequence[Any], place: int, known: dict[tuple[MaskTerm, ...], Tensor | None]
