@@ -360,7 +360,11 @@ def _compile_late(
     log.debug("late guards: %s", [guard.expr for guard in added])
     symbols = [v for v in values if isinstance(v, torch.SymInt)]
     places = [i for i, v in enumerate(values) if isinstance(v, torch.SymInt)]
-    code = shape_env.produce_guards_expression(symbols, guards=added)
+    code = shape_env.produce_guards_expression(
+        symbols, guards=list({guard.expr: guard for guard in added}.values())
+    )
+    if code is not None:
+        code = compile(code, "<late guards>", "eval")  # it is evaluated at each call
 
     def run_or_interpret(*args: Any) -> Any:
         sizes = [args[place] for place in places]

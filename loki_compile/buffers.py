@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 ROOM = {"cpu": (2, 256)}
 ROOM_ELSEWHERE = (8, 128)
 _ROUND = 64
+# The capacity of what does not grow in place.
+UNLIMITED = 1 << 40
 # So many calls in a row that find their pasts held more often than others did: that is how these
 # calls come, not another cache.
 _LEARN = 4
@@ -72,7 +74,7 @@ class Buffer:
         self.kept: dict[Any, IndexRecord] = {}
         storage = whole.untyped_storage()
         key = storage._cdata
-        self.watch = weakref.ref(storage, lambda _: _buffers.pop(key, None))
+        self.watch = weakref.ref(storage, lambda _, pop=_buffers.pop: pop(key, None))
         with _lock:
             _buffers[key] = self
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from loki_compile import fits, indexes
-from loki_compile.buffers import Growing, Growth
+from loki_compile.buffers import UNLIMITED, Growing, Growth
 from loki_compile.builds import Build, Watch
 from loki_compile.caches import CacheBinding, Cached, tokens_before, version_of
 from loki_compile.config import LokiConfig
@@ -205,7 +205,7 @@ class DecodeGraph:
             with self.building:
                 if self.copying is None:
                     self.copying = self.variants.dense(self._missed, copying=True)
-        outputs = self.copying(*step.args)
+        outputs = self.copying(*step.args, UNLIMITED)
         step.served.tally.dense(Because.SHORTAGE)
         return outputs
 

@@ -48,16 +48,25 @@ class Rooms:
             return torch.empty_strided(list(sizes), strides, dtype=dtype, device=device)
 
 
-def add_rooms(graph: fx.Graph, appends: Sequence[Append]) -> Rooms:
-    """Adds the inputs behind those of the graph: the capacity, then the longer tensors in order."""
+def new_capacity(graph: fx.Graph, appends: Sequence[Append]) -> torch.SymInt:
+    """A number of rows that calls bring, for all forms of a graph.
+
+    Each takes it, whether or not it grows: what one form asks of it, the next takes for granted.
+    """
     shape_env = fake_mode_of(graph).shape_env
     lengths = [hint_of(fake_value(append.root).shape[append.axis]) for append in appends]
     hint = max(lengths) + _ROOM  # type: ignore[type-var]
     source = ConstantSource("loki_capacity")
     symbol = shape_env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
-    capacity = _placeholder(graph, "loki_capacity")
-    capacity.meta["example_value"] = shape_env.create_symintnode(symbol, hint=hint, source=source)
-    rooms = Rooms(tuple(appends), capacity, {})
+    capacity: torch.SymInt = shape_env.create_symintnode(symbol, hint=hint, source=source)
+    return capacity
+
+
+def add_rooms(graph: fx.Graph, appends: Sequence[Append], capacity: torch.SymInt) -> Rooms:
+    """Adds the inputs behind those of the graph: the capacity, then the longer tensors in order."""
+    node = _placeholder(graph, "loki_capacity")
+    node.meta["example_value"] = capacity
+    rooms = Rooms(tuple(appends), node, {})
     for number, append in enumerate(appends):
         whole = fake_value(append.root)
         node = _placeholder(graph, f"loki_room_{number}")
@@ -68,7 +77,11 @@ def add_rooms(graph: fx.Graph, appends: Sequence[Append]) -> Rooms:
 
 
 def write_behind(gm: fx.GraphModule, rooms: Rooms) -> fx.GraphModule:
-    """The last edit of a graph, which reads and writes the `rooms`."""
+    """The last edit of a graph, which reads and writes the `rooms`.
+
+    Pasts that nothing reads any more are inputs no more: Inductor would ask how they lie in memory,
+    and those that are ours lie otherwise than the first of a conversation.
+    """
     graph = gm.graph
     result = graph.output_node()
     outputs = list(result.args[0])  # type: ignore[arg-type]
@@ -81,7 +94,12 @@ def write_behind(gm: fx.GraphModule, rooms: Rooms) -> fx.GraphModule:
             call(graph, append_rows, room, append.source, append.axis, like=append.root)
         append.root.replace_all_uses_with(room)
         graph.erase_node(append.root)
-    return finish(gm)
+    gm = finish(gm)
+    for append in rooms.appends:
+        if not append.past.users:
+            graph.erase_node(append.past)
+    gm.recompile()
+    return gm
 
 
 def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
