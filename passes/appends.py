@@ -112,7 +112,8 @@ def _reads_stand_room(append: Append, outputs: list[Any]) -> bool:
     roomy = [size + _ROOM * (dim == append.axis) for dim, size in enumerate(sizes)]
     room = torch.empty(roomy, dtype=whole.dtype, device="meta")
     views = {append.root: room.narrow(append.axis, 0, sizes[append.axis])}
-    for node in views:  # grows
+    queue = [append.root]
+    for node in queue:
         for user in node.users:
             if user.op == "output" or user in views:
                 continue
@@ -122,6 +123,7 @@ def _reads_stand_room(append: Append, outputs: list[Any]) -> bool:
                 continue
             try:
                 views[user] = _view(user, views)
+                queue.append(user)
             except (RuntimeError, TypeError, ValueError):
                 return False
     return True
