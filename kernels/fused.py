@@ -108,6 +108,12 @@ def project_new_keys(
     return back(rows), None if scale is None else back(scale)
 
 
+def append_rows(room: Tensor, rows: Tensor, dim: int) -> None:
+    """Writes `rows` over the last ones of `room`, along `dim`."""
+    count = rows.shape[dim]
+    room.narrow(dim, room.shape[dim] - count, count).copy_(rows)
+
+
 def unwritten(cache: Tensor, width: int) -> Tensor:
     """Zeros, bytes, like a cache whose last dimension is `width`: what a step writes is told by
     repeating its writes on them."""

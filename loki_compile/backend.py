@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from loki_compile.bind import adapters, bind_caches, load_basis, token_count
+from loki_compile.bind import adapters, bind_caches, growths, load_basis, token_count
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Tally, say_once, tally_of
 from loki_compile.deferred import PRICE, Deferred
 from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
 from loki_compile.kernels.kept import Keeps
+from loki_compile.passes.appends import find_appends
 from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.dense import lay_out_first_keys, rewrite_dense, served_by_attention
@@ -91,7 +92,8 @@ def loki(
         ask_what_inductor_asks(gm, example_inputs)  # what is traced again is not judged
     if refusal:
         raise Refusal(refusal)
-    bindings = plainly(bind_caches, normal, plan, example_inputs, parts, config)
+    appends = find_appends(normal.graph) if _grows_in_place(normal, config, mode) else ()
+    bindings = plainly(bind_caches, normal, plan, example_inputs, parts, config, appends)
     tally = tally_of(gm, example_inputs)
     decode = None
     if plan.sparse or once:
@@ -109,11 +111,13 @@ def loki(
         served = Served(bindings, tally)
 
         def serve(args: Sequence[Any]) -> Served:
-            return Served(bind_caches(normal, plan, args, parts, config), tally_of(gm, args))
+            caches = bind_caches(normal, plan, args, parts, config, appends)
+            return Served(caches, tally_of(gm, args))
 
         counts = [token_count(normal.graph, sparse.site) for sparse in plan.sparse]
-        variants = Variants(normal, plan, config.pack_gqa, late, counts)
-        decode = DecodeGraph(variants, config, parts, served, serve)
+        variants = Variants(normal, plan, config.pack_gqa, late, counts, appends)
+        grows = growths(normal.graph, appends)
+        decode = DecodeGraph(variants, config, parts, served, serve, grows)
         decode.remember(example_inputs)
     elif plan.dense and not once:
         prefill = all(skip.reason is Reason.PREFILL for skip in plan.dense)
@@ -281,6 +285,14 @@ def _asked_in(
     return tuple(cache for cache in asked if any(site.node in ranked for site in cache.sites))
 
 
+def _grows_in_place(normal: fx.GraphModule, config: LokiConfig, mode: str | None) -> bool:
+    """Whether what a graph makes longer may grow in its memory: not in training, nor where CUDA
+    graphs keep addresses from step to step."""
+    options = {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
+    cuda_graphs = options.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
+    return not cuda_graphs and not _records_gradients(normal)
+
+
 def _records_gradients(gm: fx.GraphModule) -> bool:
     values = (fake_value(node) for node in gm.graph.find_nodes(op="placeholder"))
     return torch.is_grad_enabled() and any(
@@ -440,7 +452,11 @@ def _compile_late(
     log.debug("late guards: %s", [guard.expr for guard in added])
     symbols = [v for v in values if isinstance(v, torch.SymInt)]
     places = [i for i, v in enumerate(values) if isinstance(v, torch.SymInt)]
-    code = shape_env.produce_guards_expression(symbols, guards=added)
+    code = shape_env.produce_guards_expression(
+        symbols, guards=list({guard.expr: guard for guard in added}.values())
+    )
+    if code is not None:
+        code = compile(code, "<late guards>", "eval")  # it is evaluated at each call
 
     def run_or_interpret(*args: Any) -> Any:
         sizes = [args[place] for place in places]

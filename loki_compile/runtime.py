@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from loki_compile import fits, indexes, prompts
+from loki_compile.buffers import UNLIMITED, Growing, Growth
 from loki_compile.builds import Build, Watch
 from loki_compile.caches import CacheBinding, Cached, tokens_before, version_of
 from loki_compile.config import LokiConfig
@@ -51,11 +52,13 @@ class DecodeGraph:
         parts: Sequence[Part],
         served: Served,
         serve: Callable[[Sequence[Any]], Served],
+        growths: Sequence[Growth] = (),
     ) -> None:
         """
         Args:
           served: for the model that the graph was traced with.
           serve: the same for another one, given the arguments of its call.
+          growths: what grows in place, as the variants have it.
         """
         self.variants = variants
         self.config = config
@@ -66,6 +69,8 @@ class DecodeGraph:
         self.outputs = variants.outputs
         self.rollback = Rollback(variants.undo)
         self.fill_graph = variants.fill
+        self.growing = Growing(growths) if growths else None
+        self.copying: Variant | None = None
         # A weight that tells models apart; its version tells whether it is what it was.
         self.owner = next((b.weight for b in served.bindings if b.weight is not None), None)
         self.known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -81,10 +86,16 @@ class DecodeGraph:
         self.building = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
+        grown = None
+        if self.growing is not None:
+            grown = self.growing.take(args, self.growing.holders(args))
         served = self.served_to(args)
         args = with_parts(args, self.parts)
-        caches = [binding.at(args) for binding in served.bindings]
-        step = Step(args, served, caches, self._filled_after(args, served.bindings, caches))
+        caches = [binding.at(args, grown) for binding in served.bindings]
+        filled = self._filled_after(args, served.bindings, caches)
+        step = Step(args, served, caches, filled, grown)
+        if grown is None and self.growing is not None:
+            return self.run_copying(step)
         why = self.why_dense(step)
         return self.run_sparse(step) if why is None else self.run_dense(step, why)
 
@@ -117,8 +128,7 @@ class DecodeGraph:
             return f"no memory for an index: tried again in {self.short_of_memory} steps"
         if self.interpreted:
             return f"interpreted in {self.interpreted} calls: sizes that Inductor had fixed changed"
-        variants = [self.dense, *self.sparse.values()]
-        late = [one.state() for one in variants if isinstance(one, Deferred)]
+        late = [run.state() for run in self.variants.runs if isinstance(run, Deferred)]
         return self.watch.state() or "; ".join(filter(None, late))
 
     def fitted_bases(self) -> dict[str, str]:
@@ -196,12 +206,32 @@ class DecodeGraph:
             for binding, cached in zip(step.served.bindings, step.caches, strict=True)
             if binding.needs_basis and (said := prompts.asked_of(binding, cached)) is not None
         ]
-        outputs = self.dense(*step.args)
+        outputs = self._with_rooms(self.dense(*step.inputs), step)
         for binding, cached, said in asked:
             prompts.carry(said, binding, binding.left_by(outputs, cached))
         step.served.tally.dense(why)
         self._remember_filled(step, outputs)
         return outputs
+
+    def run_copying(self, step: Step) -> Any:
+        """Dense, and what grows is copied: there is no memory with room for it."""
+        say_once(
+            (step.served.tally.model, "no room"),
+            f"{step.served.tally.model}: there is no memory for caches with room to grow in; they "
+            "are copied at each step, as the model says, and decoding is dense until there is.",
+        )
+        if self.copying is None:
+            with self.building:
+                if self.copying is None:
+                    self.copying = self.variants.dense(self._missed, copying=True)
+        outputs = self.copying(*step.args, UNLIMITED)
+        step.served.tally.dense(Because.SHORTAGE)
+        return outputs
+
+    def _with_rooms(self, outputs: Any, step: Step) -> Any:
+        if self.growing is None or step.grown is None:
+            return outputs
+        return self.growing.put(outputs, step.grown)
 
     # -- the sparse variant
 
@@ -226,12 +256,13 @@ class DecodeGraph:
         if variant is None:
             return self.run_dense(step, Because.GAVE_UP)
         extra: list[Tensor] = []
-        for binding, record in zip(step.kept, records, strict=True):
-            extra += record.inputs
+        for place, record in zip(step.served.kept, records, strict=True):
+            binding = step.served.bindings[place]
+            extra += record.inputs(step.filled[place])
             if not binding.form.replaced:
                 record.as_it_was = False  # until the step has ended well
         try:
-            outputs = list(variant(*step.args, *extra))
+            outputs = list(self._with_rooms(variant(*step.inputs, *extra), step))
         except Exception as error:
             if not whole:
                 raise  # what the first attempt has written cannot be taken back
@@ -350,7 +381,7 @@ class DecodeGraph:
         return torch.int8 if self.config.index_dtype == "int8" else None
 
     def _build_missing(self, step: Step, held: Sequence[IndexRecord | None]) -> list[IndexRecord]:
-        if None not in held:
+        if None not in held and not step.grown:
             return list(held)  # type: ignore[arg-type]
         made = Build(self.watch, step.filled[0])
         records = []
@@ -368,6 +399,8 @@ class DecodeGraph:
                     seen=functools.partial(self.variants.seen, step.args, place, step.seen),
                     tally=step.served.tally,
                 )
+            elif binding.form.in_place:
+                record = indexes.carry_over(binding, cached, record)
             records.append(record)
         return records
 
@@ -445,7 +478,7 @@ class DecodeGraph:
             binding, filled = step.served.bindings[place], step.filled[place]
             after = binding.left_by(outputs, step.caches[place])
             tensors = []
-            if binding.form.replaced:
+            if binding.form.replaced and not binding.form.in_place:
                 parts = record.layout.parts
                 # A full window's index is what is left of a longer one: rows apart in memory, where
                 # the compiled graph takes them to be next to each other.

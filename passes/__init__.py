@@ -31,6 +31,7 @@ what reads it (decides, never edits),
     slots          which sites number their keys alike: what one chose, another may read
     policy         what a policy may say: a choice per site, by a ranking
     plan           per site: sparse, or dense with a reason
+    appends        tensors that a graph makes longer, and whether that can be done in their memory
     rollback       what to save so that a graph that failed half-way can be run again
 
 and what rewrites it (edits, never decides):
@@ -38,6 +39,7 @@ and what rewrites it (edits, never decides):
     emit           nodes that several edits add: views, calls like the model's, layouts
     moments        what a prefill's queries are like, as outputs beside its own
     dense          the dense variant: query groups packed
+    in_place       new rows written behind their past, instead of a `cat` of both
     mirror         each write into a cache, repeated on the index that is kept beside it
     masks          the masks of a site as one
     sparse         the sparse variant: a core becomes positions and attention over them

@@ -18,29 +18,34 @@ from loki_compile.passes.attention import AttentionSite
 from loki_compile.passes.calls import concrete, fake_value
 from loki_compile.passes.emit import absorbed, canonical, cast, replay, strided_like, whole_queries
 from loki_compile.passes.graphs import call, finish
+from loki_compile.passes.in_place import Rooms
 from loki_compile.passes.masks import Masks, with_plain_masks
-from loki_compile.passes.mirror import Placeholders, add_placeholders, mirrored
+from loki_compile.passes.mirror import Placeholders, add_placeholders, grows_in_place, mirrored
 from loki_compile.passes.plan import Plan, SparseSite
 from loki_compile.passes.policy import Asked
 from torch import fx
 
 
 def rewrite_sparse(
-    gm: fx.GraphModule, plan: Plan, layouts: Sequence[Layout | None]
+    gm: fx.GraphModule,
+    plan: Plan,
+    layouts: Sequence[Layout | None],
+    rooms: Rooms | None = None,
 ) -> fx.GraphModule:
     """Keeps true what is kept beside each cache, and swaps each sparse site's core for the ops.
 
     Appends, for each cache of the plan of which something is kept, in order, the placeholders:
     index rows, (index scales,) key basis (Hkv, D, R) fp32, query basis (Hkv, D, R) fp32; or page
-    bounds; and, for each such cache that is replaced rather than mutated, the outputs: index rows
-    (, index scales), or page bounds. `layouts` says how it is kept, None where nothing is.
+    bounds; and, for each such cache that is replaced rather than mutated, and grows in none of the
+    `rooms`, the outputs: index rows (, index scales), or page bounds. `layouts` says how it is
+    kept, None where nothing is.
     """
     graph = gm.graph
     plan = with_plain_masks(graph, plan)
     masks = Masks(graph)
     readers = {s.cache: s.site for s in reversed(plan.sparse)}  # the first of each cache
     places = {
-        number: add_placeholders(graph, number, cache, layout, readers[number])
+        number: add_placeholders(graph, number, cache, layout, readers[number], rooms)
         for number, (cache, layout) in enumerate(zip(plan.caches, layouts, strict=True))
         if layout is not None
     }
@@ -49,8 +54,8 @@ def rewrite_sparse(
     for number, place in places.items():
         cache, layout = plan.caches[number], layouts[number]
         assert layout is not None
-        kept[number] = mirrored(graph, cache, layout, place, readers[number])
-        if cache.replaced:
+        kept[number] = mirrored(graph, cache, layout, place, readers[number], rooms)
+        if cache.replaced and not grows_in_place(cache, rooms):
             with graph.inserting_before(graph.output_node()):
                 outputs += [replay(graph, cache.leaves, part) for part in kept[number]]
     shared: dict[Any, fx.Node] = {}
