@@ -74,7 +74,8 @@ class Buffer:
         self.kept: dict[Any, IndexRecord] = {}
         storage = whole.untyped_storage()
         key = storage._cdata
-        self.watch = weakref.ref(storage, lambda _, pop=_buffers.pop: pop(key, None))
+        pop = _buffers.pop  # at the end of the process the module may be gone
+        self.watch = weakref.ref(storage, lambda _: pop(key, None))
         with _lock:
             _buffers[key] = self
 

@@ -183,8 +183,8 @@ class CacheBinding:
     keys; a set of bases need not hold one for such rows, which `calibrate` may not have seen: it is
     fitted then. `unit_queries` gives, for a call's arguments, what the rows meet, where that is
     known before any query. `pairs` are the dims of its rows that turn together with the position;
-    `fitted` says what the last automatic basis was fitted from, "" before the first. `grown` are the numbers, among what grows in
-    the graph, of its tensors.
+    `fitted` says what the last automatic basis was fitted from, "" before the first. `grown` are
+    the numbers, among what grows in the graph, of its tensors.
     """
 
     form: CacheForm

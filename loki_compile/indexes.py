@@ -287,11 +287,12 @@ def build(
         binding.layout = layout
         tensors = _project(binding, cached, bound, layout, old)
     if form.in_place:
-        pages = isinstance(binding.layout, PageLayout)
+        axis, every = form.token_axis, 1
+        if isinstance(binding.layout, PageLayout):
+            axis, every = 2, binding.layout.page
         record = IndexRecord(
-            tensors, (), cached.slots, binding.layout, made, bound, fit,
-            axis=2 if pages else form.token_axis, every=binding.layout.page if pages else 1,
-        )  # fmt: skip
+            tensors, (), cached.slots, binding.layout, made, bound, fit, axis=axis, every=every
+        )
     else:
         record = IndexRecord(tensors, cached.stamps(), filled, binding.layout, made, bound, fit)
     with _lock:

@@ -73,7 +73,7 @@ class PrefillGraph:
         more = outputs[self.outputs :]
         del outputs[self.outputs :]
         for number, (argument, output, heads, offset) in enumerate(self.caches):
-            holder = args[argument] if output is None else outputs[output]
+            holder = outputs[output] if output is not None else args[argument or 0]
             # Copies: what a CUDA graph returns is its own memory.
             new = Asked(*(part.clone() for part in more[2 * number : 2 * number + 2]))
             place = (*heads, int(holder.storage_offset()) + offset)

@@ -106,8 +106,9 @@ def _reads_stand_room(append: Append, outputs: list[Any]) -> bool:
     Views are tried; what another library makes of strides is not known.
     """
     whole = fake_value(append.root)
-    sizes = [hint_of(size) for size in whole.shape]
-    if None in sizes:
+    hints = [hint_of(size) for size in whole.shape]
+    sizes = [hint for hint in hints if hint is not None]
+    if len(sizes) < len(hints):
         return False
     roomy = [size + _ROOM * (dim == append.axis) for dim, size in enumerate(sizes)]
     room = torch.empty(roomy, dtype=whole.dtype, device="meta")

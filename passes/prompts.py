@@ -82,7 +82,11 @@ class _Places:
                 output = None  # written in place: what leaves the graph is the input's memory
             if output is None and (argument is None or op_name(holder) == "cat"):
                 continue
-            kept = self.inputs[argument] if output is None else dict(self.outputs)[output]
+            if output is None:
+                assert argument is not None
+                kept = self.inputs[argument]
+            else:
+                kept = dict(self.outputs)[output]
             offset = _offset(holder, kept)
             if offset is not None:
                 return argument, output, offset

@@ -58,7 +58,10 @@ class Part:
 
     def of(self, args: Sequence[Any]) -> Tensor:
         """The part, a view, given the graph's own inputs."""
-        part: Tensor = args[self.holder]
+        return self.cut_out_of(args[self.holder])
+
+    def cut_out_of(self, part: Tensor) -> Tensor:
+        """The part of the input itself."""
         for dim, number in self.numbers:
             part = part.select(dim, number)
         return part
@@ -157,7 +160,8 @@ class _Cut:
                 part = self._part(node, next(every))
                 _move_views(node, part)
                 node.replace_all_uses_with(part)
-        splits = {node.args[0] for node in gone if op_name(node.args[0]) == "unbind"}
+        sources = [node.args[0] for node in gone]
+        splits = {x for x in sources if isinstance(x, fx.Node) and op_name(x) == "unbind"}
         for node in sorted([*gone, *splits], reverse=True):
             node.graph.erase_node(node)
         return self.found
@@ -208,24 +212,25 @@ class _Cut:
     def _write_of_one(self, write: fx.Node) -> tuple[tuple[Any, ...], dict[int, int]] | None:
         """The index at which a part is written into where several are, and the dimensions of what
         is stored that count parts, with those of the input; None where it is not stored so."""
-        items, source = _items(write), operand(write, "source")
-        shape, sizes = shape_of(write.args[0]) or (), shape_of(source)
+        items, source, target = _items(write), operand(write, "source"), write.args[0]
+        assert isinstance(target, fx.Node)
+        shape, sizes = shape_of(target) or (), shape_of(source)
         kept, axes, dims = self._kept(write), _axes(self.views[write]), itertools.count()
         left = tuple(item for item in items if item is None or next(dims) in kept)
         region, rest = (
             indexed_dims(tuple(items), shape),
             indexed_dims(left, [shape[d] for d in kept]),
         )
-        if sizes is None or region is None or rest is None or may_overlap(source, write.args[0]):
+        if sizes is None or region is None or rest is None or may_overlap(source, target):
             return None
         if [None if d is None else kept[d] for d in rest] != [
             d for d in region if d is None or d in kept
         ]:
             return None  # indices that the dimensions of parts keep apart would come together
         along = {
-            at - len(region) + len(sizes): axes[dim]
+            at - len(region) + len(sizes): axis
             for at, dim in enumerate(region)
-            if dim is not None and dim not in kept
+            if dim is not None and dim not in kept and (axis := axes[dim]) is not None
         }
         each = len(along) == len(axes) - len(kept) and all(
             at >= 0 and concrete(sizes[at]) == len(_numbers(self.views[write], axis))
@@ -285,7 +290,7 @@ def _add_input(holder: fx.Node, part: Part) -> fx.Node:
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         new = graph.placeholder(name)
     with fake_mode_of(graph):
-        like = part.of({part.holder: fake_value(holder)})
+        like = part.cut_out_of(fake_value(holder))
         new.meta["example_value"] = torch.empty_strided(
             like.shape, like.stride(), dtype=like.dtype, device=like.device
         )
