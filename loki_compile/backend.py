@@ -24,7 +24,7 @@ from torch import fx
 
 from loki_compile.bind import adapters, bind_caches, growths, load_basis, token_count
 from loki_compile.config import LokiConfig
-from loki_compile.counts import Tally, say_once, tally_of
+from loki_compile.counts import Tally, attention_noted, note_attention, say_once, tally_of
 from loki_compile.deferred import PRICE, Deferred
 from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
 from loki_compile.kernels.kept import Keeps
@@ -151,7 +151,10 @@ def loki(
     _say_what_stays_dense(plan, config, tally)
     _say_which_layers_there_are(plan, config, tally)
     _say_who_chooses(plan, config, tally)
-    return compiled
+    if plan.sites or plan.dense:
+        note_attention()
+        return compiled
+    return _remarking_on_no_attention(compiled)
 
 
 def _is_called_once(plan: Plan, graph: fx.Graph) -> bool:
@@ -187,7 +190,8 @@ def _checked(options: dict[str, Any], mode: str | None) -> LokiConfig:
 
 def _say_which_layers_there_are(plan: Plan, config: LokiConfig, tally: Tally) -> None:
     """Says once which layers the options name in vain. One layer's fragment tells nothing."""
-    if len(plan.sites) < 2 or not plan.sparse:
+    left_out = any(skip.reason is Reason.LAYER_OFF for skip in plan.dense)
+    if len(plan.sites) < 2 or not (plan.sparse or left_out):
         return
     sites = list(enumerate(plan.sites))
     for option, words, picks in config.layers_named():
@@ -352,6 +356,27 @@ def _say_what_stays_dense(plan: Plan, config: LokiConfig, tally: Tally) -> None:
             f"{tally.model}: no attention site of a graph with {len(plan.dense)} became sparse, "
             f"the first since {skip.sentence()}. loki_compile.reports() lists all.",
         )
+
+
+def _remarking_on_no_attention(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph without attention, which says so once where it runs again and no graph had any.
+
+    Its first run tells nothing: where a model falls into several graphs, most of them have none.
+    """
+    calls = 0
+
+    def run(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and not attention_noted():
+            say_once(
+                "no attention",
+                "nothing is sparse: no graph so far holds attention that is recognised. "
+                "docs/coverage.md has the spellings that are.",
+            )
+        return compiled(*args)
+
+    return run
 
 
 def _fakes(gm: fx.GraphModule) -> list[Any]:

@@ -51,7 +51,7 @@ class LokiConfig:
         for name in options or {}:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
-                hint = f'; did you mean "{near[0]}"?' if near else ""
+                hint = f'; did you mean "{near[0]}"?' if near else "."
                 raise ValueError(
                     f'backend="loki" has no option "{name}"{hint} '
                     f"Use one of: {', '.join(names)}. (Inductor's own go into inductor={{...}}.)"

@@ -162,12 +162,9 @@ class Store:
         entries = []
         for path in _files(self.root):
             try:
-                status = path.stat()
-                header = read_header(path)
+                entries.append(entry_of(path))
             except (BasisFileError, OSError) as error:
                 logger.warning("left out of the store: %s", error)
-                continue
-            entries.append(StoredBasis(path, header, status.st_size, status.st_mtime_ns))
         return sorted(entries, key=lambda entry: entry._age_key, reverse=True)
 
     def find(
@@ -221,6 +218,17 @@ class Store:
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                     path.unlink()
+
+
+def entry_of(path: Path) -> StoredBasis:
+    """What a basis file's header says; reads nothing else.
+
+    Raises:
+        BasisFileError: it is not a basis file.
+        OSError: it cannot be read.
+    """
+    status = path.stat()
+    return StoredBasis(path, read_header(path), status.st_size, status.st_mtime_ns)
 
 
 def _whole(path: Path) -> BasisSet:
