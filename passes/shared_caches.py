@@ -11,6 +11,7 @@ tensor.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
 from collections.abc import Sequence
@@ -157,8 +158,8 @@ class _Cut:
                 part = self._part(node, next(every))
                 _move_views(node, part)
                 node.replace_all_uses_with(part)
-        splits = {node.args[0] for node in gone if op_name(node.args[0]) == "unbind"}
-        for node in sorted([*gone, *splits], reverse=True):
+        unbound = [user for node in self.views for user in node.users if op_name(user) == "unbind"]
+        for node in sorted([*gone, *unbound], reverse=True):
             node.graph.erase_node(node)
         return self.found
 
@@ -212,15 +213,12 @@ class _Cut:
         shape, sizes = shape_of(write.args[0]) or (), shape_of(source)
         kept, axes, dims = self._kept(write), _axes(self.views[write]), itertools.count()
         left = tuple(item for item in items if item is None or next(dims) in kept)
-        region, rest = (
-            indexed_dims(tuple(items), shape),
-            indexed_dims(left, [shape[d] for d in kept]),
-        )
-        if sizes is None or region is None or rest is None or may_overlap(source, write.args[0]):
+        region = indexed_dims(tuple(items), shape)
+        rest = indexed_dims(left, [shape[dim] for dim in kept])
+        if sizes is None or region is None or rest is None:
             return None
-        if [None if d is None else kept[d] for d in rest] != [
-            d for d in region if d is None or d in kept
-        ]:
+        without = [dim for dim in region if dim is None or dim in kept]
+        if [None if dim is None else kept[dim] for dim in rest] != without:
             return None  # indices that the dimensions of parts keep apart would come together
         along = {
             at - len(region) + len(sizes): axes[dim]
@@ -231,7 +229,9 @@ class _Cut:
             at >= 0 and concrete(sizes[at]) == len(_numbers(self.views[write], axis))
             for at, axis in along.items()
         )
-        return (left or (Ellipsis,), along) if each else None
+        if not each or may_overlap(source, _looked_into(write)):
+            return None
+        return left or (Ellipsis,), along
 
     def _write(self, write: fx.Node, numbers: tuple[int, ...]) -> None:
         """Stores what a write stores into the part with these numbers."""
@@ -264,7 +264,8 @@ def _items(node: fx.Node) -> list[Any]:
     return items
 
 
-def _axes(view: View) -> list[int | None]:
+def _axes(view: View) -> list[Any]:
+    """The dimension of the input that each of a view is."""
     return [view.axis(dim) for dim in range(len(view.dims))]
 
 
@@ -285,7 +286,7 @@ def _add_input(holder: fx.Node, part: Part) -> fx.Node:
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         new = graph.placeholder(name)
     with fake_mode_of(graph):
-        like = part.of({part.holder: fake_value(holder)})
+        like = dataclasses.replace(part, holder=0).of([fake_value(holder)])
         new.meta["example_value"] = torch.empty_strided(
             like.shape, like.stride(), dtype=like.dtype, device=like.device
         )

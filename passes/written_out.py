@@ -83,7 +83,8 @@ def _first_product(
     query, key = _factors(product, scores)
     first = queries_by_keys(query, key, product, scores.reads, scores.unscaled)
     if first is None:
-        return _refuse_layout(product, walked)
+        _refuse_layout(product, walked)
+        return None
     layout = scores.lay_out(first.layout, first.sizes, axis)
     return product, dataclasses.replace(first, layout=layout)
 
@@ -109,7 +110,8 @@ def _core(
     if masks is None:
         raise No(Reason.SOFTMAX, "a fill beside other masks")
     if first is None or second is None:
-        return _refuse_layout(product, walked)
+        _refuse_layout(product, walked)
+        return None
     # A softmax of nothing but -inf is NaN, unless a sink takes part or the weights are zeroed.
     zeroed = any(op_name(step) == "masked_fill" for step in walked)
     return Core(
