@@ -149,9 +149,9 @@ def queries_by_head(query: torch.Tensor, layout: Layout) -> torch.Tensor:
     return query.permute([letters.index(letter) for letter in "bhgsd"]).flatten(1, 2)
 
 
-def laid_out(out: torch.Tensor, layout: Layout, apart: int) -> torch.Tensor:
-    """(B, Hq, S, Dv), its heads in blocks of `apart`, in another layout."""
-    out = out.unflatten(1, (-1, apart))
+def laid_out(out: torch.Tensor, layout: Layout, group_dim: int) -> torch.Tensor:
+    """(B, Hq, S, Dv), its heads in blocks of `group_dim`, in another layout."""
+    out = out.unflatten(1, (-1, group_dim))
     sizes = dict(zip("bhgsd", out.shape, strict=True))
     held = "".join(layout)
     letters = held + "".join(letter for letter in "bhgsd" if letter not in held)

@@ -117,65 +117,70 @@ class Seen:
         return run
 
     def _caches(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Observed]:
-        sites, skipped = find_sites(gm.graph, max_query_tokens=None)
-        for skip in skipped:
-            self.reasons[f"{skip.path or skip.node.name}: {skip.sentence()}"] = None
         is_parameter = parameter_test(gm, example_inputs)
-        by_keys: dict[fx.Node, list[AttentionSite]] = {}
-        writes = writes_of(gm.graph) if sites else []
-        made_of: dict[fx.Node, fx.Node] = {}
-        for site in sites:
-            latent = over_rows(site, writes)
-            # What decoding ranks are the rows that it will cache. Without a part that all heads
-            # share, plain keys look the same: linear maps of hidden states.
-            if latent is not None and latent.latent is not None and latent.latent.kept:
-                query, rows = insert_rows(gm.graph, latent)
-                made_of[rows] = latent.key.base
-                heads = Heads(rows, (0, 1, 2, 3), latent.group)
-                core = dataclasses.replace(latent.core, query_layout=QUERIES)
-                site = dataclasses.replace(latent, core=core, query=query, key=heads)
-            by_keys.setdefault(site.key.base, []).append(site)
         uses: dict[str, int] = {}
         caches = []
-        for base, readers in by_keys.items():
-            site = readers[0]
-            weight = nearest_matrix([made_of.get(base, base)], is_parameter)
-            if weight is None:
-                where = site.path or site.node.name
-                self.reasons[f"{where}: no weight matrix is behind its keys"] = None
-                continue
-            matrix = _input(gm, example_inputs, weight)
-            fingerprint = weights_fingerprint(matrix)
-            if not fingerprint:
-                where = site.path or site.node.name
-                self.reasons[f"{where}: its weights ({type(matrix).__name__}) cannot be read"] = (
-                    None
-                )
+        for base, (source, readers) in self._keys_read(gm).items():
+            weight, site = nearest_matrix([source], is_parameter), readers[0]
+            matrix = None if weight is None else _input(gm, example_inputs, weight)
+            fingerprint = "" if matrix is None else weights_fingerprint(matrix)
+            if matrix is None or not fingerprint:
+                why = "no weight matrix is behind its keys"
+                if matrix is not None:
+                    why = f"its weights ({type(matrix).__name__}) cannot be read"
+                self.reasons[f"{site.path or site.node.name}: {why}"] = None
                 continue
             self.blocks[fingerprint] = block_fingerprints(matrix, site.head_dim)
             occurrence = uses.get(fingerprint, 0)
             uses[fingerprint] = occurrence + 1
-            caches.append(
-                Observed(
-                    identity=(fingerprint, occurrence),
-                    layer=site.path,
-                    kv_heads=site.kv_heads,
-                    head_dim=site.head_dim,
-                    scale=site.scale,
-                    keys=self._tap(base, site.key.order[2], is_parameter, heads=site.key),
-                    queries=tuple(
-                        self._tap(
-                            s.query,
-                            s.core.query_layout.index("s") if "s" in s.core.query_layout else None,
-                            is_parameter,
-                            layout=s.core.query_layout,
-                        )
-                        for s in readers
-                    ),
-                    cores=tuple(s.node for s in readers),
-                )
-            )
+            caches.append(self._observed((fingerprint, occurrence), base, readers, is_parameter))
         return caches
+
+    def _keys_read(self, gm: fx.GraphModule) -> dict[fx.Node, tuple[fx.Node, list[AttentionSite]]]:
+        """The sites of a graph by the keys that they read, and what those are made of. Of a latent,
+        the rows that decoding will cache are put together in the graph."""
+        sites, skipped = find_sites(gm.graph, max_query_tokens=None)
+        for skip in skipped:
+            self.reasons[f"{skip.path or skip.node.name}: {skip.sentence()}"] = None
+        writes = writes_of(gm.graph) if sites else []
+        read: dict[fx.Node, tuple[fx.Node, list[AttentionSite]]] = {}
+        for site in sites:
+            latent = over_rows(site, writes)
+            source = site.key.base
+            # What decoding ranks are the rows that it will cache. Without a part that all heads
+            # share, plain keys look the same: linear maps of hidden states.
+            if latent is not None and latent.latent is not None and latent.latent.kept:
+                query, rows = insert_rows(gm.graph, latent)
+                source = latent.key.base
+                heads = Heads(rows, (0, 1, 2, 3), latent.group)
+                core = dataclasses.replace(latent.core, query_layout=QUERIES)
+                site = dataclasses.replace(latent, core=core, query=query, key=heads)
+            read.setdefault(site.key.base, (source, []))[1].append(site)
+        return read
+
+    def _observed(
+        self,
+        identity: tuple[str, int],
+        base: fx.Node,
+        readers: list[AttentionSite],
+        is_parameter: Callable[[fx.Node], bool],
+    ) -> Observed:
+        site = readers[0]
+        layouts = [reader.core.query_layout for reader in readers]
+        tokens = [layout.index("s") if "s" in layout else None for layout in layouts]
+        return Observed(
+            identity=identity,
+            layer=site.path,
+            kv_heads=site.kv_heads,
+            head_dim=site.head_dim,
+            scale=site.scale,
+            keys=self._tap(base, site.key.order[2], is_parameter, heads=site.key),
+            queries=tuple(
+                self._tap(reader.query, axis, is_parameter, layout=layout)
+                for reader, axis, layout in zip(readers, tokens, layouts, strict=True)
+            ),
+            cores=tuple(reader.node for reader in readers),
+        )
 
     def _tap(
         self,

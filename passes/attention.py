@@ -156,8 +156,8 @@ class Core:
     -1 stands for heads that have no dimension. `query` is laid out by `query_layout`, and what
     `node` returns by `out_layout`, "d" being Dv there. `scale` None means 1 / sqrt(D); `grouped`
     lets fewer KV heads than query heads stand for blocks of them; `causal` masks by position.
-    `reads` names calls that read an operand before `node`: (operand, call). `beside` has queries,
-    laid out as `query`, keys and their order of a second product, which is added to the first.
+    `reads` names calls that read an operand before `node`: (operand, call). `second_product` has
+    queries, laid out as `query`, keys and their order of one that is added to the first.
 
     With `softcap` c the scores are c * tanh(scale * q k^T / c); `sink_logits` (Hq,) are logits that
     take part in the softmax and have no value. With `row_sinks` each row has a sink logit of its
@@ -185,7 +185,7 @@ class Core:
     query_scales: tuple[tuple[Callable[..., Any], fx.Node], ...] = ()
     query_layout: Layout = QUERIES
     out_layout: Layout = QUERIES
-    beside: tuple[fx.Node, fx.Node, tuple[int, int, int, int]] | None = None
+    second_product: tuple[fx.Node, fx.Node, tuple[int, int, int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -237,8 +237,8 @@ class Latent:
 @dataclass(frozen=True)
 class AttentionSite:
     """One attention core whose operands were looked into: `core.node` computes
-    softmax(scale * q k^T + masks) v from `query`, laid out as the core's; "g" has the size `apart`
-    in layouts, and query heads are "h" and "g" together.
+    softmax(scale * q k^T + masks) v from `query`, laid out as the core's; "g" has the size
+    `group_dim` in layouts, and query heads are "h" and "g" together.
 
     `query_tokens` is S, or -1 where each call has its own (`tokens`). Query head h reads KV head
     h // group, or h % Hkv where `tiled`. With `latent`, one KV head of cached rows stands for the
@@ -262,7 +262,7 @@ class AttentionSite:
     tiled: bool = False
     latent: Latent | None = None
     query_rest: fx.Node | None = None
-    apart: int = 1
+    group_dim: int = 1
 
     @property
     def node(self) -> fx.Node:

@@ -11,6 +11,7 @@ tensor.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
 from collections.abc import Sequence
@@ -58,10 +59,7 @@ class Part:
 
     def of(self, args: Sequence[Any]) -> Tensor:
         """The part, a view, given the graph's own inputs."""
-        return self.cut_out_of(args[self.holder])
-
-    def cut_out_of(self, part: Tensor) -> Tensor:
-        """The part of the input itself."""
+        part: Tensor = args[self.holder]
         for dim, number in self.numbers:
             part = part.select(dim, number)
         return part
@@ -160,9 +158,8 @@ class _Cut:
                 part = self._part(node, next(every))
                 _move_views(node, part)
                 node.replace_all_uses_with(part)
-        sources = [node.args[0] for node in gone]
-        splits = {x for x in sources if isinstance(x, fx.Node) and op_name(x) == "unbind"}
-        for node in sorted([*gone, *splits], reverse=True):
+        unbound = [user for node in self.views for user in node.users if op_name(user) == "unbind"]
+        for node in sorted([*gone, *unbound], reverse=True):
             node.graph.erase_node(node)
         return self.found
 
@@ -212,31 +209,29 @@ class _Cut:
     def _write_of_one(self, write: fx.Node) -> tuple[tuple[Any, ...], dict[int, int]] | None:
         """The index at which a part is written into where several are, and the dimensions of what
         is stored that count parts, with those of the input; None where it is not stored so."""
-        items, source, target = _items(write), operand(write, "source"), write.args[0]
-        assert isinstance(target, fx.Node)
-        shape, sizes = shape_of(target) or (), shape_of(source)
+        items, source = _items(write), operand(write, "source")
+        shape, sizes = shape_of(write.args[0]) or (), shape_of(source)
         kept, axes, dims = self._kept(write), _axes(self.views[write]), itertools.count()
         left = tuple(item for item in items if item is None or next(dims) in kept)
-        region, rest = (
-            indexed_dims(tuple(items), shape),
-            indexed_dims(left, [shape[d] for d in kept]),
-        )
-        if sizes is None or region is None or rest is None or may_overlap(source, target):
+        region = indexed_dims(tuple(items), shape)
+        rest = indexed_dims(left, [shape[dim] for dim in kept])
+        if sizes is None or region is None or rest is None:
             return None
-        if [None if d is None else kept[d] for d in rest] != [
-            d for d in region if d is None or d in kept
-        ]:
+        without = [dim for dim in region if dim is None or dim in kept]
+        if [None if dim is None else kept[dim] for dim in rest] != without:
             return None  # indices that the dimensions of parts keep apart would come together
         along = {
-            at - len(region) + len(sizes): axis
+            at - len(region) + len(sizes): axes[dim]
             for at, dim in enumerate(region)
-            if dim is not None and dim not in kept and (axis := axes[dim]) is not None
+            if dim is not None and dim not in kept
         }
         each = len(along) == len(axes) - len(kept) and all(
             at >= 0 and concrete(sizes[at]) == len(_numbers(self.views[write], axis))
             for at, axis in along.items()
         )
-        return (left or (Ellipsis,), along) if each else None
+        if not each or may_overlap(source, _looked_into(write)):
+            return None
+        return left or (Ellipsis,), along
 
     def _write(self, write: fx.Node, numbers: tuple[int, ...]) -> None:
         """Stores what a write stores into the part with these numbers."""
@@ -269,7 +264,8 @@ def _items(node: fx.Node) -> list[Any]:
     return items
 
 
-def _axes(view: View) -> list[int | None]:
+def _axes(view: View) -> list[Any]:
+    """The dimension of the input that each of a view is."""
     return [view.axis(dim) for dim in range(len(view.dims))]
 
 
@@ -290,7 +286,7 @@ def _add_input(holder: fx.Node, part: Part) -> fx.Node:
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         new = graph.placeholder(name)
     with fake_mode_of(graph):
-        like = part.cut_out_of(fake_value(holder))
+        like = dataclasses.replace(part, holder=0).of([fake_value(holder)])
         new.meta["example_value"] = torch.empty_strided(
             like.shape, like.stride(), dtype=like.dtype, device=like.device
         )

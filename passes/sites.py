@@ -113,19 +113,25 @@ def _looked_into(core: Core, max_query_tokens: int | None, writes: list[Write]) 
     query = before_widening(core.query)
     _refuse_dtypes(core, query, key, value)
     q_shape = (sizes["b"], sizes["h"] * sizes["g"], sizes["s"], sizes["d"])
-    heads, head_dim, apart = concrete(q_shape[1]), concrete(q_shape[3]), concrete(sizes["g"])
+    heads, head_dim, group_dim = concrete(q_shape[1]), concrete(q_shape[3]), concrete(sizes["g"])
     kv_heads, value_dim = concrete(k_shape[1]), concrete(v_shape[3])
-    if heads is None or head_dim is None or apart is None or kv_heads is None or value_dim is None:
+    if (
+        heads is None
+        or head_dim is None
+        or group_dim is None
+        or kv_heads is None
+        or value_dim is None
+    ):
         raise No(Reason.LAYOUT, [q_shape, k_shape, v_shape])
     if not same_size(q_shape[0], k_shape[0]) or not same_size(q_shape[0], v_shape[0]):
         raise No(Reason.LAYOUT, f"batch {[s[0] for s in (q_shape, k_shape, v_shape)]}")
-    group = _group(core, (key, value), (heads, apart), (kv_heads, v_shape[1]))
+    group = _group(core, (key, value), (heads, group_dim), (kv_heads, v_shape[1]))
     if key.tiled and max_query_tokens is None:  # whoever observes heads takes them to be in blocks
         raise No(Reason.GROUPS, "KV heads are repeated as tiles")
     _refuse_masks(core, {**sizes, "t": k_shape[2]})
     query_rest, latent = None, None
-    if core.beside is not None:
-        query, key, query_rest, latent = _rows_beside(core, (query, key), value, writes)
+    if core.second_product is not None:
+        query, key, query_rest, latent = _rows_of_two_products(core, (query, key), value, writes)
         if kv_heads != 1 or value_dim != latent.dims:
             raise No(Reason.SOFTMAX, "add")
         head_dim = latent.dims + latent.kept
@@ -146,7 +152,7 @@ def _looked_into(core: Core, max_query_tokens: int | None, writes: list[Write]) 
         tiled=key.tiled,
         latent=latent,
         query_rest=query_rest,
-        apart=apart,
+        group_dim=group_dim,
     )
 
 
@@ -199,12 +205,12 @@ def _group(
     operands: keys and values, behind their repetition; query_heads: how many, and how many of these
     lie along a dimension of groups; kv_heads: of the core's own keys, and of its values.
     """
-    (key, value), (heads, apart) = operands, query_heads
+    (key, value), (heads, group_dim) = operands, query_heads
     # K may already be grouped by views (`repeat_kv`), by the flag, by a dimension of its own, or by
     # broadcasting one head.
     by_flag = heads // kv_heads[0] if kv_heads[0] and heads % kv_heads[0] == 0 else 0
-    spread = by_flag > apart and kv_heads[0] > 1 and not core.grouped
-    if by_flag < apart or by_flag < 1 or spread:
+    spread = by_flag > group_dim and kv_heads[0] > 1 and not core.grouped
+    if by_flag < group_dim or by_flag < 1 or spread:
         raise No(Reason.GROUPS, f"{heads} query heads, {kv_heads[0]} KV heads")
     alike = (key.group, key.tiled) == (value.group, value.tiled)
     if not same_size(*kv_heads) or not alike:
@@ -214,13 +220,13 @@ def _group(
     return by_flag * key.group
 
 
-def _rows_beside(
+def _rows_of_two_products(
     core: Core, first: tuple[fx.Node, Heads], value: Heads, writes: list[Write]
 ) -> tuple[fx.Node, Heads, fx.Node, Latent]:
     """Queries and rows of a latent that is the values too, and queries and rows of what lies beside
     it, for a core of two products, whose keys must be such rows of the same tokens."""
-    assert core.beside is not None
-    query, key, order = core.beside
+    assert core.second_product is not None
+    query, key, order = core.second_product
     pairs = [first, (before_widening(query), heads_at(key, order, core, writes, scaled=True))]
     if pairs[0][1].base is not value.base:
         pairs.reverse()

@@ -99,8 +99,8 @@ def _core(
     node: fx.Node, found: tuple[fx.Node, ScoreProduct], walked: list[fx.Node], scores: Scores
 ) -> Core | None:
     product, laid_out = found
-    beside = _second_product(scores, laid_out)
-    if (beside is None) != (scores.added is None):
+    other = _second_product(scores, laid_out)
+    if (other is None) != (scores.added is None):
         raise No(Reason.SOFTMAX, "add")
     first, second = _named(laid_out, scores), None
     if first is not None:
@@ -131,7 +131,7 @@ def _core(
         reads=tuple(scores.reads),
         query_layout=first.query_layout,
         out_layout=second.layout,
-        beside=beside,
+        second_product=other,
     )
 
 

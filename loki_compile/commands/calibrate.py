@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,7 @@ from loki_compile.commands.output import duration, out, progress, say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import Tensor
 
     from loki_compile.pca_store.basis import BasisSet
 
@@ -59,7 +60,7 @@ def command(
     """
     import torch
 
-    from loki_compile.calibration import calibrate, check_choices, check_lengths
+    from loki_compile.calibration import check_choices, check_lengths
     from loki_compile.commands.models import (
         batches_of,
         check_placement,
@@ -94,10 +95,31 @@ def command(
         say(f"the text holds {total} tokens of the {tokens} asked for; all are used")
     say(f"loading {name}; then it reads {len(batches)} prompts eagerly, {total} tokens")
     model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
+    basis_set = _watched_calibration(
+        model,
+        batches,
+        calibration=calibration,
+        kind=kind,
+        rank=columns,
+        name=name,
+        source=source,
+        partial=default_partial_root(),
+    )
+    path = store.save(basis_set)
+    out.print(spectra(basis_set))
+    show(f"wrote {path}")
+
+
+def _watched_calibration(model: Any, batches: list[Tensor], **settings: Any) -> BasisSet:
+    """`calibrate` with bars, and the time to go said once."""
+    from loki_compile.calibration import calibrate
+
+    total = sum(batch.numel() for batch in batches)
     try:
         with progress(left=True) as bar:
-            task = bar.add_task(f"reading with {name}", total=total, left="")
-            fitting = bar.add_task("fitting", total=None, visible=kind == "attention", left="")
+            task = bar.add_task(f"reading with {settings['name']}", total=total, left="")
+            fits = settings["kind"] == "attention"
+            fitting = bar.add_task("fitting", total=None, visible=fits, left="")
             said = False
 
             def expect(seconds: float) -> None:
@@ -109,25 +131,17 @@ def command(
                 bar.update(task, left="")
                 bar.update(current, left=f"{duration(seconds)} left")
 
-            basis_set = calibrate(
+            return calibrate(
                 model,
                 batches,
-                calibration=calibration,
-                kind=kind,
-                rank=columns,
-                name=name,
-                source=source,
                 progress=lambda done: bar.advance(task, done),
                 fit_progress=lambda done, steps: bar.update(fitting, completed=done, total=steps),
                 expect=expect,
-                partial=default_partial_root(),
+                **settings,
             )
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         raise
-    path = store.save(basis_set)
-    out.print(spectra(basis_set))
-    show(f"wrote {path}")
 
 
 def spectra(basis_set: BasisSet) -> Table:
