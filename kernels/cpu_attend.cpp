@@ -2,8 +2,8 @@
 //
 // A row is the query heads that share a list of positions; a unit is the rows that read the same keys
 // at the same time: one row, or, where there are no lists and all keys are read, all rows of a KV
-// head. The work is the units' slots, cut into blocks; each thread takes a contiguous run of blocks
-// and leaves, for each row it touched, a partial softmax (maximum, sum, weighted V).
+// head. The work is the units' slots, cut into blocks, and these into parts, runs of blocks. Each
+// part leaves, for each row it touched, a partial softmax (maximum, sum, weighted V).
 //
 // q, k, the rest of k, and v each have a float type of their own (under autocast the cache's differs
 // from that of queries), so what reads rows is compiled for one type each and chosen once per call.
@@ -266,28 +266,25 @@ class Attend {
   // Bytes of scratch that could not be had, then nothing is written; else 0.
   int64_t run() {
     if (int64_t missing = find_spans()) return missing;
-    int threads = threads_for(blocks_ * kSlots * key_bytes_, p_.threads);
+    parts_ = parts_for(blocks_ * kSlots * key_bytes_, p_.threads);
     thread_local Scratch scratch;
     int64_t query_floats = rows_per_unit_ * query_floats_;
-    int64_t partials = (units_ + threads) * rows_per_unit_;
-    int64_t wanted = 4 * (threads * query_floats + partials * partial_stride_);
+    int64_t partials = (units_ + parts_) * rows_per_unit_;
+    int64_t wanted = 4 * (parts_ * query_floats + partials * partial_stride_);
     float* room = static_cast<float*>(scratch.reserve(wanted));
     if (!room) return wanted;
-    partials_ = room + threads * query_floats;
+    partials_ = room + parts_ * query_floats;
     // What little there is to combine is not worth waiting for another thread.
-    bool shared = threads > 1 && rows_ * together_ * dv_ > kCombinedAlone;
-    int64_t workers = 1;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-      if (me == 0) workers = all;
-      work(me, all, room + me * query_floats);
-      if (shared) {
-#pragma omp barrier
-        combine(units_ * me / all, units_ * (me + 1) / all, all);
+    bool shared = rows_ * together_ * dv_ > kCombinedAlone;
+    in_parallel(parts_, [&](int64_t me, int64_t workers) {
+      for (int64_t part = me; part < parts_; part += workers) {
+        work(part, room + part * query_floats);
       }
-    }
-    if (!shared) combine(0, units_, workers);
+      if (!shared) return;
+#pragma omp barrier
+      combine(units_ * me / workers, units_ * (me + 1) / workers);
+    });
+    if (!shared) combine(0, units_);
     return 0;
   }
 
@@ -389,9 +386,9 @@ class Attend {
     }
   }
 
-  // Threads take consecutive units, and share at most the one at which they meet.
-  float* partial(int64_t row, int64_t thread) const {
-    return partials_ + (row + thread * rows_per_unit_) * partial_stride_;
+  // Parts hold consecutive units, and share at most the one at which they meet.
+  float* partial(int64_t row, int64_t part) const {
+    return partials_ + (row + part * rows_per_unit_) * partial_stride_;
   }
   float* most_of(float* partial) const {
     return partial + round_up(together_, kMaxHeads) * sum_stride_;
@@ -400,25 +397,25 @@ class Attend {
     return most_of(partial) + round_up(together_, kMaxHeads);
   }
 
-  void work(int64_t me, int64_t all, float* queries) {
-    int64_t from = blocks_ * me / all, stop = blocks_ * (me + 1) / all;
+  void work(int64_t part, float* queries) {
+    int64_t from = blocks_ * part / parts_, stop = blocks_ * (part + 1) / parts_;
     for (int64_t unit = 0; from < stop; ++unit) {
       int64_t unit_stop = min_of(stop, spans_[unit + 1].first_block);
       if (unit_stop <= from) continue;
       const Span& span = spans_[unit];
       int64_t first = span.first + (from - span.first_block) * kSlots;
       int64_t last = min_of(span.first + (unit_stop - span.first_block) * kSlots, span.stop);
-      attend_unit(unit, me, first, last, queries);
+      attend_unit(unit, part, first, last, queries);
       from = unit_stop;
     }
   }
 
-  void attend_unit(int64_t unit, int64_t me, int64_t first, int64_t last, float* queries) {
+  void attend_unit(int64_t unit, int64_t part, int64_t first, int64_t last, float* queries) {
     int64_t row = unit * rows_per_unit_;
     for (int64_t i = 0; i < rows_per_unit_; ++i) {
-      float* part = partial(row + i, me);
-      std::memset(part, 0, partial_stride_ * sizeof(float));
-      for (int64_t g = 0; g < round_up(together_, kMaxHeads); ++g) most_of(part)[g] = -kInf;
+      float* mine = partial(row + i, part);
+      std::memset(mine, 0, partial_stride_ * sizeof(float));
+      for (int64_t g = 0; g < round_up(together_, kMaxHeads); ++g) most_of(mine)[g] = -kInf;
       load_queries(row + i, queries + i * query_floats_);
     }
     int64_t turn = last - first;
@@ -426,7 +423,7 @@ class Attend {
     for (; first < last; first += turn) {
       for (int64_t i = 0; i < rows_per_unit_; ++i) {
         attend_slots(row + i, spans_[unit].dense, first, min_of(first + turn, last),
-                     queries + i * query_floats_, partial(row + i, me));
+                     queries + i * query_floats_, partial(row + i, part));
       }
     }
   }
@@ -546,25 +543,24 @@ class Attend {
     accumulate_[kWidth](v, p_.v.stride[2], queue, n, logit, dv_, sum);
   }
 
-  // Joins what the threads left of units [unit, stop).
-  void combine(int64_t unit, int64_t stop, int64_t all) const {
+  // Joins what the parts left of units [unit, stop).
+  void combine(int64_t unit, int64_t stop) const {
     for (int64_t first = 0; unit < stop; ++unit) {
       int64_t from = spans_[unit].first_block, to = spans_[unit + 1].first_block;
-      // Threads [first, last) touched it: thread t has blocks [blocks * t / all, ... (t + 1) / all).
-      while (first < all && blocks_ * (first + 1) / all <= from) ++first;
+      // Parts [first, last) touched it: part i has blocks [blocks * i / parts, ... (i + 1) / parts).
+      while (first < parts_ && blocks_ * (first + 1) / parts_ <= from) ++first;
       int64_t last = first;
-      while (last < all && blocks_ * last / all < to) ++last;
+      while (from < to && last < parts_ && blocks_ * last / parts_ < to) ++last;
       for (int64_t i = 0; i < rows_per_unit_ * together_; ++i) {
-        combine(unit * rows_per_unit_ + i / together_, i % together_, from < to ? first : last,
-                last, all);
+        combine(unit * rows_per_unit_ + i / together_, i % together_, first, last);
       }
     }
   }
 
-  void combine(int64_t row, int64_t g, int64_t first, int64_t last, int64_t all) const {
+  void combine(int64_t row, int64_t g, int64_t first, int64_t last) const {
     int64_t h = head_of(row) + g;
-    // A thread without blocks lies between others where there are more threads than blocks.
-    auto idle = [&](int64_t t) { return blocks_ * t / all == blocks_ * (t + 1) / all; };
+    // A part without blocks lies between others where there are more parts than blocks.
+    auto idle = [&](int64_t i) { return blocks_ * i / parts_ == blocks_ * (i + 1) / parts_; };
     float sink = p_.sink_logits.dtype == kNone ? -kInf : MaskRow(p_.sink_logits, 0, 0, 0).bias(h);
     float most = sink;
     for (int64_t t = first; t < last; ++t) {
@@ -607,7 +603,7 @@ class Attend {
   const Dots* const dots_;
   const Dots* const rest_dots_;
   const Accumulate* const accumulate_;
-  int64_t blocks_ = 0;
+  int64_t blocks_ = 0, parts_ = 1;
   Span* spans_ = nullptr;
   float* partials_ = nullptr;
 };

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <limits>
 #include <type_traits>
 #include <utility>
@@ -316,10 +317,63 @@ inline float log_of(float x) {
   return (p * z * square - n * 2.12194440e-4f - 0.5f * square + z) + n * 0.693359375f;
 }
 
-// Threads worth having for so many bytes read.
-inline int threads_for(int64_t bytes, int64_t most) {
-  constexpr int64_t kBytesPerThread = 1 << 16;
-  return static_cast<int>(min_of(most, bytes / kBytesPerThread + 1));
+// Parts that so much reading is cut into, one for each thread that it pays. They follow from the
+// sizes alone: what sums come to does not depend on how many threads there are at the moment.
+inline int64_t parts_for(int64_t bytes, int64_t threads) {
+  constexpr int64_t kBytesPerThread = 1 << 18;  // 20 us of one thread
+  return max_of<int64_t>(min_of(threads, bytes / kBytesPerThread), 1);
+}
+
+// Whether other processes hold the cores that our threads would run on. A region is left when its
+// last thread is done, and one without a core begins milliseconds late: after such a region the
+// calling thread works alone for a while, twice as long each time that it finds the cores taken.
+class Crowd {
+ public:
+  int64_t workers(int64_t parts) {
+    if (parts < 2 || alone_ == 0) return parts;
+    --alone_;
+    return 1;
+  }
+
+  void met(double late_seconds) {
+    if (late_seconds < kLate) {
+      pause_ = 0;
+    } else {
+      alone_ = pause_ = min_of(max_of(2 * pause_, kLeastPause), kMostPause);
+    }
+  }
+
+ private:
+  static constexpr double kLate = 3e-4;
+  static constexpr int64_t kLeastPause = 32, kMostPause = 2048;  // calls
+  int64_t alone_ = 0, pause_ = 0;
+};
+
+inline double seconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+// f(worker, workers) by several threads in one region, as many as there are parts, or by one.
+template <class F>
+void in_parallel(int64_t parts, F&& f) {
+  thread_local Crowd crowd;
+  int64_t workers = crowd.workers(parts);
+  if (workers < 2) return f(int64_t{0}, int64_t{1});
+  double begin = seconds(), late = 0, done = begin;
+#pragma omp parallel num_threads(static_cast<int>(workers))
+  {
+    int64_t me = omp_get_thread_num();
+    if (me > 0) {
+      double mine = seconds() - begin;
+#pragma omp critical(loki_late)
+      late = max_of(late, mine);
+    }
+    f(me, int64_t{omp_get_num_threads()});
+    if (me == 0) done = seconds();
+  }
+  crowd.met(max_of(late, seconds() - done));
 }
 
 // Heads are taken through a kernel 1, 2, 4 or 8 at a time; a block that is not full repeats its

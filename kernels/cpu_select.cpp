@@ -77,13 +77,13 @@ class Select {
   // Bytes of scratch that could not be had, then nothing is written; else 0.
   int64_t run() {
     int64_t bytes = pairs_ * (t_ / p_.page + 1) * r_ * p_.index.element_size();
-    int threads = threads_for(bytes, p_.threads);
+    parts_ = parts_for(bytes, p_.threads);
     int64_t pairs_at_once =
         min_of(max_of<int64_t>(kMaxKeys / (rows_per_pair() * row_stride_), 1), pairs_);
-    if (int64_t missing = allocate(threads, pairs_at_once)) return missing;
+    if (int64_t missing = allocate(pairs_at_once)) return missing;
     plan();
     for (int64_t first = 0; first < pairs_; first += pairs_at_once) {
-      take(first, min_of(first + pairs_at_once, pairs_), threads);
+      take(first, min_of(first + pairs_at_once, pairs_));
     }
     return 0;
   }
@@ -107,40 +107,42 @@ class Select {
   }
 
   // Pairs [first, stop).
-  void take(int64_t first, int64_t stop, int threads) {
+  void take(int64_t first, int64_t stop) {
     first_row_ = first * rows_per_pair();
     int64_t first_tile = spans_[first].first_tile, tiles = spans_[stop].first_tile - first_tile;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+    auto tile_of = [&](int64_t part) { return first_tile + tiles * part / parts_; };
+    in_parallel(parts_, [&](int64_t me, int64_t workers) {
       char* room = rooms_ + me * room_bytes_;
-      int64_t tile = first_tile + tiles * me / all, stop_tile = first_tile + tiles * (me + 1) / all;
-      score_tiles(tile, stop_tile, room, me);
+      for (int64_t part = me; part < parts_; part += workers) {
+        score_tiles(tile_of(part), tile_of(part + 1), room, part);
+      }
 #pragma omp barrier
+      for (int64_t part = summed_ ? me : parts_; part < parts_; part += workers) {
+        sum_tiles(tile_of(part), tile_of(part + 1), room);
+      }
       if (summed_) {
-        sum_tiles(tile, stop_tile, all, room);
 #pragma omp barrier
       }
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
       for (int64_t row = first_row_; row < stop * rows_per_pair(); ++row) {
         emit(row, reinterpret_cast<int32_t*>(room));
       }
-    }
+    });
   }
 
   int32_t* keys_of(int64_t row) const { return keys_ + (row - first_row_) * row_stride_; }
 
-  // Where the scores of a group are summed: those of head g of a row, and what a thread has of the
+  // Where the scores of a group are summed: those of head g of a row, and what a part has of the
   // sums over its keys.
   float* logits_of(int64_t row, int64_t g) const {
     return reinterpret_cast<float*>(keys_of(row)) + g * key_stride_;
   }
-  Mass* masses_of(int64_t row, int64_t thread) const {
-    return masses_ + (thread * rows_at_once_ + row - first_row_) * summed_;
+  Mass* masses_of(int64_t row, int64_t part) const {
+    return masses_ + (part * rows_at_once_ + row - first_row_) * summed_;
   }
 
   // As `run` in what it returns.
-  int64_t allocate(int threads, int64_t pairs_at_once) {
+  int64_t allocate(int64_t pairs_at_once) {
     thread_local Scratch scratch;
     int64_t padded_heads = round_up(group_, 8);
     int64_t per_token = padded_heads * (columns_ * (4 + kLimbs) + 4 * (kLimbs + 1));
@@ -150,15 +152,15 @@ class Select {
     int64_t span_bytes = round_up((pairs_ + 1) * sizeof(Span), 64);
     rows_at_once_ = pairs_at_once * rows_per_pair();
     int64_t key_bytes = rows_at_once_ * row_stride_ * 4;
-    int64_t mass_bytes = round_up(threads * rows_at_once_ * summed_ * sizeof(Mass), 64);
-    int64_t wanted = plan_bytes + span_bytes + mass_bytes + threads * room_bytes_ + key_bytes;
+    int64_t mass_bytes = round_up(parts_ * rows_at_once_ * summed_ * sizeof(Mass), 64);
+    int64_t wanted = plan_bytes + span_bytes + mass_bytes + parts_ * room_bytes_ + key_bytes;
     char* at = static_cast<char*>(scratch.reserve(wanted));
     if (!at) return wanted;
     plans_ = reinterpret_cast<RowPlan*>(at);
     spans_ = reinterpret_cast<Span*>(at += plan_bytes);
     masses_ = reinterpret_cast<Mass*>(at += span_bytes);
     rooms_ = at += mass_bytes;
-    keys_ = reinterpret_cast<int32_t*>(at + threads * room_bytes_);
+    keys_ = reinterpret_cast<int32_t*>(at + parts_ * room_bytes_);
     return 0;
   }
 
@@ -195,8 +197,8 @@ class Select {
     }
   }
 
-  void score_tiles(int64_t tile, int64_t stop, char* room, int64_t me) {
-    for (int64_t i = 0; i < rows_at_once_ * summed_; ++i) masses_of(first_row_, me)[i] = Mass{};
+  void score_tiles(int64_t tile, int64_t stop, char* room, int64_t part) {
+    for (int64_t i = 0; i < rows_at_once_ * summed_; ++i) masses_of(first_row_, part)[i] = Mass{};
     for_spans(tile, stop, [&](int64_t pair, int64_t from, int64_t to) {
       int64_t blocks = project(pair, room);
       const Query* queries = reinterpret_cast<const Query*>(room);
@@ -212,7 +214,7 @@ class Select {
           int64_t row = pair * rows_per_pair() + n;
           if (!plans_[row].scored()) continue;
           for (int64_t g = 0; g < group_; ++g) {
-            masses_of(row, me)[g].add(logits_of(row, g) + from, round_up(end - from, kBlock));
+            masses_of(row, part)[g].add(logits_of(row, g) + from, round_up(end - from, kBlock));
           }
         }
       }
@@ -220,14 +222,14 @@ class Select {
   }
 
   // Makes keys of the logits that `score_tiles` left.
-  void sum_tiles(int64_t tile, int64_t stop, int64_t threads, char* room) {
+  void sum_tiles(int64_t tile, int64_t stop, char* room) {
     float* log_mass = reinterpret_cast<float*>(room);
     for_spans(tile, stop, [&](int64_t pair, int64_t from, int64_t to) {
       for (int64_t row = pair * rows_per_pair(); row < (pair + 1) * rows_per_pair(); ++row) {
         if (!plans_[row].scored()) continue;
         for (int64_t g = 0; g < group_; ++g) {
           Mass mass;
-          for (int64_t thread = 0; thread < threads; ++thread) mass.add(masses_of(row, thread)[g]);
+          for (int64_t part = 0; part < parts_; ++part) mass.add(masses_of(row, part)[g]);
           log_mass[g] = mass.log();
         }
         for (int64_t t = from; t < to; t += 16) {
@@ -519,7 +521,7 @@ class Select {
   const bool low_rank_;
   const int64_t columns_, summed_, key_stride_, row_stride_;  // summed_: heads, or 0
   const ScoreRows* const score_rows_;
-  int64_t room_bytes_ = 0, first_row_ = 0, rows_at_once_ = 0;
+  int64_t parts_ = 1, room_bytes_ = 0, first_row_ = 0, rows_at_once_ = 0;
   RowPlan* plans_ = nullptr;
   Span* spans_ = nullptr;
   Mass* masses_ = nullptr;

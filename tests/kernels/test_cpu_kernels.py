@@ -817,6 +817,22 @@ def test_any_number_of_threads_gives_the_same(implementation, count):
     assert_attends_as_defined(implementation, (inputs[0], k, v, positions), None, scale=0.1)
 
 
+def test_the_same_call_gives_the_same_bits_however_busy_the_machine_is(implementation):
+    """Beside busy processes the kernels work with fewer threads than they were given."""
+    shape = (1, 8, 2, 1, 9001, 64, 64, 16, 900)
+    q, basis, index, _, _, _ = select_inputs(shape, torch.float32, torch.float32)
+    k, v = cache(1, 2, 9001, 64, torch.float32), cache(1, 2, 9001, 64, torch.float32)
+    options = settings(900, by_probability=True)
+    chosen = implementation.select(q, basis, index, None, None, None, **options)
+    read = implementation.attend(q, k, v, chosen, None, scale=0.1)
+    whole = implementation.attend(q, k, v, None, None, scale=0.1)
+    for _ in range(20):
+        again = implementation.select(q, basis, index, None, None, None, **options)
+        assert torch.equal(again, chosen)
+        assert torch.equal(implementation.attend(q, k, v, chosen, None, scale=0.1), read)
+        assert torch.equal(implementation.attend(q, k, v, None, None, scale=0.1), whole)
+
+
 def test_python_threads_do_not_share_scratch():
     cases = []
     for t in (1500, 3001, 4097, 700):
