@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -19,15 +19,19 @@ from loki_compile.passes.emit import insert_rows
 from loki_compile.passes.graphs import nearest_matrix, parameter_test
 from loki_compile.passes.latent import over_rows
 from loki_compile.passes.normalize import normalize
-from loki_compile.passes.rotary import Unrotated, before_rotation
+from loki_compile.passes.rotary import Unrotated, before_rotation, rotated_pairs
 from loki_compile.passes.sites import find_sites
 from loki_compile.pca_store.attention_fit import STEPS, AttentionSamples
 from loki_compile.pca_store.basis import Basis
 from loki_compile.pca_store.covariance import KeyCovariance
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
+from loki_compile.pca_store.score_fit import ScoreSamples
 
 if TYPE_CHECKING:
     from loki_compile.progress import Kept, Pace
+
+
+Samples: TypeAlias = KeyCovariance | ScoreSamples | AttentionSamples
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Observed:
     keys: _Tap
     queries: tuple[_Tap, ...]
     cores: tuple[fx.Node, ...]
+    pairs: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
@@ -76,7 +81,9 @@ class Seen:
     pre_rotary: bool
     kind: str
     rank: int | float
-    held: dict[tuple[str, int], KeyCovariance | AttentionSamples] = field(default_factory=dict)
+    steps: int = STEPS  # of each "attention" fit
+    held: dict[tuple[str, int], Samples] = field(default_factory=dict)
+    pairs: dict[tuple[str, int], tuple[tuple[int, int], ...]] = field(default_factory=dict)
     scales: dict[tuple[str, int], float] = field(default_factory=dict)
     head_dims: dict[tuple[str, int], int] = field(default_factory=dict)
     layers: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -119,6 +126,7 @@ class Seen:
     def _caches(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Observed]:
         is_parameter = parameter_test(gm, example_inputs)
         uses: dict[str, int] = {}
+        rotations: dict[str, tuple[tuple[int, int], ...]] = {}
         caches = []
         for base, (source, readers) in self._keys_read(gm).items():
             weight, site = nearest_matrix([source], is_parameter), readers[0]
@@ -133,7 +141,11 @@ class Seen:
             self.blocks[fingerprint] = block_fingerprints(matrix, site.head_dim)
             occurrence = uses.get(fingerprint, 0)
             uses[fingerprint] = occurrence + 1
-            caches.append(self._observed((fingerprint, occurrence), base, readers, is_parameter))
+            pairs: tuple[tuple[int, int], ...] = ()
+            if source is base:  # rows of a latent are put together of what is rotated and not
+                pairs = rotated_pairs(base, site.tokens, site.head_dim, is_parameter, rotations)
+            identity = fingerprint, occurrence
+            caches.append(self._observed(identity, base, readers, is_parameter, pairs))
         return caches
 
     def _keys_read(self, gm: fx.GraphModule) -> dict[fx.Node, tuple[fx.Node, list[AttentionSite]]]:
@@ -164,6 +176,7 @@ class Seen:
         base: fx.Node,
         readers: list[AttentionSite],
         is_parameter: Callable[[fx.Node], bool],
+        pairs: tuple[tuple[int, int], ...],
     ) -> Observed:
         site = readers[0]
         layouts = [reader.core.query_layout for reader in readers]
@@ -180,6 +193,7 @@ class Seen:
                 for reader, axis, layout in zip(readers, tokens, layouts, strict=True)
             ),
             cores=tuple(reader.node for reader in readers),
+            pairs=pairs,
         )
 
     def _tap(
@@ -211,6 +225,7 @@ class Seen:
             self.layers[cache.identity] = cache.layer
             self.scales[cache.identity] = cache.scale
             self.head_dims[cache.identity] = cache.head_dim
+            self.pairs[cache.identity] = cache.pairs
         groups = [q.unflatten(1, (cache.kv_heads, -1)) for q in queries]
         together = torch.cat(groups, 2).flatten(1, 2)
         mask = self.mask
@@ -222,13 +237,22 @@ class Seen:
         held.update(keys, together, mask)
         self.in_batch += 1
 
-    def _empty(self, cache: Observed) -> KeyCovariance | AttentionSamples:
+    def _empty(self, cache: Observed) -> Samples:
+        return self.empty(cache.kv_heads, cache.head_dim, cache.scale, cache.pairs)
+
+    def empty(
+        self, kv_heads: int, head_dim: int, scale: float, pairs: Sequence[tuple[int, int]]
+    ) -> Samples:
+        """What takes in one cache's keys and queries, for the kind that is fitted."""
         if self.kind == "attention":
-            return AttentionSamples(cache.kv_heads, cache.head_dim, scale=cache.scale)
-        return KeyCovariance(cache.kv_heads, cache.head_dim)
+            return AttentionSamples(kv_heads, head_dim, scale=scale)
+        if self.kind == "score-optimal" and not self.pre_rotary:
+            return ScoreSamples(kv_heads, head_dim, scale=scale, pairs=pairs)
+        return KeyCovariance(kv_heads, head_dim)
 
     def columns(self, identity: tuple[str, int]) -> int:
-        """Of an "attention" basis; a count above head_dim is head_dim, for layers may differ."""
+        """Of an "attention" basis, and where others are measured; a count above head_dim is
+        head_dim, for layers may differ."""
         return columns_of(self.rank, self.head_dims[identity])
 
     def fit(
@@ -240,7 +264,7 @@ class Seen:
     ) -> tuple[Basis, ...]:
         """A basis of each cache, in the order of first sight; what was seen of it is given up."""
         bases: list[Basis] = []
-        total = STEPS * len(self.layers)
+        total = self.steps * len(self.layers)
         if expect is not None:
             pace.probe(self)
         pace.begin_fitting(total)
@@ -260,11 +284,14 @@ class Seen:
             if held is None:  # an earlier run has fitted it
                 assert kept is not None
                 bases.append(kept.fitted[number])
-                pace.skip(STEPS)
+                pace.skip(self.steps)
             elif isinstance(held, AttentionSamples):
-                bases.append(held.fit(self.columns(identity), **origin, progress=step))
+                columns = self.columns(identity)
+                bases.append(held.fit(columns, **origin, progress=step, steps=self.steps))
                 if kept is not None:
                     kept.keep_basis(bases[-1], number)
+            elif isinstance(held, ScoreSamples):
+                bases.append(held.fit(self.columns(identity), **origin))
             else:
                 bases.append(
                     held.pca(**origin) if self.kind == "pca" else held.score_optimal(**origin)

@@ -96,7 +96,7 @@ class KeyCovariance:
         self._query_count = self._query_count + torch.as_tensor(count, dtype=torch.float64).cpu()
 
     @torch.no_grad()
-    def over_rotations(self, pairs: Sequence[tuple[int, int]]) -> KeyCovariance:
+    def over_rotations(self, pairs: Sequence[tuple[int, int]], share: float = 1.0) -> KeyCovariance:
         """The moments that the same keys and queries have on average over all rotations of each
         pair of dims, by angles that know nothing of each other: what they come to far away.
 
@@ -107,6 +107,9 @@ class KeyCovariance:
 
         One prompt does not show that: a pair that turns once in 10000 tokens looks constant in it,
         or like whatever turned beside it, and its mean does not stay what it was.
+
+        Args:
+            share: how far, from 0 (what was seen) to 1.
         """
         turned = KeyCovariance(self.num_kv_heads, self.head_dim)
         still = torch.ones(self.head_dim, dtype=torch.float64)
@@ -125,6 +128,9 @@ class KeyCovariance:
         turned._mean = self._mean * still
         turned._scatter = averaged(uncentred, self._scatter)
         turned._query_moment = averaged(self._query_moment, self._query_moment)
+        for name in ("_mean", "_scatter", "_query_moment"):
+            mixed = torch.lerp(getattr(self, name), getattr(turned, name), share)
+            setattr(turned, name, mixed)
         return turned
 
     def state(self) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The PCA store: bases are right, files are whole or refused, saves are atomic."""
 
+import dataclasses
 import errno
 import hashlib
 import itertools
@@ -721,6 +722,37 @@ class TestFileFormat:
         # Without this, every refusal below could be a forgery that is wrong in another way.
         assert_same(decode(forge(), "forged"), decode(encode(fitted_set()), "made"))
 
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_files_of_earlier_versions_load(self, version):
+        """They know no blocks (1), and nothing that was measured."""
+        unknown = ("blocks", "measured") if version == 1 else ("measured",)
+
+        def earlier(record):
+            record["format"] = version
+            for site in record["sites"]:
+                for name in unknown:
+                    del site[name]
+
+        found, now = decode(forge(earlier), "old"), fitted_set()
+        for old, new in zip(found.bases, now.bases, strict=True):
+            assert torch.equal(old.key, new.key) and torch.equal(old.query, new.query)
+            assert (old.weights, old.tokens, old.measured) == (new.weights, new.tokens, {})
+
+    def test_what_was_measured_is_kept(self):
+        bases = fitted_set()
+        measured = {"missed_mass": 0.05, "rank": 16.0}
+        known = tuple(dataclasses.replace(basis, measured=measured) for basis in bases.bases)
+        found = decode(encode(dataclasses.replace(bases, bases=known)), "here")
+        assert [basis.measured for basis in found.bases] == [measured] * len(known)
+
+    @pytest.mark.parametrize("value", [[], {"a": 1}, {"a": "b"}, {"a": True}, {"\n": 1.0}], ids=str)
+    def test_what_cannot_have_been_measured_is_refused(self, value):
+        def change(record):
+            record["sites"][0]["measured"] = value
+
+        with pytest.raises(BasisFileError, match="measured"):
+            decode(forge(change), "forged")
+
     def test_header_alone_says_all_but_tensors(self, tmp_path):
         saved = fitted_set()
         header = read_header(Store(tmp_path).save(saved))
@@ -858,7 +890,7 @@ class TestFileFormat:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            ({"format": 3}, "format version 3"),
+            ({"format": 4}, "format version 4"),
             ({"format": True}, "format version True"),
             ({"format": 1.0}, "format version 1.0"),
             ({"format": None}, "format version None"),
