@@ -46,12 +46,10 @@ class PlanOfModel:
         weights, blocks = self._weights(candidates)
         rows = dict(zip(weights, blocks, strict=True))
         chosen = self.config.plan_file
-        if chosen:
-            plan = read_plan(chosen)
-        else:
-            plan = find_plan([each for each in weights if each], rows)
-            if plan is None:
-                return None
+        known = [each for each in weights if each]
+        plan = read_plan(chosen) if chosen else find_plan(known, rows)
+        if plan is None:
+            return None
         kinds: list[Kind] = []
         layers: list[int] = []
         uses: dict[str, int] = {}

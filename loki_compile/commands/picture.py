@@ -154,8 +154,8 @@ def draw_mass(plan: LayerPlan, picture: Path) -> None:
     for number, (source, reader) in enumerate(pairs):
         if source is not None:
             chooses = bool(kinds[number].ranking)
-            mark = {"marker": "s", "s": 34, "color": "red"} if chooses else {"marker": ".", "s": 40}
-            axes.scatter([reader], [source], **{"color": "white", **mark})
+            color, marker = ("red", "s") if chooses else ("white", ".")
+            axes.scatter([reader], [source], s=36, color=color, marker=marker)
     axes.set_xlabel("layer that reads")
     axes.set_ylabel("layer that chose")
     axes.set_title(f"{plan.model}: red chooses, white reads", fontsize=10)
