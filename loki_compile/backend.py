@@ -40,8 +40,9 @@ from loki_compile.passes.policy import Candidate
 from loki_compile.passes.prompts import AskedCache, find_asked
 from loki_compile.passes.shared_caches import Part, take_parts
 from loki_compile.passes.sites import find_sites
+from loki_compile.planned import PlanOfModel
 from loki_compile.policies.kinds import PLANS
-from loki_compile.policies.table import policy_of
+from loki_compile.policies.table import Stored, policy_of
 from loki_compile.prompts import PrefillGraph
 from loki_compile.refusal import Refusal, plainly
 from loki_compile.report import GraphReport, describe, record_graph, shown_ranges
@@ -85,7 +86,8 @@ def loki(
         functools.partial(engine or _engine, mode=mode, options=config.inductor)
     )
     normal, parts = _in_one_form(gm)
-    plan = plainly(plan_graph, normal, config)
+    of_model = PlanOfModel(normal, example_inputs, parts, config)
+    plan = plainly(plan_graph, normal, config, of_model)
     refusal = _refusal(plan) if config.strict else ""
     once = _is_called_once(plan, normal.graph)
     if plan.sparse or refusal or once:
@@ -150,7 +152,7 @@ def loki(
     record_graph(plan, config, bindings, running, added)  # last: it may be traced again
     _say_what_stays_dense(plan, config, tally)
     _say_which_layers_there_are(plan, config, tally)
-    _say_who_chooses(plan, config, tally)
+    _say_who_chooses(plan, config, tally, of_model)
     if plan.sites or plan.dense:
         note_attention()
         return compiled
@@ -205,18 +207,22 @@ def _say_which_layers_there_are(plan: Plan, config: LokiConfig, tally: Tally) ->
             )
 
 
-def _say_who_chooses(plan: Plan, config: LokiConfig, tally: Tally) -> None:
+def _say_who_chooses(plan: Plan, config: LokiConfig, tally: Tally, of_model: PlanOfModel) -> None:
     """Says once what a plan of all layers is for this model."""
     if config.policy not in PLANS or len(plan.sites) < 2 or not plan.sparse:
         return
     numbers = {site.node: site.layer(number) for number, site in enumerate(plan.sites)}
     chooses = [numbers[s.site.node] for s in plan.sparse if s.source is None]
-    reuse = len(plan.sparse) - len(chooses)
+    why = "which do is a guess: no plan of `loki tune` is stored for this model"
+    if of_model.found is not None:
+        why = f"as `loki tune` found {of_model.found.created[:10]}"
+    elif config.policy != "tidal":
+        why = "as published, scaled to its depth"
     say_once(
         (tally.model, "plan", config.policy),
         f"{tally.model}: policy={config.policy!r}: layers {shown_ranges(chooses)} choose keys, "
-        f"{reuse} others read what these chose; which do is a guess, since no plan of `loki tune` "
-        "is stored for this model.",
+        f"{len(plan.sparse) - len(chooses)} others read what these chose, {len(plan.dense)} are "
+        f"dense; {why}.",
     )
 
 
@@ -227,7 +233,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfi
       ValueError: a basis that does not belong to the model.
     """
     normal, parts = _in_one_form(gm)
-    plan = plan_graph(normal, config)
+    plan = plan_graph(normal, config, PlanOfModel(normal, example_inputs, parts, config))
     bindings = bind_caches(normal, plan, example_inputs, parts, config)
     return describe(plan, config, bindings, adapters(normal, bindings, example_inputs, parts))
 
@@ -244,8 +250,11 @@ def _in_one_form(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Part]]:
     return normal, parts
 
 
-def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
-    """The analysis half of the compiler: what would become of each attention core.
+def plan_graph(
+    normal: fx.GraphModule, config: LokiConfig, stored: Stored = lambda candidates: None
+) -> Plan:
+    """The analysis half of the compiler: what would become of each attention core. `stored` finds
+    the plan of layers that is stored for the model.
 
     Raises:
       ValueError: a policy that has a layer read what no earlier one of the same slots chose.
@@ -257,7 +266,7 @@ def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
     return make_plan(
         sites,
         skipped,
-        policy=policy_of(config),
+        policy=policy_of(config, stored),
         layers=config.layers,
     )
 

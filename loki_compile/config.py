@@ -125,6 +125,11 @@ class LokiConfig:
         return kind_of("loki")
 
     @property
+    def plan_file(self) -> str:
+        """The path of the plan that `policy` names; "" where it names none."""
+        return self.policy if isinstance(self.policy, str) and _is_file(self.policy) else ""
+
+    @property
     def kinds(self) -> list[Kind]:
         """Those that `policy` names for layers; none where it is one name for all."""
         names = () if isinstance(self.policy, str) else self.policy.values()
@@ -207,7 +212,7 @@ def _names_layers(pick: Any) -> bool:
 
 def _policies(policy: Any) -> None:
     if not isinstance(policy, Mapping):
-        if policy not in PLANS:
+        if policy not in PLANS and not (isinstance(policy, str) and _is_file(policy)):
             alone = kind_of(policy)
             if alone.reuse or alone.dense:
                 raise ValueError(
@@ -230,6 +235,10 @@ def _policies(policy: Any) -> None:
                 f"policy={{{layers!r}: {name!r}}}: layer {min(numbers)} cannot read what layer "
                 f"{kind.source} chose, which does not lie before it: name an earlier layer."
             )
+
+
+def _is_file(policy: str) -> bool:
+    return policy.endswith(".json")
 
 
 def _inductor_options(given: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ class SiteReport:
     Heads and dims are counts; index_bytes_per_token is what the key index costs per cached token
     in the cache's own dtype (None where dense); basis tells where the projection comes from; note
     is what one should know of its policy and of the kernels that serve its device, mostly "";
-    policy chooses keys, or says whose choice is read.
+    policy chooses keys, or says whose choice is read; reads is the path of the site whose it is.
     """
 
     path: str
@@ -65,6 +65,7 @@ class SiteReport:
     note: str = ""
     see: str = ""
     policy: str = ""
+    reads: str = ""
 
 
 @dataclass(frozen=True)
@@ -349,6 +350,7 @@ def describe(
                     index_bytes_per_token=_bytes_per_token(binding, rank, config),
                     note=sparse.note,
                     policy=policy,
+                    reads="" if sparse.source is None else plan.sparse[sparse.source].site.path,
                 ),
             )
         )

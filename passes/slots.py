@@ -154,8 +154,8 @@ def _same(one: Any, other: Any, writes: Sequence[Write], pairs: Pairs) -> bool:
             return False
         return _same((one.args, one.kwargs), (other.args, other.kwargs), writes, pairs)
     if isinstance(one, slice) and isinstance(other, slice):
-        first, second = ((s.start, s.stop, s.step) for s in (one, other))
-        return _same(first, second, writes, pairs)
+        ends, its = ((each.start, each.stop, each.step) for each in (one, other))
+        return _same(ends, its, writes, pairs)
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
         both = zip(one, other, strict=False)
         return len(one) == len(other) and all(_same(a, b, writes, pairs) for a, b in both)

@@ -1,5 +1,6 @@
 """Bases: fit (covariance, score_fit, attention_fit), hold (basis), say what they are (metadata),
-file format (basis_file, basis_header), lookup (store).
+file format (basis_file, basis_header), lookup (store). Beside them, plans of which layers choose
+(layer_plan).
 
 File format, version 3. One safetensors file per basis set. Its header holds, besides the tensors:
 

@@ -107,7 +107,7 @@ class Store:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
-            _write_atomically(path, data)
+            write_atomically(path, data)
         except OSError as error:
             raise BasisSaveError(
                 f"basis set not saved to {path}: {error.strerror or error}; needed "
@@ -247,7 +247,7 @@ def file_name(basis_set: BasisSet) -> str:
     return f"{model or 'model'}-{kind}-{calibration}-{basis_set.fingerprint[:12]}{SUFFIX}"
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}.tmp"
     try:
         with temporary.open("xb") as file:

@@ -33,9 +33,9 @@ Stored = Callable[[Sequence[Candidate]], Planned | None]
 
 
 def policy_of(config: LokiConfig, stored: Stored = lambda candidates: None) -> Policy:
-    """The policy that options ask for. `stored` is asked for the plan of `"tidal"` alone."""
+    """The policy that options ask for. `stored` is asked for that of `"tidal"`, or of a file."""
     name = config.policy if isinstance(config.policy, str) else ""
-    plan = name in PLANS
+    plan = name in PLANS or bool(config.plan_file)
     reuses = plan or any(kind.reuse for kind in config.kinds)
 
     def make(ranking: str, dense: bool) -> Choice:
@@ -51,7 +51,7 @@ def policy_of(config: LokiConfig, stored: Stored = lambda candidates: None) -> P
     def choose(candidates: Sequence[Candidate]) -> list[Choice]:
         layers = [candidate.site.layer(number) for number, candidate in enumerate(candidates)]
         if plan:
-            found = stored(candidates) if name == "tidal" else None
+            found = stored(candidates) if name == "tidal" or config.plan_file else None
             if found is not None:
                 return choices_of(candidates, found.kinds, found.layers, make, "loki")
             # Alone in its graph, nobody knows what layer it is of how many, and nobody reads of it.
