@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # CPU, and memory elsewhere.
 ROOM = {"cpu": (2, 256)}
 ROOM_ELSEWHERE = (8, 128)
-_ROUND = 64
+ROUND = 64
 # The capacity of what does not grow in place.
 UNLIMITED = 1 << 40
 # So many calls in a row that find their pasts held more often than others did: that is how these
@@ -108,7 +108,7 @@ def all_buffers() -> list[Buffer]:
 def capacity_for(rows: int, device: torch.device) -> int:
     """Rows that memory is made for, to hold so many and what comes."""
     share, least = ROOM.get(device.type, ROOM_ELSEWHERE)
-    return -(-(rows + max(rows // share, least)) // _ROUND) * _ROUND
+    return -(-(rows + max(rows // share, least)) // ROUND) * ROUND
 
 
 class Grown:
@@ -201,7 +201,7 @@ class Growing:
                     record.cut(past.shape[buffer.axis])
                 room = buffer.view(past, rows)
             else:
-                buffer, room = _new(past, self.growths[number].axis, rows, capacity)
+                buffer, room = new_buffer(past, self.growths[number].axis, rows, capacity)
             grown.rooms.append(room)
             grown.after.append(buffer)
         return grown
@@ -228,7 +228,8 @@ class Growing:
         return outputs
 
 
-def _new(past: Tensor, axis: int, rows: int, capacity: int) -> tuple[Buffer, Tensor]:
+def new_buffer(past: Tensor, axis: int, rows: int, capacity: int) -> tuple[Buffer, Tensor]:
+    """Memory of so many rows, and a view of its first `rows`, which begin with those of `past`."""
     sizes = list(past.shape)
     sizes[axis] = capacity
     whole = torch.empty(sizes, dtype=past.dtype, device=past.device)
