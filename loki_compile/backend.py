@@ -23,13 +23,14 @@ import torch
 from torch import fx
 
 from loki_compile.bind import adapters, bind_caches, growths, load_basis, token_count
+from loki_compile.buffers import with_room
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Tally, say_once, tally_of
 from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
 from loki_compile.passes.appends import find_appends
 from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
-from loki_compile.passes.dense import lay_out_first_keys, pack_groups
+from loki_compile.passes.dense import first_keys, lay_out_first_keys, pack_groups
 from loki_compile.passes.graphs import copy_of, fake_mode_of, log_change, ops_of
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.plan import Plan, make_plan
@@ -82,7 +83,8 @@ def loki(
         ask_what_inductor_asks(gm, example_inputs)  # what is traced again is not judged
     if refusal:
         raise Refusal(refusal)
-    appends = find_appends(normal.graph) if _grows_in_place(normal, config, mode) else ()
+    in_place = _grows_in_place(normal, config, mode)
+    appends = find_appends(normal.graph) if in_place else ()
     bindings = plainly(bind_caches, normal, plan, example_inputs, parts, config, appends)
     tally = tally_of(gm, example_inputs)
     decode = None
@@ -119,6 +121,8 @@ def loki(
         compiled = compile_graph(lay_out_first_keys(packed), example_inputs)
     else:
         compiled = compile_graph(lay_out_first_keys(gm), example_inputs)
+    if decode is None and in_place and (first := first_keys(normal.graph)):
+        compiled = with_room(compiled, first)
     added = adapters(normal, bindings, example_inputs, parts)
     record_graph(plan, config, bindings, decode, added)  # last: it may be traced again
     _say_what_stays_dense(plan, config, tally)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -226,6 +226,27 @@ class Growing:
         for growth, room in zip(self.growths, grown.rooms, strict=True):
             outputs[growth.output] = room
         return outputs
+
+
+def with_room(
+    run: Callable[..., Any], first: Sequence[tuple[int, int]]
+) -> Callable[..., list[Any]]:
+    """A function some of whose outputs, (number, axis), are what a cache begins as: in memory with
+    room from the start, so that no later step finds them laid out otherwise than its own."""
+
+    def call(*args: Any) -> list[Any]:
+        outputs = list(run(*args))
+        for place, axis in first:
+            keys = outputs[place]
+            rows = keys.shape[axis]
+            try:
+                _, outputs[place] = new_buffer(keys, axis, rows, capacity_for(rows, keys.device))
+            except Exception as error:
+                if not is_shortage(error):
+                    raise
+        return outputs
+
+    return call
 
 
 def new_buffer(past: Tensor, axis: int, rows: int, capacity: int) -> tuple[Buffer, Tensor]:
