@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from loki_compile.bind import adapters, bind_caches, growths, load_basis, token_count
+from loki_compile.buffers import with_room
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Tally, attention_noted, note_attention, say_once, tally_of
 from loki_compile.deferred import PRICE, Deferred
@@ -31,7 +32,12 @@ from loki_compile.kernels.kept import Keeps
 from loki_compile.passes.appends import find_appends
 from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
-from loki_compile.passes.dense import lay_out_first_keys, rewrite_dense, served_by_attention
+from loki_compile.passes.dense import (
+    first_keys,
+    lay_out_first_keys,
+    rewrite_dense,
+    served_by_attention,
+)
 from loki_compile.passes.graphs import copy_of, fake_mode_of, log_change, ops_of, remap
 from loki_compile.passes.moments import add_query_moments
 from loki_compile.passes.normalize import normalize
@@ -94,7 +100,8 @@ def loki(
         ask_what_inductor_asks(gm, example_inputs)  # what is traced again is not judged
     if refusal:
         raise Refusal(refusal)
-    appends = find_appends(normal.graph) if _grows_in_place(normal, config, mode) else ()
+    in_place = _grows_in_place(normal, config, mode)
+    appends = find_appends(normal.graph) if in_place else ()
     bindings = plainly(bind_caches, normal, plan, example_inputs, parts, config, appends)
     tally = tally_of(gm, example_inputs)
     decode = None
@@ -129,25 +136,19 @@ def loki(
     compiled: Callable[..., Any]
     if decode is not None:
         compiled = decode
-    elif once:
-        missed = functools.partial(tally.add, "interpreted_steps")
-        asked = _asked_in(normal, parts, config)
-        said, own = _saying_what_it_asks(normal, asked) if asked else (gm, 0)
-        running = late(lay_out_first_keys(said), _A_PREFILL, missed)
-        compiled = PrefillGraph(running, asked, own) if asked else running
-    elif (
-        config.pack_gqa
-        and not parts
-        and any(site.group > 1 or served_by_attention(site) for site in plan.sites)
-    ):
-        packed, mapping = copy_of(normal)
-        packed = rewrite_dense(packed, plan.on(mapping).sites)
-        compiled = compile_graph(lay_out_first_keys(packed), example_inputs)
-    elif asked := _asked_in(normal, parts, config):
-        said, own = _saying_what_it_asks(normal, asked)
-        compiled = PrefillGraph(compile_graph(lay_out_first_keys(said), example_inputs), asked, own)
     else:
-        compiled = compile_graph(lay_out_first_keys(gm), example_inputs)
+        asked = _asked_in(normal, parts, config)
+        form, outputs = _dense_form(gm, normal, plan, parts, config, asked)
+        form = lay_out_first_keys(form)
+        if once:
+            missed = functools.partial(tally.add, "interpreted_steps")
+            compiled = running = late(form, _A_PREFILL, missed)
+        else:
+            compiled = compile_graph(form, example_inputs)
+        if in_place and (first := first_keys(normal.graph)):
+            compiled = with_room(compiled, first)
+        if asked:  # what was asked of a cache is known by the memory that it leaves in
+            compiled = PrefillGraph(compiled, asked, outputs)
     added = adapters(normal, bindings, example_inputs, parts)
     record_graph(plan, config, bindings, running, added)  # last: it may be traced again
     _say_what_stays_dense(plan, config, tally)
@@ -271,13 +272,26 @@ def plan_graph(
     )
 
 
-def _saying_what_it_asks(
-    normal: fx.GraphModule, asked: Sequence[AskedCache]
+def _dense_form(
+    gm: fx.GraphModule,
+    normal: fx.GraphModule,
+    plan: Plan,
+    parts: Sequence[Part],
+    config: LokiConfig,
+    asked: Sequence[AskedCache],
 ) -> tuple[fx.GraphModule, int]:
-    """The graph with what its caches are asked as more outputs, and how many outputs it had."""
-    said, mapping = copy_of(normal)
-    own = len(said.graph.output_node().args[0])  # type: ignore[arg-type]
-    return add_query_moments(said, remap(asked, mapping)), own
+    """What is compiled of a graph without a sparse site, and how many outputs are its own: those
+    behind them say what its caches are asked."""
+    own = len(normal.graph.output_node().args[0])  # type: ignore[arg-type]
+    faster = config.pack_gqa and any(x.group > 1 or served_by_attention(x) for x in plan.sites)
+    if parts or not (asked or faster):
+        return gm, own
+    form, mapping = copy_of(normal)
+    if asked:
+        form = add_query_moments(form, remap(asked, mapping))
+    if faster:
+        form = rewrite_dense(form, plan.on(mapping).sites)
+    return form, own
 
 
 def _asked_in(

@@ -21,7 +21,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # CPU, and memory elsewhere.
 ROOM = {"cpu": (2, 256)}
 ROOM_ELSEWHERE = (8, 128)
-_ROUND = 64
+ROUND = 64
 # The capacity of what does not grow in place.
 UNLIMITED = 1 << 40
 # So many calls in a row that find their pasts held more often than others did: that is how these
@@ -109,7 +109,7 @@ def all_buffers() -> list[Buffer]:
 def capacity_for(rows: int, device: torch.device) -> int:
     """Rows that memory is made for, to hold so many and what comes."""
     share, least = ROOM.get(device.type, ROOM_ELSEWHERE)
-    return -(-(rows + max(rows // share, least)) // _ROUND) * _ROUND
+    return -(-(rows + max(rows // share, least)) // ROUND) * ROUND
 
 
 class Grown:
@@ -202,7 +202,7 @@ class Growing:
                     record.cut(past.shape[buffer.axis])
                 room = buffer.view(past, rows)
             else:
-                buffer, room = _new(past, self.growths[number].axis, rows, capacity)
+                buffer, room = new_buffer(past, self.growths[number].axis, rows, capacity)
             grown.rooms.append(room)
             grown.after.append(buffer)
         return grown
@@ -229,7 +229,29 @@ class Growing:
         return outputs
 
 
-def _new(past: Tensor, axis: int, rows: int, capacity: int) -> tuple[Buffer, Tensor]:
+def with_room(
+    run: Callable[..., Any], first: Sequence[tuple[int, int]]
+) -> Callable[..., list[Any]]:
+    """A function some of whose outputs, (number, axis), are what a cache begins as: in memory with
+    room from the start, so that no later step finds them laid out otherwise than its own."""
+
+    def call(*args: Any) -> list[Any]:
+        outputs = list(run(*args))
+        for place, axis in first:
+            keys = outputs[place]
+            rows = keys.shape[axis]
+            try:
+                _, outputs[place] = new_buffer(keys, axis, rows, capacity_for(rows, keys.device))
+            except Exception as error:
+                if not is_shortage(error):
+                    raise
+        return outputs
+
+    return call
+
+
+def new_buffer(past: Tensor, axis: int, rows: int, capacity: int) -> tuple[Buffer, Tensor]:
+    """Memory of so many rows, and a view of its first `rows`, which begin with those of `past`."""
     sizes = list(past.shape)
     sizes[axis] = capacity
     whole = torch.empty(sizes, dtype=past.dtype, device=past.device)

@@ -147,6 +147,16 @@ def lay_out_first_keys(gm: fx.GraphModule) -> fx.GraphModule:
     return finish(gm)
 
 
+def first_keys(graph: fx.Graph) -> list[tuple[int, int]]:
+    """The outputs that a cache which grows begins as: their numbers, and the axes they grow in."""
+    results: Any = graph.output_node().args[0]
+    return [
+        (place, operand(node, "dim", 0) % len(shape_of(node) or ()))
+        for place, node in enumerate(results)
+        if isinstance(node, fx.Node) and _begins_a_cache(node) and results.count(node) == 1
+    ]
+
+
 def _begins_a_cache(node: fx.Node) -> bool:
     if op_name(node) != "cat" or not fake_value(node).is_contiguous():
         return False
