@@ -110,7 +110,7 @@ class _Run(fx.Interpreter):
         values = _by_head(self.env[site.value.base], site.value).float()
         out = torch.einsum("bhgst,bhtd->bhgsd", weights, values).flatten(1, 2).to(result.dtype)
         if site.core.out_layout != QUERIES:
-            out = laid_out(out, site.core.out_layout, site.apart)
+            out = laid_out(out, site.core.out_layout, site.group_dim)
         return out.reshape(result.shape)
 
     def _seen(self, site: AttentionSite, scores: Tensor) -> Tensor:

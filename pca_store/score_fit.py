@@ -103,8 +103,8 @@ class ScoreSamples:
         whole.merge(self.apart.moments)
         shares = SHARES if self.pairs else SHARES[:1]
         if not self.prompts or not self.moments.queries:
-            basis = whole.over_rotations(self.pairs, shares[-1])
-            return basis.score_optimal(weights=weights, layer=layer)
+            averaged = whole.over_rotations(self.pairs, shares[-1])
+            return averaged.score_optimal(weights=weights, layer=layer)
         missed = {
             share: self.missed(self.moments.over_rotations(self.pairs, share).score_optimal(), rank)
             for share in shares
