@@ -1,6 +1,7 @@
 """What three chats of ten turns compile: graphs, breaks, recompilations, Inductor's artefacts.
 
     python benchmarks/bench_chat.py [--engine interpreted] [--layers 1] [--dynamic]
+    python benchmarks/bench_chat.py --model path/or/hub-id --caches growing --backends loki
 
 `generate` with a growing and a static cache, turns of different lengths, default options; plain
 Inductor and loki in one process, each after a reset. Of the first prompt of another length Dynamo
@@ -13,13 +14,21 @@ given, from its cache or not.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from harness import stamp, table, write_rows
 from torch._dynamo.utils import counters
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 
 import loki_compile
 import loki_compile.backend as backend
@@ -29,6 +38,8 @@ CHATS = (
     (1057, 19, 8, 44, 23, 6, 71, 10, 31, 5),
     (1083, 9, 26, 4, 38, 15, 52, 11, 7, 20),
 )
+KINDS = ("growing", "static")
+BACKENDS = ("inductor", "loki")
 COUNTS = ["graphs", "breaks", "artefacts"]
 COLUMNS = [
     "cache",
@@ -67,17 +78,21 @@ def counted() -> dict[str, int]:
     }
 
 
-def rows_of(
-    kind: str, chosen: str, engine: str, layers: int, dynamic: bool | None
-) -> list[dict[str, Any]]:
-    torch._dynamo.reset()
-    counters.clear()
-    torch.manual_seed(0)
+def tiny(layers: int) -> Any:
     config = LlamaConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, vocab_size=64, max_position_embeddings=2048,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval()
+
+
+def rows_of(
+    kind: str, chosen: str, engine: str, load: Callable[[], Any], dynamic: bool | None
+) -> list[dict[str, Any]]:
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = load()
     plain = "eager" if engine == "interpreted" else "inductor"
     model.compile(backend=plain if chosen == "inductor" else chosen, dynamic=dynamic)
     rows, before = [], dict.fromkeys(COUNTS, 0)
@@ -108,15 +123,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engine", choices=("inductor", "interpreted"), default="inductor")
     parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--model", help="a folder or hub id in the place of random weights")
     parser.add_argument("--dynamic", action="store_true", default=None)
+    parser.add_argument("--caches", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
     args = parser.parse_args()
+    load: Callable[[], Any] = functools.partial(tiny, args.layers)
+    layers = args.layers
+    if args.model is not None:
+        from_folder = functools.partial(AutoModelForCausalLM.from_pretrained, args.model)
+        load = functools.partial(from_folder, dtype=torch.float32)
+        layers = load().config.num_hidden_layers
     engine = backend.interpreter if args.engine == "interpreted" else backend.inductor
     rows = []
     with backend.default_engine(engine):
-        for kind in ("growing", "static"):
-            for chosen in ("inductor", "loki"):
-                for row in rows_of(kind, chosen, args.engine, args.layers, args.dynamic):
-                    rows.append({**stamp("cpu"), "bench": "chat", "layers": args.layers, **row})
+        for kind in args.caches:
+            for chosen in args.backends:
+                for row in rows_of(kind, chosen, args.engine, load, args.dynamic):
+                    rows.append({**stamp("cpu"), "bench": "chat", "layers": layers, **row})
     print(table(rows, COLUMNS))
     print("written to", write_rows("chat", rows))
 

@@ -1,18 +1,23 @@
 """What each way to choose keys loses, on a real model, through the compiled decode path.
 
     python benchmarks/bench_policies.py MODEL --text FILE [--context 3000] [--steps 48]
+    python benchmarks/bench_policies.py MODEL --text FILE --plans --top-k 0.125 512 128
+         [--prefill compiled | eager] [--only "loki, max" ...] [--basis NAME] [--rank 0.25]
 
 Steps of a text are decoded behind a prefill of its first tokens, each policy at the same budget,
-each step fed the text's own next token. Of every choice that a graph makes it is noted what share
-of each query head's attention lies on keys that were not chosen (missed mass; mean over layers,
-heads and steps), and of every step how far its logits are from dense attention's (KL divergence,
-same greedy token). Graphs run node by node: for speed see `bench_kernels.py` and `bench_decode.py`.
+each step fed the text's own next token. Of every layer it is noted what share of each query head's
+attention lies on keys that it does not read (missed mass; mean over layers, heads and steps; 0 for
+a layer that reads all), and of every step how far its logits are from dense attention's (KL
+divergence, same greedy token). The prompt is read through the backend, as `model.compile` has it,
+or eagerly, so that an automatic basis is fitted from keys alone. Graphs run node by node: for speed
+see `bench_kernels.py`, `bench_reuse.py` and `bench_decode.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "quest, max": {"policy": "quest"},
     "quest, probability": {"policy": "quest", "group_choice": "probability"},
     "window": {"policy": "window"},
+}
+# Plans of all layers, beside those in which each layer chooses.
+PLANS: dict[str, dict[str, Any]] = {
+    "oracle": {"policy": "oracle", "group_choice": "probability"},
+    "loki": {"policy": "loki", "group_choice": "probability"},
+    "tidal": {"policy": "tidal"},
+    "tidal-published": {"policy": "tidal-published"},
+    "lessismore": {"policy": "lessismore"},
+    "kascade": {"policy": "kascade"},
 }
 
 
@@ -72,7 +86,12 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--context", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--top-k", type=float, default=0.125)
+    parser.add_argument("--top-k", type=number, nargs="+", default=[0.125])
+    parser.add_argument("--plans", action="store_true", help="plans of all layers instead")
+    parser.add_argument("--only", nargs="+", default=[], help="names of settings")
+    parser.add_argument("--rank", type=float, default=0.25, help="a fraction below 1, or a count")
+    parser.add_argument("--basis", default="auto")
+    parser.add_argument("--prefill", choices=("compiled", "eager"), default="compiled")
     parser.add_argument("--name", default="policies", help="file under benchmarks/results/")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -85,8 +104,10 @@ def main() -> None:
     with torch.no_grad():
         prefilled = DynamicCache(config=model.config)
         model(ids[:, : args.context], past_key_values=prefilled, logits_to_keep=1)
-        dense = decode(model.forward, model, prefilled, ids, args)
-        for name, options in SETTINGS.items():
+        dense = decode(model.forward, copy_of(prefilled, model), ids, args)
+        settings = PLANS if args.plans else SETTINGS
+        chosen = [name for name in settings if not args.only or name in args.only]
+        for top_k, name in itertools.product(args.top_k, chosen):
             missed: list[Tensor] = []
             torch._dynamo.reset()
             reset_stats()
@@ -94,31 +115,48 @@ def main() -> None:
             def engine(gm, inputs, missed=missed, **_):
                 return Watching(gm, missed).run
 
-            options = {"top_k": args.top_k, **options}
+            rank = args.rank if args.rank < 1 else int(args.rank)
+            options = {"top_k": top_k, "rank": rank, "basis": args.basis, **settings[name]}
             backend = functools.partial(loki, engine=engine)
             step = torch.compile(model.forward, backend=backend, options=options)
-            logits = decode(step, model, prefilled, ids, args)
+            ranked = args.prefill == "compiled"
+            cache = DynamicCache(config=model.config) if ranked else copy_of(prefilled, model)
+            if ranked:
+                step(ids[:, : args.context], past_key_values=cache, logits_to_keep=1)
+            logits = decode(step, cache, ids, args)
             if stats()["sparse_steps"] != args.steps:
                 raise SystemExit(f"{name}: {stats()}; needed {args.steps} sparse steps.")
             both = (dense.log_softmax(-1), logits.log_softmax(-1))
             kl = (both[0].exp() * (both[0] - both[1])).sum(-1).mean()
             same = (dense.argmax(-1) == logits.argmax(-1)).float().mean()
-            row = {"setting": name, "missed_mass": float(torch.stack(missed).mean())}
+            share = float(torch.stack(missed).sum()) / args.steps / model.config.num_hidden_layers
+            row = {"setting": name, "top_k": top_k, "missed_mass": share}
             row |= {"kl": float(kl), "same_token": float(same)}
             rows.append(row)
             print(table([row], list(row)), flush=True)
     print(table(rows, list(rows[0])))
     about = {"model": Path(args.model).name, "text": args.text.name, "context": args.context}
-    about |= {"steps": args.steps, "top_k": args.top_k, **stamp("cpu")}
+    about |= {"prefill": args.prefill, "basis": args.basis, "rank": args.rank}
+    about |= {"steps": args.steps, **stamp("cpu")}
     write_rows(args.name, [{**row, **about} for row in rows])
-    draw(rows, about, RESULTS / f"{args.name}.png")
+    if len(args.top_k) == 1:
+        draw(rows, about, RESULTS / f"{args.name}.png")
 
 
-def decode(step: Any, model: Any, prefilled: DynamicCache, ids: Tensor, args: Any) -> Tensor:
-    """Logits (steps, vocabulary) behind each of the text's tokens."""
+def number(text: str) -> int | float:
+    """A count of keys, or a fraction of those that a row sees."""
+    return int(text) if text.isdecimal() else float(text)
+
+
+def copy_of(prefilled: DynamicCache, model: Any) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     for number, layer in enumerate(prefilled.layers):
         cache.update(layer.keys.clone(), layer.values.clone(), number)
+    return cache
+
+
+def decode(step: Any, cache: DynamicCache, ids: Tensor, args: Any) -> Tensor:
+    """Logits (steps, vocabulary) behind each of the text's tokens."""
     out = []
     for at in range(args.context, args.context + args.steps):
         out.append(step(ids[:, at : at + 1], past_key_values=cache).logits[0, -1].float())
@@ -137,7 +175,7 @@ def draw(rows: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
     axes.bar_label(bars, fmt="%.3f", padding=3)
     axes.invert_yaxis()
     axes.set_xlabel(
-        f"attention on keys that were not chosen: {about['top_k']:.1%} of {about['context']} keys"
+        f"attention on keys that are not read: budget {rows[0]['top_k']} of {about['context']} keys"
     )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

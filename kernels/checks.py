@@ -80,31 +80,36 @@ def check_select(
     if by_probability and per_head:
         allowed = "False with per_head=True: one head ranks alike by scores and by probabilities"
         raise _wrong(op, "by_probability", by_probability, allowed)
-    if (mask is None) != (bounds is None):
-        given = ("None" if mask is None else "a mask", "None" if bounds is None else "bounds")
-        raise _wrong(op, "(mask, bounds)", given, "both or neither: bounds = mask_bounds(mask)")
-    if mask is not None and bounds is not None:
-        _check_mask(op, mask, q, t)
-        if not per_head and mask.shape[1] != 1 and mask.stride(1) != 0:
-            raise _wrong(
-                op,
-                "heads of mask",
-                mask.shape[1],
-                "1 unless per_head=True: a group that shares its choice shares its mask",
-            )
-        if bounds.dtype != torch.int32 or bounds.shape != (*mask.shape[:3], 3):
-            found = (tuple(bounds.shape), bounds.dtype)
-            raise _wrong(
-                op, "bounds", found, f"shape {(*mask.shape[:3], 3)}, int32: mask_bounds(mask)"
-            )
-        _rows_contiguous(op, "bounds", bounds, 3)
-        _same_device(op, "bounds", bounds, q)
+    _check_bounded_mask(op, mask, bounds, q, t, per_head)
     if top_k is not None and top_k < 1:
         raise _wrong(op, "top_k", top_k, "None, or at least 1")
     if not 0 < keep_q16 <= KEEP_ALL_Q16:
         raise _wrong(op, "keep_q16", keep_q16, f"1 to {KEEP_ALL_Q16}")
     if min(sink, recent, min_keys) < 0:
         raise _wrong(op, "(sink, recent, min_keys)", (sink, recent, min_keys), "0 or more")
+
+
+def _check_bounded_mask(
+    op: str, mask: Tensor | None, bounds: Tensor | None, q: Tensor, t: int, per_head: bool
+) -> None:
+    if (mask is None) != (bounds is None):
+        given = ("None" if mask is None else "a mask", "None" if bounds is None else "bounds")
+        raise _wrong(op, "(mask, bounds)", given, "both or neither: bounds = mask_bounds(mask)")
+    if mask is None or bounds is None:
+        return
+    _check_mask(op, mask, q, t)
+    if not per_head and mask.shape[1] != 1 and mask.stride(1) != 0:
+        raise _wrong(
+            op,
+            "heads of mask",
+            mask.shape[1],
+            "1 unless per_head=True: a group that shares its choice shares its mask",
+        )
+    if bounds.dtype != torch.int32 or bounds.shape != (*mask.shape[:3], 3):
+        found = (tuple(bounds.shape), bounds.dtype)
+        raise _wrong(op, "bounds", found, f"shape {(*mask.shape[:3], 3)}, int32: mask_bounds(mask)")
+    _rows_contiguous(op, "bounds", bounds, 3)
+    _same_device(op, "bounds", bounds, q)
 
 
 def _check_low_rank(

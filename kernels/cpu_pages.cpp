@@ -36,7 +36,7 @@ struct Written {
   }
 };
 
-// Bounds of n rows; NaN in both where a row has one.
+// Bounds of n rows. A NaN bounds nothing: both are NaN where all rows have one.
 template <class E>
 void bound(const E* rows, int64_t stride, int64_t n, int64_t d, E* low, E* high) {
   constexpr int64_t kDims = 64;
@@ -48,11 +48,12 @@ void bound(const E* rows, int64_t stride, int64_t n, int64_t d, E* low, E* high)
       const E* row = rows + i * stride + d0;
       for (int64_t x = 0; x < dims; ++x) {
         float value = to_float(row[x]);
-        least[x] = value < least[x] || value != value ? value : least[x];
-        most[x] = value > most[x] || value != value ? value : most[x];
+        least[x] = value < least[x] ? value : least[x];
+        most[x] = value > most[x] ? value : most[x];
       }
     }
     for (int64_t x = 0; x < dims; ++x) {
+      if (least[x] > most[x]) least[x] = most[x] = std::numeric_limits<float>::quiet_NaN();
       from_float(least[x], low + d0 + x);
       from_float(most[x], high + d0 + x);
     }

@@ -15,6 +15,7 @@ from loki_compile.kernels.checks import (
     hidden_below,
     keys_ranked,
 )
+from loki_compile.kernels.kept import least_and_greatest
 from torch import Tensor
 
 _FORCED = torch.iinfo(torch.int32).max
@@ -96,8 +97,8 @@ def update_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> 
     at = p[:, None] * page + torch.arange(page)
     filled = (torch.arange(page) < last[i, h, p][:, None])[..., None]
     found = keys[i[:, None], h[:, None], at.clamp(max=t - 1)]
-    pages[i, h, p, :d] = found.masked_fill(~filled, torch.inf).amin(1)
-    pages[i, h, p, d:] = found.masked_fill(~filled, -torch.inf).amax(1)
+    low, high = least_and_greatest(found, ~filled | found.isnan(), 1)
+    pages[i, h, p, :d], pages[i, h, p, d:] = low, high
 
 
 def extend_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> Tensor:

@@ -23,6 +23,9 @@ Layout = tuple[str, ...]
 SCORES: Layout = ("b", "h", "s", "t")
 QUERIES: Layout = ("b", "h", "s", "d")
 _INT8_MAX = 127
+# Rows of a prompt that the moments of its queries are taken from: the work of that many rows at
+# most, in a prompt of thousands. A basis for 64 dims is no worse from 32 rows of three heads.
+MOMENT_ROWS = 256
 
 
 def mask_bounds(mask: Tensor) -> Tensor:
@@ -105,6 +108,12 @@ def project_new_keys(
     return back(rows), None if scale is None else back(scale)
 
 
+def append_rows(room: Tensor, rows: Tensor, dim: int) -> None:
+    """Writes `rows` over the last ones of `room`, along `dim`."""
+    count = rows.shape[dim]
+    room.narrow(dim, room.shape[dim] - count, count).copy_(rows)
+
+
 def unwritten(cache: Tensor, width: int) -> Tensor:
     """Zeros, bytes, like a cache whose last dimension is `width`: what a step writes is told by
     repeating its writes on them."""
@@ -140,9 +149,9 @@ def queries_by_head(query: torch.Tensor, layout: Layout) -> torch.Tensor:
     return query.permute([letters.index(letter) for letter in "bhgsd"]).flatten(1, 2)
 
 
-def laid_out(out: torch.Tensor, layout: Layout, apart: int) -> torch.Tensor:
-    """(B, Hq, S, Dv), its heads in blocks of `apart`, in another layout."""
-    out = out.unflatten(1, (-1, apart))
+def laid_out(out: torch.Tensor, layout: Layout, group_dim: int) -> torch.Tensor:
+    """(B, Hq, S, Dv), its heads in blocks of `group_dim`, in another layout."""
+    out = out.unflatten(1, (-1, group_dim))
     sizes = dict(zip("bhgsd", out.shape, strict=True))
     held = "".join(layout)
     letters = held + "".join(letter for letter in "bhgsd" if letter not in held)
@@ -285,6 +294,63 @@ def _by_letters(mask: torch.Tensor, layout: Layout, sizes: dict[str, int]) -> to
     return mask.permute([(held + "".join(missing)).index(letter) for letter in "bhgst"])
 
 
+def query_moment(query: Tensor, kv_heads: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The second moment of a prompt's queries, from some rows spread evenly over it.
+
+    query (B, Hq, S, D); `real` as `real_rows` gives it, None: all of them.
+    Returns the sum of q qᵀ over the rows and the G query heads of each KV head, (B, Hkv, D, D)
+    fp32, and how many queries that are, (B or 1,) fp32. Math in fp32, under autocast too.
+    """
+    rows = query.index_select(2, _spread(query))
+    rows = rows.float().unflatten(1, (kv_heads, -1))
+    if real is None:
+        count = rows.new_full((1,), rows.shape[3])
+    else:
+        count = real.sum(1, dtype=torch.float32)
+        rows = torch.where(real[:, None, None, :, None], rows, 0.0)
+    rows = rows.flatten(2, 3)
+    with without_autocast(query.device.type):
+        return torch.matmul(rows.mT, rows), count * (query.shape[1] // kv_heads)
+
+
+def real_rows(query: Tensor, rules: Sequence[tuple[float, bool]], *masks: Tensor) -> Tensor:
+    """Which of the rows that `query_moment` takes are of real tokens: bool (B or 1, N).
+
+    query (B, Hq, S, D); masks broadcast to (B, Hq, S, T), with (factor, inverted) of each as in
+    `MaskTerm`. A row of padding sees nothing, or the last key that it sees, its own, is one that
+    the last row does not see.
+    """
+    at = _spread(query)
+    seen = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=query.device)
+    newest = seen
+    for mask, (factor, inverted) in zip(map(_as_4d, masks), rules, strict=True):
+        rows, last = (
+            (mask, mask) if mask.shape[2] == 1 else (mask.index_select(2, at), mask[:, :, -1:])
+        )
+        seen, newest = (
+            all_before & _sees(part, factor, inverted)
+            for all_before, part in ((seen, rows), (newest, last))
+        )
+    seen, newest = seen.any(1), newest.any(1)  # of any head: (Bm, N or 1, T), (Bm, 1, T)
+    number = torch.arange(1, seen.shape[-1] + 1, device=query.device)
+    own = torch.where(seen, number, 0).amax(-1)
+    own_is_seen = newest[:, 0].expand(own.shape[0], -1).gather(1, (own - 1).clamp(min=0))
+    return ((own > 0) & own_is_seen).expand(-1, MOMENT_ROWS)
+
+
+def _sees(mask: Tensor, factor: float, inverted: bool) -> Tensor:
+    if not mask.is_floating_point():
+        return ~mask if inverted else mask
+    return mask * factor > hidden_below(mask.dtype)
+
+
+def _spread(query: Tensor) -> Tensor:
+    """`MOMENT_ROWS` of a prompt's rows, evenly, the last one among them: int64 (N,); some of them
+    more than once where there are fewer."""
+    at = torch.arange(1, MOMENT_ROWS + 1, device=query.device)
+    return (at * query.shape[2] + MOMENT_ROWS - 1) // MOMENT_ROWS - 1
+
+
 def joint_mask(
     rules: Sequence[tuple[float, bool, float, float]], dtype: torch.dtype, *masks: torch.Tensor
 ) -> torch.Tensor:
@@ -390,3 +456,68 @@ def window_positions(
     out = torch.full((*visible.shape[:-1], slots + 1), -1, dtype=torch.int32, device=key.device)
     out = out.scatter(-1, slot.long(), at.expand(visible.shape))[..., :slots]
     return out.expand(batch, heads, tokens, slots).contiguous()
+
+
+def positions_of_heads(positions: Tensor, heads: Sequence[int]) -> Tensor:
+    """Positions (B, H, S, K) of other heads: (B, len(heads), S, K), row i those of `heads[i]`."""
+    return torch.cat([positions.narrow(1, head, 1) for head in heads], 1)
+
+
+def unified_positions(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    heads: int,
+    scale: float,
+    recent_part: int,
+    *budget: Any,
+) -> Tensor:
+    """One set of positions for all heads of each row: int32 (B, heads, S, K), ascending, then -1.
+
+    query (B, Hq, S, D); key (B, Hkv, T, D); mask as `select` takes it, the same for all heads;
+    `budget` is `Budget.numbers`. Of the row's budget the `sink` first and the last keys are always
+    kept, these being the 1 / `recent_part` of it that the first leave over, or `recent` where that
+    is more. The query heads take turns for the rest: each adds the best of the keys between that no
+    head has named yet.
+    """
+    rule = Budget(*budget)
+    (batch, query_heads, tokens, _), cached = query.shape, key.shape[2]
+    if mask is None:
+        visible = torch.ones((1, 1, 1, cached), dtype=torch.bool, device=key.device)
+    elif mask.is_floating_point():
+        visible = mask > hidden_below(mask.dtype)
+    else:
+        visible = mask != 0
+    visible = visible[:, :1]
+    number = visible.cumsum(-1, dtype=torch.int32)  # of each visible key in its row, from 1
+    count = number[..., -1:]
+    keep = rule.keys_of(count).to(torch.int32)
+    first = keep.clamp(max=rule.sink)
+    last = (keep // recent_part - rule.sink).clamp(min=rule.recent)
+    last = torch.minimum(last, keep - first)
+    always = visible & ((number <= first) | (number > count - last))
+    between = visible & ~always
+    with without_autocast(query.device.type):
+        scores = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3).float() @ key.float().mT
+    scores = scale * scores.unflatten(2, (-1, tokens)).flatten(1, 2)  # (B, Hq, S, T)
+    if mask is not None and mask.is_floating_point():
+        scores = scores + mask
+    scores = scores.masked_fill(~between | scores.isnan(), -torch.inf)
+    slots = rule.slots(cached)
+    most = torch.sym_min(slots, cached)
+    best = scores.topk(most, -1).indices  # (B, Hq, S, most), best first
+    turn = torch.arange(most, device=key.device)[:, None] * query_heads
+    turn = (turn + torch.arange(query_heads, device=key.device)).T[None, :, None]
+    never = query_heads * most
+    turns = torch.full((batch, tokens, cached), never, device=key.device, dtype=torch.int64)
+    for head in range(query_heads):
+        named = best[:, head]
+        turns = turns.scatter_reduce(-1, named, turn[:, head].expand_as(named), "amin")
+    turns = torch.where(always[:, 0], -1, torch.where(between[:, 0], turns, never + 1))
+    chosen = turns.topk(most, -1, largest=False).indices  # (B, S, most)
+    chosen = torch.where(torch.arange(most, device=key.device) < keep[:, 0], chosen, cached)
+    chosen = chosen.sort(-1).values
+    chosen = torch.where(chosen < cached, chosen, -1).to(torch.int32)
+    out = chosen.new_full((batch, tokens, slots), -1)
+    out[..., :most] = chosen
+    return out[:, None].expand(batch, heads, tokens, slots).contiguous()

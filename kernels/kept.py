@@ -63,13 +63,23 @@ Layout = IndexLayout | PageLayout
 def page_bounds(keys: Tensor, page: int) -> Tensor:
     """The least and the greatest number of each dim in each page: (B, Hkv, ceil(T / page), 2 * D).
 
-    keys: (B, Hkv, T, D); T need not be a multiple of `page`.
+    keys: (B, Hkv, T, D); T need not be a multiple of `page`. A NaN bounds nothing: padding that no
+    row sees may hold some. A dim that is NaN in all keys of a page has NaN for its bounds.
     """
     whole = keys.shape[2] // page * page
     pieces = [keys[:, :, :whole].unflatten(2, (-1, page))] if whole else []
     if whole < keys.shape[2]:
         pieces.append(keys[:, :, None, whole:])
-    bounds = [torch.cat((x.amin(3), x.amax(3)), -1) for x in pieces]
+    bounds = [torch.cat(least_and_greatest(x, x.isnan(), 3), -1) for x in pieces]
     if not bounds:
         return keys.new_empty((*keys.shape[:2], 0, 2 * keys.shape[3]))
     return torch.cat(bounds, 2)
+
+
+def least_and_greatest(keys: Tensor, left_out: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Over one dimension, of the numbers that are not left out (bool, of the keys' shape); NaN
+    where there is none."""
+    low = keys.masked_fill(left_out, torch.inf).amin(dim)
+    high = keys.masked_fill(left_out, -torch.inf).amax(dim)
+    none = low > high
+    return low.masked_fill(none, torch.nan), high.masked_fill(none, torch.nan)

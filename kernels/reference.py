@@ -124,14 +124,20 @@ def _page_bound(grouped: Tensor, pages: Tensor) -> Tensor:
 
 
 def update_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> None:
-    """Bounds of the pages with a written token, in place; see `loki_compile.kernels.ops`."""
-    b, hkv, t, d = keys.shape
+    """Bounds of the pages with a written token, in place; see `loki_compile.kernels.ops`.
+
+    A NaN bounds nothing; a dim that is NaN in all keys of a page has NaN for its bounds.
+    """
+    b, hkv, t, _ = keys.shape
     stored = written.expand(b, hkv, t, 1)[..., 0] != 0
     for i, h, p in _rows(b, hkv, -(-t // page)):
         at = stored[i, h, p * page : (p + 1) * page].nonzero().flatten()
         if len(at):
             filled = keys[i, h, p * page : p * page + int(at[-1]) + 1]
-            pages[i, h, p, :d], pages[i, h, p, d:] = filled.amin(0), filled.amax(0)
+            nothing = filled.isnan()
+            low = filled.masked_fill(nothing, torch.inf).amin(0)
+            high = filled.masked_fill(nothing, -torch.inf).amax(0)
+            pages[i, h, p] = torch.cat((low, high)).masked_fill(nothing.all(0).repeat(2), torch.nan)
 
 
 def extend_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> Tensor:

@@ -48,8 +48,12 @@ def pages_kernel(
             high = tl.full((BLOCK_D,), float("-inf"), tl.float32)
             for j in range(count):
                 key = tl.load(p_keys + j * keys_st + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-                low = tl.minimum(low, key, propagate_nan=tl.PropagateNan.ALL)
-                high = tl.maximum(high, key, propagate_nan=tl.PropagateNan.ALL)
+                # A NaN bounds nothing.
+                low = tl.minimum(low, tl.where(key == key, key, float("inf")))
+                high = tl.maximum(high, tl.where(key == key, key, float("-inf")))
+            none = low > high
+            low = tl.where(none, float("nan"), low)
+            high = tl.where(none, float("nan"), high)
             tl.store(p_pages + o_d, low.to(p_pages.dtype.element_ty), mask=o_d < D)
             tl.store(p_pages + D + o_d, high.to(p_pages.dtype.element_ty), mask=o_d < D)
 

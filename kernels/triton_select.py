@@ -34,12 +34,20 @@ elements (`index_st` is the stride of T in the index, and so on).
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.checks import check_select, hidden_below, keys_ranked
+from loki_compile.kernels.triton_choose import (
+    PARTS_MAX,
+    ROW_FIELDS,
+    choose_kernel,
+    list_kernel,
+    prepare_kernel,
+)
 from loki_compile.kernels.triton_launch import (
     ADDITIVE_MASK,
     BOOL_MASK,
@@ -51,397 +59,18 @@ from loki_compile.kernels.triton_launch import (
     device_of,
     interpreted,
     programs_per_row,
-    row_coordinates,
     select_launch,
 )
 from loki_compile.kernels.triton_score import (
     BEST,
-    FORCED,
-    HIDDEN,
     INT8_RANK_MAX,
     PROBABILITIES,
-    RUNTIME_SIZES,
     TILES,
-    load_digits,
     mass_kernel,
-    project,
     score_kernel,
     sum_kernel,
-    tile_keys,
-    window,
 )
 from torch import Tensor
-
-# Fields of a row's record in scratch.
-ROW_START = tl.constexpr(0)  # first position of the window
-ROW_END = tl.constexpr(1)  # its last position + 1
-ROW_READ = tl.constexpr(2)  # a bool mask is read before this: the end, or the start if no holes
-ROW_BUDGET = tl.constexpr(3)  # keys to choose
-ROW_RECENT = tl.constexpr(4)  # visible keys from here on are always chosen
-ROW_SINK = tl.constexpr(5)  # visible keys before this are always chosen
-ROW_FLOOR = tl.constexpr(6)  # list keys at or above this
-ROW_UNIT = tl.constexpr(7)  # fp32 bits: what one unit of the scores stands for
-ROW_FIELDS = tl.constexpr(8)
-
-PARTS_MAX = tl.constexpr(256)
-SCAN_BLOCK = tl.constexpr(1024)
-
-
-@triton.jit
-def _count(p_keys, n, at_least, BLOCK: tl.constexpr):
-    """How many of the n keys are >= at_least."""
-    total = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        total += (tl.load(p_keys + o, mask=o < n, other=HIDDEN) >= at_least).to(tl.int32)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _bisect(p_keys, n, low, high, n_low, n_high, want, slack, BLOCK: tl.constexpr):
-    """The largest key that `want` to `want + slack` keys reach, or that is as far as keys go.
-
-    n_low >= want keys are >= low and n_high < want are >= high. Returns (low, n_high) once n_low
-    is at most want + slack, or once high = low + 1, where n_high keys lie above low.
-    """
-    while (low + 1 < high) & (n_low > want + slack):
-        middle = (low & high) + ((low ^ high) >> 1)  # mean without overflow
-        n_middle = _count(p_keys, n, middle, BLOCK)
-        enough = n_middle >= want
-        low = tl.where(enough, middle, low)
-        n_low = tl.where(enough, n_middle, n_low)
-        high = tl.where(enough, high, middle)
-        n_high = tl.where(enough, n_high, n_middle)
-    return low, n_low, n_high
-
-
-@triton.jit
-def _visible(o, inside, p_mask, mask_st, hidden_below, MASK: tl.constexpr):
-    """1 where position o is inside and visible, else 0."""
-    if MASK == BOOL_MASK:
-        seen = tl.load(p_mask + o.to(tl.int64) * mask_st, mask=inside, other=0) != 0
-    else:
-        bias = tl.load(p_mask + o.to(tl.int64) * mask_st, mask=inside, other=float("-inf"))
-        seen = bias.to(tl.float32) > hidden_below
-    return (seen & inside).to(tl.int32)
-
-
-@triton.jit
-def _forced_window(
-    start, end, read_until, n_sink, n_recent, p_mask, mask_st, hidden_below, MASK: tl.constexpr
-):
-    """(recent_from, sink_until): positions that bound the forced visible keys."""
-    recent_from = end - n_recent
-    sink_until = start + n_sink
-    if MASK != NO_MASK:  # noqa: SIM102, a test at compile time
-        if read_until > start:  # the n-th visible key from either side: look for it block by block
-            recent_from = end
-            sink_until = start
-            left = n_recent
-            stop = end
-            while (left > 0) & (stop > start):
-                o = stop - SCAN_BLOCK + tl.arange(0, SCAN_BLOCK)
-                seen = _visible(o, o >= start, p_mask, mask_st, hidden_below, MASK)
-                found = tl.sum(seen, 0)
-                pick = (seen != 0) & (found - tl.cumsum(seen, 0) < left)
-                recent_from = tl.minimum(recent_from, tl.min(tl.where(pick, o, end), 0))
-                left -= found
-                stop -= SCAN_BLOCK
-            left = n_sink
-            begin = start
-            while (left > 0) & (begin < end):
-                o = begin + tl.arange(0, SCAN_BLOCK)
-                seen = _visible(o, o < end, p_mask, mask_st, hidden_below, MASK)
-                pick = (seen != 0) & (tl.cumsum(seen, 0) - seen < left)
-                sink_until = tl.maximum(sink_until, tl.max(tl.where(pick, o + 1, start), 0))
-                left -= tl.sum(seen, 0)
-                begin += SCAN_BLOCK
-    return recent_from, sink_until
-
-
-@triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask", "p_bounds"])
-def prepare_kernel(
-    p_q, p_basis, p_index, p_index_scale, p_mask, p_bounds,
-    p_high, p_low, p_source, p_score, p_rows, p_sample,
-    q_sb, q_sh, q_ss, basis_sb, basis_sh, basis_sd, index_sb, index_sh, index_st,
-    index_scale_sb, index_scale_sh, index_scale_st,
-    mask_sb, mask_sh, mask_ss, mask_st, bounds_sb, bounds_sh, bounds_ss,
-    H, S, T, scale, hidden_below, top_k, keep_q16, sink, recent, min_keys,
-    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr,
-    ALIGN: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_T: tl.constexpr, SCORED: tl.constexpr, SAMPLE: tl.constexpr,
-    LIST_ALL: tl.constexpr,
-):  # fmt: skip
-    """Digits and record of one row; grid (rows,)."""
-    i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
-    COLUMNS: tl.constexpr = HEADS * PACK
-    GROUP_PAD: tl.constexpr = (GROUP + COLUMNS - 1) // COLUMNS * COLUMNS
-    p_high += i_row * GROUP_PAD * BLOCK_R
-    p_low += i_row * GROUP_PAD * BLOCK_R
-    p_source += i_row * GROUP_PAD
-    p_rows += i_row * ROW_FIELDS
-    p_sample += i_row * SAMPLE
-    unit = tl.full((), 1.0, tl.float32)
-    if SCORED == TILES:
-        unit = project(
-            p_q + i_b * q_sb + i_h * GROUP * q_sh + i_s * q_ss,
-            p_basis + i_b * basis_sb + i_kv * basis_sh,
-            p_high, p_low, p_source, q_sh, basis_sd, scale,
-            D, R, BLOCK_D, BLOCK_R, GROUP, GROUP_PAD, 8, LOW, INT8,
-        )  # fmt: skip
-    else:
-        p_score += i_row * (tl.cdiv(T, 16) * 16)
-    if MASK != NO_MASK:
-        p_mask += i_b * mask_sb + i_h * GROUP * mask_sh + i_s * mask_ss
-        p_bounds += i_b * bounds_sb + i_h * GROUP * bounds_sh + i_s * bounds_ss
-    start, end, count = window(p_bounds, T, MASK)
-    read_until = tl.where(count != end - start, end, start)
-    n_recent = tl.minimum(recent, count)
-    n_sink = tl.minimum(sink, count - n_recent)
-    share = ((count.to(tl.int64) * keep_q16 + 65535) >> 16).to(tl.int32)
-    budget = tl.maximum(tl.minimum(share, top_k), n_sink + n_recent)
-    budget = tl.where(count < min_keys, count, budget)
-    recent_from, sink_until = _forced_window(
-        start, end, read_until, n_sink, n_recent, p_mask, mask_st, hidden_below, MASK
-    )
-
-    floor = tl.full((), HIDDEN + 1, tl.int32)
-    if count > LIST_ALL:
-        tl.debug_barrier()  # the digits were stored by other threads of this program
-        high = 0
-        low = 0
-        if SCORED == TILES:
-            high, low = load_digits(p_high, p_low, p_source, 0, BLOCK_R, COLUMNS, 1, LOW, DOT)
-        if INT8:
-            p_index_scale += i_b * index_scale_sb + i_kv * index_scale_sh
-        narrow = (end - start) // SAMPLE
-        wider = (end - start) % SAMPLE
-        for first in range(0, SAMPLE, BLOCK_T):
-            # One position per stratum, at a scrambled offset: a period in the keys cannot hide.
-            o = first + tl.arange(0, BLOCK_T)
-            width = narrow + (o < wider).to(tl.int32)
-            noise = ((o.to(tl.int64) * 0x9E3779B1) >> 8) & 0xFFFFFF
-            at = start + o * narrow + tl.minimum(o, wider) + ((noise * width) >> 24).to(tl.int32)
-            key = tile_keys(
-                at, start, end, read_until, unit, high, low,
-                p_index + i_b * (index_sb * ALIGN) + i_kv * (index_sh * ALIGN), p_index_scale,
-                p_mask, p_high, p_low, p_source, p_score,
-                index_st * ALIGN, index_scale_st, mask_st, hidden_below,
-                R, BLOCK_R, GROUP, COLUMNS, 1, MASK, LOW, INT8, DOT, BLOCK_T, SCORED,
-            )  # fmt: skip
-            tl.store(p_sample + o, key, mask=o < SAMPLE)
-        tl.debug_barrier()
-        n_seen = _count(p_sample, SAMPLE, HIDDEN + 1, SAMPLE)
-        # Four standard deviations of the count above the true threshold, and four keys.
-        expected = budget.to(tl.float32) / count.to(tl.float32) * n_seen.to(tl.float32)
-        want = (expected + 4.0 * tl.sqrt(expected) + 4.0).to(tl.int32)
-        top = tl.full((), FORCED, tl.int32)
-        if want < n_seen:
-            floor, _, _ = _bisect(
-                p_sample, SAMPLE, floor, top, n_seen, top * 0, want, want // 8, SAMPLE
-            )
-    tl.store(p_rows + ROW_START, start)
-    tl.store(p_rows + ROW_END, end)
-    tl.store(p_rows + ROW_READ, read_until)
-    tl.store(p_rows + ROW_BUDGET, budget)
-    tl.store(p_rows + ROW_RECENT, recent_from)
-    tl.store(p_rows + ROW_SINK, sink_until)
-    tl.store(p_rows + ROW_FLOOR, floor)
-    tl.store(p_rows + ROW_UNIT, unit.to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def _list_span(
-    begin, stop, floor, p_rows, p_list_key, p_list_at,
-    p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score,
-    index_st, index_scale_st, mask_st, hidden_below,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
-    PACK: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_T: tl.constexpr, SCORED: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """List the visible keys of [begin, stop) that reach the floor, ascending; returns how many."""
-    recent_from = tl.load(p_rows + ROW_RECENT)
-    sink_until = tl.load(p_rows + ROW_SINK)
-    read_until = tl.load(p_rows + ROW_READ)
-    unit = tl.load(p_rows + ROW_UNIT).to(tl.float32, bitcast=True)
-    high = 0
-    low = 0
-    if SCORED == TILES:
-        high, low = load_digits(p_high, p_low, p_source, 0, BLOCK_R, HEADS, PACK, LOW, DOT)
-    n = 0
-    for t in tl.range(begin, stop, BLOCK_T, num_stages=STAGES):
-        at = t + tl.arange(0, BLOCK_T)
-        key = tile_keys(
-            at, t, stop, read_until, unit, high, low,
-            p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score,
-            index_st, index_scale_st, mask_st, hidden_below,
-            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED,
-        )  # fmt: skip
-        if (t < sink_until) | (t + BLOCK_T > tl.minimum(recent_from, stop)):
-            forced = (key != HIDDEN) & ((at >= recent_from) | (at < sink_until))
-            key = tl.where(at < stop, tl.where(forced, FORCED, key), HIDDEN)
-        keep = (key >= floor).to(tl.int32)
-        slot = n + tl.cumsum(keep, 0) - 1
-        tl.store(p_list_key + slot, key, mask=keep != 0)
-        tl.store(p_list_at + slot, at, mask=keep != 0)
-        n += tl.sum(keep, 0)
-    return n
-
-
-@triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
-def list_kernel(
-    p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score, p_rows,
-    p_list_key, p_list_at, p_counts,
-    index_sb, index_sh, index_st, index_scale_sb, index_scale_sh, index_scale_st,
-    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, parts,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
-    PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
-    MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_T: tl.constexpr, SCORED: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """List one part of one row's window; grid (rows, parts).
-
-    The rows of one KV head are neighbours in the grid: they share its index through the cache.
-    """
-    i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
-    i_part = tl.program_id(1)
-    if SCORED != TILES:
-        p_score += i_row * (tl.cdiv(T, 16) * 16)
-    COLUMNS: tl.constexpr = HEADS * PACK
-    GROUP_PAD: tl.constexpr = (GROUP + COLUMNS - 1) // COLUMNS * COLUMNS
-    p_rows += i_row * ROW_FIELDS
-    start = tl.load(p_rows + ROW_START)
-    end = tl.load(p_rows + ROW_END)
-    chunk = tl.cdiv(tl.cdiv(end - start, parts), BLOCK_T) * BLOCK_T
-    begin = start + tl.minimum(i_part * chunk, end - start)
-    stop = tl.minimum(begin + chunk, end)
-    list_from = i_row * tl.cdiv(T, 16) * 16 + begin - start
-    if MASK != NO_MASK:
-        p_mask += i_b * mask_sb + i_h * GROUP * mask_sh + i_s * mask_ss
-    if INT8:
-        p_index_scale += i_b * index_scale_sb + i_kv * index_scale_sh
-    n = 0
-    if begin < stop:
-        n = _list_span(
-            begin, stop, tl.load(p_rows + ROW_FLOOR), p_rows,
-            p_list_key + list_from, p_list_at + list_from,
-            p_index + i_b * (index_sb * ALIGN) + i_kv * (index_sh * ALIGN), p_index_scale, p_mask,
-            p_high + i_row * GROUP_PAD * BLOCK_R, p_low + i_row * GROUP_PAD * BLOCK_R,
-            p_source + i_row * GROUP_PAD, p_score,
-            index_st * ALIGN, index_scale_st, mask_st, hidden_below,
-            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED, STAGES,
-        )  # fmt: skip
-    tl.store(p_counts + i_row * parts + i_part, n)
-
-
-@triton.jit
-def _flatten(p_list_key, p_list_at, p_counts, p_before, parts, chunk, BLOCK: tl.constexpr):
-    """Move the lists of the parts together, in place and in order; returns how many keys.
-
-    A key only ever moves to a lower slot, so no slot is written before it has been read.
-    """
-    o_part = tl.arange(0, PARTS_MAX)
-    counts = tl.load(p_counts + o_part, mask=o_part < parts, other=0)
-    total = tl.sum(counts, 0)
-    tl.store(p_before + o_part, tl.cumsum(counts, 0) - counts, mask=o_part < parts)
-    tl.debug_barrier()
-    for first in range(0, total, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        inside = o < total
-        part = tl.zeros((BLOCK,), tl.int32)
-        for bit in tl.static_range(1, 9):  # the last part that begins at or before slot o
-            beyond = part + (PARTS_MAX >> bit)
-            before = tl.load(p_before + beyond, mask=beyond < parts, other=0x7FFFFFFF)
-            part = tl.where(before <= o, beyond, part)
-        source = part * chunk + o - tl.load(p_before + part)
-        key = tl.load(p_list_key + source, mask=inside)
-        at = tl.load(p_list_at + source, mask=inside)
-        tl.debug_barrier()
-        tl.store(p_list_key + o, key, mask=inside)
-        tl.store(p_list_at + o, at, mask=inside)
-    tl.debug_barrier()
-    return total
-
-
-@triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
-def choose_kernel(
-    p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score, p_rows,
-    p_list_key, p_list_at, p_counts, p_before, p_positions,
-    index_sb, index_sh, index_st, index_scale_sb, index_scale_sh, index_scale_st,
-    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, parts, slots,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
-    PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
-    MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_T: tl.constexpr, SCORED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Positions (slots) of one row from its lists; grid (rows,)."""
-    i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
-    p_rows += i_row * ROW_FIELDS
-    p_list_key += i_row * tl.cdiv(T, 16) * 16  # whole vectors
-    p_list_at += i_row * tl.cdiv(T, 16) * 16
-    p_positions += i_row * slots
-    if SCORED != TILES:
-        p_score += i_row * (tl.cdiv(T, 16) * 16)
-    start = tl.load(p_rows + ROW_START)
-    end = tl.load(p_rows + ROW_END)
-    budget = tl.load(p_rows + ROW_BUDGET)
-    floor = tl.load(p_rows + ROW_FLOOR)
-    chunk = tl.cdiv(tl.cdiv(end - start, parts), BLOCK_T) * BLOCK_T
-    total = _flatten(
-        p_list_key, p_list_at, p_counts + i_row * parts, p_before + i_row * parts, parts, chunk,
-        BLOCK,
-    )  # fmt: skip
-    if total < budget:  # the sample misled: list every visible key of this row
-        COLUMNS: tl.constexpr = HEADS * PACK
-        GROUP_PAD: tl.constexpr = (GROUP + COLUMNS - 1) // COLUMNS * COLUMNS
-        if MASK != NO_MASK:
-            p_mask += i_b * mask_sb + i_h * GROUP * mask_sh + i_s * mask_ss
-        if INT8:
-            p_index_scale += i_b * index_scale_sb + i_kv * index_scale_sh
-        floor = tl.full((), HIDDEN + 1, tl.int32)
-        total = _list_span(
-            start, end, floor, p_rows, p_list_key, p_list_at,
-            p_index + i_b * (index_sb * ALIGN) + i_kv * (index_sh * ALIGN), p_index_scale, p_mask,
-            p_high + i_row * GROUP_PAD * BLOCK_R, p_low + i_row * GROUP_PAD * BLOCK_R,
-            p_source + i_row * GROUP_PAD, p_score,
-            index_st * ALIGN, index_scale_st, mask_st, hidden_below,
-            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED, 1,
-        )  # fmt: skip
-        tl.debug_barrier()
-        budget = tl.minimum(budget, total)
-
-    best = tl.full((BLOCK,), HIDDEN, tl.int32)
-    forced = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, total, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        key = tl.load(p_list_key + o, mask=o < total, other=HIDDEN)
-        best = tl.maximum(best, tl.where(key == FORCED, HIDDEN, key))
-        forced += (key == FORCED).to(tl.int32)
-    n_forced = tl.sum(forced, 0)
-    threshold, n_reach, n_above = _bisect(
-        p_list_key, total, floor, tl.max(best, 0) + 1, total, n_forced, budget, 0, BLOCK
-    )
-    # Keys above the threshold, and as many equal to it, from the left, as the budget has left.
-    from_ties = tl.where(n_reach == budget, budget, budget - n_above)
-    threshold = tl.where(n_forced >= budget, FORCED, threshold)
-    from_ties = tl.where(n_forced >= budget, budget, from_ties)
-    n = 0
-    n_ties = 0
-    for first in range(0, total, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        key = tl.load(p_list_key + o, mask=o < total, other=HIDDEN)
-        at = tl.load(p_list_at + o, mask=o < total, other=-1)
-        tie = ((key == threshold) & (o < total)).to(tl.int32)
-        tie_rank = n_ties + tl.cumsum(tie, 0)
-        chosen = (key > threshold) | ((tie != 0) & (tie_rank <= from_ties))
-        slot = n + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(p_positions + slot, at, mask=chosen & (slot < slots))
-        n += tl.sum(chosen.to(tl.int32), 0)
-        n_ties += tl.sum(tie, 0)
-    for first in range(n // BLOCK * BLOCK, slots, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        tl.store(p_positions + o, tl.full((BLOCK,), -1, tl.int32), mask=(o >= n) & (o < slots))
 
 
 def select(
@@ -502,149 +131,204 @@ def select_stages(
         top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
         per_head=per_head, page=page, keys=keys, by_probability=by_probability,
     )  # fmt: skip
-    b, hq, s, d = q.shape
-    hkv, r, t = index.shape[1], index.shape[3], keys_ranked(index, page, keys)
-    heads_out = hq if per_head else hkv
-    group = hq // heads_out
-    rows = b * heads_out * s
+    b, hq, s, _ = q.shape
+    t, heads_out = keys_ranked(index, page, keys), hq if per_head else index.shape[1]
     slots = int(Budget(top_k, keep_q16, sink, recent, min_keys).slots(t))
     positions = q.new_empty((b, heads_out, s, slots), dtype=torch.int32)
-    if rows == 0:
+    if b * heads_out * s == 0:
         return positions, ()
-
-    device = device_of(q)
     scored = TILES.value
-    if by_probability and group > 1:
+    if by_probability and hq > heads_out:
         scored = PROBABILITIES.value
     elif page > 1:
         scored = BEST.value
-    tiles = scored == TILES.value
-    int8 = index.dtype == torch.int8
-    if int8 and tiles and r > INT8_RANK_MAX:
-        raise ValueError(
-            f"loki::select: rank is {r} with an int8 index; allowed: at most {INT8_RANK_MAX},"
-            " the largest whose integer scores fit in 32 bits."
-        )
-    block_r = max(32 if int8 else 16, triton.next_power_of_2(r)) if tiles else 32
-    if launch is None:
-        launch = select_launch(
-            device, group=group, block_r=block_r,
-            index_bytes=index.element_size() if tiles else 1, slots=slots,
-        )  # fmt: skip
-    parts = programs_per_row(device, rows, launch.programs, PARTS_MAX.value)
-    columns = launch.heads * launch.pack
-    group_pad = triton.cdiv(group, columns) * columns
-    row_size = triton.cdiv(t, 16) * 16
-    scratch = functools.partial(torch.empty, device=q.device)
-    # Scores in memory need no digits of queries.
-    digits = (rows, group_pad, block_r) if tiles else (1,)
-    high, low = scratch((2, *digits), dtype=index.dtype)
-    source = scratch((rows, group_pad), dtype=torch.int32)
-    records = scratch((rows, ROW_FIELDS.value), dtype=torch.int32)
-    sample = scratch((rows, launch.sample), dtype=torch.int32)
-    list_key, list_at = scratch((2, rows, row_size), dtype=torch.int32)
-    counts, before = scratch((2, rows, parts), dtype=torch.int32)
-    score = None if tiles else scratch((rows, row_size), dtype=torch.float32)
-
-    index_strides = broadcast_strides(index, 3)
-    align = alignment(r if page == 1 else d, index_strides)
-    index_strides = tuple(stride // align for stride in index_strides)
-    scale_strides = broadcast_strides(index_scale, 3)
-    mask_strides = broadcast_strides(mask)
-    bounds_strides = broadcast_strides(bounds, 3)
-    mask_kind, hidden = NO_MASK.value, 0.0
-    if mask is not None:
-        mask_kind = BOOL_MASK.value if mask.dtype == torch.bool else ADDITIVE_MASK.value
-        hidden = hidden_below(mask.dtype) if mask_kind == ADDITIVE_MASK.value else 0.0
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    dot = getattr(tl, str(index.dtype).removeprefix("torch."))
-    if interpreted(list_kernel) and dot == tl.bfloat16:
-        dot = tl.float32  # numpy has no bfloat16
-    row_of = dict(GROUP=group, ROWS_PER_KV=heads_out // hkv, MASK=mask_kind)
-
-    def score_stages() -> tuple[Stage, ...]:
-        each = scored == PROBABILITIES.value
-        logits = scratch((rows, group, row_size), dtype=torch.float32) if each else score
-        mass = scratch((rows, group), dtype=torch.float32)
-        width = r if page == 1 else d
-        block_q, page_pad = triton.next_power_of_2(width), triton.next_power_of_2(page)
-        at_once = max(1, 4096 // max(block_q * (2 if page > 1 else 1), page_pad))
-
-        def score_rows() -> None:
-            met = q if basis is None else _projected(q, basis, hkv)
-            score_kernel[(rows, parts)](
-                met, index, index_scale, mask, bounds, logits,
-                *broadcast_strides(met, 3), *index_strides, *scale_strides, *mask_strides,
-                *bounds_strides, heads_out, s, t, scale, hidden, parts,
-                R=width, BLOCK_R=block_q, ALIGN=align, INT8=int8, EACH=each, PAGE=page,
-                PAGE_PAD=page_pad, BLOCK_P=at_once, **row_of, num_warps=4,
-            )  # fmt: skip
-
-        def add_up() -> None:
-            mass_kernel[(rows, group)](
-                logits, bounds, mass, *bounds_strides, heads_out, s, t,
-                BLOCK=launch.block, **row_of, num_warps=launch.row_warps,
-            )  # fmt: skip
-
-        def add_heads() -> None:
-            sum_kernel[(rows, parts)](
-                logits, bounds, mass, score, *bounds_strides, heads_out, s, t, parts,
-                BLOCK=1024, **row_of, num_warps=4,
-            )  # fmt: skip
-
-        scores = Stage("score", score_rows)
-        return (scores, Stage("mass", add_up), Stage("sum", add_heads)) if each else (scores,)
-
     # No row sees more than t keys: in the kernels every count is an int32.
-    cap = t if top_k is None else min(top_k, t)
-    sink, recent, least = min(sink, t), min(recent, t), min(min_keys, t + 1)
-
-    # The whole basis in one step where it is 16 KB (128 dims of rank 32), else in several.
-    block_d = max(16, min(triton.next_power_of_2(d), 4096 // block_r))
-    tile = dict(
-        R=r, BLOCK_R=block_r, HEADS=launch.heads, PACK=launch.pack, ALIGN=align,
-        LOW=index.dtype != torch.float32, INT8=int8 and tiles, DOT=dot, BLOCK_T=launch.block_t,
-        SCORED=scored, **row_of,
+    budget = (
+        t if top_k is None else min(top_k, t),
+        keep_q16, min(sink, t), min(recent, t), min(min_keys, t + 1),
     )  # fmt: skip
+    call = _Call(
+        q, basis, index, index_scale, mask, bounds, positions,
+        scale=scale, budget=budget, keys=t, page=page, scored=scored, launch=launch,
+    )  # fmt: skip
+    return positions, call.stages()
 
-    basis_strides: tuple[int, ...] = (0, 0, 0)
-    if basis is None:
-        block_d = 0
-    else:
-        basis_strides = basis.stride()[:3] if basis.dim() == 4 else (0, *basis.stride()[:2])
 
-    def prepare() -> None:
-        prepare_kernel[(rows,)](
-            q, q if basis is None else basis, index, index_scale, mask, bounds,
-            high, low, source, score, records, sample,
-            *broadcast_strides(q, 3), *basis_strides, *index_strides, *scale_strides,
-            *mask_strides, *bounds_strides,
-            heads_out, s, t, scale, hidden, cap, keep_q16, sink, recent, least,
-            D=d, BLOCK_D=block_d, SAMPLE=launch.sample, LIST_ALL=launch.list_all, **tile,
-            num_warps=launch.row_warps,
+class _Call:
+    """One call of the op: what its launches read and write, and the constants they share."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        basis: Tensor | None,
+        index: Tensor,
+        index_scale: Tensor | None,
+        mask: Tensor | None,
+        bounds: Tensor | None,
+        positions: Tensor,
+        *,
+        scale: float,
+        budget: tuple[int, int, int, int, int],
+        keys: int,
+        page: int,
+        scored: int,
+        launch: SelectLaunch | None,
+    ) -> None:
+        self.q, self.basis, self.index, self.index_scale = q, basis, index, index_scale
+        self.bounds, self.positions, self.budget = bounds, positions, budget
+        self.scale, self.page, self.scored = scale, page, scored
+        self.tiles, self.int8 = scored == TILES.value, index.dtype == torch.int8
+        self.heads_out, self.tokens, self.slots = positions.shape[1:]
+        self.keys, self.rank, self.head_dim = keys, index.shape[3], q.shape[3]
+        self.rows, self.group = positions.shape[:3].numel(), q.shape[1] // self.heads_out
+        if self.int8 and self.tiles and self.rank > INT8_RANK_MAX:
+            raise ValueError(
+                f"loki::select: rank is {self.rank} with an int8 index; allowed: at most"
+                f" {INT8_RANK_MAX}, the largest whose integer scores fit in 32 bits."
+            )
+        smallest = 32 if self.int8 else 16
+        self.block_r = max(smallest, triton.next_power_of_2(self.rank)) if self.tiles else 32
+        device = device_of(q)
+        self.launch = launch or select_launch(
+            device, group=self.group, block_r=self.block_r,
+            index_bytes=index.element_size() if self.tiles else 1, slots=self.slots,
+        )  # fmt: skip
+        self.parts = programs_per_row(device, self.rows, self.launch.programs, PARTS_MAX.value)
+        self._set_mask(mask)
+        self._set_strides(mask)
+        self._allocate()
+
+    def _set_mask(self, mask: Tensor | None) -> None:
+        self.mask, self.mask_kind, self.hidden = mask, NO_MASK.value, 0.0
+        if mask is not None and mask.dtype == torch.bool:
+            self.mask, self.mask_kind = mask.view(torch.uint8), BOOL_MASK.value
+        elif mask is not None:
+            self.mask_kind, self.hidden = ADDITIVE_MASK.value, hidden_below(mask.dtype)
+
+    def _set_strides(self, mask: Tensor | None) -> None:
+        strides = broadcast_strides(self.index, 3)
+        self.align = alignment(self.rank if self.page == 1 else self.head_dim, strides)
+        self.strides = (
+            *(stride // self.align for stride in strides),
+            *broadcast_strides(self.index_scale, 3),
+            *broadcast_strides(mask),
+        )
+        self.bounds_strides = broadcast_strides(self.bounds, 3)
+
+    def _allocate(self) -> None:
+        """Scratch. Scores in memory need no digits of queries."""
+        scratch = functools.partial(torch.empty, device=self.q.device)
+        columns = self.launch.heads * self.launch.pack
+        group_pad = triton.cdiv(self.group, columns) * columns
+        row_size = triton.cdiv(self.keys, 16) * 16
+        digits = (self.rows, group_pad, self.block_r) if self.tiles else (1,)
+        self.high, self.low = scratch((2, *digits), dtype=self.index.dtype)
+        self.source = scratch((self.rows, group_pad), dtype=torch.int32)
+        self.records = scratch((self.rows, ROW_FIELDS.value), dtype=torch.int32)
+        self.sample = scratch((self.rows, self.launch.sample), dtype=torch.int32)
+        self.lists = scratch((2, self.rows, row_size), dtype=torch.int32)
+        self.counts, self.before = scratch((2, self.rows, self.parts), dtype=torch.int32)
+        self.score = self.logits = self.mass = None
+        if not self.tiles:
+            self.score = self.logits = scratch((self.rows, row_size), dtype=torch.float32)
+        if self.scored == PROBABILITIES.value:
+            each = (self.rows, self.group)
+            self.logits = scratch((*each, row_size), dtype=torch.float32)
+            self.mass = scratch(each, dtype=torch.float32)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The launches, in order."""
+        scores = [] if self.tiles else [Stage("score", self._score)]
+        if self.scored == PROBABILITIES.value:
+            scores += [Stage("mass", self._add_up), Stage("sum", self._add_heads)]
+        return (
+            *scores,
+            Stage("prepare", self._prepare),
+            Stage("list", self._list),
+            Stage("choose", self._choose),
+        )
+
+    @functools.cached_property
+    def _row(self) -> dict[str, Any]:
+        """Constants of every kernel that has a program for a row."""
+        per_kv = self.heads_out // self.index.shape[1]
+        return dict(GROUP=self.group, ROWS_PER_KV=per_kv, MASK=self.mask_kind)
+
+    @functools.cached_property
+    def _tile(self) -> dict[str, Any]:
+        """Constants of every kernel that ranks keys."""
+        dot = getattr(tl, str(self.index.dtype).removeprefix("torch."))
+        if interpreted(list_kernel) and dot == tl.bfloat16:
+            dot = tl.float32  # numpy has no bfloat16
+        return dict(
+            R=self.rank, BLOCK_R=self.block_r, HEADS=self.launch.heads, PACK=self.launch.pack,
+            ALIGN=self.align, LOW=self.index.dtype != torch.float32,
+            INT8=self.int8 and self.tiles, DOT=dot, BLOCK_T=self.launch.block_t,
+            SCORED=self.scored, **self._row,
         )  # fmt: skip
 
-    def list_keys() -> None:
-        list_kernel[(rows, parts)](
-            index, index_scale, mask, high, low, source, score, records, list_key, list_at,
-            counts, *index_strides, *scale_strides, *mask_strides, heads_out, s, t, hidden, parts,
-            STAGES=launch.stages, **tile, num_warps=launch.warps,
+    def _score(self) -> None:
+        met = self.q
+        if self.basis is not None:
+            met = _projected(self.q, self.basis, self.index.shape[1])
+        width = self.rank if self.page == 1 else self.head_dim
+        block_q, page_pad = triton.next_power_of_2(width), triton.next_power_of_2(self.page)
+        bounds_or_row = block_q * (2 if self.page > 1 else 1)
+        score_kernel[(self.rows, self.parts)](
+            met, self.index, self.index_scale, self.mask, self.bounds, self.logits,
+            *broadcast_strides(met, 3), *self.strides, *self.bounds_strides,
+            self.heads_out, self.tokens, self.keys, self.scale, self.hidden, self.parts,
+            R=width, BLOCK_R=block_q, ALIGN=self.align, INT8=self.int8,
+            EACH=self.scored == PROBABILITIES.value, PAGE=self.page, PAGE_PAD=page_pad,
+            BLOCK_P=max(1, 4096 // max(bounds_or_row, page_pad)), **self._row, num_warps=4,
         )  # fmt: skip
 
-    def choose() -> None:
-        choose_kernel[(rows,)](
-            index, index_scale, mask, high, low, source, score, records, list_key, list_at,
-            counts, before, positions, *index_strides, *scale_strides, *mask_strides,
-            heads_out, s, t, hidden, parts, slots,
-            BLOCK=launch.block, **tile, num_warps=launch.row_warps,
+    def _add_up(self) -> None:
+        mass_kernel[(self.rows, self.group)](
+            self.logits, self.bounds, self.mass, *self.bounds_strides,
+            self.heads_out, self.tokens, self.keys,
+            BLOCK=self.launch.block, **self._row, num_warps=self.launch.row_warps,
         )  # fmt: skip
 
-    return positions, (
-        *(() if tiles else score_stages()),
-        Stage("prepare", prepare),
-        Stage("list", list_keys),
-        Stage("choose", choose),
-    )
+    def _add_heads(self) -> None:
+        sum_kernel[(self.rows, self.parts)](
+            self.logits, self.bounds, self.mass, self.score, *self.bounds_strides,
+            self.heads_out, self.tokens, self.keys, self.parts,
+            BLOCK=1024, **self._row, num_warps=4,
+        )  # fmt: skip
+
+    def _prepare(self) -> None:
+        basis, block_d = self.q, 0
+        strides: tuple[int, ...] = (0, 0, 0)
+        if self.basis is not None:
+            basis, own = self.basis, self.basis.stride()
+            strides = own[:3] if basis.dim() == 4 else (0, *own[:2])
+            # All dims in one step where that is 16 KB (128 dims of rank 32), else in several.
+            block_d = max(16, min(triton.next_power_of_2(self.head_dim), 4096 // self.block_r))
+        prepare_kernel[(self.rows,)](
+            self.q, basis, self.index, self.index_scale, self.mask, self.bounds,
+            self.high, self.low, self.source, self.score, self.records, self.sample,
+            *broadcast_strides(self.q, 3), *strides, *self.strides, *self.bounds_strides,
+            self.heads_out, self.tokens, self.keys, self.scale, self.hidden, *self.budget,
+            D=self.head_dim, BLOCK_D=block_d, SAMPLE=self.launch.sample,
+            LIST_ALL=self.launch.list_all, **self._tile, num_warps=self.launch.row_warps,
+        )  # fmt: skip
+
+    def _list(self) -> None:
+        list_kernel[(self.rows, self.parts)](
+            self.index, self.index_scale, self.mask, self.high, self.low, self.source, self.score,
+            self.records, *self.lists, self.counts, *self.strides,
+            self.heads_out, self.tokens, self.keys, self.hidden, self.parts,
+            STAGES=self.launch.stages, **self._tile, num_warps=self.launch.warps,
+        )  # fmt: skip
+
+    def _choose(self) -> None:
+        choose_kernel[(self.rows,)](
+            self.index, self.index_scale, self.mask, self.high, self.low, self.source, self.score,
+            self.records, *self.lists, self.counts, self.before, self.positions, *self.strides,
+            self.heads_out, self.tokens, self.keys, self.hidden, self.parts, self.slots,
+            BLOCK=self.launch.block, **self._tile, num_warps=self.launch.row_warps,
+        )  # fmt: skip
 
 
 def _projected(q: Tensor, basis: Tensor, kv_heads: int) -> Tensor:

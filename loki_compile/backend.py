@@ -5,7 +5,7 @@
 Dynamo calls it once per graph, at torch level: attention is still one call, and writes into a
 cache are still visible mutations. A graph without a sparse site goes to Inductor at once (with
 exact attention as fast as can be, unless `pack_gqa=False`); any other becomes a `DecodeGraph`,
-whose two variants are compiled when they are first needed.
+whose two variants are compiled when they are first needed. What may be called once is `Deferred`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,36 @@ from typing import Any
 import torch
 from torch import fx
 
-from loki_compile.bind import adapters, bind_caches, load_basis, token_count
+from loki_compile.bind import adapters, bind_caches, growths, load_basis, token_count
+from loki_compile.buffers import with_room
 from loki_compile.config import LokiConfig
-from loki_compile.counts import Tally, say_once, tally_of
+from loki_compile.counts import Tally, attention_noted, note_attention, say_once, tally_of
+from loki_compile.deferred import PRICE, Deferred
 from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
+from loki_compile.kernels.kept import Keeps
+from loki_compile.passes.appends import find_appends
 from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
-from loki_compile.passes.dense import lay_out_first_keys, rewrite_dense, served_by_attention
-from loki_compile.passes.graphs import copy_of, fake_mode_of, log_change, ops_of
+from loki_compile.passes.dense import (
+    first_keys,
+    lay_out_first_keys,
+    rewrite_dense,
+    served_by_attention,
+)
+from loki_compile.passes.graphs import copy_of, fake_mode_of, log_change, ops_of, remap
+from loki_compile.passes.moments import add_query_moments
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.plan import Plan, make_plan
+from loki_compile.passes.policy import Candidate
+from loki_compile.passes.prompts import AskedCache, find_asked
 from loki_compile.passes.shared_caches import Part, take_parts
 from loki_compile.passes.sites import find_sites
-from loki_compile.policies.table import policy_of
+from loki_compile.planned import PlanOfModel
+from loki_compile.policies.kinds import PLANS
+from loki_compile.policies.table import Stored, policy_of
+from loki_compile.prompts import PrefillGraph
 from loki_compile.refusal import Refusal, plainly
-from loki_compile.report import GraphReport, describe, record_graph
+from loki_compile.report import GraphReport, describe, record_graph, shown_ranges
 from loki_compile.runtime import DecodeGraph
 from loki_compile.steps import Served
 from loki_compile.variants import Variant, Variants
@@ -73,57 +88,91 @@ def loki(
       RuntimeError: under `strict=True`, listing every site that could not be rewritten.
     """
     config = plainly(_checked, {**(options or {}), **unknown}, mode)
-    compile_graph = functools.partial(engine or _engine, mode=mode, options=config.inductor)
+    compile_graph = PRICE.timed(
+        functools.partial(engine or _engine, mode=mode, options=config.inductor)
+    )
     normal, parts = _in_one_form(gm)
-    plan = plan_graph(normal, config)
+    of_model = PlanOfModel(normal, example_inputs, parts, config)
+    plan = plainly(plan_graph, normal, config, of_model)
     refusal = _refusal(plan) if config.strict else ""
-    if plan.sparse or refusal:
+    once = _is_called_once(plan, normal.graph)
+    if plan.sparse or refusal or once:
         ask_what_inductor_asks(gm, example_inputs)  # what is traced again is not judged
     if refusal:
         raise Refusal(refusal)
-    bindings = plainly(bind_caches, normal, plan, example_inputs, parts, config)
+    in_place = _grows_in_place(normal, config, mode)
+    appends = find_appends(normal.graph) if in_place else ()
+    bindings = plainly(bind_caches, normal, plan, example_inputs, parts, config, appends)
     tally = tally_of(gm, example_inputs)
     decode = None
-    if plan.sparse:
-        late = functools.partial(
+    if plan.sparse or once:
+        late: Callable[..., Variant] = functools.partial(
             _compile_late,
             compile_graph=compile_graph,
             known=len(fake_mode_of(normal.graph).shape_env.guards),
             tally=tally,
-            sites=len(plan.sites),
+            sites=len(plan.sites) or len(plan.dense),
             autocast=_autocast_now(normal),
         )
+        if once:
+            late = functools.partial(Deferred, late)
+    if plan.sparse:
         served = Served(bindings, tally)
 
         def serve(args: Sequence[Any]) -> Served:
-            return Served(bind_caches(normal, plan, args, parts, config), tally_of(gm, args))
+            caches = bind_caches(normal, plan, args, parts, config, appends)
+            return Served(caches, tally_of(gm, args))
 
         counts = [token_count(normal.graph, sparse.site) for sparse in plan.sparse]
-        variants = Variants(normal, plan, config.pack_gqa, late, counts)
-        decode = DecodeGraph(variants, config, parts, served, serve)
+        variants = Variants(normal, plan, config.pack_gqa, late, counts, appends)
+        grows = growths(normal.graph, appends)
+        decode = DecodeGraph(variants, config, parts, served, serve, grows)
         decode.remember(example_inputs)
-    elif plan.dense:
+    elif plan.dense and not once:
         prefill = all(skip.reason is Reason.PREFILL for skip in plan.dense)
-        what = "a prefill, which is dense" if prefill else "a graph that stays dense"
+        what = _A_PREFILL if prefill else "a graph that stays dense"
         _say_compiling(tally, what, len(plan.dense))
+    running: Any = decode  # what tells how it fares
     compiled: Callable[..., Any]
     if decode is not None:
         compiled = decode
-    elif (
-        config.pack_gqa
-        and not parts
-        and any(site.group > 1 or served_by_attention(site) for site in plan.sites)
-    ):
-        packed, mapping = copy_of(normal)
-        packed = rewrite_dense(packed, plan.on(mapping).sites)
-        compiled = compile_graph(lay_out_first_keys(packed), example_inputs)
     else:
-        compiled = compile_graph(lay_out_first_keys(gm), example_inputs)
+        asked = _asked_in(normal, parts, config)
+        form, outputs = _dense_form(gm, normal, plan, parts, config, asked)
+        form = lay_out_first_keys(form)
+        if once:
+            missed = functools.partial(tally.add, "interpreted_steps")
+            compiled = running = late(form, _A_PREFILL, missed)
+        else:
+            compiled = compile_graph(form, example_inputs)
+        if in_place and (first := first_keys(normal.graph)):
+            compiled = with_room(compiled, first)
+        if asked:  # what was asked of a cache is known by the memory that it leaves in
+            compiled = PrefillGraph(compiled, asked, outputs)
     added = adapters(normal, bindings, example_inputs, parts)
-    record_graph(plan, config, bindings, decode, added)  # last: it may be traced again
+    record_graph(plan, config, bindings, running, added)  # last: it may be traced again
     _say_what_stays_dense(plan, config, tally)
     _say_which_layers_there_are(plan, config, tally)
-    return compiled
+    _say_who_chooses(plan, config, tally, of_model)
+    if plan.sites or plan.dense:
+        note_attention()
+        return compiled
+    return _remarking_on_no_attention(compiled)
+
+
+def _is_called_once(plan: Plan, graph: fx.Graph) -> bool:
+    """Whether a conversation calls the graph once: a prefill, or a step for one length of a cache
+    that grows, as Dynamo traces the first.
+
+    What computes flex_attention is never run as it is: all scores would lie in memory at once.
+    """
+    if any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in graph.nodes):
+        return False
+    if plan.sparse:
+        return any(cache.serves_one_length for cache in plan.caches)
+    if plan.sites or not plan.dense:
+        return False
+    return all(skip.reason is Reason.PREFILL for skip in plan.dense)
 
 
 def _checked(options: dict[str, Any], mode: str | None) -> LokiConfig:
@@ -144,7 +193,8 @@ def _checked(options: dict[str, Any], mode: str | None) -> LokiConfig:
 
 def _say_which_layers_there_are(plan: Plan, config: LokiConfig, tally: Tally) -> None:
     """Says once which layers the options name in vain. One layer's fragment tells nothing."""
-    if len(plan.sites) < 2 or not plan.sparse:
+    left_out = any(skip.reason is Reason.LAYER_OFF for skip in plan.dense)
+    if len(plan.sites) < 2 or not (plan.sparse or left_out):
         return
     sites = list(enumerate(plan.sites))
     for option, words, picks in config.layers_named():
@@ -158,6 +208,25 @@ def _say_which_layers_there_are(plan: Plan, config: LokiConfig, tally: Tally) ->
             )
 
 
+def _say_who_chooses(plan: Plan, config: LokiConfig, tally: Tally, of_model: PlanOfModel) -> None:
+    """Says once what a plan of all layers is for this model."""
+    if config.policy not in PLANS or len(plan.sites) < 2 or not plan.sparse:
+        return
+    numbers = {site.node: site.layer(number) for number, site in enumerate(plan.sites)}
+    chooses = [numbers[s.site.node] for s in plan.sparse if s.source is None]
+    why = "which do is a guess: no plan of `loki tune` is stored for this model"
+    if of_model.found is not None:
+        why = f"as `loki tune` found {of_model.found.created[:10]}"
+    elif config.policy != "tidal":
+        why = "as published, scaled to its depth"
+    say_once(
+        (tally.model, "plan", config.policy),
+        f"{tally.model}: policy={config.policy!r}: layers {shown_ranges(chooses)} choose keys, "
+        f"{len(plan.sparse) - len(chooses)} others read what these chose, {len(plan.dense)} are "
+        f"dense; {why}.",
+    )
+
+
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfig) -> GraphReport:
     """The report of one graph, without compiling it.
 
@@ -165,7 +234,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfi
       ValueError: a basis that does not belong to the model.
     """
     normal, parts = _in_one_form(gm)
-    plan = plan_graph(normal, config)
+    plan = plan_graph(normal, config, PlanOfModel(normal, example_inputs, parts, config))
     bindings = bind_caches(normal, plan, example_inputs, parts, config)
     return describe(plan, config, bindings, adapters(normal, bindings, example_inputs, parts))
 
@@ -182,8 +251,15 @@ def _in_one_form(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Part]]:
     return normal, parts
 
 
-def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
-    """The analysis half of the compiler: what would become of each attention core."""
+def plan_graph(
+    normal: fx.GraphModule, config: LokiConfig, stored: Stored = lambda candidates: None
+) -> Plan:
+    """The analysis half of the compiler: what would become of each attention core. `stored` finds
+    the plan of layers that is stored for the model.
+
+    Raises:
+      ValueError: a policy that has a layer read what no earlier one of the same slots chose.
+    """
     sites, skipped = find_sites(normal.graph)
     if _records_gradients(normal):
         skipped += [Skipped(site.node, Reason.GRAD, (), site.path) for site in sites]
@@ -191,9 +267,57 @@ def plan_graph(normal: fx.GraphModule, config: LokiConfig) -> Plan:
     return make_plan(
         sites,
         skipped,
-        policy=policy_of(config),
+        policy=policy_of(config, stored),
         layers=config.layers,
     )
+
+
+def _dense_form(
+    gm: fx.GraphModule,
+    normal: fx.GraphModule,
+    plan: Plan,
+    parts: Sequence[Part],
+    config: LokiConfig,
+    asked: Sequence[AskedCache],
+) -> tuple[fx.GraphModule, int]:
+    """What is compiled of a graph without a sparse site, and how many outputs are its own: those
+    behind them say what its caches are asked."""
+    own = len(normal.graph.output_node().args[0])  # type: ignore[arg-type]
+    faster = config.pack_gqa and any(x.group > 1 or served_by_attention(x) for x in plan.sites)
+    if parts or not (asked or faster):
+        return gm, own
+    form, mapping = copy_of(normal)
+    if asked:
+        form = add_query_moments(form, remap(asked, mapping))
+    if faster:
+        form = rewrite_dense(form, plan.on(mapping).sites)
+    return form, own
+
+
+def _asked_in(
+    normal: fx.GraphModule, parts: Sequence[Part], config: LokiConfig
+) -> tuple[AskedCache, ...]:
+    """The caches of which prompts' queries are taken note of, for bases that will be fitted."""
+    if config.basis != "auto" or parts or _records_gradients(normal):
+        return ()
+    asked = find_asked(normal.graph)
+    sites = [site for cache in asked for site in cache.sites]
+    # As if each chose for itself: what others will read from, only the steps' graphs tell.
+    choices = policy_of(config)([Candidate(site, None, None) for site in sites])
+    ranked = {
+        site.node
+        for site, choice in zip(sites, choices, strict=True)
+        if choice.ranking is not None and choice.ranking.keeps is Keeps.INDEX
+    }
+    return tuple(cache for cache in asked if any(site.node in ranked for site in cache.sites))
+
+
+def _grows_in_place(normal: fx.GraphModule, config: LokiConfig, mode: str | None) -> bool:
+    """Whether what a graph makes longer may grow in its memory: not in training, nor where CUDA
+    graphs keep addresses from step to step."""
+    options = {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
+    cuda_graphs = options.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
+    return not cuda_graphs and not _records_gradients(normal)
 
 
 def _records_gradients(gm: fx.GraphModule) -> bool:
@@ -218,6 +342,9 @@ def _refusal(plan: Plan) -> str:
             "decodes with a key/value cache, or set strict=False."
         )
     return ""
+
+
+_A_PREFILL = "a prefill, which is dense"
 
 
 def _say_compiling(tally: Tally, what: str, sites: int) -> None:
@@ -252,6 +379,27 @@ def _say_what_stays_dense(plan: Plan, config: LokiConfig, tally: Tally) -> None:
             f"{tally.model}: no attention site of a graph with {len(plan.dense)} became sparse, "
             f"the first since {skip.sentence()}. loki_compile.reports() lists all.",
         )
+
+
+def _remarking_on_no_attention(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph without attention, which says so once where it runs again and no graph had any.
+
+    Its first run tells nothing: where a model falls into several graphs, most of them have none.
+    """
+    calls = 0
+
+    def run(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and not attention_noted():
+            say_once(
+                "no attention",
+                "nothing is sparse: no graph so far holds attention that is recognised. "
+                "docs/coverage.md has the spellings that are.",
+            )
+        return compiled(*args)
+
+    return run
 
 
 def _fakes(gm: fx.GraphModule) -> list[Any]:
@@ -311,7 +459,7 @@ def _autocast_now(gm: fx.GraphModule) -> list[tuple[str, torch.dtype, bool]]:
 
 def _compile_late(
     gm: fx.GraphModule,
-    which: str,
+    what: str,
     missed: Callable[[], None],
     *,
     compile_graph: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
@@ -320,7 +468,7 @@ def _compile_late(
     sites: int,
     autocast: Sequence[tuple[str, torch.dtype, bool]],
 ) -> Variant:
-    """Compiles a variant after Dynamo has returned, under the fake mode it traced with.
+    """Compiles a graph after Dynamo has returned, under the fake mode it traced with.
 
     Private API, checked on torch 2.11 and 2.13: `torch._guards.tracing` and the guards of a
     `ShapeEnv`. Dynamo's guards exist already, so a guard that Inductor adds now must be checked by
@@ -329,7 +477,7 @@ def _compile_late(
     `autocast` is `_autocast_now` of then: whoever traces the graph again takes the casts of
     autocast from the state around it.
     """
-    _say_compiling(tally, f"the {which} variant of a decode graph", sites)
+    _say_compiling(tally, what, sites)
     values = _fakes(gm)
     fake_mode = fake_mode_of(gm.graph)
     shape_env = fake_mode.shape_env
@@ -352,7 +500,11 @@ def _compile_late(
     log.debug("late guards: %s", [guard.expr for guard in added])
     symbols = [v for v in values if isinstance(v, torch.SymInt)]
     places = [i for i, v in enumerate(values) if isinstance(v, torch.SymInt)]
-    code = shape_env.produce_guards_expression(symbols, guards=added)
+    code = shape_env.produce_guards_expression(
+        symbols, guards=list({guard.expr: guard for guard in added}.values())
+    )
+    if code is not None:
+        code = compile(code, "<late guards>", "eval")  # it is evaluated at each call
 
     def run_or_interpret(*args: Any) -> Any:
         sizes = [args[place] for place in places]

@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from loki_compile.buffers import Growth
 from loki_compile.caches import CacheBinding, CacheForm, GivenSize
 from loki_compile.config import LokiConfig
 from loki_compile.counts import say_once
 from loki_compile.kernels.fused import unit_queries
 from loki_compile.kernels.kept import PAGE, Keeps, PageLayout
+from loki_compile.passes.appends import Append, grown_in_place
 from loki_compile.passes.attention import AttentionSite
 from loki_compile.passes.caches import KeyCache
-from loki_compile.passes.calls import fake_value
+from loki_compile.passes.calls import concrete, fake_value
 from loki_compile.passes.graphs import adapters_of, input_of, nearest_matrix, parameter_test
 from loki_compile.passes.plan import Plan
+from loki_compile.passes.rotary import rotated_pairs
 from loki_compile.passes.shared_caches import Part, with_parts
 from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
@@ -32,6 +35,7 @@ def bind_caches(
     example_inputs: Sequence[Any],
     parts: Sequence[Part],
     config: LokiConfig,
+    appends: Sequence[Append] = (),
 ) -> list[CacheBinding]:
     """For each cache of the plan: where it comes in, which weights make its keys, its basis.
 
@@ -44,6 +48,7 @@ def bind_caches(
     is_parameter = parameter_test(gm, example_inputs)
     bindings = []
     blocks: dict[str, tuple[str, ...]] = {}
+    rotations: dict[str, tuple[tuple[int, int], ...]] = {}
     for number, (cache, keeps) in enumerate(zip(plan.caches, plan.keeps, strict=True)):
         site = next(s.site for s in plan.sparse if s.cache == number)
         weight = nearest_matrix(cache.new_keys, is_parameter)
@@ -54,9 +59,10 @@ def bind_caches(
             blocks[weights] = block_fingerprints(matrix, site.head_dim)
         place = places[cache.past]
         dtype = fake_value(cache.past).dtype
+        grown = grown_in_place(cache, appends)
         bindings.append(
             CacheBinding(
-                form=_form(cache),
+                form=_form(cache, in_place=bool(grown)),
                 keeps=keeps,
                 argument=place,
                 part=parts[place - own] if place >= own else None,
@@ -69,7 +75,9 @@ def bind_caches(
                 rest=places[cache.beside.past] if cache.beside is not None else None,
                 latent=site.latent is not None,
                 unit_queries=_unit_queries(site, places),
+                pairs=_pairs(cache, site, is_parameter, rotations) if keeps is Keeps.INDEX else (),
                 layout=PageLayout(PAGE, dtype) if keeps is Keeps.PAGES else None,
+                grown=grown,
             )
         )
     if config.basis != "auto" or bindings:
@@ -98,7 +106,24 @@ def adapters(
     return adapters_of(gm.graph, parameter_test(gm, with_parts(example_inputs, parts)))
 
 
-def _form(cache: KeyCache) -> CacheForm:
+def growths(graph: fx.Graph, appends: Sequence[Append]) -> list[Growth]:
+    """What calls bring and take of each tensor that grows in place."""
+    places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    found = []
+    for append in appends:
+        size = fake_value(append.source).shape[append.axis]
+        count = concrete(size)
+        new: int | GivenSize | None = count
+        if count is None:
+            place = input_of(graph, size)
+            assert place is not None  # the analysis has looked
+            new = GivenSize(place)
+        assert new is not None
+        found.append(Growth(places[append.past], append.output, append.axis, new))
+    return found
+
+
+def _form(cache: KeyCache, in_place: bool) -> CacheForm:
     return CacheForm(
         token_axis=cache.token_axis,
         head_axis=cache.head_axis,
@@ -110,7 +135,25 @@ def _form(cache: KeyCache) -> CacheForm:
         item_bytes=fake_value(cache.past).element_size(),
         output=cache.output,
         rest_output=None if cache.beside is None else cache.beside.output,
+        in_place=in_place,
     )
+
+
+def _pairs(
+    cache: KeyCache,
+    site: AttentionSite,
+    is_parameter: Callable[[fx.Node], bool],
+    known: dict[str, tuple[tuple[int, int], ...]],
+) -> tuple[tuple[int, int], ...]:
+    """The dims of the cache's rows that turn together; () where that cannot be told, or differs
+    between its writes. Of rows that are expanded to keys it is not asked."""
+    if site.latent is not None:
+        return ()
+    found = {
+        rotated_pairs(source, site.tokens, site.head_dim, is_parameter, known)
+        for source in cache.new_keys
+    }
+    return found.pop() if len(found) == 1 else ()
 
 
 def _unit_queries(

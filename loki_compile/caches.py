@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from loki_compile.kernels.fused import keys_by_head
 from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
 from loki_compile.passes.shared_caches import Part
 from loki_compile.pca_store.basis import Basis
+
+if TYPE_CHECKING:
+    from loki_compile.buffers import Buffer, Grown
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class CacheForm:
     or heads and head_dim in one, where `folded`. `rows_apart`: sequences lie along `batch_axis`,
     and there may be several. `replaced`: each step returns a new tensor, at `output`, and at
     `rest_output` the one whose rows continue its rows; it `grows` if that is longer. `written`:
-    steps store into it. `item_bytes`: of one number.
+    steps store into it. `in_place`: it grows in its memory (see `buffers`). `item_bytes`: of one
+    number.
     """
 
     token_axis: int
@@ -49,6 +53,7 @@ class CacheForm:
     item_bytes: int
     output: int | None = None
     rest_output: int | None = None
+    in_place: bool = False
 
     @property
     def replaced(self) -> bool:
@@ -100,13 +105,15 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Cached:
     """One cache as one call brings it: everything below is looked up once.
 
     `past` holds its rows, `rest` those that continue them, if there are any; `holder` is the tensor
     that the caller keeps, `past` itself or one that it is a part of. `stored`: new tokens that the
-    call stores; `queries`: what the rows meet, where that is known before any query.
+    call stores; `queries`: what the rows meet, where that is known before any query. Of a cache
+    that grows in place, `before` is the memory that each of its tensors lies in, None for one that
+    is not ours, and `after` that of the longer ones.
     """
 
     past: Tensor
@@ -115,6 +122,14 @@ class Cached:
     holder: Tensor
     stored: int = 0
     queries: Callable[[], Tensor | None] = lambda: None
+    before: tuple[Buffer | None, ...] = ()
+    after: tuple[Buffer, ...] = ()
+
+    def versions(self) -> tuple[int | None, ...]:
+        """How often each of its tensors was written."""
+        if self.rest is None:
+            return (version_of(self.past),)
+        return version_of(self.past), version_of(self.rest)
 
     def stamps(self) -> tuple[Stamp, ...]:
         """Of its tensors as they are now."""
@@ -167,7 +182,9 @@ class CacheBinding:
     the rank is known, and where nothing is. `latent`: its rows are expanded to
     keys; a set of bases need not hold one for such rows, which `calibrate` may not have seen: it is
     fitted then. `unit_queries` gives, for a call's arguments, what the rows meet, where that is
-    known before any query.
+    known before any query. `pairs` are the dims of its rows that turn together with the position;
+    `fitted` says what the last automatic basis was fitted from, "" before the first. `grown` are
+    the numbers, among what grows in the graph, of its tensors.
     """
 
     form: CacheForm
@@ -183,13 +200,19 @@ class CacheBinding:
     part: Part | None = None
     latent: bool = False
     unit_queries: Callable[[Sequence[Any]], Tensor | None] | None = None
+    pairs: tuple[tuple[int, int], ...] = ()
+    fitted: str = ""
     basis: Basis | None = None
     layout: Layout | None = None
+    grown: tuple[int, ...] = ()
 
-    def at(self, args: Sequence[Any]) -> Cached:
-        """The cache, given the graph's arguments."""
+    def at(self, args: Sequence[Any], grown: Grown | None = None) -> Cached:
+        """The cache, given the graph's arguments, and what grows in this call."""
         count, asks = self.new_tokens, self.unit_queries
-        more = {} if asks is None else {"queries": lambda: asks(args)}
+        more: dict[str, Any] = {} if asks is None else {"queries": lambda: asks(args)}
+        if grown is not None and self.grown:
+            more["before"] = tuple(grown.before[number] for number in self.grown)
+            more["after"] = tuple(grown.after[number] for number in self.grown)
         return Cached(
             past=args[self.argument],
             rest=None if self.rest is None else args[self.rest],
@@ -206,7 +229,7 @@ class CacheBinding:
             return before
         rest = None if form.rest_output is None else outputs[form.rest_output]
         tensor = outputs[form.output]
-        return Cached(tensor, rest, before.token_axis, tensor)
+        return Cached(tensor, rest, before.token_axis, tensor, before=before.after)
 
     @cached_property
     def kin(self) -> tuple[Any, ...]:
@@ -241,7 +264,7 @@ class CacheBinding:
         if self.keeps is not Keeps.INDEX:
             return ""
         if self.basis is None:
-            return "auto (fitted from the keys of each sequence)"
+            return f"auto (fitted to each sequence{', from ' * bool(self.fitted)}{self.fitted})"
         return f"{self.basis.kind}, {self.basis.tokens} tokens"
 
 

@@ -38,7 +38,7 @@ def calibrate(
     batches: Iterable[Tensor | Mapping[str, Any]],
     *,
     calibration: str = "post-rotary",
-    kind: str = "attention",
+    kind: str = "score-optimal",
     rank: int | float = 0.25,
     name: str = "",
     source: str = "",
@@ -46,6 +46,7 @@ def calibrate(
     fit_progress: Callable[[int, int], None] | None = None,
     expect: Callable[[float], None] | None = None,
     partial: str | Path | None = None,
+    refine_seconds: float | None = None,
 ) -> BasisSet:
     """Fits one basis per key cache of a decoder; the model is left as it was.
 
@@ -59,11 +60,14 @@ def calibrate(
             them as long as the contexts you decode: slow rotary dims look constant in short ones.
         calibration: "post-rotary" fits the keys as they are cached; "pre-rotary" the keys before
             the rotary embedding. The basis is applied to cached keys in both cases.
-        kind: "pca" of the keys (the paper's); "score-optimal", which takes the queries into
-            account; or "attention", which is trained to find the keys that are attended, and ranks
-            best. It keeps the prompts' keys in memory until the end (see `AttentionSamples`).
+        kind: "score-optimal", in closed form from the moments of keys and queries, averaged over
+            rotations of rotary pairs as far as every fourth prompt, kept apart, tells for each
+            layer; "pca" of the keys (the paper's); or "attention", which starts from moments and is
+            trained to find the keys that are attended. It keeps all prompts' keys in memory until
+            the end (see `AttentionSamples`), and takes minutes for each layer's one second.
         rank: the columns of an "attention" basis, a count or a fraction of head_dim: the largest
-            `rank` it can be used at. Other kinds hold all head_dim columns.
+            `rank` it can be used at. Other kinds hold all head_dim columns; "score-optimal" is
+            measured at this one.
         name: the model's name, for display and for messages.
         source: what the text is, for display.
         progress: called with the number of tokens of each batch when it is done.
@@ -74,6 +78,8 @@ def calibrate(
             call goes on where one was stopped; as large as what "attention" keeps in memory.
             A file there that is damaged, or does not belong to this very run, is not used, with a
             warning. None: a stop loses everything.
+        refine_seconds: how long the "attention" fits may take together: they have as many steps as
+            fit in, 40 for each layer at least. None: 500 for each.
 
     Returns:
         One basis for each set of key weights, in the order in which the model uses them.
@@ -124,6 +130,8 @@ def calibrate(
             raise ValueError(
                 "found no batches to calibrate with; needs at least one: pass more text."
             )
+        if refine_seconds is not None and kind == "attention":
+            pace.bound(seen, refine_seconds)
         bases = seen.fit(fit_progress, expect, pace, kept)
     finally:
         seen.forget()

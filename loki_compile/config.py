@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from loki_compile.kernels.ops import KEEP_ALL_Q16, Budget
 from loki_compile.pca_store.basis import BasisSet
+from loki_compile.policies.kinds import PLANS, RANKINGS, Kind, kind_of
 
 if TYPE_CHECKING:
     from loki_compile.passes.attention import AttentionSite
 
-# The names of `policies.table`; here, so that options are checked before anything is imported.
-POLICIES = ("loki", "oracle", "window", "quest")
 # Keys: no model of today caches as many.
 _LONGEST = 1 << 30
 
@@ -52,7 +51,7 @@ class LokiConfig:
         for name in options or {}:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
-                hint = f'; did you mean "{near[0]}"?' if near else ""
+                hint = f'; did you mean "{near[0]}"?' if near else "."
                 raise ValueError(
                     f'backend="loki" has no option "{name}"{hint} '
                     f"Use one of: {', '.join(names)}. (Inductor's own go into inductor={{...}}.)"
@@ -115,14 +114,26 @@ class LokiConfig:
             )
         return found
 
-    def policy_for(self, site: AttentionSite, number: int) -> str:
-        """The policy of one site, the `number`-th of its graph: the first entry that names it."""
+    def kind_for(self, site: AttentionSite, number: int) -> Kind:
+        """What the policy has one site do, the `number`-th of its graph: the first entry that names
+        it. Not for plans of all layers."""
         if isinstance(self.policy, str):
-            return self.policy
+            return kind_of(self.policy)
         for layers, name in self.policy.items():
             if site.is_among(_picks(layers), number):
-                return name
-        return "loki"
+                return kind_of(name)
+        return kind_of("loki")
+
+    @property
+    def plan_file(self) -> str:
+        """The path of the plan that `policy` names; "" where it names none."""
+        return self.policy if isinstance(self.policy, str) and _is_file(self.policy) else ""
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """Those that `policy` names for layers; none where it is one name for all."""
+        names = () if isinstance(self.policy, str) else self.policy.values()
+        return [kind_of(name) for name in names]
 
     def layers_named(self) -> list[tuple[str, Any, tuple[int | str, ...]]]:
         """Words by which options call layers: the option, its words, what these stand for."""
@@ -201,7 +212,15 @@ def _names_layers(pick: Any) -> bool:
 
 def _policies(policy: Any) -> None:
     if not isinstance(policy, Mapping):
-        return _policy(policy)
+        if policy not in PLANS and not (isinstance(policy, str) and _is_file(policy)):
+            alone = kind_of(policy)
+            if alone.reuse or alone.dense:
+                raise ValueError(
+                    f"policy={policy!r} is for some layers: needs a dict, such as "
+                    '{"0-1": "dense", 2: "loki", "*": "reuse"}, or one of '
+                    f"{', '.join(map(repr, (*RANKINGS, *PLANS)))}."
+                )
+        return
     for layers, name in policy.items():
         many = layers if isinstance(layers, tuple) else (layers,)
         if not many or not all(_names_layers(pick) for pick in many):
@@ -209,18 +228,17 @@ def _policies(policy: Any) -> None:
                 f'policy={{{layers!r}: ...}}: needs layer numbers, ranges such as "0-3", or '
                 'module path patterns such as "model.layers.1*".'
             )
-        _policy(name)
-    return None
+        kind = kind_of(name)
+        numbers = [pick for pick in _picks(layers) if isinstance(pick, int)]
+        if kind.source is not None and numbers and min(numbers) <= kind.source:
+            raise ValueError(
+                f"policy={{{layers!r}: {name!r}}}: layer {min(numbers)} cannot read what layer "
+                f"{kind.source} chose, which does not lie before it: name an earlier layer."
+            )
 
 
-def _policy(name: Any) -> None:
-    if name not in POLICIES:
-        near = difflib.get_close_matches(str(name), POLICIES, n=1)
-        hint = f'; did you mean "{near[0]}"?' if near else ";"
-        raise ValueError(
-            f"policy={name!r}: there is none of that name{hint} needs one of "
-            f"{', '.join(map(repr, POLICIES))}, or a dict from layers to these."
-        )
+def _is_file(policy: str) -> bool:
+    return policy.endswith(".json")
 
 
 def _inductor_options(given: dict[str, Any]) -> None:

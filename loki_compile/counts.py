@@ -42,6 +42,7 @@ _tallies: dict[str, Tally] = {}
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _said: set[Any] = set()
 _bytes_now = _bytes_most = 0
+_attention = False
 
 
 class Tally:
@@ -161,5 +162,17 @@ def say_once(key: Any, sentence: str | Callable[[], str]) -> None:
 
 def forget_notices() -> None:
     """What was said may be said again."""
+    global _attention
     with _lock:
         _said.clear()
+        _attention = False
+
+
+def note_attention() -> None:
+    """Some graph of the process holds attention, sparse or not."""
+    global _attention
+    _attention = True
+
+
+def attention_noted() -> bool:
+    return _attention

@@ -24,6 +24,7 @@ from loki_compile.kernels.fused import project_new_keys
 from loki_compile.kernels.kept import IndexLayout
 from loki_compile.pca_store.basis import Basis
 from loki_compile.pca_store.covariance import KeyCovariance
+from loki_compile.prompts import Asked, asked_of
 
 if TYPE_CHECKING:
     from loki_compile.indexes import IndexRecord
@@ -66,11 +67,13 @@ class BoundBasis:
 
 @dataclass(frozen=True)
 class Fit:
-    """An automatic basis of a cache, or one for each of its sequences, and how many tokens it held
-    when they were fitted."""
+    """An automatic basis of a cache, or one for each of its sequences, how many tokens it held when
+    they were fitted, what its prompt had asked, where that was seen; and in words from what."""
 
     bases: tuple[Basis, ...]
     tokens: int
+    asked: Asked | None = None
+    origin: str = ""
 
     def bound(self, layout: IndexLayout, device: torch.device) -> BoundBasis:
         """What a graph takes for an index of this layout."""
@@ -120,9 +123,23 @@ def basis_for(
         known = old.fit if _mirrors_still(binding, cached, old, tokens) else None
     if known is not None and tokens < FIT_AGAIN * known.tokens:
         return known
-    bases = _fit(binding, cached, tokens, seen())
+    asked = asked_of(binding, cached)
+    if asked is not None:
+        asked = asked.at_rest()
+    elif known is not None:
+        asked = known.asked
+    bases = _fit(binding, cached, tokens, seen(), asked)
     tally.add("fitted_bases")
-    return Fit(bases, tokens)
+    binding.fitted = _origin(binding, asked)
+    return Fit(bases, tokens, asked, binding.fitted)
+
+
+def _origin(binding: CacheBinding, asked: Asked | None) -> str:
+    """What an automatic basis was fitted from, for reports."""
+    if binding.latent:
+        return "the keys, for all queries there can be"
+    queries = "the prompt's queries and the keys" if asked is not None else "the keys alone"
+    return f"{queries}, over rotations" if binding.pairs else queries
 
 
 def remember(binding: CacheBinding, left: Cached, fit: Fit) -> Origin:
@@ -181,13 +198,15 @@ def _mirrors_still(binding: CacheBinding, cached: Cached, old: IndexRecord, toke
 
 
 def _fit(
-    binding: CacheBinding, cached: Cached, tokens: int, seen: Tensor | None
+    binding: CacheBinding, cached: Cached, tokens: int, seen: Tensor | None, asked: Asked | None
 ) -> tuple[Basis, ...]:
-    """PCA of the first `tokens` keys in a cache, for each sequence of those that it sees; the new
+    """From the first `tokens` keys in a cache, for each sequence from those that it sees; the new
     keys are not in it yet. One for all sequences where these do not lie along a dimension.
 
-    Rows that are expanded to keys are fitted for the scores of the queries that are known, which is
-    PCA of what they expand to: dims of a row count as far as heads read them.
+    It is the score-optimal pair for what the prompt has asked, and PCA of the keys where that was
+    not seen; both of moments over all rotations, where the position turns dims. Rows that are
+    expanded to keys are fitted for the scores of the queries that are known, which is PCA of what
+    they expand to: dims of a row count as far as heads read them.
     """
     form, device = binding.form, cached.past.device
     if seen is not None:
@@ -208,15 +227,26 @@ def _fit(
     if not form.rows_apart:
         groups = [slice(None)]
     return tuple(
-        _fit_rows(binding, heads[rows], None if seen is None else seen[rows], queries)
+        _fit_rows(
+            binding,
+            heads[rows],
+            None if seen is None else seen[rows],
+            queries,
+            None if asked is None else asked.of(rows, len(heads)),
+        )
         for rows in groups
     )
 
 
 def _fit_rows(
-    binding: CacheBinding, keys: Tensor, seen: Tensor | None, queries: Tensor | None
+    binding: CacheBinding,
+    keys: Tensor,
+    seen: Tensor | None,
+    queries: Tensor | None,
+    asked: tuple[Tensor, Tensor] | None,
 ) -> Basis:
-    """The basis of keys (B, Hkv, N, D), those that are `seen` (B, N)."""
+    """The basis of keys (B, Hkv, N, D), those that are `seen` (B, N), for queries, or for sums of
+    them."""
     moments = KeyCovariance(binding.kv_heads, binding.head_dim)
     if queries is None:
         moments.update(keys, None, seen)
@@ -226,7 +256,11 @@ def _fit_rows(
             moments.update(keys[row : row + 1], asks, None if seen is None else seen[row : row + 1])
     if not moments.tokens:  # a sequence that sees nothing ranks nothing
         return _any_basis(binding)
-    fitted = moments.pca if queries is None else moments.score_optimal
+    if asked is not None and queries is None and float(asked[1]) > 0:
+        moments.add_query_moment(*asked)
+    if binding.pairs:
+        moments = moments.over_rotations(binding.pairs)
+    fitted = moments.score_optimal if moments.queries else moments.pca
     return fitted(weights=binding.weights, layer=binding.layer)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from loki_compile import fits
+from loki_compile.buffers import Buffer, all_buffers, buffer_of
 from loki_compile.builds import Build, Watch
 from loki_compile.caches import CacheBinding, Cached, Stamp, tokens_before, version_of
 from loki_compile.counts import Tally, hold_bytes
@@ -61,6 +62,13 @@ class IndexRecord:
     as_it_was: bool = True
     witness: Witness | None = None
     origin: Origin | None = None
+    # Of a cache that grows in place, whose index does so too: its tensors have room, `axis` is that
+    # of their rows, one for `every` so many tokens. They belong to the memory of the cache, at
+    # these versions, and to that of the tensor `beside` it, as far as `filled`.
+    axis: int = -1
+    every: int = 1
+    versions: tuple[int | None, ...] = ()
+    beside: tuple[Buffer | None, ...] = ()
     bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,12 +78,42 @@ class IndexRecord:
     def __del__(self) -> None:
         hold_bytes(-self.bytes)
 
-    @property
-    def inputs(self) -> list[Tensor]:
-        """What a graph takes for it: its tensors, and the basis that new keys are projected by."""
+    def inputs(self, tokens: int) -> list[Tensor]:
+        """What a graph takes for it: its tensors, those with room as long as it is behind a step
+        that leaves so many `tokens`, and the basis that new keys are projected by."""
+        tensors = self.tensors if self.axis < 0 else self.rows_of(tokens)
         if self.bound is None:
-            return self.tensors
-        return [*self.tensors, self.bound.key, self.bound.query]
+            return tensors
+        return [*tensors, self.bound.key, self.bound.query]
+
+    def rows_of(self, tokens: int) -> list[Tensor]:
+        """The rows of the first tokens, of each tensor that has room."""
+        rows = -(-tokens // self.every)
+        views = []
+        for tensor in self.tensors:
+            sizes = list(tensor.shape)
+            sizes[self.axis] = rows
+            views.append(tensor.as_strided(sizes, tensor.stride()))
+        return views
+
+    def cut(self, tokens: int) -> None:
+        """No rows behind so many tokens are true any more: others will be written there."""
+        self.filled = min(self.filled, tokens)
+
+    def moved(self, capacity: int, tokens: int) -> IndexRecord:
+        """The same of the first tokens, in memory of its own."""
+        rows = -(-tokens // self.every)
+        tensors = []
+        for tensor in self.tensors:
+            sizes = list(tensor.shape)
+            sizes[self.axis] = -(-capacity // self.every)
+            new = tensor.new_empty(sizes)
+            new.narrow(self.axis, 0, rows).copy_(tensor.narrow(self.axis, 0, rows))
+            tensors.append(new)
+        return IndexRecord(
+            tensors, (), tokens, self.layout, self.build, self.bound, self.fit,
+            axis=self.axis, every=self.every,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +144,9 @@ def indexes_of(tensor: Tensor, beside: Tensor | None = None) -> list[TensorIndex
       beside: the tensor whose rows continue those of `tensor` (cached latents), if there is one.
     """
     now = Cached(tensor, beside, 0, tensor)
+    buffer = buffer_of(tensor)
+    if buffer is not None and buffer.kept:
+        return [_in_place(record, now, buffer) for record in buffer.kept.values()]
     with _lock:
         records = dict(_indexes.get(tensor, {}))
     found = []
@@ -125,6 +166,15 @@ def indexes_of(tensor: Tensor, beside: Tensor | None = None) -> list[TensorIndex
     return found
 
 
+def _in_place(record: IndexRecord, now: Cached, buffer: Buffer) -> TensorIndex:
+    tokens = now.past.shape[buffer.axis]
+    valid = record.as_it_was and record.filled >= tokens and now.versions() == record.versions
+    return TensorIndex(
+        tuple(record.rows_of(tokens)), valid, record.bound, record.fit is not None,
+        record.layout, (), min(record.filled, tokens),
+    )  # fmt: skip
+
+
 # --- whether an index still belongs to its cache
 
 
@@ -134,10 +184,19 @@ def find(binding: CacheBinding, cached: Cached) -> IndexRecord | None:
     A binding that does not know its layout yet takes that of an index which another graph made.
     """
     with _lock:
-        held: dict[Any, IndexRecord] = _indexes.get(cached.holder, {})
+        held = _held(binding, cached)
         if binding.layout is None:
             binding.layout = next(_fitted_layouts(binding, held), None)
         return held.get(binding.identity)
+
+
+def _held(binding: CacheBinding, cached: Cached) -> dict[Any, IndexRecord]:
+    """What is kept of a cache, by what tells one index from another."""
+    if not binding.form.in_place:
+        held: dict[Any, IndexRecord] = _indexes.get(cached.holder, {})
+        return held
+    memory = cached.before[0] if cached.before else None
+    return {} if memory is None else memory.kept
 
 
 def _fitted_layouts(binding: CacheBinding, held: Iterable[Any]) -> Iterator[IndexLayout]:
@@ -149,7 +208,7 @@ def _fitted_layouts(binding: CacheBinding, held: Iterable[Any]) -> Iterator[Inde
 def take_highest_rank(binding: CacheBinding, cached: Cached) -> None:
     """Where a spectrum decides the rank, graphs that share a cache agree on the highest."""
     with _lock:
-        layouts = list(_fitted_layouts(binding, _indexes.get(cached.holder, {})))
+        layouts = list(_fitted_layouts(binding, _held(binding, cached)))
     now = binding.layout
     assert now is None or isinstance(now, IndexLayout)
     for layout in layouts:
@@ -163,6 +222,13 @@ def is_true(binding: CacheBinding, cached: Cached, record: IndexRecord, filled: 
 
     `filled` tokens will be there behind this step.
     """
+    if binding.form.in_place:
+        return (
+            record.as_it_was
+            and record.filled >= cached.slots
+            and record.beside == cached.before[1:]
+            and record.versions == cached.versions()
+        )
     if not record.as_it_was or not cached.is_as(record.stamps):
         return False
     form = binding.form
@@ -210,7 +276,8 @@ def build(
       dtype: of an index; None: the cache's.
       seen: which tokens each sequence sees behind this step, bool (B, T); None: all.
     """
-    if old is not None:
+    form = binding.form
+    if old is not None and not form.in_place:
         old.as_it_was = False  # its memory is written over, and that may fail half way
     fit = bound = None
     if isinstance(binding.layout, PageLayout):
@@ -219,9 +286,17 @@ def build(
         layout, bound, fit = _basis(binding, cached, old, filled, rank, dtype, seen, tally)
         binding.layout = layout
         tensors = _project(binding, cached, bound, layout, old)
-    record = IndexRecord(tensors, cached.stamps(), filled, binding.layout, made, bound, fit)
+    if form.in_place:
+        axis, every = form.token_axis, 1
+        if isinstance(binding.layout, PageLayout):
+            axis, every = 2, binding.layout.page
+        record = IndexRecord(
+            tensors, (), cached.slots, binding.layout, made, bound, fit, axis=axis, every=every
+        )
+    else:
+        record = IndexRecord(tensors, cached.stamps(), filled, binding.layout, made, bound, fit)
     with _lock:
-        held = _indexes.setdefault(cached.holder, {})
+        held = cached.after[0].kept if form.in_place else _indexes.setdefault(cached.holder, {})
         if isinstance(rank, str) and isinstance(
             binding.layout, IndexLayout
         ):  # of lower rank than this one, and never looked for again
@@ -265,7 +340,8 @@ def _bounds(binding: CacheBinding, cached: Cached, layout: PageLayout, filled: i
     """
     form, tokens = binding.form, max(0, tokens_before(cached, filled))
     bounds = page_bounds(form.heads_first(cached.narrow(0, tokens), binding.kv_heads), layout.page)
-    pages = -(-cached.slots // layout.page)
+    slots = cached.after[0].capacity if form.in_place else cached.slots
+    pages = -(-slots // layout.page)
     if bounds.shape[2] < pages:
         missing = pages - bounds.shape[2]
         bounds = torch.nn.functional.pad(bounds, (0, 0, 0, missing))
@@ -283,7 +359,10 @@ def _project(
     form, past = binding.form, cached.past
     dtypes = [layout.dtype, torch.float32][: layout.parts]
     each = binding.kv_heads if form.folded else 1
-    shapes = [[*past.shape[:-1], width] for width in (each * layout.rank, each)][: layout.parts]
+    sizes = list(past.shape[:-1])
+    if form.in_place:
+        sizes[form.token_axis] = cached.after[0].capacity
+    shapes = [[*sizes, width] for width in (each * layout.rank, each)][: layout.parts]
     again = old is not None and not form.replaced
     if again and [list(x.shape) for x in old.tensors] == shapes and old.layout == layout:  # type: ignore[union-attr]
         tensors = old.tensors  # type: ignore[union-attr]
@@ -306,6 +385,18 @@ def _project(
     return tensors
 
 
+def carry_over(binding: CacheBinding, cached: Cached, record: IndexRecord) -> IndexRecord:
+    """An index that is true, for the memory that its cache grows in: the same, or what it says of
+    the cache's tokens, copied."""
+    before, after = cached.before[0], cached.after[0]
+    if before is after:
+        return record
+    record = record.moved(after.capacity, cached.slots)
+    with _lock:
+        after.kept[binding.identity] = record
+    return record
+
+
 # --- behind a step
 
 
@@ -313,6 +404,16 @@ def adopt(
     binding: CacheBinding, left: Cached, tensors: list[Tensor], used: IndexRecord, filled: int
 ) -> IndexRecord:
     """Ties an index to the cache tensor that a step has left behind."""
+    if binding.form.in_place:
+        used.filled = filled
+        used.versions = left.versions()
+        used.beside = left.before[1:]
+        if used.fit is not None:
+            if used.origin is None:
+                used.origin = fits.remember(binding, left, used.fit)
+            used.origin.version = used.versions[0]
+        used.as_it_was = True
+        return used
     if not binding.form.replaced:
         used.filled = filled
         for stamp, tensor in zip(used.stamps, (left.past, left.rest), strict=False):
@@ -359,12 +460,12 @@ def forget(bindings: Iterable[CacheBinding], caches: Iterable[Cached]) -> None:
     """Gives back the memory of the indexes that these bindings would find for these caches."""
     with _lock:
         for binding, cached in zip(bindings, caches, strict=True):
-            _indexes.get(cached.holder, {}).pop(binding.identity, None)
+            _held(binding, cached).pop(binding.identity, None)
 
 
 def forget_all(watch: Watch) -> None:
     """Gives back the memory of all indexes that calls of one graph have built."""
     with _lock:
-        for held in list(_indexes.values()):
+        for held in [*_indexes.values(), *(buffer.kept for buffer in all_buffers())]:
             for identity in [key for key, record in held.items() if record.build.watch is watch]:
                 del held[identity]

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -19,15 +19,19 @@ from loki_compile.passes.emit import insert_rows
 from loki_compile.passes.graphs import nearest_matrix, parameter_test
 from loki_compile.passes.latent import over_rows
 from loki_compile.passes.normalize import normalize
-from loki_compile.passes.rotary import Unrotated, before_rotation
+from loki_compile.passes.rotary import Unrotated, before_rotation, rotated_pairs
 from loki_compile.passes.sites import find_sites
 from loki_compile.pca_store.attention_fit import STEPS, AttentionSamples
 from loki_compile.pca_store.basis import Basis
 from loki_compile.pca_store.covariance import KeyCovariance
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
+from loki_compile.pca_store.score_fit import ScoreSamples
 
 if TYPE_CHECKING:
     from loki_compile.progress import Kept, Pace
+
+
+Samples: TypeAlias = KeyCovariance | ScoreSamples | AttentionSamples
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Observed:
     keys: _Tap
     queries: tuple[_Tap, ...]
     cores: tuple[fx.Node, ...]
+    pairs: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
@@ -76,7 +81,9 @@ class Seen:
     pre_rotary: bool
     kind: str
     rank: int | float
-    held: dict[tuple[str, int], KeyCovariance | AttentionSamples] = field(default_factory=dict)
+    steps: int = STEPS  # of each "attention" fit
+    held: dict[tuple[str, int], Samples] = field(default_factory=dict)
+    pairs: dict[tuple[str, int], tuple[tuple[int, int], ...]] = field(default_factory=dict)
     scales: dict[tuple[str, int], float] = field(default_factory=dict)
     head_dims: dict[tuple[str, int], int] = field(default_factory=dict)
     layers: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -117,65 +124,77 @@ class Seen:
         return run
 
     def _caches(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Observed]:
-        sites, skipped = find_sites(gm.graph, max_query_tokens=None)
-        for skip in skipped:
-            self.reasons[f"{skip.path or skip.node.name}: {skip.sentence()}"] = None
         is_parameter = parameter_test(gm, example_inputs)
-        by_keys: dict[fx.Node, list[AttentionSite]] = {}
-        writes = writes_of(gm.graph) if sites else []
-        made_of: dict[fx.Node, fx.Node] = {}
-        for site in sites:
-            latent = over_rows(site, writes)
-            # What decoding ranks are the rows that it will cache. Without a part that all heads
-            # share, plain keys look the same: linear maps of hidden states.
-            if latent is not None and latent.latent is not None and latent.latent.kept:
-                query, rows = insert_rows(gm.graph, latent)
-                made_of[rows] = latent.key.base
-                heads = Heads(rows, (0, 1, 2, 3), latent.group)
-                core = dataclasses.replace(latent.core, query_layout=QUERIES)
-                site = dataclasses.replace(latent, core=core, query=query, key=heads)
-            by_keys.setdefault(site.key.base, []).append(site)
         uses: dict[str, int] = {}
+        rotations: dict[str, tuple[tuple[int, int], ...]] = {}
         caches = []
-        for base, readers in by_keys.items():
-            site = readers[0]
-            weight = nearest_matrix([made_of.get(base, base)], is_parameter)
-            if weight is None:
-                where = site.path or site.node.name
-                self.reasons[f"{where}: no weight matrix is behind its keys"] = None
-                continue
-            matrix = _input(gm, example_inputs, weight)
-            fingerprint = weights_fingerprint(matrix)
-            if not fingerprint:
-                where = site.path or site.node.name
-                self.reasons[f"{where}: its weights ({type(matrix).__name__}) cannot be read"] = (
-                    None
-                )
+        for base, (source, readers) in self._keys_read(gm).items():
+            weight, site = nearest_matrix([source], is_parameter), readers[0]
+            matrix = None if weight is None else _input(gm, example_inputs, weight)
+            fingerprint = "" if matrix is None else weights_fingerprint(matrix)
+            if matrix is None or not fingerprint:
+                why = "no weight matrix is behind its keys"
+                if matrix is not None:
+                    why = f"its weights ({type(matrix).__name__}) cannot be read"
+                self.reasons[f"{site.path or site.node.name}: {why}"] = None
                 continue
             self.blocks[fingerprint] = block_fingerprints(matrix, site.head_dim)
             occurrence = uses.get(fingerprint, 0)
             uses[fingerprint] = occurrence + 1
-            caches.append(
-                Observed(
-                    identity=(fingerprint, occurrence),
-                    layer=site.path,
-                    kv_heads=site.kv_heads,
-                    head_dim=site.head_dim,
-                    scale=site.scale,
-                    keys=self._tap(base, site.key.order[2], is_parameter, heads=site.key),
-                    queries=tuple(
-                        self._tap(
-                            s.query,
-                            s.core.query_layout.index("s") if "s" in s.core.query_layout else None,
-                            is_parameter,
-                            layout=s.core.query_layout,
-                        )
-                        for s in readers
-                    ),
-                    cores=tuple(s.node for s in readers),
-                )
-            )
+            pairs: tuple[tuple[int, int], ...] = ()
+            if source is base:  # rows of a latent are put together of what is rotated and not
+                pairs = rotated_pairs(base, site.tokens, site.head_dim, is_parameter, rotations)
+            identity = fingerprint, occurrence
+            caches.append(self._observed(identity, base, readers, is_parameter, pairs))
         return caches
+
+    def _keys_read(self, gm: fx.GraphModule) -> dict[fx.Node, tuple[fx.Node, list[AttentionSite]]]:
+        """The sites of a graph by the keys that they read, and what those are made of. Of a latent,
+        the rows that decoding will cache are put together in the graph."""
+        sites, skipped = find_sites(gm.graph, max_query_tokens=None)
+        for skip in skipped:
+            self.reasons[f"{skip.path or skip.node.name}: {skip.sentence()}"] = None
+        writes = writes_of(gm.graph) if sites else []
+        read: dict[fx.Node, tuple[fx.Node, list[AttentionSite]]] = {}
+        for site in sites:
+            latent = over_rows(site, writes)
+            source = site.key.base
+            # What decoding ranks are the rows that it will cache. Without a part that all heads
+            # share, plain keys look the same: linear maps of hidden states.
+            if latent is not None and latent.latent is not None and latent.latent.kept:
+                query, rows = insert_rows(gm.graph, latent)
+                source = latent.key.base
+                heads = Heads(rows, (0, 1, 2, 3), latent.group)
+                core = dataclasses.replace(latent.core, query_layout=QUERIES)
+                site = dataclasses.replace(latent, core=core, query=query, key=heads)
+            read.setdefault(site.key.base, (source, []))[1].append(site)
+        return read
+
+    def _observed(
+        self,
+        identity: tuple[str, int],
+        base: fx.Node,
+        readers: list[AttentionSite],
+        is_parameter: Callable[[fx.Node], bool],
+        pairs: tuple[tuple[int, int], ...],
+    ) -> Observed:
+        site = readers[0]
+        layouts = [reader.core.query_layout for reader in readers]
+        tokens = [layout.index("s") if "s" in layout else None for layout in layouts]
+        return Observed(
+            identity=identity,
+            layer=site.path,
+            kv_heads=site.kv_heads,
+            head_dim=site.head_dim,
+            scale=site.scale,
+            keys=self._tap(base, site.key.order[2], is_parameter, heads=site.key),
+            queries=tuple(
+                self._tap(reader.query, axis, is_parameter, layout=layout)
+                for reader, axis, layout in zip(readers, tokens, layouts, strict=True)
+            ),
+            cores=tuple(reader.node for reader in readers),
+            pairs=pairs,
+        )
 
     def _tap(
         self,
@@ -206,6 +225,7 @@ class Seen:
             self.layers[cache.identity] = cache.layer
             self.scales[cache.identity] = cache.scale
             self.head_dims[cache.identity] = cache.head_dim
+            self.pairs[cache.identity] = cache.pairs
         groups = [q.unflatten(1, (cache.kv_heads, -1)) for q in queries]
         together = torch.cat(groups, 2).flatten(1, 2)
         mask = self.mask
@@ -217,13 +237,22 @@ class Seen:
         held.update(keys, together, mask)
         self.in_batch += 1
 
-    def _empty(self, cache: Observed) -> KeyCovariance | AttentionSamples:
+    def _empty(self, cache: Observed) -> Samples:
+        return self.empty(cache.kv_heads, cache.head_dim, cache.scale, cache.pairs)
+
+    def empty(
+        self, kv_heads: int, head_dim: int, scale: float, pairs: Sequence[tuple[int, int]]
+    ) -> Samples:
+        """What takes in one cache's keys and queries, for the kind that is fitted."""
         if self.kind == "attention":
-            return AttentionSamples(cache.kv_heads, cache.head_dim, scale=cache.scale)
-        return KeyCovariance(cache.kv_heads, cache.head_dim)
+            return AttentionSamples(kv_heads, head_dim, scale=scale)
+        if self.kind == "score-optimal" and not self.pre_rotary:
+            return ScoreSamples(kv_heads, head_dim, scale=scale, pairs=pairs)
+        return KeyCovariance(kv_heads, head_dim)
 
     def columns(self, identity: tuple[str, int]) -> int:
-        """Of an "attention" basis; a count above head_dim is head_dim, for layers may differ."""
+        """Of an "attention" basis, and where others are measured; a count above head_dim is
+        head_dim, for layers may differ."""
         return columns_of(self.rank, self.head_dims[identity])
 
     def fit(
@@ -235,7 +264,7 @@ class Seen:
     ) -> tuple[Basis, ...]:
         """A basis of each cache, in the order of first sight; what was seen of it is given up."""
         bases: list[Basis] = []
-        total = STEPS * len(self.layers)
+        total = self.steps * len(self.layers)
         if expect is not None:
             pace.probe(self)
         pace.begin_fitting(total)
@@ -255,11 +284,14 @@ class Seen:
             if held is None:  # an earlier run has fitted it
                 assert kept is not None
                 bases.append(kept.fitted[number])
-                pace.skip(STEPS)
+                pace.skip(self.steps)
             elif isinstance(held, AttentionSamples):
-                bases.append(held.fit(self.columns(identity), **origin, progress=step))
+                columns = self.columns(identity)
+                bases.append(held.fit(columns, **origin, progress=step, steps=self.steps))
                 if kept is not None:
                     kept.keep_basis(bases[-1], number)
+            elif isinstance(held, ScoreSamples):
+                bases.append(held.fit(self.columns(identity), **origin))
             else:
                 bases.append(
                     held.pca(**origin) if self.kind == "pca" else held.score_optimal(**origin)

@@ -25,6 +25,8 @@ log = logging.getLogger("loki_compile")
 
 # Of a fit, beside its steps: the scores of where it begins and ends, in steps.
 _STEPS_BESIDE = 12
+# Fewer steps than this end where they began.
+LEAST_STEPS = 40
 
 
 class Pace:
@@ -54,6 +56,13 @@ class Pace:
                 self.step_seconds = held.seconds_per_step(seen.columns(identity))
                 break
 
+    def bound(self, seen: Seen, seconds: float) -> None:
+        """Gives the "attention" fits so many steps that they end within so many seconds."""
+        self.probe(seen)
+        each = len(seen.held) * (self.step_seconds or 0.0)
+        within = int(seconds / each) - _STEPS_BESIDE if each > 0 else STEPS
+        seen.steps = max(LEAST_STEPS, min(STEPS, within))
+
     def begin_fitting(self, steps: int) -> None:
         self.steps_left = steps
         self._begun = time.perf_counter()
@@ -67,10 +76,11 @@ class Pace:
 
     def left(self, seen: Seen) -> float:
         seconds = self.tokens_left * self.reading / max(self.tokens_read, 1)
-        each = (self.step_seconds or 0.0) * (STEPS + _STEPS_BESIDE) / STEPS
+        steps = seen.steps
+        each = (self.step_seconds or 0.0) * (steps + _STEPS_BESIDE) / steps
         if self._begun is None:
-            return seconds + len(seen.held) * STEPS * each
-        if self._steps_done >= STEPS // 10:
+            return seconds + len(seen.held) * steps * each
+        if self._steps_done >= steps // 10:
             each = (time.perf_counter() - self._begun) / self._steps_done
         return self.steps_left * each
 
@@ -99,6 +109,7 @@ class Kept:
                 seen.layers,
                 seen.scales,
                 seen.head_dims,
+                seen.pairs,
                 seen.blocks,
                 self.fitted,
             ):
@@ -115,7 +126,7 @@ class Kept:
     def _restore(self, seen: Seen) -> int:
         moments, record = self.files.read("seen")
         prompts: dict[int, list[dict[str, Tensor]]] = {}
-        for number, (weights, occurrence, layer, kv_heads, head_dim, scale) in enumerate(
+        for number, (weights, occurrence, layer, kv_heads, head_dim, scale, pairs) in enumerate(
             record["caches"]
         ):
             identity = (weights, occurrence)
@@ -125,11 +136,10 @@ class Kept:
                 self.fitted[number] = self._basis(number)
                 continue
             prompts[number] = []
-            if seen.kind == "attention":
-                seen.held[identity] = AttentionSamples(kv_heads, head_dim, scale=scale)
-            else:
-                seen.held[identity] = KeyCovariance(kv_heads, head_dim)
-        if seen.kind == "attention" and prompts:
+            seen.pairs[identity] = tuple((a, b) for a, b in pairs)
+            seen.held[identity] = seen.empty(kv_heads, head_dim, scale, seen.pairs[identity])
+        keeps_prompts = not any(isinstance(x, KeyCovariance) for x in seen.held.values())
+        if keeps_prompts and prompts:
             for batch in range(record["done"]):
                 tensors, counts = self.files.read(
                     f"chunk-{batch}", lambda name: int(name.split(".")[0]) in prompts
@@ -149,11 +159,11 @@ class Kept:
                 for name, value in moments.items()
                 if name.partition(".")[0] == str(number)
             }
-            if isinstance(held, AttentionSamples):
+            if isinstance(held, KeyCovariance):
+                held.restore(state)
+            else:
                 held.restore(state, prompts[number])
                 self._prompts[identity] = held.prompts
-            else:
-                held.restore(state)
         seen.per_batch = record["per_batch"]
         seen.blocks = {weights: tuple(blocks) for weights, blocks in record["blocks"].items()}
         return int(record["done"])
@@ -164,7 +174,7 @@ class Kept:
         moments: dict[str, Tensor] = {}
         counts, caches = [], []
         for place, (identity, held) in enumerate(seen.held.items()):
-            if isinstance(held, AttentionSamples):
+            if not isinstance(held, KeyCovariance):
                 first = self._prompts.get(identity, 0)
                 counts.append(held.prompts - first)
                 for row in range(held.prompts - first):
@@ -172,8 +182,13 @@ class Kept:
                         tensors[f"{place}.{row}.{name}"] = value
                 self._prompts[identity] = held.prompts
             moments |= {f"{place}.{name}": value for name, value in held.state().items()}
-            kv_heads = (held.moments if isinstance(held, AttentionSamples) else held).num_kv_heads
-            shape = (kv_heads, seen.head_dims[identity], seen.scales[identity])
+            kv_heads = (held if isinstance(held, KeyCovariance) else held.moments).num_kv_heads
+            shape = (
+                kv_heads,
+                seen.head_dims[identity],
+                seen.scales[identity],
+                seen.pairs[identity],
+            )
             caches.append((*identity, seen.layers[identity], *shape))
         record = {"done": number + 1, "per_batch": seen.per_batch, "caches": caches}
         record["blocks"] = seen.blocks

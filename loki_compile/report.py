@@ -10,22 +10,34 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch._dynamo.utils import counters
 from torch._logging import trace_structured
 
 from loki_compile.kernels.kept import Keeps, PageLayout
+from loki_compile.passes.attention import Reason
 
 if TYPE_CHECKING:
     from loki_compile.caches import CacheBinding
     from loki_compile.config import LokiConfig
-    from loki_compile.passes.plan import Plan
-    from loki_compile.runtime import DecodeGraph
+    from loki_compile.passes.plan import Plan, SparseSite
 
 log = logging.getLogger("loki_compile")
 
 _KEPT_GRAPHS = 256
+
+
+class Running(Protocol):
+    """The function of a graph that can tell how it fares."""
+
+    gave_up: str | None
+
+    def state(self) -> str:
+        """What differs now from the plan, in words: "" if nothing does."""
+
+    def fitted_bases(self) -> dict[str, str]:
+        """Of each site whose cache has an automatic basis, by its path: what it was fitted from."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,8 @@ class SiteReport:
     the section of this project's documents that says what would have to change.
     Heads and dims are counts; index_bytes_per_token is what the key index costs per cached token
     in the cache's own dtype (None where dense); basis tells where the projection comes from; note
-    is what one should know of the kernels that serve its device, mostly ""; policy chooses keys.
+    is what one should know of its policy and of the kernels that serve its device, mostly "";
+    policy chooses keys, or says whose choice is read; reads is the path of the site whose it is.
     """
 
     path: str
@@ -52,6 +65,7 @@ class SiteReport:
     note: str = ""
     see: str = ""
     policy: str = ""
+    reads: str = ""
 
 
 @dataclass(frozen=True)
@@ -195,11 +209,11 @@ def _by_layer(sites: Sequence[SiteReport]) -> list[tuple[list[SiteReport], str]]
     match = list(_NUMBER.finditer(sites[0].path))[at]
     before, after = sites[0].path[: match.start()], sites[0].path[match.end() :]
     kind = before.rstrip(".").rpartition(".")[2] or "layers"
-    shown = _ranges({found[at] for found in numbers})
+    shown = shown_ranges({found[at] for found in numbers})
     return [(list(sites), f"{kind} {shown}: {before}*{after}")]
 
 
-def _ranges(numbers: set[int]) -> str:
+def shown_ranges(numbers: Iterable[int]) -> str:
     """ "0-4, 6, 8-9"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
@@ -211,7 +225,7 @@ def _ranges(numbers: set[int]) -> str:
 
 
 _lock = threading.Lock()
-_reports: deque[tuple[GraphReport, Callable[[], DecodeGraph | None]]] = deque(maxlen=_KEPT_GRAPHS)
+_reports: deque[tuple[GraphReport, Callable[[], Running | None]]] = deque(maxlen=_KEPT_GRAPHS)
 
 
 def reports() -> Reports:
@@ -226,12 +240,11 @@ def reports() -> Reports:
     return Reports(_as_it_is(report, graph()) for report, graph in kept)
 
 
-def _as_it_is(report: GraphReport, graph: DecodeGraph | None) -> GraphReport:
-    now = "" if graph is None else graph.state()
-    if not now:
+def _as_it_is(report: GraphReport, graph: Running | None) -> GraphReport:
+    if graph is None:
         return report
-    assert graph is not None
-    sites = report.sites
+    now, fitted = graph.state(), graph.fitted_bases()
+    sites = tuple(replace(site, basis=fitted.get(site.path, site.basis)) for site in report.sites)
     if graph.gave_up is not None:
         sites = tuple(
             replace(site, outcome="dense", reason=now, index_bytes_per_token=None)
@@ -269,13 +282,17 @@ def record_graph(
     plan: Plan,
     config: LokiConfig,
     bindings: list[CacheBinding],
-    decode: DecodeGraph | None,
+    running: Running | None,
     adapters: int = 0,
 ) -> GraphReport:
-    """Keeps, logs and traces what the plan decided for one graph; `adapters` as for `describe`."""
+    """Keeps, logs and traces what the plan decided for one graph; `adapters` as for `describe`.
+
+    running: asked how the graph fares, as long as it lives.
+    """
     report = describe(plan, config, bindings, adapters)
+    told = (lambda: None) if running is None else weakref.ref(running)
     with _lock:
-        _reports.append((report, (lambda: None) if decode is None else weakref.ref(decode)))
+        _reports.append((report, told))
     for site in report.sites:
         name = site.path or site.cache or "attention"
         if site.outcome == "sparse":
@@ -313,14 +330,18 @@ def describe(
     for sparse in plan.sparse:
         site, binding = sparse.site, bindings[sparse.cache]
         rank = binding.rank(config.rank) if binding.keeps is Keeps.INDEX else None
+        policy = _policy_text(plan, sparse)
         entries.append(
             (
                 site.node,
                 SiteReport(
                     path=site.path,
                     cache=plan.caches[sparse.cache].source,
-                    outcome="sparse",
-                    reason="",
+                    outcome="dense by plan" if sparse.reads_all else "sparse",
+                    reason=f"reads all keys, and chooses for others ({policy})"
+                    if sparse.reads_all
+                    else "",
+                    see=_see(Reason.READS_ALL) if sparse.reads_all else "",
                     query_heads=site.query_heads,
                     kv_heads=site.kv_heads,
                     head_dim=site.head_dim,
@@ -328,7 +349,8 @@ def describe(
                     basis=_basis_text(binding, adapters),
                     index_bytes_per_token=_bytes_per_token(binding, rank, config),
                     note=sparse.note,
-                    policy=sparse.choice.ranking.name,
+                    policy=policy,
+                    reads="" if sparse.source is None else plan.sparse[sparse.source].site.path,
                 ),
             )
         )
@@ -343,7 +365,7 @@ def describe(
                     cache="",
                     outcome="dense by plan" if skip.by_plan else "dense",
                     reason=skip.sentence(),
-                    see=f"docs/coverage.md#{skip.reason.name.lower()}",
+                    see=_see(skip.reason),
                     query_heads=found.query_heads if found else None,
                     kv_heads=found.kv_heads if found else None,
                     head_dim=found.head_dim if found else None,
@@ -354,6 +376,19 @@ def describe(
         position = {node: i for i, node in enumerate(entries[0][0].graph.nodes)}
         entries.sort(key=lambda entry: position[entry[0]])
     return GraphReport(tuple(report for _, report in entries))
+
+
+def _see(reason: Reason) -> str:
+    return f"docs/coverage.md#{reason.name.lower()}"
+
+
+def _policy_text(plan: Plan, sparse: SparseSite) -> str:
+    """By what a site chooses, or whose choice it reads."""
+    if sparse.source is None:
+        return sparse.choice.ranking.name if sparse.choice.ranking is not None else ""
+    source = plan.sparse[sparse.source].site
+    number = next(n for n, site in enumerate(plan.sites) if site.node is source.node)
+    return f"reuse of layer {source.layer(number)}" + ", heads mapped" * bool(sparse.choice.heads)
 
 
 def _bytes_per_token(binding: CacheBinding, rank: int | None, config: LokiConfig) -> float | None:

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from loki_compile import fits, indexes
+from loki_compile import fits, indexes, prompts
+from loki_compile.buffers import UNLIMITED, Growing, Growth
 from loki_compile.builds import Build, Watch
 from loki_compile.caches import CacheBinding, Cached, tokens_before, version_of
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Because, say_once
+from loki_compile.deferred import Deferred
 from loki_compile.indexes import IndexRecord
 from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
 from loki_compile.passes.attention import MAX_QUERY_TOKENS
@@ -50,11 +52,13 @@ class DecodeGraph:
         parts: Sequence[Part],
         served: Served,
         serve: Callable[[Sequence[Any]], Served],
+        growths: Sequence[Growth] = (),
     ) -> None:
         """
         Args:
           served: for the model that the graph was traced with.
           serve: the same for another one, given the arguments of its call.
+          growths: what grows in place, as the variants have it.
         """
         self.variants = variants
         self.config = config
@@ -65,6 +69,8 @@ class DecodeGraph:
         self.outputs = variants.outputs
         self.rollback = Rollback(variants.undo)
         self.fill_graph = variants.fill
+        self.growing = Growing(growths) if growths else None
+        self.copying: Variant | None = None
         # A weight that tells models apart; its version tells whether it is what it was.
         self.owner = next((b.weight for b in served.bindings if b.weight is not None), None)
         self.known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -80,10 +86,16 @@ class DecodeGraph:
         self.building = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
+        grown = None
+        if self.growing is not None:
+            grown = self.growing.take(args, self.growing.holders(args))
         served = self.served_to(args)
         args = with_parts(args, self.parts)
-        caches = [binding.at(args) for binding in served.bindings]
-        step = Step(args, served, caches, self._filled_after(args, served.bindings, caches))
+        caches = [binding.at(args, grown) for binding in served.bindings]
+        filled = self._filled_after(args, served.bindings, caches)
+        step = Step(args, served, caches, filled, grown)
+        if grown is None and self.growing is not None:
+            return self.run_copying(step)
         why = self.why_dense(step)
         return self.run_sparse(step) if why is None else self.run_dense(step, why)
 
@@ -116,7 +128,18 @@ class DecodeGraph:
             return f"no memory for an index: tried again in {self.short_of_memory} steps"
         if self.interpreted:
             return f"interpreted in {self.interpreted} calls: sizes that Inductor had fixed changed"
-        return self.watch.state()
+        late = [run.state() for run in self.variants.runs if isinstance(run, Deferred)]
+        return self.watch.state() or "; ".join(filter(None, late))
+
+    def fitted_bases(self) -> dict[str, str]:
+        """Of each site whose cache has an automatic basis, by its path: what that was fitted from
+        last."""
+        bindings = self.served.bindings
+        return {
+            sparse.site.path: bindings[sparse.cache].basis_name()
+            for sparse in self.variants.plan.sparse
+            if bindings[sparse.cache].fitted
+        }
 
     def _missed(self) -> None:
         self.interpreted += 1
@@ -178,10 +201,37 @@ class DecodeGraph:
             with self.building:
                 if self.dense is None:
                     self.dense = self.variants.dense(self._missed)
-        outputs = self.dense(*step.args)
+        asked = [
+            (binding, cached, said)
+            for binding, cached in zip(step.served.bindings, step.caches, strict=True)
+            if binding.needs_basis and (said := prompts.asked_of(binding, cached)) is not None
+        ]
+        outputs = self._with_rooms(self.dense(*step.inputs), step)
+        for binding, cached, said in asked:
+            prompts.carry(said, binding, binding.left_by(outputs, cached))
         step.served.tally.dense(why)
         self._remember_filled(step, outputs)
         return outputs
+
+    def run_copying(self, step: Step) -> Any:
+        """Dense, and what grows is copied: there is no memory with room for it."""
+        say_once(
+            (step.served.tally.model, "no room"),
+            f"{step.served.tally.model}: there is no memory for caches with room to grow in; they "
+            "are copied at each step, as the model says, and decoding is dense until there is.",
+        )
+        if self.copying is None:
+            with self.building:
+                if self.copying is None:
+                    self.copying = self.variants.dense(self._missed, copying=True)
+        outputs = self.copying(*step.args, UNLIMITED)
+        step.served.tally.dense(Because.SHORTAGE)
+        return outputs
+
+    def _with_rooms(self, outputs: Any, step: Step) -> Any:
+        if self.growing is None or step.grown is None:
+            return outputs
+        return self.growing.put(outputs, step.grown)
 
     # -- the sparse variant
 
@@ -206,18 +256,19 @@ class DecodeGraph:
         if variant is None:
             return self.run_dense(step, Because.GAVE_UP)
         extra: list[Tensor] = []
-        for binding, record in zip(step.kept, records, strict=True):
-            extra += record.inputs
+        for place, record in zip(step.served.kept, records, strict=True):
+            binding = step.served.bindings[place]
+            extra += record.inputs(step.filled[place])
             if not binding.form.replaced:
                 record.as_it_was = False  # until the step has ended well
         try:
-            outputs = list(variant(*step.args, *extra))
+            outputs = list(self._with_rooms(variant(*step.inputs, *extra), step))
         except Exception as error:
             if not whole:
                 raise  # what the first attempt has written cannot be taken back
             saved.put_back()
             return self._after(error, step, "the sparse variant failed", saved)
-        self._say_it_ran(step)
+        self._say_it_ran(step, records)
         try:
             self._adopt(step, outputs, records)
         except Exception as error:  # out of memory: the step is right, its index is built anew
@@ -330,7 +381,7 @@ class DecodeGraph:
         return torch.int8 if self.config.index_dtype == "int8" else None
 
     def _build_missing(self, step: Step, held: Sequence[IndexRecord | None]) -> list[IndexRecord]:
-        if None not in held:
+        if None not in held and not step.grown:
             return list(held)  # type: ignore[arg-type]
         made = Build(self.watch, step.filled[0])
         records = []
@@ -348,13 +399,18 @@ class DecodeGraph:
                     seen=functools.partial(self.variants.seen, step.args, place, step.seen),
                     tally=step.served.tally,
                 )
+            elif binding.form.in_place:
+                record = indexes.carry_over(binding, cached, record)
             records.append(record)
         return records
 
-    def _say_it_ran(self, step: Step) -> None:
+    def _say_it_ran(self, step: Step, records: Sequence[IndexRecord]) -> None:
         if self.sparse_ran:
             return
         self.sparse_ran = True
+        for binding, record in zip(step.kept, records, strict=True):
+            if record.fit is not None:  # by this graph, or by one that found the cache before
+                binding.fitted = record.fit.origin
         visible, model = step.visible, step.served.tally.model
         say_once(
             (model, "sparse"),
@@ -422,7 +478,7 @@ class DecodeGraph:
             binding, filled = step.served.bindings[place], step.filled[place]
             after = binding.left_by(outputs, step.caches[place])
             tensors = []
-            if binding.form.replaced:
+            if binding.form.replaced and not binding.form.in_place:
                 parts = record.layout.parts
                 # A full window's index is what is left of a longer one: rows apart in memory, where
                 # the compiled graph takes them to be next to each other.

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from loki_compile.buffers import Grown
 from loki_compile.caches import CacheBinding, Cached
 from loki_compile.counts import Tally
 from loki_compile.kernels.kept import Keeps
@@ -33,13 +34,22 @@ class Served:
 @dataclass
 class Step:
     """One call: its arguments, whose model's it is, its caches in the plan's order, how many tokens
-    each of them holds behind it, and, once it is asked for, what masks let see of them."""
+    each of them holds behind it, what grows in place, and, once it is asked for, what masks let see
+    of the caches."""
 
     args: Sequence[Any]
     served: Served
     caches: list[Cached]
     filled: list[int]
+    grown: Grown | None = None
     seen: dict[tuple[MaskTerm, ...], Tensor | None] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """The arguments of a variant that takes no indexes."""
+        if self.grown is None:
+            return tuple(self.args)
+        return (*self.args, self.grown.capacity, *self.grown.rooms)
 
     @property
     def kept(self) -> list[CacheBinding]:

@@ -7,6 +7,8 @@ tells how far a cache is filled, and those that tell what masks let see of one.
 from __future__ import annotations
 
 import logging
+import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +18,11 @@ from torch import Tensor, fx
 
 from loki_compile.caches import GivenSize
 from loki_compile.kernels.kept import Layout
+from loki_compile.passes.appends import Append
 from loki_compile.passes.attention import MaskTerm
 from loki_compile.passes.dense import rewrite_dense
-from loki_compile.passes.graphs import copy_of, extract, log_change, ops_of
+from loki_compile.passes.graphs import copy_of, extract, log_change, ops_of, remap
+from loki_compile.passes.in_place import Rooms, add_rooms, new_capacity, write_behind
 from loki_compile.passes.masks import what_is_seen
 from loki_compile.passes.plan import Plan
 from loki_compile.passes.rollback import what_to_save
@@ -57,9 +61,11 @@ class Variants:
         pack_gqa: bool,
         compile_graph: Callable[[fx.GraphModule, str, Callable[[], None]], Variant],
         counts: Sequence[int | GivenSize],
+        appends: Sequence[Append] = (),
     ) -> None:
         """
         Args:
+          appends: what both variants write in place.
           compile_graph: makes a variant of a graph, given in words which it is, and what to call
             when it has to be run node by node.
           counts: new tokens of each sparse site.
@@ -67,42 +73,78 @@ class Variants:
         self.gm = gm
         self.plan = plan
         self.pack_gqa = pack_gqa
+        self.appends = tuple(appends)
+        self.capacity: torch.SymInt | None = None
         self.compile_graph = compile_graph
         self.token_counts = [count for count in set(counts) if not isinstance(count, int)]
         self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self.undo = what_to_save(gm.graph)
         self.fill = _fill_graph(gm, plan)
+        self.runs: list[Variant] = []  # what was made of the variants
         self.seen_graphs: dict[tuple[MaskTerm, ...], fx.GraphModule | None] = {}
 
     @property
     def sparse_sites(self) -> int:
-        return len(self.plan.sparse)
+        return sum(not sparse.reads_all for sparse in self.plan.sparse)
 
     @property
     def sites(self) -> int:
         return len(self.plan.sites)
 
-    def dense(self, missed: Callable[[], None]) -> Variant:
-        """The graph with exact attention as fast as can be, compiled."""
+    def dense(self, missed: Callable[[], None], *, copying: bool = False) -> Variant:
+        """The graph with exact attention as fast as can be, compiled; `copying` what grows, as it
+        was written: of its inputs, it takes the capacity alone."""
         gm, mapping = copy_of(self.gm)
         before = ops_of(gm.graph)
+        rooms = self._rooms(gm, mapping, () if copying else self.appends)
         if self.pack_gqa:
             gm = rewrite_dense(gm, self.plan.on(mapping).sites)
-        log_change(log, "dense", before, gm.graph)
-        return self.compile_graph(gm, "dense", missed)
+        return self._compiled(gm, "dense", before, rooms, missed)
 
     def sparse(self, layouts: Sequence[Layout | None], missed: Callable[[], None]) -> Variant:
         """The graph with its sparse sites rewritten, compiled; `layouts` as `rewrite_sparse` takes
         them."""
         gm, mapping = copy_of(self.gm)
         plan = self.plan.on(mapping)
-        sparse_sites = {s.site.node for s in plan.sparse}
+        sparse_sites = {s.site.node for s in plan.sparse if not s.reads_all}
         before = ops_of(gm.graph)
-        gm = rewrite_sparse(gm, plan, layouts)
+        rooms = self._rooms(gm, mapping, self.appends)
+        gm = rewrite_sparse(gm, plan, layouts, rooms)
         if self.pack_gqa:
             gm = rewrite_dense(gm, [s for s in plan.sites if s.node not in sparse_sites])
-        log_change(log, "sparse", before, gm.graph)
-        return self.compile_graph(gm, "sparse", missed)
+        return self._compiled(gm, "sparse", before, rooms, missed)
+
+    def _rooms(
+        self, gm: fx.GraphModule, mapping: dict[fx.Node, fx.Node], appends: Sequence[Append]
+    ) -> Rooms | None:
+        """Inputs for what grows, in a copy of the graph."""
+        if not self.appends:
+            return None
+        if self.capacity is None:
+            self.capacity = new_capacity(self.gm.graph, self.appends)
+        return add_rooms(gm.graph, remap(tuple(appends), mapping), self.capacity)
+
+    def _compiled(
+        self,
+        gm: fx.GraphModule,
+        which: str,
+        before: Counter[str],
+        rooms: Rooms | None,
+        missed: Callable[[], None],
+    ) -> Variant:
+        """The last edit, and the engine's work. A variant takes all inputs, which a graph that
+        writes behind its pasts does not."""
+        inputs = gm.graph.find_nodes(op="placeholder")
+        if rooms is not None:
+            gm = write_behind(gm, rooms)
+        log_change(log, which, before, gm.graph)
+        run = self.compile_graph(gm, f"the {which} variant of a decode graph", missed)
+        self.runs.append(run)
+        left = set(gm.graph.find_nodes(op="placeholder"))
+        if len(left) == len(inputs):
+            return run
+        pick = operator.itemgetter(*(i for i, node in enumerate(inputs) if node in left))
+        return lambda *args: run(*pick(args))
 
     def seen(
         self, args: Sequence[Any], place: int, known: dict[tuple[MaskTerm, ...], Tensor | None]

@@ -8,6 +8,7 @@ Each file imports only from those above it. The vocabulary first:
     caches         what the cache behind a site's keys is, and a write into it
     views          a tensor as a rearrangement of another: one algebra, one table of calls
     heads          keys and values behind their repetition over a group of query heads
+    write_forms    the calls that store new keys in a cache
 
 then, in the order in which `loki_compile.backend` runs them, what brings a graph into one form,
 
@@ -21,19 +22,24 @@ what reads it (decides, never edits),
     written_out    a spelling: products around a softmax
     sdpa           a spelling: the call of `scaled_dot_product_attention`
     flex           a spelling: the call of `flex_attention`
+    flash          a spelling: the op of FlashAttention-2
     sites          every attention core becomes an `AttentionSite`, or `Skipped` with a reason
-    write_forms    the calls that store new keys in a cache
     trace_caches   from a site's keys back to the cache they are read from and the writes into it
     latent         attention over a cached latent, where each step expands keys and values from one
-    rotary         keys and queries before their rotation, for calibration
+    rotary         keys and queries before their rotation, and which dims of theirs turn together
+    prompts        the caches that a prefill asks queries of
+    slots          which sites number their keys alike: what one chose, another may read
     policy         what a policy may say: a choice per site, by a ranking
     plan           per site: sparse, or dense with a reason
+    appends        tensors that a graph makes longer, and whether that can be done in their memory
     rollback       what to save so that a graph that failed half-way can be run again
 
 and what rewrites it (edits, never decides):
 
     emit           nodes that several edits add: views, calls like the model's, layouts
+    moments        what a prefill's queries are like, as outputs beside its own
     dense          the dense variant: our exact attention, or query groups packed
+    in_place       new rows written behind their past, instead of a `cat` of both
     mirror         each write into a cache, repeated on the index that is kept beside it
     masks          the masks of a site as one
     sparse         the sparse variant: a core becomes positions and attention over them

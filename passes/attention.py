@@ -45,6 +45,7 @@ class Reason(enum.Enum):
     GRAD = "gradients are recorded here: decode under torch.no_grad() or torch.inference_mode()"
     SHORT_CACHE = "the cache holds {} keys, which never exceeds min_context={}: dense by plan"
     LAYER_OFF = "left out by layers={}"
+    READS_ALL = "its policy has it read all keys: dense by plan"
     POLICY = "the policy {!r} cannot serve it: {}"
     NO_BASIS = "no basis: {}"
     SHARED_TENSOR = "one tensor {} holds more than this layer's keys"
@@ -63,10 +64,24 @@ class Skipped:
     @property
     def by_plan(self) -> bool:
         """Dense because that is the better choice, not because something was not understood."""
-        return self.reason in (Reason.PREFILL, Reason.SHORT_CACHE, Reason.LAYER_OFF)
+        return self.reason in (
+            Reason.PREFILL,
+            Reason.SHORT_CACHE,
+            Reason.LAYER_OFF,
+            Reason.READS_ALL,
+        )
 
     def sentence(self) -> str:
         return self.reason.value.format(*self.details)
+
+
+class No(Exception):
+    """Why what is looked at is no site, or has no cache that can be kept track of: a `Reason` and
+    its details. Raised and caught within a stage of analysis."""
+
+    def skipped(self, node: fx.Node, path: str) -> Skipped:
+        reason, *details = self.args
+        return Skipped(node, reason, tuple(details), path)
 
 
 @dataclass(frozen=True)
@@ -141,8 +156,8 @@ class Core:
     -1 stands for heads that have no dimension. `query` is laid out by `query_layout`, and what
     `node` returns by `out_layout`, "d" being Dv there. `scale` None means 1 / sqrt(D); `grouped`
     lets fewer KV heads than query heads stand for blocks of them; `causal` masks by position.
-    `reads` names calls that read an operand before `node`: (operand, call). `beside` has queries,
-    laid out as `query`, keys and their order of a second product, which is added to the first.
+    `reads` names calls that read an operand before `node`: (operand, call). `second_product` has
+    queries, laid out as `query`, keys and their order of one that is added to the first.
 
     With `softcap` c the scores are c * tanh(scale * q k^T / c); `sink_logits` (Hq,) are logits that
     take part in the softmax and have no value. With `row_sinks` each row has a sink logit of its
@@ -170,7 +185,7 @@ class Core:
     query_scales: tuple[tuple[Callable[..., Any], fx.Node], ...] = ()
     query_layout: Layout = QUERIES
     out_layout: Layout = QUERIES
-    beside: tuple[fx.Node, fx.Node, tuple[int, int, int, int]] | None = None
+    second_product: tuple[fx.Node, fx.Node, tuple[int, int, int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -198,9 +213,9 @@ class Latent:
     A row is the latent and, behind it, `rest`: what all heads take as it is. That lies in a tensor
     of its own, or in the latent's (`rest` None; then the latent begins at dim `at` of a row), or
     does not exist (`kept` 0). Of a query's dims, the `keys.dims` from `absorbed_at` meet what is
-    expanded from the latent, the `kept` from `kept_at` meet the rest. `fills` are the calls that
-    put expanded keys together. Where the model itself absorbs the maps, both are None: queries meet
-    the rows as they are, and weighted latents are what the core returns.
+    expanded from the latent, the `kept` from `kept_at` meet the rest. Where the model itself
+    absorbs the maps, both are None: queries meet the rows as they are, and weighted latents are
+    what the core returns.
     """
 
     keys: HeadMaps | None
@@ -211,7 +226,6 @@ class Latent:
     kept: int
     rest: Heads | None
     at: int = 0
-    fills: tuple[fx.Node, ...] = ()
 
     @property
     def absorption(self) -> tuple[tuple[bool, int, int, int, int], int, tuple[int, int], bool]:
@@ -223,8 +237,8 @@ class Latent:
 @dataclass(frozen=True)
 class AttentionSite:
     """One attention core whose operands were looked into: `core.node` computes
-    softmax(scale * q k^T + masks) v from `query`, laid out as the core's; "g" has the size `apart`
-    in layouts, and query heads are "h" and "g" together.
+    softmax(scale * q k^T + masks) v from `query`, laid out as the core's; "g" has the size
+    `group_dim` in layouts, and query heads are "h" and "g" together.
 
     `query_tokens` is S, or -1 where each call has its own (`tokens`). Query head h reads KV head
     h // group, or h % Hkv where `tiled`. With `latent`, one KV head of cached rows stands for the
@@ -248,7 +262,7 @@ class AttentionSite:
     tiled: bool = False
     latent: Latent | None = None
     query_rest: fx.Node | None = None
-    apart: int = 1
+    group_dim: int = 1
 
     @property
     def node(self) -> fx.Node:
@@ -270,11 +284,15 @@ class AttentionSite:
             "s", 1
         )
 
-    def is_among(self, layers: Sequence[int | str], number: int) -> bool:
-        """Whether one of `layers` names the site: by its layer's number, or by a pattern
-        (`fnmatch`) of its path. Without a path it has its `number` among its graph's sites."""
+    def layer(self, number: int) -> int:
+        """The number of its layer; without a path it has its `number` among its graph's sites."""
         digits = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.path)
-        layer = int(digits[1]) if digits else number
+        return int(digits[1]) if digits else number
+
+    def is_among(self, layers: Sequence[int | str], number: int) -> bool:
+        """Whether one of `layers` names the site: by its `layer`'s number, or by a pattern
+        (`fnmatch`) of its path."""
+        layer = self.layer(number)
         return any(
             layer == pick if isinstance(pick, int) else fnmatch.fnmatch(self.path, pick)
             for pick in layers

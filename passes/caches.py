@@ -91,6 +91,12 @@ class KeyCache:
         return self.replaced and op_name(self.root) == "cat"
 
     @property
+    def serves_one_length(self) -> bool:
+        """Whether the graph is of a fixed length of a cache that each step makes longer."""
+        tokens = (shape_of(self.root) or (None,) * 4)[self.token_axis]
+        return self.grows and concrete(tokens) is not None
+
+    @property
     def new_keys(self) -> list[fx.Node]:
         """The tensors of new keys that the graph writes into the cache."""
         inner = [step for write in self.writes for step in (*write.moved, write)]

@@ -13,7 +13,7 @@ from loki_compile.passes.attention import MAX_QUERY_TOKENS, AttentionSite, MaskT
 from loki_compile.passes.calls import concrete, fake_value, op_name, operand, shape_of, writes_of
 from loki_compile.passes.emit import canonical, cast, strided_like, whole_queries
 from loki_compile.passes.graphs import call, copy_of, finish
-from loki_compile.passes.plan import masks_at
+from loki_compile.passes.slots import masks_at
 from torch import fx
 
 
@@ -145,6 +145,16 @@ def lay_out_first_keys(gm: fx.GraphModule) -> fx.GraphModule:
                 laid[node] = call(gm.graph, torch.Tensor.contiguous, node, like=node)
     result.args = (tuple(laid.get(node, node) for node in results),)
     return finish(gm)
+
+
+def first_keys(graph: fx.Graph) -> list[tuple[int, int]]:
+    """The outputs that a cache which grows begins as: their numbers, and the axes they grow in."""
+    results: Any = graph.output_node().args[0]
+    return [
+        (place, operand(node, "dim", 0) % len(shape_of(node) or ()))
+        for place, node in enumerate(results)
+        if isinstance(node, fx.Node) and _begins_a_cache(node) and results.count(node) == 1
+    ]
 
 
 def _begins_a_cache(node: fx.Node) -> bool:

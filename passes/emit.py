@@ -95,7 +95,7 @@ def strided_like(graph: fx.Graph, out: fx.Node, site: AttentionSite) -> fx.Node:
     `view`s, with its dimensions in the same order of memory."""
     value = fake_value(site.node)
     if site.core.out_layout != QUERIES:
-        out = call(graph, laid_out, out, site.core.out_layout, site.apart, like=site.node)
+        out = call(graph, laid_out, out, site.core.out_layout, site.group_dim, like=site.node)
     elif site.query_tokens == 1 or value.is_contiguous():
         return out
     steps = [concrete(step) for step in value.stride()]

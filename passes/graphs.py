@@ -12,6 +12,7 @@ import torch
 from loki_compile.passes.calls import (
     fake_value,
     may_overlap,
+    memory_of,
     mutates,
     op_name,
     same_size,
@@ -22,6 +23,7 @@ from loki_compile.passes.calls import (
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 
 def copy_of(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
@@ -81,23 +83,48 @@ def remap(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
 
 
 def finish(gm: fx.GraphModule) -> fx.GraphModule:
-    """Drops dead views and arithmetic, checks the graph and regenerates its code.
+    """Drops what nothing comes from, checks the graph and regenerates its code.
 
-    Keeps every call that may write into an operand and every node without fake tensors: fx does not
-    know that `index_copy_`, `x += 1` or `out=` have an effect.
+    fx by itself would drop `index_copy_`, `x += 1` or `out=` where nobody reads their result.
     """
-
-    def is_impure(node: fx.Node) -> bool:
-        return bool(
-            node.op in ("placeholder", "output")
-            or written_operands(node)
-            or not _is_data(fake_value(node))
-        )
-
-    gm.graph.eliminate_dead_code(is_impure)
+    live = _live(gm.graph)
+    gm.graph.eliminate_dead_code(live.__contains__)
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """What the outputs come from, and what has an effect that outlives the graph or is not known.
+
+    A write into memory that the graph allocates has none, but is live if anything that is live
+    reads that memory. So is a node without fake tensors.
+    """
+    given = {memory for node in graph.nodes if node.op in _GIVEN for memory in _memories(node)}
+    writers: dict[int, list[fx.Node]] = {}
+    live: list[fx.Node] = []
+    for node in graph.nodes:
+        into = {memory for operand in written_operands(node) for memory in _memories(operand)}
+        if into and mutates(node) and op_name(node).isidentifier() and not into & given:
+            for memory in into:
+                writers.setdefault(memory, []).append(node)
+        elif into or node.op in ("output", *_GIVEN) or not _is_data(fake_value(node)):
+            live.append(node)
+    seen = set(live)
+    for node in live:
+        memories = {memory for source in node.all_input_nodes for memory in _memories(source)}
+        found = [*node.all_input_nodes, *(w for m in memories for w in writers.get(m, ()))]
+        live += [other for other in dict.fromkeys(found) if other not in seen]
+        seen.update(found)
+    return seen
+
+
+_GIVEN = ("placeholder", "get_attr")
+
+
+def _memories(node: fx.Node) -> list[int]:
+    """The storages of the tensors that a node makes: several for a split."""
+    return [memory_of(x) for x in tree_leaves(fake_value(node)) if isinstance(x, torch.Tensor)]
 
 
 def _is_data(value: Any) -> bool:

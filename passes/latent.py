@@ -83,8 +83,8 @@ class _Absorption:
         site = self.site
         if site.group != 1 or -1 in (*site.key.order, *site.value.order):
             raise _No("the heads that are made of it are repeated")
-        pieces = self._pieces()
         value = self._ordered(_view_of(site.value.base), site.value)
+        pieces = self._pieces()
         expanded = [(at, view) for at, view in pieces if _is_linear(view.source)]
         direct = [(at, view) for at, view in pieces if not _is_linear(view.source)]
         if len(expanded) != 1 or len(direct) > 1 or not _is_linear(value.source):
@@ -92,37 +92,12 @@ class _Absorption:
                 "not by one linear map without a bias, beside one part that is taken as it is"
             )
         ((absorbed_at, key),) = expanded
-        self.computed += [key.source, value.source]
-        latent = _input_of(key.source)
-        dims = concrete((shape_of(latent) or (0,))[-1]) or 0
-        seen, seen_by_values = _view_of(latent), _view_of(_input_of(value.source))
-        self.computed += [*seen.walked, *seen_by_values.walked]
-        if (seen.source, seen.dims, seen.starts) != (
-            seen_by_values.source, seen_by_values.dims, seen_by_values.starts,
-        ):  # fmt: skip
-            raise _No("the values come from something else than the keys")
-        # Views of the cache are `trace_cache`'s to follow; a slice of its rows is not.
-        rows = identity(latent) if _whole(seen, -1) else seen
+        rows, dims = self._rows(key, value)
         heads = _heads_of_rows(key, rows)
         if heads != _heads_of_rows(value, rows):
             raise _No("keys and values take its dimensions differently")
-        rest, at, kept_at, kept = None, 0, 0, 0
-        if direct:
-            ((kept_at, shared),) = direct
-            if any(step.axis is not None for step in shared.dims[1]):
-                raise _No("the part beside it differs between heads")
-            beside = _heads_of_rows(shared, identity(shared.source))
-            kept = _concrete_size(shared.dims[3])
-            at, first = _start(rows, -1), _start(shared, -1)
-            if shared.source is not rows.source:
-                rest = beside
-            elif beside != heads or (at, first) not in ((0, dims), (kept, 0)):
-                raise _No("its rows hold more than it and the part beside it")
-        row = (shape_of(heads.base) or (0,))[-1]
-        beside_row = kept if rest is None else (shape_of(rest.base) or (0,))[-1]
-        if concrete(row) != dims + (kept if rest is None else 0) or concrete(beside_row) != kept:
-            raise _No("its rows hold more than it and the part beside it")
-        latent_form = Latent(
+        kept_at, kept, rest, at = _taken_as_it_is(direct, rows, heads, dims)
+        latent = Latent(
             keys=self._maps(key, dims),
             values=self._maps(value, dims),
             dims=dims,
@@ -131,10 +106,9 @@ class _Absorption:
             kept=kept,
             rest=rest,
             at=at,
-            fills=tuple(self.fills),
         )
-        self._refuse_other_dtypes(latent_form, heads)
-        self._refuse_writes_between(latent_form, heads)
+        self._refuse_other_dtypes(latent, heads)
+        self._refuse_writes_between(latent, heads)
         return dataclasses.replace(
             site,
             key=heads,
@@ -143,8 +117,21 @@ class _Absorption:
             group=site.query_heads,
             head_dim=dims + kept,
             value_dim=dims,
-            latent=latent_form,
+            latent=latent,
         )
+
+    def _rows(self, key: View, value: View) -> tuple[View, int]:
+        """The latent that both linear maps are of, as a view of its rows, and its dims."""
+        latent = _input_of(key.source)
+        seen, seen_by_values = _view_of(latent), _view_of(_input_of(value.source))
+        self.computed += [key.source, value.source, *seen.walked, *seen_by_values.walked]
+        if (seen.source, seen.dims, seen.starts) != (
+            seen_by_values.source, seen_by_values.dims, seen_by_values.starts,
+        ):  # fmt: skip
+            raise _No("the values come from something else than the keys")
+        # Views of the cache are `trace_cache`'s to follow; a slice of its rows is not.
+        rows = identity(latent) if _whole(seen, -1) else seen
+        return rows, concrete((shape_of(latent) or (0,))[-1]) or 0
 
     def _pieces(self) -> list[tuple[int, View]]:
         """What the keys' head_dim is put together from: first dim and (B, H, T, dims) of each."""
@@ -300,6 +287,29 @@ def _heads_of_rows(view: View, rows: View) -> Heads:
         raise _No("its tokens are not those of the keys")
     order = (batch, left[0] if left else -1, token, len(shape) - 1)
     return Heads(rows.source, order, group=1)
+
+
+def _taken_as_it_is(
+    direct: list[tuple[int, View]], rows: View, heads: Heads, dims: int
+) -> tuple[int, int, Heads | None, int]:
+    """What all heads take as it is beside a latent of so many dims (of keys: from which dim on, how
+    many), the rows of it where these are a tensor of their own, and where in its rows the latent
+    begins. No row may hold more."""
+    kept_at, kept, rest, at = 0, 0, None, 0
+    if direct:
+        ((kept_at, shared),) = direct
+        if any(step.axis is not None for step in shared.dims[1]):
+            raise _No("the part beside it differs between heads")
+        beside = _heads_of_rows(shared, identity(shared.source))
+        kept, at = _concrete_size(shared.dims[3]), _start(rows, -1)
+        if shared.source is not rows.source:
+            rest = beside
+        elif beside != heads or (at, _start(shared, -1)) not in ((0, dims), (kept, 0)):
+            raise _No("its rows hold more than it and the part beside it")
+    held = [(heads, dims + kept)] if rest is None else [(heads, dims), (rest, kept)]
+    if any(concrete((shape_of(tensor.base) or (0,))[-1]) != width for tensor, width in held):
+        raise _No("its rows hold more than it and the part beside it")
+    return kept_at, kept, rest, at
 
 
 def _axis(view: View, dim: int, rows: View) -> int | None:

@@ -31,7 +31,7 @@ def with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
     sparse = []
     for old in plan.sparse:
         site, behind, terms = old.site, old.masks_at, []
-        sizes = (site.query_heads // site.apart, site.apart, _tokens(graph, site))
+        sizes = (site.query_heads // site.group_dim, site.group_dim, _tokens(graph, site))
         for term in site.masks:
             tiles = site.kv_heads if site.tiled else 0
             assert behind is not None

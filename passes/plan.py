@@ -7,7 +7,9 @@ come from a basis that is fitted later, is the runtime's to fill in (`kernels` s
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from loki_compile.kernels.kept import Keeps
 from loki_compile.kernels.ops import BACKENDS, unserved
@@ -17,13 +19,13 @@ from loki_compile.passes.calls import (
     Write,
     concrete,
     fake_value,
-    may_overlap,
     shape_of,
     writes_of,
 )
 from loki_compile.passes.graphs import input_of, remap
 from loki_compile.passes.latent import absorb
-from loki_compile.passes.policy import Choice, Policy
+from loki_compile.passes.policy import Candidate, Choice, Policy
+from loki_compile.passes.slots import hold_to, masks_at, slot_classes
 from loki_compile.passes.trace_caches import trace_cache
 from torch import fx
 
@@ -33,9 +35,9 @@ class SparseSite:
     """A site that the sparse variant rewrites. `cache` numbers its cache in `Plan.caches`.
 
     `views` lead from that cache to the site's keys: layers that share a cache share its index,
-    whatever part of it each reads. `note` is what the kernels of its device say to their user.
-    `masks_at` is the node behind which the site's masks are as its core reads them; None where it
-    has none.
+    whatever part of it each reads. `note` is what its policy, and the kernels of its device, say to
+    their user. `masks_at` is the node behind which the site's masks are as its core reads them;
+    None where it has none. `source` numbers, in `Plan.sparse`, the site whose positions it reads.
     """
 
     site: AttentionSite
@@ -44,6 +46,12 @@ class SparseSite:
     choice: Choice
     note: str = ""
     masks_at: fx.Node | None = None
+    source: int | None = None
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether its own result stays dense: it chooses for others alone."""
+        return self.choice.dense_result
 
 
 @dataclass(frozen=True)
@@ -79,53 +87,61 @@ def make_plan(
         budget, the site is left dense.
       layers: "all", or numbers and path patterns of the sites that may be sparse, see
         `AttentionSite.is_among`.
+
+    Raises:
+      ValueError: a choice that names as its source no earlier site of the same slots.
     """
     dense = list(skipped)
     sparse: list[SparseSite] = []
     caches: list[tuple[KeyCache, Keeps]] = []
     writes = writes_of(sites[0].node.graph) if sites else []
-    for number, (site, choice) in enumerate(zip(sites, policy(sites), strict=True)):
-        if layers != "all" and not site.is_among(layers, number):
-            dense.append(Skipped(site.node, Reason.LAYER_OFF, (layers,), site.path))
+    found = [_found(site, number, writes, layers) for number, site in enumerate(sites)]
+    cached = [None if isinstance(each, Skipped) else each for each in found]
+    candidates = [
+        Candidate(site if pair is None else pair[0], None if pair is None else pair[1], slots)
+        for site, pair, slots in zip(sites, cached, slot_classes(cached, writes), strict=True)
+    ]
+    choices = list(policy(candidates))
+    read = _sources(choices)
+    places: dict[Any, int] = {}  # of whose positions are read, in `sparse`
+    lenders: list[tuple[AttentionSite, KeyCache]] = []  # as `sparse`
+    for number, (each, choice) in enumerate(zip(found, choices, strict=True)):
+        _check_source(candidates, choices, number)
+        if isinstance(each, Skipped):
+            dense.append(each)
             continue
-        cache = trace_cache(site, writes) if site.latent is None else None
-        if cache is None or (isinstance(cache, Skipped) and cache.reason is Reason.LATENT):
-            dims = site.value_dim if cache is None else cache.details[0]
-            absorbed = absorb(site, writes, dims)
-            site, cache = absorbed if isinstance(absorbed, tuple) else (site, absorbed)
-        if isinstance(cache, Skipped):
-            dense.append(cache)
+        site, cache = each
+        slots = candidates[number].slots
+        source = None if choice.source is None else places.get(choice.source)
+        if choice.source is not None and source is None:
+            # Of those that would read what a dense site chose, the first chooses for the others.
+            source = places.get((choice.source, slots))
+            choice = _itself(choice, candidates[choice.source].site, chooses=source is None)
+        left_out = _left_out(site, cache, choice, reads=source is not None, read=number in read)
+        if left_out is not None:
+            dense.append(left_out)
             continue
-        device = fake_value(cache.past).device.type
-        why_not = unserved(device)
-        if why_not:
-            dense.append(Skipped(site.node, Reason.DEVICE, (device, why_not), site.path))
-            continue
-        if site.query_tokens < 0 and not _counts_tokens(site, cache):
-            dense.append(Skipped(site.node, Reason.PREFILL, (site.tokens,), site.path))
-            continue
-        if why_not := choice.ranking.refuses(site, cache):
-            refused = (choice.ranking.name, why_not)
-            dense.append(Skipped(site.node, Reason.POLICY, refused, site.path))
-            continue
-        slots, least = _most_keys(site, cache), choice.budget.min_keys
-        if slots is not None and slots <= least:
-            details = (slots, least)
-            dense.append(Skipped(site.node, Reason.SHORT_CACHE, details, site.path))
-            continue
-        kept = (cache, choice.ranking.keeps)
+        assert choice.ranking is not None
+        kept = (cache, Keeps.NOTHING if source is not None else choice.ranking.keeps)
         if kept not in caches:
             caches.append(kept)
         if any(term.varies(heads) for term in site.masks for heads in "hg"):
             choice = dataclasses.replace(choice, per_head=True)
+        if source is not None:
+            hold_to(each, lenders[source], writes)
+        else:
+            places[number if choice.source is None else (choice.source, slots)] = len(sparse)
+        lenders.append(each)
+        device = fake_value(cache.past).device.type
         sparse.append(
             SparseSite(
                 site,
                 caches.index(kept),
                 cache.views,
                 choice,
-                note=BACKENDS[device].note(),
+                note="; ".join(filter(None, (choice.note, BACKENDS[device].note()))),
                 masks_at=masks_at(site, writes),
+                source=source,
             )
         )
     return Plan(
@@ -137,18 +153,88 @@ def make_plan(
     )
 
 
-def masks_at(site: AttentionSite, writes: list[Write]) -> fx.Node | None:
-    """The node behind which the site's masks are as its core reads them; None without masks.
+def _found(
+    site: AttentionSite, number: int, writes: list[Write], layers: str | tuple[int | str, ...]
+) -> tuple[AttentionSite, KeyCache] | Skipped:
+    """The site, over cached latents where it reads those, and its cache; or why it stays dense,
+    however it would choose."""
+    if layers != "all" and not site.is_among(layers, number):
+        return Skipped(site.node, Reason.LAYER_OFF, (layers,), site.path)
+    cache = trace_cache(site, writes) if site.latent is None else None
+    if cache is None or (isinstance(cache, Skipped) and cache.reason is Reason.LATENT):
+        dims = site.value_dim if cache is None else cache.details[0]
+        absorbed = absorb(site, writes, dims)
+        site, cache = absorbed if isinstance(absorbed, tuple) else (site, absorbed)
+    if isinstance(cache, Skipped):
+        return cache
+    device = fake_value(cache.past).device.type
+    why_not = unserved(device)
+    if why_not:
+        return Skipped(site.node, Reason.DEVICE, (device, why_not), site.path)
+    if site.query_tokens < 0 and not _counts_tokens(site, cache):
+        return Skipped(site.node, Reason.PREFILL, (site.tokens,), site.path)
+    return site, cache
 
-    That is the last of the masks, or the last call before the core that writes into one: a mask may
-    be allocated first and filled in place. Layers that read the same masks share the node.
+
+def _left_out(
+    site: AttentionSite, cache: KeyCache, choice: Choice, *, reads: bool, read: bool
+) -> Skipped | None:
+    """Why a site stays dense that could be sparse. `reads`: it reads what another chose. `read`:
+    others read what it chooses."""
+    if choice.ranking is None or (choice.dense_result and not read):
+        return Skipped(site.node, Reason.READS_ALL, (), site.path)
+    if not reads and (why_not := choice.ranking.refuses(site, cache)):
+        return Skipped(site.node, Reason.POLICY, (choice.ranking.name, why_not), site.path)
+    slots, least = _most_keys(site, cache), choice.budget.min_keys
+    if slots is not None and slots <= least:
+        return Skipped(site.node, Reason.SHORT_CACHE, (slots, least), site.path)
+    return None
+
+
+def _sources(choices: Sequence[Choice]) -> set[int]:
+    return {choice.source for choice in choices if choice.source is not None}
+
+
+def _check_source(candidates: Sequence[Candidate], choices: Sequence[Choice], number: int) -> None:
     """
-    masks = [term.node for term in site.masks]
-    if not masks:
-        return None
-    before = [write for write in writes if write.call < site.node]
-    filled = [w.call for w in before if any(may_overlap(w.operand, mask) for mask in masks)]
-    return max(*masks, *filled, site.node.graph.find_nodes(op="placeholder")[-1])
+    Raises:
+      ValueError: what differs from an earlier site of the same slots, which chooses.
+    """
+    source, heads = choices[number].source, choices[number].heads
+    if source is None:
+        return
+    here, there = (candidates[n].site.path or str(n) for n in (number, source))
+    if source >= number:
+        raise ValueError(
+            f"policy: {here} is to read what {there} chose, which does not lie before it: name an "
+            "earlier layer."
+        )
+    if choices[source].source is not None:
+        raise ValueError(
+            f"policy: {here} is to read what {there} chose, which reads what another chose: name "
+            "that one."
+        )
+    both = candidates[number], candidates[source]
+    alike = both[0].slots is not None and both[0].slots == both[1].slots
+    if None not in (both[0].cache, both[1].cache) and not alike:
+        raise ValueError(
+            f"policy: {here} is to read what {there} chose, and their keys do not lie in the same "
+            "slots (another length, window or mask): name a layer that sees the same keys."
+        )
+    there_are = candidates[source].site.kv_heads
+    if heads and (len(heads) != both[0].site.kv_heads or max(heads) >= there_are):
+        raise ValueError(
+            f"policy: the map of heads {heads} of {here} does not lead from its "
+            f"{both[0].site.kv_heads} KV heads to the {there_are} of {there}: give as many numbers "
+            f"as the first, each below {there_are}."
+        )
+
+
+def _itself(choice: Choice, source: AttentionSite, *, chooses: bool) -> Choice:
+    """What a site does whose source has become dense."""
+    note = f"{source.path or 'its source'} is dense"
+    note += ": chooses itself" if chooses else ": reads what the first of its readers chose"
+    return dataclasses.replace(choice, heads=(), note=note)
 
 
 def _counts_tokens(site: AttentionSite, cache: KeyCache) -> bool:

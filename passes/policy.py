@@ -33,22 +33,42 @@ class Ranking:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A site as a policy sees it. `slots` is the number of its class of slots (`passes.slots`): of
+    the sites of one class each may read what another chose. `cache` is None where the site cannot
+    be sparse, `slots` then too, and where its keys move."""
+
+    site: AttentionSite
+    cache: KeyCache | None
+    slots: int | None
+
+
+@dataclass(frozen=True)
 class Choice:
     """How one site chooses: by which ranking, how many keys, and who agrees with whom.
 
     `per_head`: each query head for itself. Else a KV head's query heads choose together: by the
     greatest of their scores, or, with `by_probability`, by the sum of what attention each would
     give a key.
+
+    Without a ranking the site reads all keys. With a `source`, the number of an earlier site of the
+    same slots, it reads the positions that one has chosen: KV head i those of the source's KV head
+    `heads[i]`, or of the same one; it chooses itself where the source has become dense. With
+    `dense_result` it reads all keys and chooses for others. `note` is what one should know of it.
     """
 
-    ranking: Ranking
+    ranking: Ranking | None
     budget: Budget
     per_head: bool = False
     by_probability: bool = False
+    source: int | None = None
+    heads: tuple[int, ...] = ()
+    dense_result: bool = False
+    note: str = ""
 
 
 # For all sites of a graph, which are numbered in its order, the choice of each.
-Policy = Callable[[Sequence[AttentionSite]], Sequence[Choice]]
+Policy = Callable[[Sequence[Candidate]], Sequence[Choice]]
 
 
 @dataclass(frozen=True)

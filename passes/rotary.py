@@ -1,4 +1,4 @@
-"""Finds keys and queries as they were before the rotary embedding, for pre-rotary calibration.
+"""Finds keys and queries as they were before the rotary embedding, and which dims it turns.
 
 No spelling of RoPE is matched. Between the projection that makes a key and the key itself, all
 paths meet in some nodes (the articulations, or dominators, of that slice of the graph). Rotation
@@ -12,13 +12,18 @@ Analysis only: nothing here edits a graph.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from loki_compile.passes.calls import concrete, fake_value, same_size, shape_of
+from loki_compile.passes.calls import concrete, fake_value, hint_of, same_size, shape_of
 from loki_compile.passes.graphs import ancestors, nearest_matrix
 from torch import fx
+from torch.fx.node import map_arg
+
+log = logging.getLogger("loki_compile")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,101 @@ def before_rotation(
         f"({tuple(shape)}); needed a layout of (batch, heads, tokens, head_dim) that can be told "
         "by its sizes: use another batch length, or post-rotary calibration"
     )
+
+
+def rotated_pairs(
+    rotated: fx.Node,
+    tokens: int | torch.SymInt,
+    head_dim: int,
+    is_parameter: Callable[[fx.Node], bool],
+    known: dict[str, tuple[tuple[int, int], ...]],
+) -> tuple[tuple[int, int], ...]:
+    """The pairs of dims that the rotary embedding turns, each by an angle of its own: () where
+    nothing rotates them, or what does cannot be told.
+
+    Args:
+        rotated: keys whose last dimension is head_dim, or heads and head_dim in one.
+        tokens: their number of tokens.
+        known: what was found before, by the calls of the rotation: layers are alike. Added to.
+    """
+    found = _in_front_of_rotation(rotated, tokens, is_parameter)
+    start = next((node for node in reversed(found or ()) if shape_of(node) is not None), None)
+    if start is None:
+        return ()
+    stretch = _between(start, rotated, set(ancestors([rotated])))
+    alike = _spelled(stretch)
+    if alike not in known:
+        known[alike] = _pairs_of(stretch, head_dim)
+    return known[alike]
+
+
+def _spelled(stretch: list[fx.Node]) -> str:
+    """Equal for stretches of the same calls on operands of the same shapes and dtypes."""
+    number = {node: i for i, node in enumerate(stretch)}
+
+    def name(node: fx.Node) -> Any:
+        value = fake_value(node)
+        like = (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
+        return (number.get(node, -1), str(like))
+
+    calls = [(str(node.target), map_arg((node.args, node.kwargs), name)) for node in stretch[1:]]
+    return str((name(stretch[0]), calls))
+
+
+def _pairs_of(stretch: list[fx.Node], head_dim: int) -> tuple[tuple[int, int], ...]:
+    """Of the last node's dims: those that depend on the same entries of the first one."""
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng([]):
+            depends = _dependence(stretch, head_dim)
+    except Exception as error:  # a call that runs on no CPU, or has no derivative: of any kind
+        log.debug("what rotates %s cannot be told: %s", stretch[-1].name, error)
+        return ()
+    together = (depends.float() @ depends.float().mT) > 0
+    pairs = []
+    for dim in range(head_dim):
+        with_it = together[dim].nonzero().flatten().tolist()
+        if len(with_it) > 2:
+            return ()  # more than a rotation: a norm behind it, a mixture of heads
+        if len(with_it) == 2 and with_it[0] == dim:
+            pairs.append((with_it[0], with_it[1]))
+    return tuple(pairs)
+
+
+def _dependence(stretch: list[fx.Node], head_dim: int) -> torch.Tensor:
+    """Which entries of the first node each dim of the last one depends on: bool (head_dim, N)."""
+    torch.manual_seed(0)
+    inside = set(stretch)
+    values: dict[fx.Node, Any] = {}
+
+    def value(node: fx.Node) -> Any:
+        if node not in values:
+            assert node not in inside
+            values[node] = _random_like(fake_value(node))
+        return values[node]
+
+    start = _random_like(fake_value(stretch[0])).requires_grad_()
+    values[stretch[0]] = start.clone()  # what comes may write into it
+    for node in stretch[1:]:
+        args, kwargs = map_arg((node.args, node.kwargs), value)
+        if node.op == "call_method":
+            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    by_dim = values[stretch[-1]].unflatten(-1, (-1, head_dim)).flatten(0, -2).sum(0)
+    rows = [torch.autograd.grad(dim, start, retain_graph=True)[0].flatten() for dim in by_dim]
+    return torch.stack(rows) != 0
+
+
+def _random_like(fake: Any) -> Any:
+    """On the CPU; sizes that are symbols are those of the call that was traced."""
+    if isinstance(fake, torch.SymInt):
+        return hint_of(fake)
+    if not isinstance(fake, torch.Tensor):
+        return fake
+    shape = [hint_of(size) for size in fake.shape]
+    if not (fake.dtype.is_floating_point or fake.dtype.is_complex):
+        raise TypeError(f"found an operand of dtype {fake.dtype}")
+    return torch.rand(shape, dtype=fake.dtype) + 0.5  # type: ignore[arg-type]
 
 
 def _in_front_of_rotation(

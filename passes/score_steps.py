@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from loki_compile.kernels.fused import SCORES, Layout
-from loki_compile.passes.attention import MaskTerm
+from loki_compile.passes.attention import MaskTerm, No, Reason
 from loki_compile.passes.calls import (
     Write,
     concrete,
@@ -76,24 +76,23 @@ class Scores:
         self.behind.append(len(self.views))
         self.reads.append((mask, reader))
 
-    def lay_out(self, product: Layout, sizes: dict[str, Any], axis: int) -> Layout | str:
+    def lay_out(self, product: Layout, sizes: dict[str, Any], axis: int) -> Layout:
         """Gives each mask the layout of the scores that it meets, and returns that of the softmax.
 
-        product: the layout that the scores begin with; axis: what the softmax sums. A string names
-        what was not understood.
+        product: the layout that the scores begin with; axis: what the softmax sums.
         """
         layouts = [product]
         for view in reversed(self.views):
             after = after_view(layouts[-1], view, sizes)
             if after is None:
-                return op_name(view)
+                raise No(Reason.SOFTMAX, op_name(view))
             layouts.append(after)
         layouts.reverse()
         summed = [layouts[0][axis], *(layouts[number][-1] for number in self.by_keys)]
         if any(without_ones(letters, sizes) != "t" for letters in summed):
-            return op_name(self.views[-1]) if self.views else "softmax"
+            raise No(Reason.SOFTMAX, op_name(self.views[-1]) if self.views else "softmax")
         if self.sink_logits is not None and layouts[0] != SCORES:
-            return "cat"
+            raise No(Reason.SOFTMAX, "cat")
         self.masks = [
             dataclasses.replace(term, layout=layouts[number])
             for term, number in zip(self.masks, self.behind, strict=True)
@@ -316,9 +315,7 @@ def _fold_cat(node: fx.Node, scores: Scores) -> fx.Node | None:
         return None
     scores.by_keys.append(0)
     scores.sink_logits = _per_head(sinks, concrete(shape[1]))
-    if (
-        scores.sink_logits is None
-    ):  # another one for each row: subtracted from the scores, it becomes 0
+    if scores.sink_logits is None:  # one for each row: subtracted from the scores, it becomes 0
         if scores.floor > float("-inf"):
             return None
         scores.row_sinks = True

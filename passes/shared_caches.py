@@ -11,6 +11,7 @@ tensor.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
 from collections.abc import Sequence
@@ -29,12 +30,24 @@ from loki_compile.passes.calls import (
     writes_of,
 )
 from loki_compile.passes.graphs import call, fake_mode_of
-from loki_compile.passes.views import indexed_dims, permutation
+from loki_compile.passes.views import (
+    TURNS,
+    Step,
+    View,
+    identity,
+    items_of,
+    operand_of_view,
+    permutation,
+    through,
+)
+from loki_compile.passes.write_forms import indexed_dims
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 # Dimensions of one layer's keys: (B, Hkv, T, D) in any order. Inputs that have more are cut down.
 KEY_DIMS = 4
+_FOLLOWED = (*TURNS, "select", "getitem")
+_WRITES = ("setitem", "index_copy_", "copy_")
 
 
 @dataclass(frozen=True)
@@ -64,83 +77,216 @@ def take_parts(gm: fx.GraphModule) -> list[Part]:
     inputs that they are parts of stay, and have no users any more.
     """
     graph = gm.graph
-    _return_what_they_write(graph)
-    _select_by_numbers(graph)
-    _write_part_by_part(graph)
+    for node in list(graph.nodes):
+        _take_numbers_first(node)
     parts: list[Part] = []
     inputs = graph.find_nodes(op="placeholder")
     for place, holder in enumerate(inputs):
-        found = _parts_of(holder, ())
-        if not found or found == [(holder, ())] or _overlaps_itself(fake_value(holder)):
+        if len(shape_of(holder) or ()) <= KEY_DIMS or _overlaps_itself(fake_value(holder)):
             continue
         if any(other is not holder and may_overlap(other, holder) for other in inputs):
             continue  # another input is a view of it: AOTAutograd has to see both
-        for node, numbers in found:
-            part = _add_input(graph, holder, node, numbers)
-            _move_views(node, part)
-            node.replace_all_uses_with(part)
-            parts.append(Part(place, numbers))
-        for view in reversed(_views_of(holder)):
-            graph.erase_node(view)
+        parts += _Cut(place, holder).parts()
     graph.lint()
     gm.recompile()
     return parts
 
 
-_Found = list[tuple[fx.Node, tuple[tuple[int, int], ...]]]
+def _take_numbers_first(node: fx.Node) -> None:
+    """Makes `x[0][:, at] = k` of `x[0, :, at] = k`, for x of several layers.
 
-
-def _parts_of(node: fx.Node, numbers: tuple[tuple[int, int], ...]) -> _Found | None:
-    """The parts that a tensor is used by, with their numbers; None where it is used otherwise.
-
-    Parts at different numbers of one dimension share no memory, unless the tensor overlaps itself.
+    PyTorch takes the numbers of an index before it looks at the rest of it.
     """
-    rank = len(shape_of(node) or ())
-    if rank <= KEY_DIMS:
-        return [(node, numbers)]
-    if any(op_name(u) != "select" or type(operand(u, "index")) is not int for u in node.users):
-        return None
-    if len({operand(user, "dim") % rank for user in node.users}) != 1:
-        return None
-    found: _Found = []
-    for user in node.users:
-        number = operand(user, "index")
-        inner = _parts_of(user, (*numbers, (operand(user, "dim") % rank, number)))
-        if inner is None or number < 0:
+    if op_name(node) not in ("getitem", "setitem"):
+        return
+    index: Any = node.args[1]
+    items = list(index) if isinstance(index, tuple) else [index]
+    plain = itertools.takewhile(lambda item: item is not None and item is not Ellipsis, items)
+    numbers = [dim for dim, item in enumerate(plain) if type(item) is int]
+    numbers = numbers[: max(0, len(shape_of(node.args[0]) or ()) - KEY_DIMS)]
+    left = tuple(item for dim, item in enumerate(items) if dim not in numbers)
+    if not numbers or (not left and op_name(node) == "getitem"):
+        return
+    first = tuple(items[dim] if dim in numbers else slice(None) for dim in range(numbers[-1] + 1))
+    with node.graph.inserting_before(node):
+        part = call(node.graph, operator.getitem, node.args[0], first, like=node)
+    node.args = (part, left or (Ellipsis,), *node.args[2:])
+
+
+class _Cut:
+    """An input as parts, each of one number of those of its dimensions that are `counted`.
+
+    `views` has, in order, the views of the input down to such as are no larger than one layer's
+    keys, and each write into a larger one, as the view that it writes into. `counted` are the
+    dimensions of which all small views take a number; there are none where these are too few.
+    """
+
+    def __init__(self, place: int, holder: fx.Node) -> None:
+        self.place, self.holder, self.views = place, holder, {holder: identity(holder)}
+        for node in holder.graph.nodes:
+            source = _looked_into(node)
+            if source not in self.views or self._is_small(source):
+                continue
+            view = self.views[source]
+            if op_name(node) in _WRITES:
+                self.views[node] = view
+            elif op_name(node) in _FOLLOWED and (after := through(node, view)) and all(after.dims):
+                self.views[node] = after
+        taken = [
+            {axis for axis, start in enumerate(view.starts) if start is not None} - {*_axes(view)}
+            for node, view in self.views.items()
+            if self._is_small(node)
+        ]
+        counted = sorted(set.intersection(*taken)) if taken else []
+        needed = len(shape_of(holder) or ()) - KEY_DIMS
+        self.counted = counted[:needed] if len(counted) >= needed else []
+        self.made: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
+        self.found: list[Part] = []
+
+    def parts(self) -> list[Part]:
+        """The parts, which the graph reads and writes now instead of the input; none, and nothing
+        has changed, where it uses the input by anything else."""
+        gone = [node for node in self.views if node is not self.holder]
+        if not self.counted or not all(map(self._falls_apart, self.views)):
+            return []
+        for node in gone:
+            every = itertools.product(*(_numbers(self.views[node], axis) for axis in self.counted))
+            if op_name(node) in _WRITES:
+                for numbers in every:
+                    self._write(node, numbers)
+            elif self._is_small(node):
+                part = self._part(node, next(every))
+                _move_views(node, part)
+                node.replace_all_uses_with(part)
+        unbound = [user for node in self.views for user in node.users if op_name(user) == "unbind"]
+        for node in sorted([*gone, *unbound], reverse=True):
+            node.graph.erase_node(node)
+        return self.found
+
+    def _is_small(self, node: fx.Node) -> bool:
+        return len(self.views[node].dims) <= KEY_DIMS
+
+    def _falls_apart(self, node: fx.Node) -> bool:
+        """Whether all that a view is used for, or stored into it, can be done part by part."""
+        if op_name(node) in _WRITES and self._write_of_one(node) is None:
+            return False
+        users = [user for user in node.users if op_name(user) != "unbind"]
+        users += [item for user in node.users if user not in users for item in user.users]
+        return self._is_small(node) or (
+            all(user in self.views and _looked_into(user) is node for user in users)
+            and all(_numbers(self.views[node], axis) for axis in self.counted)
+        )
+
+    def _kept(self, node: fx.Node) -> list[int]:
+        """The dimensions of a view that its parts have."""
+        axes = enumerate(_axes(self.views[node]))
+        return [dim for dim, axis in axes if axis not in self.counted]
+
+    def _part(self, node: fx.Node, numbers: tuple[int, ...]) -> fx.Node:
+        """What a view of the input is of the part with these numbers."""
+        if (node, numbers) not in self.made:
+            self.made[node, numbers] = self._new_part(node, numbers)
+        return self.made[node, numbers]
+
+    def _new_part(self, node: fx.Node, numbers: tuple[int, ...]) -> fx.Node:
+        if node is self.holder:
+            selects = [(axis - gone, numbers[gone]) for gone, axis in enumerate(self.counted)]
+            self.found.append(Part(self.place, tuple(selects)))
+            return _add_input(node, self.found[-1])
+        source = _looked_into(node)
+        part, kept = self._part(source, numbers), self._kept(source)
+        with node.graph.inserting_before(node):
+            if op_name(node) in TURNS:
+                order = tuple(kept.index(dim) for dim in permutation(node) if dim in kept)
+                if order != tuple(range(len(order))):
+                    return call(node.graph, torch.permute, part, order, like=node)
+            elif op_name(node) not in _WRITES:
+                left = tuple(_items(node)[dim] for dim in kept)
+                if any(item != slice(None) for item in left):
+                    return call(node.graph, operator.getitem, part, left, like=node)
+        return part
+
+    def _write_of_one(self, write: fx.Node) -> tuple[tuple[Any, ...], dict[int, int]] | None:
+        """The index at which a part is written into where several are, and the dimensions of what
+        is stored that count parts, with those of the input; None where it is not stored so."""
+        items, source = _items(write), operand(write, "source")
+        shape, sizes = shape_of(write.args[0]) or (), shape_of(source)
+        kept, axes, dims = self._kept(write), _axes(self.views[write]), itertools.count()
+        left = tuple(item for item in items if item is None or next(dims) in kept)
+        region = indexed_dims(tuple(items), shape)
+        rest = indexed_dims(left, [shape[dim] for dim in kept])
+        if sizes is None or region is None or rest is None:
             return None
-        found += inner
-    return found
+        without = [dim for dim in region if dim is None or dim in kept]
+        if [None if dim is None else kept[dim] for dim in rest] != without:
+            return None  # indices that the dimensions of parts keep apart would come together
+        along = {
+            at - len(region) + len(sizes): axes[dim]
+            for at, dim in enumerate(region)
+            if dim is not None and dim not in kept
+        }
+        each = len(along) == len(axes) - len(kept) and all(
+            at >= 0 and concrete(sizes[at]) == len(_numbers(self.views[write], axis))
+            for at, axis in along.items()
+        )
+        if not each or may_overlap(source, _looked_into(write)):
+            return None
+        return left or (Ellipsis,), along
+
+    def _write(self, write: fx.Node, numbers: tuple[int, ...]) -> None:
+        """Stores what a write stores into the part with these numbers."""
+        index, along = self._write_of_one(write) or ((), {})
+        part, new = self._part(write, numbers), operand(write, "source")
+        with write.graph.inserting_before(write):
+            for dim, axis in sorted(along.items(), reverse=True):
+                number = numbers[self.counted.index(axis)]
+                at = _numbers(self.views[write], axis).index(number)
+                new = _select_of(new, dim, at, write)
+            call(write.graph, operator.setitem, part, index, new, like=write)
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two places of a tensor may be one in memory, as in what was expanded."""
-    if tensor.is_contiguous():
-        return False
-    known = [(concrete(n), concrete(m)) for n, m in zip(tensor.stride(), tensor.shape, strict=True)]
-    steps = [(step, many) for step, many in known if step is not None and many is not None]
-    reach = 1
-    for step, many in sorted(steps):
-        if many > 1 and step < reach:
-            return True
-        reach = max(reach, step * many)
-    return len(steps) < len(known)
+def _looked_into(node: fx.Node) -> Any:
+    """The tensor that a call writes into or is a view of."""
+    return node.args[0] if op_name(node) in _WRITES else operand_of_view(node)
 
 
-def _views_of(node: fx.Node) -> list[fx.Node]:
-    """The selected parts of a tensor and of its parts, sources first."""
-    return [view for user in node.users for view in (user, *_views_of(user))]
+def _items(node: fx.Node) -> list[Any]:
+    """The index at which a call looks into a tensor, as `items_of` has it."""
+    source, name = _looked_into(node), op_name(node)
+    items: list[Any] = [slice(None)] * len(shape_of(source) or ())
+    if name in ("getitem", "setitem") and node.args[0] is source:
+        return items_of(node.args[1], len(items))
+    if name == "getitem":
+        unbind: Any = node.args[0]
+        items[(*unbind.args[1:], unbind.kwargs.get("dim", 0))[0]] = node.args[1]
+    elif name in ("select", "index_copy_"):
+        items[operand(node, "dim")] = operand(node, "index")
+    return items
 
 
-def _add_input(
-    graph: fx.Graph, holder: fx.Node, part: fx.Node, numbers: tuple[tuple[int, int], ...]
-) -> fx.Node:
+def _axes(view: View) -> list[Any]:
+    """The dimension of the input that each of a view is."""
+    return [view.axis(dim) for dim in range(len(view.dims))]
+
+
+def _numbers(view: View, axis: int) -> range:
+    """The entries of a dimension of the input that a view takes; none where they are not known."""
+    start, axes = view.starts[axis], _axes(view)
+    step = view.dims[axes.index(axis)][0] if axis in axes else Step(axis, 1)
+    size = concrete(step.size)
+    if start is None or size is None:
+        return range(0)
+    return range(start, start + size * step.step, step.step)
+
+
+def _add_input(holder: fx.Node, part: Part) -> fx.Node:
     """An input of the part's sizes and strides, whose memory nothing else has."""
-    last = graph.find_nodes(op="placeholder")[-1]
-    name = "_".join([holder.name, *(str(number) for _, number in numbers)])
-    with graph.inserting_after(last):
+    graph = holder.graph
+    name = "_".join([holder.name, *(str(number) for _, number in part.numbers)])
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         new = graph.placeholder(name)
-    like = fake_value(part)
     with fake_mode_of(graph):
+        like = dataclasses.replace(part, holder=0).of([fake_value(holder)])
         new.meta["example_value"] = torch.empty_strided(
             like.shape, like.stride(), dtype=like.dtype, device=like.device
         )
@@ -151,8 +297,9 @@ def _add_input(
 
 
 def _move_views(old: fx.Node, part: fx.Node) -> None:
-    """Gives every view of `old`, in whatever way it was made, the memory of the new input."""
-    memory, start = fake_value(part).untyped_storage(), fake_value(old).storage_offset()
+    """Gives every view of `old`, in whatever way it was made, the memory of `part`."""
+    memory = fake_value(part).untyped_storage()
+    start = fake_value(old).storage_offset() - fake_value(part).storage_offset()
 
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor) or not share_memory(value, fake_value(old)):
@@ -170,197 +317,18 @@ def _move_views(old: fx.Node, part: fx.Node) -> None:
                 views += [user for user in view.users if user not in views]
 
 
-def _return_what_they_write(graph: fx.Graph) -> None:
-    """Calls that write into a tensor of several layers return it: their readers read that."""
-    for node in list(graph.nodes):
-        whole = node.args[0] if node.args else None
-        if op_name(node) == "index_copy_" and len(shape_of(whole) or ()) > KEY_DIMS:
-            node.replace_all_uses_with(whole, delete_user_cb=lambda user: user.op != "output")
-
-
-def _select_by_numbers(graph: fx.Graph) -> None:
-    """One `select` for each part of an input that calls name by numbers, also behind views of it.
-
-    PyTorch takes the numbers of an index before it looks at the rest of it.
-    """
-    parts: dict[tuple[fx.Node, int, int], fx.Node] = {}
-    for node in list(graph.nodes):
-        whole, numbers, left = _numbers_taken(node)
-        if whole is None:
-            continue
-        numbers = numbers[: max(0, len(shape_of(whole) or ()) - KEY_DIMS)]
-        part = _part_behind_views(whole, dict(numbers), node, parts) if numbers else None
-        if part is None:
-            continue
-        taken = {dim for dim, _ in numbers}
-        left = [item for dim, item in enumerate(left) if dim not in taken]
-        if left or op_name(node) == "setitem":
-            node.args = (part, tuple(left) or (Ellipsis,), *node.args[2:])
-        else:
-            node.replace_all_uses_with(part)
-            graph.erase_node(node)
-    _erase_unread_views(graph)
-
-
-def _erase_unread_views(graph: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if not node.users and (op_name(node) == "unbind" or _is_view(node)):
-            graph.erase_node(node)
-
-
-def _part_behind_views(
-    whole: fx.Node,
-    numbers: dict[int, int],
-    reader: fx.Node,
-    parts: dict[tuple[fx.Node, int, int], fx.Node],
-) -> fx.Node | None:
-    """What `numbers` (of each dimension) select of a tensor: a view of a part of an input.
-
-    The calls are put before `reader`; `parts` has the selects that exist. None where the tensor is
-    not a view of an input by slices and turns, or a slice cuts what the numbers count.
-    """
-    graph = whole.graph
-    if whole.op == "placeholder" or whole in parts.values():
-        for gone, (dim, number) in enumerate(sorted(numbers.items())):
-            size = concrete((shape_of(whole) or ())[dim - gone])
-            key = whole, dim - gone, number + size if number < 0 and size is not None else number
-            if key not in parts:
-                with graph.inserting_before(reader):
-                    parts[key] = call(graph, torch.select, *key, like=reader)
-            whole = parts[key]
-        return whole
-    if not _is_view(whole):
-        return None
-    source: Any = whole.args[0]
-    if op_name(whole) == "getitem":
-        slices = _items(whole.args[1], len(shape_of(source) or ()))
-        if any(slices[dim] != slice(None) for dim in numbers):
-            return None
-        part = _part_behind_views(source, numbers, reader, parts)
-        rest = tuple(item for dim, item in enumerate(slices) if dim not in numbers)
-        if part is None or all(item == slice(None) for item in rest):
-            return part
-        with graph.inserting_before(reader):
-            return call(graph, operator.getitem, part, rest, like=reader)
-    back = permutation(whole)
-    part = _part_behind_views(source, {back[d]: n for d, n in numbers.items()}, reader, parts)
-    kept = [d for i, d in enumerate(back) if i not in numbers]
-    order = tuple(sorted(kept).index(d) for d in kept)
-    if part is None or order == tuple(range(len(order))):
-        return part
-    with graph.inserting_before(reader):
-        return call(graph, torch.permute, part, order, like=reader)
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether the call turns a tensor of several layers, or takes slices of it."""
-    source = node.args[0] if node.args else None
-    if len(shape_of(node) or ()) <= KEY_DIMS or not isinstance(source, fx.Node):
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two places of a tensor may be one in memory, as in what was expanded."""
+    if tensor.is_contiguous():
         return False
-    if op_name(node) in ("transpose", "permute", "movedim"):
-        return True
-    return op_name(node) == "getitem" and all(
-        isinstance(item, slice) for item in _items(node.args[1], len(shape_of(source) or ()))
-    )
-
-
-def _items(index: Any, rank: int) -> list[Any]:
-    """An index of a tensor as one item for each dimension (and each None), without an ellipsis."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    taken = sum(item is not None and item is not Ellipsis for item in items)
-    at = next((n for n, item in enumerate(items) if item is Ellipsis), len(items))
-    items[at : at + 1] = [slice(None)] * (rank - taken)
-    return items
-
-
-def _numbers_taken(node: fx.Node) -> tuple[fx.Node | None, list[tuple[int, int]], list[Any]]:
-    """The tensor that a call takes at constant numbers, those (dimension, number), and its index.
-
-    The index is empty where nothing of it is left beside them.
-    """
-    name = op_name(node)
-    if name not in ("getitem", "setitem", "select") or not isinstance(node.args[0], fx.Node):
-        return None, [], []
-    whole: Any = node.args[0]
-    if name == "select":
-        dim, number = operand(node, "dim"), operand(node, "index")
-    elif op_name(whole) == "unbind":
-        dim, number = (*whole.args[1:], whole.kwargs.get("dim", 0))[0], node.args[1]
-        whole = whole.args[0]
-    else:
-        index: Any = node.args[1]
-        left = list(index) if isinstance(index, tuple) else [index]
-        plain = next((n for n, i in enumerate(left) if i is None or i is Ellipsis), len(left))
-        return whole, [(n, i) for n, i in enumerate(left[:plain]) if type(i) is int], left
-    rank = len(shape_of(whole) or ())
-    return whole, [(dim % rank, number)] if rank and type(number) is int else [], []
-
-
-def _write_part_by_part(graph: fx.Graph) -> None:
-    """Makes a write for each part of one into a tensor that all else takes at numbers."""
-    for node in list(graph.nodes):
-        whole, index, source = _written(node)
-        if whole is None or shape_of(source) is None:
-            continue
-        shape = shape_of(whole) or ()
-        selects = [user for user in whole.users if op_name(user) == "select"]
-        dims = {operand(user, "dim") % len(shape) for user in selects}
-        size = concrete(shape[next(iter(dims))]) if len(dims) == 1 else None
-        if len(shape) <= KEY_DIMS or size is None:
-            continue
-        (dim,) = dims
-        if op_name(node) == "index_copy_":
-            at, along = dim, operand(node, "dim") % len(shape)
-            if along == dim:
-                continue
-            operands: tuple[Any, ...] = (along - (along > dim), operand(node, "index"))
-        else:
-            index = _items(index, len(shape))
-            left = [
-                item for item, counted in zip(index, _dims_of(index), strict=True) if counted != dim
-            ]
-            region = indexed_dims(tuple(index), shape)
-            if region is None or dim not in region:
-                continue
-            rest = indexed_dims(tuple(left), [n for d, n in enumerate(shape) if d != dim])
-            moved = [d - (d > dim) if d is not None else None for d in region if d != dim]
-            at = region.index(dim) - len(region) + len(shape_of(source) or ())
-            if rest != moved:
-                continue  # indices that the dimension keeps apart would come together
-            operands = (tuple(left),)
-        if may_overlap(source, whole) or at < 0 or concrete((shape_of(source) or ())[at]) != size:
-            continue
-        known = {operand(user, "index"): user for user in selects}
-        with graph.inserting_before(node):
-            for number in range(size):
-                part = known.get(number)
-                if part is None:
-                    part = call(graph, torch.select, whole, dim, number, like=node)
-                elif node < part:
-                    node.prepend(part)
-                new = _select_of(source, at, number, node)
-                function = torch.Tensor.index_copy_ if len(operands) > 1 else operator.setitem
-                call(graph, function, part, *operands, new, like=node)
-        graph.erase_node(node)
-    _erase_unread_views(graph)
-
-
-def _written(node: fx.Node) -> tuple[Any, Any, Any]:
-    """The tensor that a call stores into, at what index, and what; else None, three times."""
-    if op_name(node) == "setitem":
-        return node.args[0], operand(node, "index"), operand(node, "source")
-    if node.users or op_name(node) not in ("index_copy_", "copy_"):
-        return None, None, None
-    into: Any = node.args[0]
-    if op_name(node) == "copy_" and _is_view(into) and op_name(into) == "getitem":
-        return into.args[0], into.args[1], operand(node, "source")
-    return into, (Ellipsis,), operand(node, "source")
-
-
-def _dims_of(items: list[Any]) -> list[int | None]:
-    """The dimension that each item of an index is for; None is for a new one."""
-    taken = itertools.count()
-    return [None if item is None else next(taken) for item in items]
+    known = [(concrete(n), concrete(m)) for n, m in zip(tensor.stride(), tensor.shape, strict=True)]
+    steps = [(step, many) for step, many in known if step is not None and many is not None]
+    reach = 1
+    for step, many in sorted(steps):
+        if many > 1 and step < reach:
+            return True
+        reach = max(reach, step * many)
+    return len(steps) < len(known)
 
 
 def _select_of(source: fx.Node, dim: int, number: int, reader: fx.Node) -> fx.Node:

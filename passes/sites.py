@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from loki_compile.passes import flex, sdpa, written_out
+from loki_compile.passes import flash, flex, sdpa, written_out
 from loki_compile.passes.attention import (
     MAX_QUERY_TOKENS,
     AttentionSite,
@@ -19,6 +19,7 @@ from loki_compile.passes.attention import (
     Heads,
     Latent,
     MaskTerm,
+    No,
     Reason,
     Skipped,
 )
@@ -45,6 +46,7 @@ SPELLINGS: dict[str, Callable[[fx.Node], Core | Skipped | None]] = {
     "scaled_dot_product_attention": sdpa.core_at,
     "softmax": written_out.core_at,
     "flex_attention": flex.core_at,
+    flash.OP: flash.core_at,
 }
 
 
@@ -96,54 +98,44 @@ def _written_after_reading(
 
 
 def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> AttentionSite | Skipped:
-    def skip(reason: Reason, *details: Any) -> Skipped:
-        return Skipped(core.node, reason, details, module_path(core.node))
+    try:
+        return _looked_into(core, max_query_tokens, writes)
+    except No as no:
+        return no.skipped(core.node, module_path(core.node))
 
-    operands = _sizes(core)
-    if operands is None:
-        shapes = [shape_of(x) for x in (core.query, core.key, core.value)]
-        return skip(Reason.LAYOUT, [None if s is None else tuple(s) for s in shapes])
-    sizes, k_shape, v_shape = operands
-    q_shape = (sizes["b"], sizes["h"] * sizes["g"], sizes["s"], sizes["d"])
-    query_tokens = concrete(q_shape[2])
-    if max_query_tokens is not None:
-        seen = hint_of(q_shape[2])
-        if seen is None or seen > max_query_tokens:
-            return skip(Reason.PREFILL, q_shape[2])
-        if core.causal:
-            return skip(Reason.PREFILL, query_tokens)
+
+def _looked_into(core: Core, max_query_tokens: int | None, writes: list[Write]) -> AttentionSite:
+    sizes, k_shape, v_shape = _sizes(core)
+    _refuse_prefill(core, sizes["s"], max_query_tokens)
     key = heads_at(core.key, core.key_order, core, writes, scaled=True)
     # Values that are repeated more often than keys stay so: a copy of them is what is attended to.
     value = heads_at(core.value, core.value_order, core, writes, most=key.group)
     query = before_widening(core.query)
-    scales = [by for _, by in core.query_scales]
-    dtypes = {fake_value(x).dtype for x in (query, key.base, value.base, core.node, *scales)}
-    if not dtypes <= _FLOATS:
-        return skip(Reason.DTYPE, ", ".join(sorted(map(str, dtypes))))
-    heads, head_dim = concrete(q_shape[1]), concrete(q_shape[3])
+    _refuse_dtypes(core, query, key, value)
+    q_shape = (sizes["b"], sizes["h"] * sizes["g"], sizes["s"], sizes["d"])
+    heads, head_dim, group_dim = concrete(q_shape[1]), concrete(q_shape[3]), concrete(sizes["g"])
     kv_heads, value_dim = concrete(k_shape[1]), concrete(v_shape[3])
-    apart = concrete(sizes["g"])
-    if heads is None or head_dim is None or apart is None or kv_heads is None or value_dim is None:
-        return skip(Reason.LAYOUT, [q_shape, k_shape, v_shape])
+    if (
+        heads is None
+        or head_dim is None
+        or group_dim is None
+        or kv_heads is None
+        or value_dim is None
+    ):
+        raise No(Reason.LAYOUT, [q_shape, k_shape, v_shape])
     if not same_size(q_shape[0], k_shape[0]) or not same_size(q_shape[0], v_shape[0]):
-        return skip(Reason.LAYOUT, f"batch {[s[0] for s in (q_shape, k_shape, v_shape)]}")
-    group = _group(core, (key, value), (heads, apart), (kv_heads, v_shape[1]))
-    if isinstance(group, str):
-        return skip(Reason.GROUPS, group)
+        raise No(Reason.LAYOUT, f"batch {[s[0] for s in (q_shape, k_shape, v_shape)]}")
+    group = _group(core, (key, value), (heads, group_dim), (kv_heads, v_shape[1]))
     if key.tiled and max_query_tokens is None:  # whoever observes heads takes them to be in blocks
-        return skip(Reason.GROUPS, "KV heads are repeated as tiles")
-    for term in core.masks:
-        if not _broadcasts(term, {**sizes, "t": k_shape[2]}):
-            return skip(Reason.MASK, tuple(shape_of(term.node) or ()))
-    if core.row_sinks and all(term.per_row for term in core.masks):
-        return skip(Reason.SOFTMAX, "cat")  # no mask says which keys the sink is subtracted for
+        raise No(Reason.GROUPS, "KV heads are repeated as tiles")
+    _refuse_masks(core, {**sizes, "t": k_shape[2]})
     query_rest, latent = None, None
-    if core.beside is not None:
-        rows = _rows_beside(core, (query, key), value, writes)
-        if rows is None or kv_heads != 1 or value_dim != rows[3].dims:
-            return skip(Reason.SOFTMAX, "add")
-        query, key, query_rest, latent = rows
+    if core.second_product is not None:
+        query, key, query_rest, latent = _rows_of_two_products(core, (query, key), value, writes)
+        if kv_heads != 1 or value_dim != latent.dims:
+            raise No(Reason.SOFTMAX, "add")
         head_dim = latent.dims + latent.kept
+    tokens = concrete(q_shape[2])
     return AttentionSite(
         core=core,
         query=query,
@@ -152,7 +144,7 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         scale=(head_dim**-0.5 if core.scale is None else float(core.scale)) * key.factor,
         query_heads=heads,
         kv_heads=heads // group,
-        query_tokens=-1 if query_tokens is None else query_tokens,
+        query_tokens=-1 if tokens is None else tokens,
         head_dim=head_dim,
         value_dim=value_dim,
         path=module_path(core.node),
@@ -160,11 +152,11 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
         tiled=key.tiled,
         latent=latent,
         query_rest=query_rest,
-        apart=apart,
+        group_dim=group_dim,
     )
 
 
-def _sizes(core: Core) -> tuple[dict[str, Any], tuple[Any, ...], tuple[Any, ...]] | None:
+def _sizes(core: Core) -> tuple[dict[str, Any], tuple[Any, ...], tuple[Any, ...]]:
     """The sizes of a core's queries by letter, and (B, heads, T, dims) of its keys and values."""
     shapes = [shape_of(x) for x in (core.query, core.key, core.value)]
     orders = (core.query_layout, core.key_order, core.value_order)
@@ -172,7 +164,7 @@ def _sizes(core: Core) -> tuple[dict[str, Any], tuple[Any, ...], tuple[Any, ...]
         shape is None or len(shape) != len(order) - order.count(-1)  # type: ignore[arg-type]
         for shape, order in zip(shapes, orders, strict=True)
     ):
-        return None
+        raise No(Reason.LAYOUT, [None if shape is None else tuple(shape) for shape in shapes])
     sizes = dict(zip(core.query_layout, shapes[0] or (), strict=True))
     k_shape, v_shape = (
         tuple(1 if d < 0 or shape is None else shape[d] for d in order)
@@ -181,53 +173,72 @@ def _sizes(core: Core) -> tuple[dict[str, Any], tuple[Any, ...], tuple[Any, ...]
     return {letter: sizes.get(letter, 1) for letter in "bhgsd"}, k_shape, v_shape
 
 
+def _refuse_prefill(core: Core, tokens: Any, most: int | None) -> None:
+    seen = hint_of(tokens)
+    if most is not None and (seen is None or seen > most or core.causal):
+        raise No(Reason.PREFILL, tokens)
+
+
+def _refuse_dtypes(core: Core, query: fx.Node, key: Heads, value: Heads) -> None:
+    read = (query, key.base, value.base, core.node, *(by for _, by in core.query_scales))
+    dtypes = {fake_value(x).dtype for x in read}
+    if not dtypes <= _FLOATS:
+        raise No(Reason.DTYPE, ", ".join(sorted(map(str, dtypes))))
+
+
+def _refuse_masks(core: Core, sizes: dict[str, Any]) -> None:
+    for term in core.masks:
+        if not _broadcasts(term, sizes):
+            raise No(Reason.MASK, tuple(shape_of(term.node) or ()))
+    if core.row_sinks and all(term.per_row for term in core.masks):
+        raise No(Reason.SOFTMAX, "cat")  # no mask says which keys the sink is subtracted for
+
+
 def _group(
     core: Core,
     operands: tuple[Heads, Heads],
     query_heads: tuple[int, int],
     kv_heads: tuple[int, Any],
-) -> int | str:
-    """Query heads for each KV head, or what does not map onto groups.
+) -> int:
+    """Query heads for each KV head.
 
     operands: keys and values, behind their repetition; query_heads: how many, and how many of these
     lie along a dimension of groups; kv_heads: of the core's own keys, and of its values.
     """
-    (key, value), (heads, apart) = operands, query_heads
+    (key, value), (heads, group_dim) = operands, query_heads
     # K may already be grouped by views (`repeat_kv`), by the flag, by a dimension of its own, or by
     # broadcasting one head.
     by_flag = heads // kv_heads[0] if kv_heads[0] and heads % kv_heads[0] == 0 else 0
-    spread = by_flag > apart and kv_heads[0] > 1 and not core.grouped
-    if by_flag < apart or by_flag < 1 or spread:
-        return f"{heads} query heads, {kv_heads[0]} KV heads"
+    spread = by_flag > group_dim and kv_heads[0] > 1 and not core.grouped
+    if by_flag < group_dim or by_flag < 1 or spread:
+        raise No(Reason.GROUPS, f"{heads} query heads, {kv_heads[0]} KV heads")
     alike = (key.group, key.tiled) == (value.group, value.tiled)
     if not same_size(*kv_heads) or not alike:
-        return "keys and values are repeated differently"
+        raise No(Reason.GROUPS, "keys and values are repeated differently")
     if key.tiled and by_flag > 1:
-        return "KV heads are repeated as tiles of blocks"
+        raise No(Reason.GROUPS, "KV heads are repeated as tiles of blocks")
     return by_flag * key.group
 
 
-def _rows_beside(
+def _rows_of_two_products(
     core: Core, first: tuple[fx.Node, Heads], value: Heads, writes: list[Write]
-) -> tuple[fx.Node, Heads, fx.Node, Latent] | None:
+) -> tuple[fx.Node, Heads, fx.Node, Latent]:
     """Queries and rows of a latent that is the values too, and queries and rows of what lies beside
-    it, for a core of two products; None where their keys are no such rows of the same tokens."""
-    assert core.beside is not None
-    query, key, order = core.beside
+    it, for a core of two products, whose keys must be such rows of the same tokens."""
+    assert core.second_product is not None
+    query, key, order = core.second_product
     pairs = [first, (before_widening(query), heads_at(key, order, core, writes, scaled=True))]
     if pairs[0][1].base is not value.base:
         pairs.reverse()
     (query, key_), (query_rest, rest) = pairs
-    if (key_.base, key_.order) != (value.base, value.order):
-        return None
-    if any(heads.group != 1 or heads.factor != 1.0 or heads.tiled for heads in (key_, rest)):
-        return None
+    plain = all((h.group, h.factor, h.tiled) == (1, 1.0, False) for h in (key_, rest))
     shapes = [_ordered_shape(heads) for heads in (key_, rest)]
     dims, kept = concrete(shapes[0][3]), concrete(shapes[1][3])
-    alike = all(map(same_size, shapes[0][:3], shapes[1][:3]))
+    alike = all(map(same_size, shapes[0][:3], shapes[1][:3])) and concrete(shapes[0][1]) == 1
     dtypes = {fake_value(x).dtype for x in (query, query_rest, key_.base, rest.base)}
-    if not alike or concrete(shapes[0][1]) != 1 or dims is None or kept is None or len(dtypes) > 1:
-        return None
+    same_rows = (key_.base, key_.order) == (value.base, value.order)
+    if not (same_rows and plain and alike) or dims is None or kept is None or len(dtypes) > 1:
+        raise No(Reason.SOFTMAX, "add")
     return query, key_, query_rest, Latent(None, None, dims, 0, dims, kept, rest)
 
 

@@ -11,36 +11,41 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from loki_compile.kernels.fused import expanded_values, tiles_to_blocks
+from loki_compile.kernels.fused import expanded_values, positions_of_heads, tiles_to_blocks
 from loki_compile.kernels.kept import Layout
 from loki_compile.kernels.ops import attend
-from loki_compile.passes.attention import AttentionSite, Latent
-from loki_compile.passes.calls import concrete, fake_value, may_overlap, written_operands
+from loki_compile.passes.attention import AttentionSite
+from loki_compile.passes.calls import concrete, fake_value
 from loki_compile.passes.emit import absorbed, canonical, cast, replay, strided_like, whole_queries
 from loki_compile.passes.graphs import call, finish
+from loki_compile.passes.in_place import Rooms
 from loki_compile.passes.masks import Masks, with_plain_masks
-from loki_compile.passes.mirror import Placeholders, add_placeholders, mirrored
+from loki_compile.passes.mirror import Placeholders, add_placeholders, grows_in_place, mirrored
 from loki_compile.passes.plan import Plan, SparseSite
 from loki_compile.passes.policy import Asked
 from torch import fx
 
 
 def rewrite_sparse(
-    gm: fx.GraphModule, plan: Plan, layouts: Sequence[Layout | None]
+    gm: fx.GraphModule,
+    plan: Plan,
+    layouts: Sequence[Layout | None],
+    rooms: Rooms | None = None,
 ) -> fx.GraphModule:
     """Keeps true what is kept beside each cache, and swaps each sparse site's core for the ops.
 
     Appends, for each cache of the plan of which something is kept, in order, the placeholders:
     index rows, (index scales,) key basis (Hkv, D, R) fp32, query basis (Hkv, D, R) fp32; or page
-    bounds; and, for each such cache that is replaced rather than mutated, the outputs: index rows
-    (, index scales), or page bounds. `layouts` says how it is kept, None where nothing is.
+    bounds; and, for each such cache that is replaced rather than mutated, and grows in none of the
+    `rooms`, the outputs: index rows (, index scales), or page bounds. `layouts` says how it is
+    kept, None where nothing is.
     """
     graph = gm.graph
     plan = with_plain_masks(graph, plan)
     masks = Masks(graph)
     readers = {s.cache: s.site for s in reversed(plan.sparse)}  # the first of each cache
     places = {
-        number: add_placeholders(graph, number, cache, layout, readers[number])
+        number: add_placeholders(graph, number, cache, layout, readers[number], rooms)
         for number, (cache, layout) in enumerate(zip(plan.caches, layouts, strict=True))
         if layout is not None
     }
@@ -49,32 +54,39 @@ def rewrite_sparse(
     for number, place in places.items():
         cache, layout = plan.caches[number], layouts[number]
         assert layout is not None
-        kept[number] = mirrored(graph, cache, layout, place, readers[number])
-        if cache.replaced:
+        kept[number] = mirrored(graph, cache, layout, place, readers[number], rooms)
+        if cache.replaced and not grows_in_place(cache, rooms):
             with graph.inserting_before(graph.output_node()):
                 outputs += [replay(graph, cache.leaves, part) for part in kept[number]]
     shared: dict[Any, fx.Node] = {}
+    chosen: list[fx.Node] = []
     for sparse in plan.sparse:
         with graph.inserting_before(sparse.site.node):
             of_cache = kept.get(sparse.cache, []), places.get(sparse.cache)
-            out = _sparse_attention(graph, sparse, *of_cache, masks, shared)
+            asked, sinks = _asked(graph, sparse, *of_cache, masks, shared)
+            if sparse.source is not None:
+                chosen.append(_of_source(asked, plan.sparse[sparse.source], chosen[sparse.source]))
+            else:
+                assert sparse.choice.ranking is not None
+                chosen.append(sparse.choice.ranking.positions(asked))
+            if sparse.reads_all:
+                continue
+            out = _sparse_attention(asked, chosen[-1], sinks, masks)
         sparse.site.node.replace_all_uses_with(out)
-        if sparse.site.latent is not None:
-            _drop_fills(graph, sparse.site.latent)
     result = graph.output_node()
     result.args = ((*result.args[0], *outputs),)  # type: ignore[misc]
     return finish(gm)
 
 
-def _sparse_attention(
+def _asked(
     graph: fx.Graph,
     sparse: SparseSite,
     kept: list[fx.Node],
     place: Placeholders | None,
     masks: Masks,
     shared: dict[Any, fx.Node],
-) -> fx.Node:
-    """What the site's core returns, by way of the ops."""
+) -> tuple[Asked, fx.Node | None]:
+    """The site's operands as the ops take them, and its sink logits."""
     site = sparse.site
     query, sinks = _queries_and_sinks(graph, site)
     mask = masks.of(sparse)
@@ -93,7 +105,29 @@ def _sparse_attention(
         bounds=None if mask is None else masks.bounds_of(mask),
         shared=shared,
     )
-    positions = sparse.choice.ranking.positions(asked)
+    return asked, sinks
+
+
+def _of_source(asked: Asked, source: SparseSite, positions: fx.Node) -> fx.Node:
+    """Positions that another site chose, for each KV head or query head of this one."""
+    site, there = asked.site, source.site
+    heads: Sequence[int] = asked.choice.heads
+    if not heads:  # the same, as far as there are as many
+        heads = [head * there.kv_heads // site.kv_heads for head in range(site.kv_heads)]
+    made = fake_value(positions).shape[1]
+    if made != there.kv_heads:  # each query head of the source chose for itself
+        here, group = site.query_heads // site.kv_heads, there.query_heads // there.kv_heads
+        heads = [head * group + place * group // here for head in heads for place in range(here)]
+    if list(heads) == list(range(made)):
+        return positions
+    return call(asked.graph, positions_of_heads, positions, tuple(heads), like=site.node)
+
+
+def _sparse_attention(
+    asked: Asked, positions: fx.Node, sinks: fx.Node | None, masks: Masks
+) -> fx.Node:
+    """What the site's core returns, by way of the ops."""
+    graph, site, mask = asked.graph, asked.site, asked.mask
     out = _attended(asked, positions, sinks)
     if site.core.nan_rows and mask is not None:
         blind = masks.blind_rows_of(mask)
@@ -153,29 +187,3 @@ def _attended(asked: Asked, positions: fx.Node, sinks: fx.Node | None) -> fx.Nod
         k_rest=rest,
         like=site.node,
     )
-
-
-def _drop_fills(graph: fx.Graph, latent: Latent) -> None:
-    """Removes the copies that put expanded keys together, unless something else reads those.
-
-    Dead code that writes is not removed by `finish`. That nothing reads them shows only when the
-    core is replaced, which is why no analysis names them.
-    """
-    if not latent.fills:
-        return
-    keys = latent.fills[0].args[0]
-    while isinstance(keys, fx.Node) and keys.args and isinstance(keys.args[0], fx.Node):
-        if not may_overlap(keys, keys.args[0]):
-            break
-        keys = keys.args[0]
-    assert isinstance(keys, fx.Node)
-    dead = [keys]
-    for node in dead:
-        for user in node.users:
-            outside = [w for w in written_operands(user) if not may_overlap(w, keys)]
-            if user.op == "output" or outside:
-                return
-            if user not in dead:
-                dead.append(user)
-    for node in sorted(dead, reverse=True):
-        graph.erase_node(node)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loki_compile.passes.attention import AttentionSite, Heads, Reason, Skipped
+from loki_compile.passes.attention import AttentionSite, Heads, No, Reason, Skipped
 from loki_compile.passes.caches import CacheWrite, KeyCache
 from loki_compile.passes.calls import (
     Write,
@@ -31,7 +31,6 @@ from loki_compile.passes.views import (
 )
 from loki_compile.passes.write_forms import (
     FORMS,
-    No,
     Stored,
     batch_axis_of,
     head_axis_of,
@@ -56,61 +55,34 @@ def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skip
 
     all_writes: `writes_of` the site's graph.
     """
+    try:
+        return _traced(site, all_writes)
+    except No as no:
+        return no.skipped(site.node, site.path)
 
-    def skip(reason: Reason, *details: Any) -> Skipped:
-        return Skipped(site.node, reason, details, site.path)
 
-    order: list[Any] = list(site.key.order)
-    node, views = site.key.base, []
-    while node.op != "placeholder" and op_name(node) not in _FUNCTIONAL_WRITES:
-        last = len(shape_of(node) or ()) - 1
-        apart = splits_heads(node) and (order[1], order[3]) == (last - 1, last)
-        dims = [*range(last), last - 1] if apart else view_dims(node)
-        if dims is None:
-            return skip(*_why_not_a_view(node, all_writes))
-        order = [d if d is None or d < 0 else dims[d] for d in order]
-        if order[2] is None or order[3] is None:
-            return skip(Reason.OPAQUE_VIEW, op_name(node))
-        if not mutates(node):
-            views.append(node)
-        node = node.args[0]  # type: ignore[assignment]
-    rank = len(shape_of(node) or ())
-    if op_name(node) == "cat" and operand(node, "dim", 0) % rank == order[3]:
-        return skip(*_why_not_a_view(node, all_writes))  # parts of keys, not past and new keys
-    if order[3] != rank - 1 or not (
+def _traced(site: AttentionSite, all_writes: list[Write]) -> KeyCache:
+    root, order, views = _root_of(site.key, all_writes)
+    if order[3] != len(shape_of(root) or ()) - 1 or not (
         _rows_lie_together(site.key) and _rows_lie_together(site.value)
     ):
-        return skip(Reason.NON_CONTIGUOUS_HEAD_DIM, tuple(shape_of(node) or ()))
-    labels: list[Any] = [None] * rank
-    for label, dim in zip("BHTD", order, strict=True):
-        if dim is not None and dim >= 0:
-            labels[dim] = label
-    sizes = [concrete(size) for size in shape_of(node) or ()]
-    shared = [d for d in range(rank) if labels[d] is None and sizes[d] != 1]
-    folded = order[1] == rank - 1
-    width = site.head_dim * site.kv_heads if folded else site.head_dim
-    if shared or sizes[-1] != width or ("H" in labels and sizes[order[1]] != site.kv_heads):
-        return skip(Reason.SHARED_TENSOR, tuple(shape_of(node) or ()))
-    head_axis = -1 if order[1] is None else order[1]
-    views.reverse()
-    trace = _replaced if op_name(node) in _FUNCTIONAL_WRITES else _mutated
-    found = trace(node, labels, site)
-    if not isinstance(found, tuple):
-        return skip(*found.reason)
-    past, writes, output, leaves = found
+        raise No(Reason.NON_CONTIGUOUS_HEAD_DIM, tuple(shape_of(root) or ()))
+    labels = _labels(root, order, site)
+    trace = _replaced if op_name(root) in _FUNCTIONAL_WRITES else _mutated
+    past, writes, output, leaves = trace(root, labels, site)
     known = {write.node for write in writes}
     for write in all_writes:
-        touched = [n for n in (past, node) if may_overlap(write.operand, n)]
+        touched = [node for node in (past, root) if may_overlap(write.operand, node)]
         if touched and write.call not in known:
-            return skip(Reason.WRITE, op_name(write.call), "its effect is not known")
+            raise No(Reason.WRITE, op_name(write.call), "its effect is not known")
     if any(may_overlap(write.source, past) for write in writes):
-        return skip(Reason.WRITE, op_name(writes[0].node), "it moves keys within the cache")
+        raise No(Reason.WRITE, op_name(writes[0].node), "it moves keys within the cache")
     return KeyCache(
         past=past,
-        root=node,
-        views=tuple(views),
+        root=root,
+        views=views,
         writes=writes,
-        head_axis=head_axis,
+        head_axis=-1 if order[1] is None else order[1],
         token_axis=order[2],
         source=source_name(past) or past.name,
         output=output,
@@ -119,33 +91,69 @@ def trace_cache(site: AttentionSite, all_writes: list[Write]) -> KeyCache | Skip
     )
 
 
+def _root_of(key: Heads, all_writes: list[Write]) -> tuple[fx.Node, list[Any], tuple[fx.Node, ...]]:
+    """The tensor that a site's keys are views of, its dimensions of batch, heads, tokens and
+    head_dim (heads and head_dim may be one; None: it has none), and the views between."""
+    order: list[Any] = list(key.order)
+    node, views = key.base, []
+    while node.op != "placeholder" and op_name(node) not in _FUNCTIONAL_WRITES:
+        last = len(shape_of(node) or ()) - 1
+        apart = splits_heads(node) and (order[1], order[3]) == (last - 1, last)
+        dims = [*range(last), last - 1] if apart else view_dims(node)
+        if dims is None:
+            raise No(*_why_not_a_view(node, all_writes))
+        order = [d if d is None or d < 0 else dims[d] for d in order]
+        if order[2] is None or order[3] is None:
+            raise No(Reason.OPAQUE_VIEW, op_name(node))
+        if not mutates(node):
+            views.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    rank = len(shape_of(node) or ())
+    if op_name(node) == "cat" and operand(node, "dim", 0) % rank == order[3]:
+        raise No(*_why_not_a_view(node, all_writes))  # parts of keys, not past and new keys
+    return node, order, tuple(reversed(views))
+
+
+def _labels(root: fx.Node, order: list[Any], site: AttentionSite) -> list[Any]:
+    """What each dimension of a cache is ("B", "H", "T", "D"), which must hold the site's keys and
+    nothing else; None for one of size one."""
+    sizes = [concrete(size) for size in shape_of(root) or ()]
+    labels: list[Any] = [None] * len(sizes)
+    for label, dim in zip("BHTD", order, strict=True):
+        if dim is not None and dim >= 0:
+            labels[dim] = label
+    shared = [dim for dim, size in enumerate(sizes) if labels[dim] is None and size != 1]
+    folded = order[1] == len(sizes) - 1
+    width = site.head_dim * site.kv_heads if folded else site.head_dim
+    if shared or sizes[-1] != width or ("H" in labels and sizes[order[1]] != site.kv_heads):
+        raise No(Reason.SHARED_TENSOR, tuple(shape_of(root) or ()))
+    return labels
+
+
 def _replaced(
     node: fx.Node, labels: list[Any], site: AttentionSite
-) -> tuple[fx.Node, tuple[CacheWrite, ...], int, tuple[fx.Node, ...]] | No:
+) -> tuple[fx.Node, tuple[CacheWrite, ...], int, tuple[fx.Node, ...]]:
     """The cache is rebuilt by one call from a placeholder and the new keys, and returned."""
-    stored: Stored | No
     if op_name(node) == "cat":
         tensors = operand(node, "tensors")
         dim = operand(node, "dim", 0) % len(labels)
         if not isinstance(tensors, (list, tuple)) or len(tensors) != 2 or labels[dim] != "T":
-            return No((Reason.WRITE, "cat", "not (past, new) along the key dimension"))
+            raise No(Reason.WRITE, "cat", "not (past, new) along the key dimension")
         past, stored = tensors[0], Stored(tensors[1], labels, None)
     else:
         past, stored = node.args[0], FORMS[op_name(node)](node, labels)
-    if isinstance(stored, No):
-        return stored
     if not isinstance(past, fx.Node) or past.op != "placeholder":
-        return No((Reason.NO_CACHE, op_name(node)))
+        raise No(Reason.NO_CACHE, op_name(node))
     if len(shape_of(past) or ()) != len(labels):
-        return No((Reason.WRITE, op_name(node), "the past has other dimensions"))
+        raise No(Reason.WRITE, op_name(node), "the past has other dimensions")
     source, target = stored.source, stored.target
     head_axis = head_axis_of(source, target, site)
     if head_axis is None:
-        return No((Reason.WRITE, op_name(node), "the new keys do not line up with the cache"))
+        raise No(Reason.WRITE, op_name(node), "the new keys do not line up with the cache")
     left = _way_out(node)
     if left is None:
         users = ", ".join(sorted({op_name(user) or user.op for user in node.users}))
-        return No((Reason.CACHE_LEAVES, f"its users are {users}"))
+        raise No(Reason.CACHE_LEAVES, f"its users are {users}")
     batch_axis = batch_axis_of(source, target, past, labels)
     return (
         past,
@@ -176,7 +184,7 @@ def _way_out(node: fx.Node) -> tuple[int, tuple[fx.Node, ...]] | None:
 
 def _mutated(
     root: fx.Node, labels: list[Any], site: AttentionSite
-) -> tuple[fx.Node, tuple[CacheWrite, ...], None, tuple[fx.Node, ...]] | No:
+) -> tuple[fx.Node, tuple[CacheWrite, ...], None, tuple[fx.Node, ...]]:
     """The writes into a placeholder that can be mirrored, through any of its views, in order."""
     writes: list[CacheWrite] = []
     aliases: list[tuple[fx.Node, tuple[fx.Node, ...], list[Any]]] = [(root, (), labels)]
@@ -186,10 +194,7 @@ def _mutated(
             if first is not alias:
                 continue
             if mutates(user):
-                write = mirrorable(user, views, at, labels, site)
-                if isinstance(write, No):
-                    return write
-                writes.append(write)
+                writes.append(mirrorable(user, views, at, labels, site))
                 aliases.append((user, views, at))
                 continue
             dims = view_dims(user)

@@ -5,11 +5,12 @@ Analysis only: nothing here edits a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loki_compile.passes.attention import MAX_QUERY_TOKENS, AttentionSite, Reason
+import torch
+from loki_compile.passes.attention import MAX_QUERY_TOKENS, AttentionSite, No, Reason
 from loki_compile.passes.caches import CacheWrite
 from loki_compile.passes.calls import (
     concrete,
@@ -22,15 +23,9 @@ from loki_compile.passes.calls import (
     shape_of,
     writes_of,
 )
-from loki_compile.passes.views import indexed_dims, items_of
+from loki_compile.passes.graphs import ancestors
+from loki_compile.passes.views import CALLS, is_number, items_of
 from torch import fx
-
-
-@dataclass(frozen=True)
-class No:
-    """Why a write cannot be mirrored: a `Reason` and its details."""
-
-    reason: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -43,15 +38,15 @@ class Stored:
     fill: tuple[Any, int] | None
 
 
-def _index_copied(node: fx.Node, labels: list[Any]) -> Stored | No:
+def _index_copied(node: fx.Node, labels: list[Any]) -> Stored:
     if labels[operand(node, "dim") % len(labels)] in ("H", "D"):
-        return No((Reason.WRITE, op_name(node), "it indexes heads or head_dim"))
+        raise No(Reason.WRITE, op_name(node), "it indexes heads or head_dim")
     return Stored(operand(node, "source"), labels, (operand(node, "index"), 1))
 
 
-def _scattered(node: fx.Node, labels: list[Any]) -> Stored | No:
+def _scattered(node: fx.Node, labels: list[Any]) -> Stored:
     if not _scatters_rows(node, labels):
-        return No((Reason.WRITE, op_name(node), "it does not store whole rows"))
+        raise No(Reason.WRITE, op_name(node), "it does not store whole rows")
     return Stored(operand(node, "src"), labels, (operand(node, "index"), 1))
 
 
@@ -63,9 +58,9 @@ def _assigned(node: fx.Node, labels: list[Any]) -> Stored:
     return _at_index(node, operand(node, "source"), operand(node, "index"), labels)
 
 
-def _index_put(node: fx.Node, labels: list[Any]) -> Stored | No:
+def _index_put(node: fx.Node, labels: list[Any]) -> Stored:
     if operand(node, "accumulate", False):
-        return No((Reason.WRITE, op_name(node), "it accumulates"))
+        raise No(Reason.WRITE, op_name(node), "it accumulates")
     # A whole dimension is None here.
     index = tuple(slice(None) if i is None else i for i in operand(node, "indices"))
     return _at_index(node, operand(node, "values"), index, labels)
@@ -79,7 +74,7 @@ def _at_index(node: fx.Node, source: Any, index: Any, labels: list[Any]) -> Stor
 
 # The calls that store rows, in place or in a copy, -> what each stores, given the labels of the
 # dimensions ("B", "H", "T", "D") of what it stores into.
-FORMS: dict[str, Callable[[fx.Node, list[Any]], Stored | No]] = {
+FORMS: dict[str, Callable[[fx.Node, list[Any]], Stored]] = {
     "index_copy_": _index_copied,
     "index_copy": _index_copied,
     "scatter_": _scattered,
@@ -97,29 +92,44 @@ def only_stores(node: fx.Node) -> bool:
     return op_name(node) != "index_put_" or not operand(node, "accumulate")
 
 
+# Calls behind which a later token's position is the greater one if it was before.
+_KEEP_ORDER = {
+    *CALLS, "add", "add_", "iadd", "arange", "size", "item", "int", "long", "stack", "cat", "max",
+    "amax", "full", "zeros", "ones", "tensor",
+}  # fmt: skip
+
+
+def unordered_by(write: CacheWrite) -> str:
+    """The call on the way to the position of a write behind which a later token may come first, as
+    in a buffer that wraps around; "" where there is none."""
+    what = None if write.fill is None else write.fill[0]
+    for node in ancestors([what] if isinstance(what, fx.Node) else []):
+        if node.op != "placeholder" and op_name(node) not in _KEEP_ORDER:
+            return op_name(node) or node.op
+    return ""
+
+
 def mirrorable(
     node: fx.Node,
     views: tuple[fx.Node, ...],
     labels: list[Any],
     root_labels: list[Any],
     site: AttentionSite,
-) -> CacheWrite | No:
+) -> CacheWrite:
     """The write of new keys that a call is, given the views from the cache to what it writes into.
 
     labels: of the dimensions of that; root_labels: of the cache's.
     """
     name = op_name(node)
     if name not in FORMS:
-        return No((Reason.WRITE, name, "not a copy of new keys"))
+        raise No(Reason.WRITE, name, "not a copy of new keys")
     stored = FORMS[name](node, labels)
-    if isinstance(stored, No):
-        return stored
     source, target, fill = stored.source, stored.target, stored.fill
     if name == "copy_":
         fill = _fill_of_view(views, root_labels)
     head_axis = head_axis_of(source, target, site)
     if head_axis is None:
-        return No((Reason.WRITE, name, "the new keys do not line up with the cache"))
+        raise No(Reason.WRITE, name, "the new keys do not line up with the cache")
     if name == "copy_" and not views and site.query_tokens > 0:
         moved = _moved_rows(source, node, labels, site)
         if moved:
@@ -127,7 +137,7 @@ def mirrorable(
     rows = _rows(source, target)
     known = concrete(rows)
     if (known is None and not same_size(rows, site.tokens)) or (known or 0) > MAX_QUERY_TOKENS:
-        return No((Reason.WRITE, name, "it writes more rows than there are new tokens"))
+        raise No(Reason.WRITE, name, "it writes more rows than there are new tokens")
     batch_axis = batch_axis_of(source, target, node.args[0], labels)
     return CacheWrite(node, source, head_axis, views, fill, batch_axis=batch_axis)
 
@@ -159,8 +169,11 @@ def _moved_rows(
             continue
         if other.operand is not roll or not other.call < write:
             return ()
-        into = mirrorable(other.call, (), labels, labels, site)
-        if isinstance(into, No) or into.moved:
+        try:
+            into = mirrorable(other.call, (), labels, labels, site)
+        except No:
+            return ()
+        if into.moved:
             return ()
         calls.append(into)
     return tuple(calls)
@@ -237,3 +250,64 @@ def batch_axis_of(source: Any, target: list[Any] | None, cache: Any, labels: lis
         return -1
     axis = target.index("B") - (len(target) - len(shape))
     return axis if axis >= 0 and same_size(shape[axis], sizes[labels.index("B")]) else -1
+
+
+# --- indices that copy
+
+
+def indexed_dims(index: Any, shape: Sequence[Any]) -> list[int | None] | None:
+    """NumPy's rule: the input dimension behind each dimension of `x[index]`, None where new."""
+    items = items_of(index, len(shape))
+    out: list[int | None] = []
+    advanced: list[int] = []  # positions among items
+    counted: dict[int, int] = {}  # dimension of the indices, from the right -> dimension of x
+    advanced_rank, insert_at, dim = 0, 0, 0
+    for position, item in enumerate(items):
+        if item is None:
+            out.append(None)
+            continue
+        if isinstance(item, slice):
+            out.append(dim)
+        elif shape_of(item) is not None:
+            value = fake_value(item)
+            if value.dtype == torch.bool:
+                return None
+            if not advanced:
+                insert_at = len(out)
+            advanced.append(position)
+            advanced_rank = max(advanced_rank, value.ndim)
+            axis = _counting_axis(item, shape[dim])
+            if axis is not None:
+                counted[axis] = dim
+        elif not is_number(item):
+            return None
+        elif advanced:
+            return None  # an int between tensors joins their broadcast; not worth following
+        dim += 1
+    if not advanced:
+        return out
+    if advanced[-1] - advanced[0] + 1 != len(advanced):
+        insert_at = 0
+    out[insert_at:insert_at] = [counted.get(axis) for axis in range(-advanced_rank, 0)]
+    return out
+
+
+def _counting_axis(item: Any, size: Any) -> int | None:
+    """The axis (from the right) along which an index tensor counts a dimension from 0 to its end.
+
+    `cache[torch.arange(B)[:, None], :, pos]` pairs rows as a slice would.
+    """
+    shape = fake_value(item).shape
+    node, axes = item, [d for d, n in enumerate(shape) if concrete(n) != 1]
+    while op_name(node) in ("unsqueeze", "getitem", "reshape", "to"):
+        node = node.args[0]
+    ends = [a for a in node.args if isinstance(a, (int, fx.Node))]
+    if op_name(node) != "arange" or len(ends) != len(node.args) or len(ends) > 2:
+        return None
+    if (len(ends) == 2 and ends[0] != 0) or "step" in node.kwargs or "start" in node.kwargs:
+        return None
+    counted = shape_of(node)
+    whole = same_size(counted[0], size) if counted else False
+    if not whole or len(axes) != 1 or not same_size(shape[axes[0]], size):
+        return None
+    return axes[0] - len(shape)

@@ -12,13 +12,12 @@ import dataclasses
 from typing import Any
 
 from loki_compile.kernels.fused import Layout
-from loki_compile.passes.attention import Core, Reason, Skipped
+from loki_compile.passes.attention import Core, No, Reason, Skipped
 from loki_compile.passes.calls import concrete, module_path, op_name, operand, same_size, shape_of
 from loki_compile.passes.products import (
     PRODUCTS,
     VIEWS,
     ScoreProduct,
-    ValueProduct,
     after_view,
     is_batched,
     queries_by_keys,
@@ -41,64 +40,80 @@ from torch import fx
 def core_at(softmax: fx.Node) -> Core | Skipped | None:
     """The core around a softmax, `Skipped` if it is attention but not understood, else None."""
     axis: Any = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
-    shape = shape_of(softmax)
-    if not shape or axis is None:
+    rank = len(shape_of(softmax) or ())
+    found = _product_with_values(softmax) if rank and axis is not None else None
+    if found is None:
         return None
-    axis %= len(shape)
-    out = _product_with_values(softmax)
-    if out is None:
-        return None
-    node, steps, odd = out
-    over_keys = axis == len(shape) - 1  # as nearly always; another dimension has to be seen to be
+    node, steps, odd = found
+    walked, scores, axis = [softmax, *steps], Scores(), axis % rank
+    over_keys = axis == rank - 1  # as nearly always; another dimension has to be seen to be
+    try:
+        product = _product_behind(walked, axis, odd, scores)
+        first = _first_product(product, walked, axis, scores) if product is not None else None
+        over_keys = True
+        return None if first is None else _core(node, first, walked, scores)
+    except No as no:
+        return no.skipped(node, module_path(softmax)) if over_keys else None
 
-    def skip(reason: Reason, *details: Any) -> Skipped | None:
-        return Skipped(node, reason, details, module_path(softmax)) if over_keys else None
 
-    back = _straight_back(softmax, axis)
+def _product_behind(walked: list[fx.Node], axis: int, odd: str, scores: Scores) -> fx.Node | None:
+    """The product of queries and keys; what is between goes to `scores`. None where there is none.
+
+    walked: the calls from the softmax to the product with the values; odd: another reader.
+    """
+    softmax, back = walked[0], _straight_back(walked[0], axis)
     if not any(op_name(node) in PRODUCTS for node in back):
         scores_in = [node for node in back if node.op == "placeholder" and _like(node, softmax)]
         if not scores_in:
             return None
-        return skip(Reason.BROKEN, f"come from another graph ({scores_in[0].name})")
+        raise No(Reason.BROKEN, f"come from another graph ({scores_in[0].name})")
     if odd:
-        return skip(Reason.WEIGHTS_USED, odd)
-    scores = Scores()
+        raise No(Reason.WEIGHTS_USED, odd)
     product = _fold(softmax.args[0], scores)
-    if isinstance(product, str):
-        return skip(Reason.SOFTMAX, product)
-    trimmed = any(op_name(step) == "getitem" for step in steps)
+    trimmed = any(op_name(step) == "getitem" for step in walked)
     if trimmed != (scores.sink_logits is not None or scores.row_sinks):
-        return skip(Reason.SOFTMAX, "a slice of the weights")
-    factors = _factors(product, scores)
-    if isinstance(factors, str):
-        return skip(Reason.SOFTMAX, factors)
-    first = queries_by_keys(*factors, product, scores.reads, scores.unscaled)
-    second: ValueProduct | None = None
-    beside = None
+        raise No(Reason.SOFTMAX, "a slice of the weights")
+    return product
+
+
+def _first_product(
+    product: fx.Node, walked: list[fx.Node], axis: int, scores: Scores
+) -> tuple[fx.Node, ScoreProduct] | None:
+    """The product and its operands, laid out as the softmax sees it; None for no attention."""
+    query, key = _factors(product, scores)
+    first = queries_by_keys(query, key, product, scores.reads, scores.unscaled)
+    if first is None:
+        _refuse_layout(product, walked)
+        return None
+    layout = scores.lay_out(first.layout, first.sizes, axis)
+    return product, dataclasses.replace(first, layout=layout)
+
+
+def _refuse_layout(product: fx.Node, walked: list[fx.Node]) -> None:
+    """Says that dimensions cannot be told, unless the product is of weights and so no attention."""
+    if is_batched(product) or not any(op_name(step) in VIEWS for step in walked):
+        raise No(Reason.LAYOUT, f"{op_name(product)} of {tuple(shape_of(product) or ())}")
+
+
+def _core(
+    node: fx.Node, found: tuple[fx.Node, ScoreProduct], walked: list[fx.Node], scores: Scores
+) -> Core | None:
+    product, laid_out = found
+    other = _second_product(scores, laid_out)
+    if (other is None) != (scores.added is None):
+        raise No(Reason.SOFTMAX, "add")
+    first, second = _named(laid_out, scores), None
     if first is not None:
-        layout = scores.lay_out(first.layout, first.sizes, axis)
-        if isinstance(layout, str):
-            return skip(Reason.SOFTMAX, layout)
-        over_keys = True
-        beside = _second_product(scores, first)
-        if (beside is None) != (scores.added is None):
-            return skip(Reason.SOFTMAX, "add")
-        first = _named(dataclasses.replace(first, layout=layout), scores)
-    if first is not None:
-        weights = _weights(first.layout, steps, scores, first.sizes)
-        if isinstance(weights, fx.Node):
-            return skip(Reason.SOFTMAX, op_name(weights))
-        read = steps[-1] if steps else softmax
-        second = weights_by_values(node, read, weights, first.sizes, scores.reads)
+        weights = _weights(first.layout, walked, scores, first.sizes)
+        second = weights_by_values(node, walked[-1], weights, first.sizes, scores.reads)
     masks = with_deep_fills(scores.masks)
     if masks is None:
-        return skip(Reason.SOFTMAX, "a fill beside other masks")
+        raise No(Reason.SOFTMAX, "a fill beside other masks")
     if first is None or second is None:
-        if not is_batched(product) and any(op_name(step) in VIEWS for step in steps):
-            return None
-        return skip(Reason.LAYOUT, f"{op_name(product)} of {tuple(shape_of(product) or ())}")
+        _refuse_layout(product, walked)
+        return None
     # A softmax of nothing but -inf is NaN, unless a sink takes part or the weights are zeroed.
-    zeroed = any(op_name(step) == "masked_fill" for step in steps)
+    zeroed = any(op_name(step) == "masked_fill" for step in walked)
     return Core(
         node=node,
         query=first.query,
@@ -116,7 +131,7 @@ def core_at(softmax: fx.Node) -> Core | Skipped | None:
         reads=tuple(scores.reads),
         query_layout=first.query_layout,
         out_layout=second.layout,
-        beside=beside,
+        second_product=other,
     )
 
 
@@ -175,20 +190,17 @@ def _by_turned_keys(product: fx.Node) -> bool:
     return op_name(keys) == "permute" and keys.args[-1] not in (-1, rank - 1)
 
 
-def _factors(product: fx.Node, scores: Scores) -> tuple[Any, Any] | str:
-    """Queries and keys of the product; what `baddbmm` adds to it and scales it by goes to `scores`.
-
-    A string names what was not understood.
-    """
+def _factors(product: fx.Node, scores: Scores) -> tuple[Any, Any]:
+    """Queries and keys; what `baddbmm` adds to their product and scales it by goes to `scores`."""
     if op_name(product) != "baddbmm":
         return product.args[0], product.args[1] if len(product.args) > 1 else None
     added, query, key = product.args[:3]
     beta, alpha = product.kwargs.get("beta", 1), product.kwargs.get("alpha", 1)
     if not isinstance(beta, (int, float)) or not isinstance(alpha, (int, float)) or alpha <= 0:
-        return "baddbmm"
+        raise No(Reason.SOFTMAX, "baddbmm")
     if beta != 0 and not _is_zeros(added):
         if scores.softcap or scores.query_scales or not isinstance(added, fx.Node) or beta < 0:
-            return "baddbmm"
+            raise No(Reason.SOFTMAX, "baddbmm")
         scores.add_mask(added, product, float(beta))
     scores.factor *= alpha
     return query, key
@@ -220,20 +232,19 @@ def _named(first: ScoreProduct, scores: Scores) -> ScoreProduct | None:
     )
 
 
-def _weights(
-    layout: Layout, steps: list[fx.Node], scores: Scores, sizes: dict[str, Any]
-) -> Layout | fx.Node:
-    """The layout of the weights behind `steps`, or the step that was not understood."""
+def _weights(layout: Layout, steps: list[fx.Node], scores: Scores, sizes: dict[str, Any]) -> Layout:
+    """The layout of the weights behind `steps`."""
     for step in steps:
-        if op_name(step) in VIEWS:
-            after = after_view(layout, step, sizes)
-            if after is None:
-                return step
-            layout = after
-        if op_name(step) == "getitem" and without_ones(layout[-1], sizes) != "t":
-            return step
-        if op_name(step) == "masked_fill" and not scores.hide(step, layout):
-            return step
+        name, after = op_name(step), layout
+        if name in VIEWS:
+            after = after_view(layout, step, sizes) or ()
+        if (
+            not after
+            or (name == "getitem" and without_ones(after[-1], sizes) != "t")
+            or (name == "masked_fill" and not scores.hide(step, after))
+        ):
+            raise No(Reason.SOFTMAX, name)
+        layout = after
     return layout
 
 
@@ -311,8 +322,8 @@ def _keeps_weights(node: fx.Node) -> bool:
     return name == "masked_fill" and number_of(node.args[2]) == 0
 
 
-def _fold(node: Any, scores: Scores) -> fx.Node | str:
-    """Walks back from the softmax's input to the product; the name of what stopped it, else."""
+def _fold(node: Any, scores: Scores) -> fx.Node:
+    """Walks back from the softmax's input to the product."""
     while isinstance(node, fx.Node):
         name = op_name(node)
         if name in PRODUCTS:
@@ -322,6 +333,6 @@ def _fold(node: Any, scores: Scores) -> fx.Node | str:
         plain = not scores.query_scales or name in (*MUL, *DIV, *CASTS) or step is fold_view
         previous = step(node, scores) if step and plain else None
         if previous is None:
-            return name or node.op
+            raise No(Reason.SOFTMAX, name or node.op)
         node = previous
-    return "a constant"
+    raise No(Reason.SOFTMAX, "a constant")

@@ -49,10 +49,20 @@ class AttentionSamples:
     Args:
         scale: of the scores, as in softmax(scale * q.k).
         seed: of the draws, here and in `fit`.
+        queries_per_prompt: how many are kept.
     """
 
-    def __init__(self, num_kv_heads: int, head_dim: int, *, scale: float, seed: int = 0) -> None:
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        scale: float,
+        seed: int = 0,
+        queries_per_prompt: int = QUERIES_PER_PROMPT,
+    ) -> None:
         self.moments = KeyCovariance(num_kv_heads, head_dim)
+        self._queries_per_prompt = queries_per_prompt
         self.scale = scale
         self._prompts: list[_Prompt] = []
         self._seed = seed
@@ -78,7 +88,8 @@ class AttentionSamples:
                 if mask is not None:
                     real = real & mask[row, first:].to(q.device)
                 at = real.nonzero().flatten().cpu()
-                at = at[torch.randperm(len(at), generator=self._generator)[:QUERIES_PER_PROMPT]]
+                at = at[torch.randperm(len(at), generator=self._generator)]
+                at = at[: self._queries_per_prompt]
                 # Before this, every visible key is read in any case.
                 at = at[at + first >= SINK + RECENT].sort().values.to(q.device)
                 if len(at):
@@ -117,8 +128,9 @@ class AttentionSamples:
         self.moments.restore(state)
         self._prompts = kept
 
-    def seconds_per_step(self, rank: int, steps: int = 3) -> float:
-        """Measured on the samples so far: how long a step of `fit` takes. 0.0 without samples."""
+    def seconds_per_step(self, rank: int, steps: int = 6) -> float:
+        """Measured on the samples so far: how long a step of `fit` takes, without what comes once
+        in front of them. 0.0 without samples."""
         if not self._prompts:
             return 0.0
         where = self._prompts[0].keys.device
@@ -126,11 +138,15 @@ class AttentionSamples:
         with torch.inference_mode(False), torch.no_grad():
             start = self.moments.score_optimal().truncate(rank)
             query, key = (part.to(where) for part in start)
-            self._descend(query, key, generator, None, steps=2)
-            begin = time.perf_counter()
-            fitted = self._descend(query, key, generator, None, steps=steps)
-            float(fitted[0].sum())  # waits for the device
-        return (time.perf_counter() - begin) / steps
+            ends: list[float] = []
+
+            def end(count: int) -> None:
+                if where.type == "cuda":
+                    torch.cuda.synchronize(where)
+                ends.append(time.perf_counter())
+
+            self._descend(query, key, generator, end, steps=1 + steps)  # the first is a warm-up
+        return (ends[-1] - ends[0]) / steps
 
     def fit(
         self,
@@ -140,6 +156,7 @@ class AttentionSamples:
         layer: str = "",
         device: torch.device | str | None = None,
         progress: Callable[[int], None] | None = None,
+        steps: int = STEPS,
     ) -> Basis:
         """The pair (A, B) of `rank` columns with the least cross-entropy from attention to
         softmax(scale * (q @ A).(k @ B)), by gradient descent from the score-optimal pair.
@@ -157,7 +174,7 @@ class AttentionSamples:
 
         Args:
             device: where to compute; that of the samples where None.
-            progress: called with 1 after each of `STEPS` steps.
+            progress: called with 1 after each of the `steps`.
 
         Raises:
             ValueError: rank is not in 1..D, or no prompt long enough to have a choice was seen.
@@ -174,7 +191,7 @@ class AttentionSamples:
             generator = torch.Generator("cpu").manual_seed(self._seed)
             probe = [self._draw(generator, where) for _ in range(min(16, 4 * len(self._prompts)))]
             before = sum(float(_loss(query, key, *drawn, self.scale)) for drawn in probe)
-            fitted = self._descend(query, key, generator, progress)
+            fitted = self._descend(query, key, generator, progress, steps)
             after = sum(float(_loss(*fitted, *drawn, self.scale)) for drawn in probe)
             if after < before:  # not so for NaN
                 query, key = fitted

@@ -22,6 +22,7 @@ from loki_compile.pca_store.metadata import (
     calibrate_command,
     check_choice,
     check_fingerprint,
+    check_measured,
     check_metadata,
     check_text,
     combine_fingerprints,
@@ -51,6 +52,7 @@ class Basis:
         blocks: fingerprints of the rows of these weights, head_dim at a time; () where they have
             none. A process that holds some of the rows finds its heads by them.
         cut_from: the basis of all KV heads, where this is one of some of them.
+        measured: what was measured of it when it was fitted, by name; {} where nothing was.
 
     Raises:
         ValueError: shapes, dtypes or values that cannot be a basis.
@@ -65,8 +67,10 @@ class Basis:
     tokens: int = 0
     blocks: tuple[str, ...] = ()
     cut_from: Basis | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_measured(self.measured)
         for name in ("query", "key", "spectrum"):
             object.__setattr__(self, name, _ordinary(getattr(self, name)))
         check_choice("kind", self.kind, KINDS)

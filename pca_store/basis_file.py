@@ -104,7 +104,16 @@ def verify_file(path: Path) -> BasisHeader:
 def header_of(basis_set: BasisSet) -> BasisHeader:
     """The header that a basis set is stored under."""
     sites = tuple(
-        SiteRecord(b.layer, b.weights, b.num_kv_heads, b.head_dim, b.columns, b.tokens, b.blocks)
+        SiteRecord(
+            b.layer,
+            b.weights,
+            b.num_kv_heads,
+            b.head_dim,
+            b.columns,
+            b.tokens,
+            b.blocks,
+            dict(b.measured),
+        )
         for b in basis_set.bases
     )
     fields = {name: getattr(basis_set, name) for name in HEADER_FIELDS[:-1]}
@@ -138,6 +147,7 @@ def _basis_set(header: BasisHeader, tensors: dict[str, Tensor]) -> BasisSet:
                 site.layer,
                 site.tokens,
                 site.blocks,
+                measured=site.measured,
             )
         )
     fields = {name: getattr(header, name) for name in HEADER_FIELDS[1:-1]}

@@ -11,7 +11,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ from loki_compile.pca_store.metadata import (
     calibrate_command,
     check_choice,
     check_fingerprint,
+    check_measured,
     check_metadata,
     check_text,
     combine_fingerprints,
 )
 
-FORMAT_VERSION = 2
-# Version 1 knows no blocks.
-_READ_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+# Version 1 knows no blocks, versions 1 and 2 nothing that was measured.
+_READ_VERSIONS = (1, 2, 3)
 META_KEY = "loki_compile.basis"
 CHECKSUM_KEY = "loki_compile.sha256"
 
@@ -58,6 +59,7 @@ class SiteRecord:
     columns: int
     tokens: int
     blocks: tuple[str, ...] = ()
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_text("layer", self.layer)
@@ -67,6 +69,7 @@ class SiteRecord:
         for block in self.blocks:
             check_fingerprint("block", block)
         object.__setattr__(self, "blocks", tuple(self.blocks))
+        check_measured(self.measured)
         _check_count("num_kv_heads", self.num_kv_heads, 1, MAX_KV_HEADS)
         _check_count("head_dim", self.head_dim, 1, MAX_HEAD_DIM)
         _check_count("columns", self.columns, 1, self.head_dim)
@@ -114,7 +117,16 @@ HEADER_FIELDS = (
     "created",
     "sites",
 )
-SITE_FIELDS = ("layer", "weights", "num_kv_heads", "head_dim", "columns", "tokens", "blocks")
+SITE_FIELDS = (
+    "layer",
+    "weights",
+    "num_kv_heads",
+    "head_dim",
+    "columns",
+    "tokens",
+    "blocks",
+    "measured",
+)
 
 
 def read_header(path: Path) -> BasisHeader:
@@ -223,7 +235,7 @@ def _basis_header(record: dict[str, Any]) -> BasisHeader:
     if not isinstance(sites, list) or len(sites) > MAX_SITES:
         raise ValueError(f"found sites that are not a list of at most {MAX_SITES} entries")
     for site in sites:
-        _check_keys("site", site, SITE_FIELDS if version > 1 else SITE_FIELDS[:-1])
+        _check_keys("site", site, SITE_FIELDS[: len(SITE_FIELDS) + version - FORMAT_VERSION])
     header = BasisHeader(**record, sites=tuple(SiteRecord(**site) for site in sites))
     if header.fingerprint != model_fingerprint:
         raise ValueError(

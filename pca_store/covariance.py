@@ -5,6 +5,8 @@ Legend: B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, T keys, S queries, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from loki_compile.pca_store.basis import Basis
 from torch import Tensor
@@ -81,6 +83,55 @@ class KeyCovariance:
                 seen = None if mask is None else mask[row, first:][window]
                 for member in range(groups.shape[1]):
                     self._add_queries(groups[:, member, window], seen)
+
+    @torch.no_grad()
+    def add_query_moment(self, moment: Tensor, count: Tensor | int) -> None:
+        """Take in queries by their sums alone.
+
+        Args:
+            moment: (Hkv, D, D), the sum of q qᵀ over rows and the query heads of each group.
+            count: how many were summed, per KV head.
+        """
+        self._query_moment = self._query_moment + moment.to("cpu", torch.float64)
+        self._query_count = self._query_count + torch.as_tensor(count, dtype=torch.float64).cpu()
+
+    @torch.no_grad()
+    def over_rotations(self, pairs: Sequence[tuple[int, int]], share: float = 1.0) -> KeyCovariance:
+        """The moments that the same keys and queries have on average over all rotations of each
+        pair of dims, by angles that know nothing of each other: what they come to far away.
+
+        With R = diag of one 2 x 2 rotation per pair, E[R M Rᵀ] of an uncentred second moment M is
+        (M_aa + M_bb) / 2 at both places of a pair (a, b) and 0 beside it: E[R] is 0, and so is
+        E[R ⊗ R] between two pairs. Keys of a pair have the mean 0 therefore, and their mean square
+        becomes variance. Dims in no pair keep their mean and their moments among themselves.
+
+        One prompt does not show that: a pair that turns once in 10000 tokens looks constant in it,
+        or like whatever turned beside it, and its mean does not stay what it was.
+
+        Args:
+            share: how far, from 0 (what was seen) to 1.
+        """
+        turned = KeyCovariance(self.num_kv_heads, self.head_dim)
+        still = torch.ones(self.head_dim, dtype=torch.float64)
+        other = torch.arange(self.head_dim)
+        for a, b in pairs:
+            still[a] = still[b] = 0
+            other[a], other[b] = b, a
+
+        def averaged(moment: Tensor, beside: Tensor) -> Tensor:
+            energy = moment.diagonal(dim1=-2, dim2=-1)
+            mean = (energy + energy[:, other]) / 2 * (1 - still)
+            return beside * still * still[:, None] + torch.diag_embed(mean)
+
+        uncentred = self._scatter + self._count * self._mean.mT @ self._mean
+        turned._count, turned._query_count = self._count, self._query_count
+        turned._mean = self._mean * still
+        turned._scatter = averaged(uncentred, self._scatter)
+        turned._query_moment = averaged(self._query_moment, self._query_moment)
+        for name in ("_mean", "_scatter", "_query_moment"):
+            mixed = torch.lerp(getattr(self, name), getattr(turned, name), share)
+            setattr(turned, name, mixed)
+        return turned
 
     def state(self) -> dict[str, Tensor]:
         """Everything that was taken in, by name; fp64 on the CPU."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ HEX_DIGITS = 32
 # Of each block of rows. A weight has few enough blocks for a header, and a wrong match takes a run
 # of equal blocks.
 MAX_BLOCKS = 4096
+MAX_MEASURED = 16
 
 
 class BasisNotFound(ValueError):
@@ -53,6 +55,16 @@ def check_text(name: str, value: Any) -> None:
         raise ValueError(
             f"found {name} {value!r:.80}; needed at most {MAX_TEXT} printable characters"
         )
+
+
+def check_measured(value: Any) -> None:
+    """What was measured of a basis: few finite numbers, by name."""
+    if not isinstance(value, Mapping) or len(value) > MAX_MEASURED:
+        raise ValueError(f"found measured that is not a mapping of at most {MAX_MEASURED} entries")
+    for name, number in value.items():
+        check_text("name of what was measured", name)
+        if type(number) is not float or not math.isfinite(number):
+            raise ValueError(f"found measured {name!r:.80} {number!r:.80}; needed a finite float")
 
 
 def check_metadata(record: Any) -> None:

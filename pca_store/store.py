@@ -107,7 +107,7 @@ class Store:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
-            _write_atomically(path, data)
+            write_atomically(path, data)
         except OSError as error:
             raise BasisSaveError(
                 f"basis set not saved to {path}: {error.strerror or error}; needed "
@@ -162,12 +162,9 @@ class Store:
         entries = []
         for path in _files(self.root):
             try:
-                status = path.stat()
-                header = read_header(path)
+                entries.append(entry_of(path))
             except (BasisFileError, OSError) as error:
                 logger.warning("left out of the store: %s", error)
-                continue
-            entries.append(StoredBasis(path, header, status.st_size, status.st_mtime_ns))
         return sorted(entries, key=lambda entry: entry._age_key, reverse=True)
 
     def find(
@@ -223,6 +220,17 @@ class Store:
                     path.unlink()
 
 
+def entry_of(path: Path) -> StoredBasis:
+    """What a basis file's header says; reads nothing else.
+
+    Raises:
+        BasisFileError: it is not a basis file.
+        OSError: it cannot be read.
+    """
+    status = path.stat()
+    return StoredBasis(path, read_header(path), status.st_size, status.st_mtime_ns)
+
+
 def _whole(path: Path) -> BasisSet:
     from loki_compile.pca_store.basis_file import read_file
 
@@ -239,7 +247,7 @@ def file_name(basis_set: BasisSet) -> str:
     return f"{model or 'model'}-{kind}-{calibration}-{basis_set.fingerprint[:12]}{SUFFIX}"
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}.tmp"
     try:
         with temporary.open("xb") as file:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,7 @@ from loki_compile.commands.output import duration, out, progress, say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import Tensor
 
     from loki_compile.pca_store.basis import BasisSet
 
@@ -26,14 +27,19 @@ if TYPE_CHECKING:
 @click.argument("name", metavar="MODEL")
 @click.argument("more_text", metavar="[FILES]...", nargs=-1)
 @click.option("--text", "first_text", multiple=True, help="Text files. [Python's own library]")
-@click.option("--tokens", type=click.IntRange(2), default=65536, show_default=True)
+@click.option("--tokens", type=click.IntRange(2),
+              help='Tokens to read. [16384; 65536 of kind "attention", "pca"]')  # fmt: skip
 @click.option("--length", "--context", "length", type=click.IntRange(2),
               help="Tokens per prompt; as long as you decode, where memory allows. "
               "[4096, or what the model allows]")  # fmt: skip
-@click.option("--kind", default="attention", show_default=True,
-              help='"attention", "pca" or "score-optimal".')  # fmt: skip
+@click.option("--kind", default="score-optimal", show_default=True,
+              help='"score-optimal" (closed form), "pca" (the paper) or "attention".')  # fmt: skip
+@click.option("--refine", is_flag=True,
+              help='--kind attention: trained to find attended keys, for --minutes.')  # fmt: skip
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=30.0,
+              show_default=True, help="How long --refine may train.")  # fmt: skip
 @click.option("--rank", default="0.25", show_default=True,
-              help='Columns of an "attention" basis: 16, or 0.25 of head_dim.')  # fmt: skip
+              help='Dims to measure at, all of "attention": 16, or 0.25 of head_dim.')  # fmt: skip
 @click.option("--calibration", default="post-rotary", show_default=True,
               help='"post-rotary" or "pre-rotary".')  # fmt: skip
 @click.option("--out", "folder", type=click.Path(path_type=Path), help="Folder. [the store]")
@@ -42,9 +48,11 @@ def command(
     name: str,
     more_text: tuple[str, ...],
     first_text: tuple[str, ...],
-    tokens: int,
+    tokens: int | None,
     length: int | None,
     kind: str,
+    refine: bool,
+    minutes: float,
     rank: str,
     calibration: str,
     folder: Path | None,
@@ -59,7 +67,7 @@ def command(
     """
     import torch
 
-    from loki_compile.calibration import calibrate, check_choices, check_lengths
+    from loki_compile.calibration import check_choices, check_lengths
     from loki_compile.commands.models import (
         batches_of,
         check_placement,
@@ -74,6 +82,9 @@ def command(
     from loki_compile.pca_store.partial import default_partial_root
     from loki_compile.pca_store.store import Store
 
+    kind = "attention" if refine else kind
+    if tokens is None:
+        tokens = 16384 if kind == "score-optimal" else 65536
     columns = NUMBER.convert(rank, None, None)
     check_choices(calibration, kind, columns)
     check_placement(device, dtype)
@@ -94,10 +105,34 @@ def command(
         say(f"the text holds {total} tokens of the {tokens} asked for; all are used")
     say(f"loading {name}; then it reads {len(batches)} prompts eagerly, {total} tokens")
     model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
+    basis_set = _watched_calibration(
+        model,
+        batches,
+        calibration=calibration,
+        kind=kind,
+        rank=columns,
+        name=name,
+        source=source,
+        partial=default_partial_root(),
+        refine_seconds=60 * minutes if refine else None,
+    )
+    path = store.save(basis_set)
+    out.print(spectra(basis_set))
+    if measured := missed(basis_set):
+        say(measured)
+    show(f"wrote {path}")
+
+
+def _watched_calibration(model: Any, batches: list[Tensor], **settings: Any) -> BasisSet:
+    """`calibrate` with bars, and the time to go said once."""
+    from loki_compile.calibration import calibrate
+
+    total = sum(batch.numel() for batch in batches)
     try:
         with progress(left=True) as bar:
-            task = bar.add_task(f"reading with {name}", total=total, left="")
-            fitting = bar.add_task("fitting", total=None, visible=kind == "attention", left="")
+            task = bar.add_task(f"reading with {settings['name']}", total=total, left="")
+            fits = settings["kind"] == "attention"
+            fitting = bar.add_task("fitting", total=None, visible=fits, left="")
             said = False
 
             def expect(seconds: float) -> None:
@@ -109,25 +144,31 @@ def command(
                 bar.update(task, left="")
                 bar.update(current, left=f"{duration(seconds)} left")
 
-            basis_set = calibrate(
+            return calibrate(
                 model,
                 batches,
-                calibration=calibration,
-                kind=kind,
-                rank=columns,
-                name=name,
-                source=source,
                 progress=lambda done: bar.advance(task, done),
                 fit_progress=lambda done, steps: bar.update(fitting, completed=done, total=steps),
                 expect=expect,
-                partial=default_partial_root(),
+                **settings,
             )
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         raise
-    path = store.save(basis_set)
-    out.print(spectra(basis_set))
-    show(f"wrote {path}")
+
+
+def missed(basis_set: BasisSet) -> str:
+    """What was measured of the bases, in words; "" where nothing was."""
+    of_layers = [basis.measured for basis in basis_set.bases if basis.measured]
+    if not of_layers:
+        return ""
+    name = ("missed_mass", "missed_by_exact_scores", "share_over_rotations")
+    found, exact, share = (sum(m[n] for m in of_layers) / len(of_layers) for n in name)
+    return (
+        f"on prompts kept apart, at rank {of_layers[0]['rank']:.0f} and "
+        f"{of_layers[0]['budget']:.1%} of the keys, {found:.1%} of attention is missed "
+        f"({exact:.1%} by exact scores; moments {share:.0%} averaged over rotations)"
+    )
 
 
 def spectra(basis_set: BasisSet) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from loki_compile.commands.measure import (
     recall_of,
     variants,
 )
-from loki_compile.commands.models import encode, longest_context
+from loki_compile.commands.models import BUNDLED, encode, longest_context
 from loki_compile.commands.output import announcing, duration, foretelling, out, phase, say, show
 from loki_compile.commands.picture import draw
 from loki_compile.commands.reference_data import (
@@ -38,13 +39,17 @@ from loki_compile.config import LokiConfig
 from loki_compile.pca_store.basis import BasisSet
 from loki_compile.pca_store.basis_header import BasisFileError
 from loki_compile.pca_store.fingerprint import weights_fingerprint
-from loki_compile.pca_store.store import Store, StoredBasis
+from loki_compile.pca_store.store import HUB_FILE, Store, StoredBasis, entry_of
 from loki_compile.report import GraphReport
 
 NEW_TOKENS = 96
 TEXT_TOKENS = 256
 QUESTIONS = 32
 CALIBRATION_TOKENS = 32768
+# Of fitting a basis for a model that has none; what would take longer is replaced by what does not.
+FIT_SECONDS = 120.0
+# Fitted once to the bundled model by `loki calibrate reference`.
+BUNDLED_BASIS = BUNDLED / HUB_FILE
 SEED = 4096
 
 
@@ -96,13 +101,14 @@ def run_demo(
         stored = None if anew else stored_basis(model, options, slots)
         if stored is not None:
             entry, config, found = stored
+            name_of = "bundled with the model" if entry.path == BUNDLED_BASIS else entry.name
             say(
-                f"basis: {entry.name}, stored {entry.header.created[:10]} from "
+                f"basis: {name_of}, stored {entry.header.created[:10]} from "
                 f"{entry.header.tokens} tokens of {entry.header.source or 'unknown text'}; "
                 "--calibrate fits one anew"
             )
         else:
-            basis = _calibrated(model, tokenizer, name, context, options)
+            basis = fitted_basis(model, tokenizer, name, context, options)
             config = LokiConfig.from_options({**options, "basis": basis})
             found = decode_reports(model, "static", slots, config.to_options())
         out.print(site_table(found, config, context))
@@ -129,13 +135,15 @@ def run_demo(
 def stored_basis(
     model: Any, options: dict[str, Any], slots: int
 ) -> tuple[StoredBasis, LokiConfig, Sequence[GraphReport]] | None:
-    """The newest stored basis that serves every sparse site of a model with these options.
+    """The newest stored basis that serves every sparse site of a model with these options; for the
+    bundled model, else the one that lies beside it.
 
     Returns:
         It, the configuration with it, and the reports of a decode step; None where there is none.
     """
     held = {weights_fingerprint(parameter) for parameter in model.parameters()}
-    for entry in Store().list():
+    bundled = [entry_of(BUNDLED_BASIS)] if BUNDLED_BASIS.exists() else []
+    for entry in [*Store().list(), *bundled]:
         if not any(site.weights in held for site in entry.header.sites):
             continue
         try:
@@ -148,33 +156,59 @@ def stored_basis(
     return None
 
 
-def _calibrated(
+class _TooLong(Exception):
+    """A fit that would take so many seconds."""
+
+
+def fitted_basis(
     model: Any, tokenizer: Any, name: str, context: int, options: dict[str, Any]
 ) -> BasisSet:
+    """A basis of a model that has none, in about `FIT_SECONDS` at most once a prompt is read.
+
+    A fit to attention that would take longer gives way to a score-optimal one, of as many prompts
+    as can be read meanwhile; that is said, and what fits the better one.
+    """
     rank = options.get("rank", LokiConfig().rank)
     length = min(max(context, 64), longest_context(model))
     prompts, source = calibration_prompts(tokenizer, length, CALIBRATION_TOKENS)
-    total = sum(map(len, prompts))
+    every = isinstance(rank, str)  # "variance:0.9" needs all columns
     said = False
+    begin = time.perf_counter()
 
     def expect(seconds: float) -> None:
         nonlocal said
+        if not said and seconds > FIT_SECONDS:
+            raise _TooLong(seconds)
         if not said:
             say(f"  about {duration(seconds)} to go")
         said = True
 
-    every = isinstance(rank, str)  # "variance:0.9" needs all columns
-    what = f"basis: one is fitted for {name}: reads {total} tokens eagerly, then fits"
-    with phase(what):
-        basis = calibrate(
+    def fitted(kind: str, prompts: Sequence[list[int]], **more: Any) -> BasisSet:
+        return calibrate(
             model,
             [torch.tensor([prompt]) for prompt in prompts],
-            kind="pca" if isinstance(rank, str) else "attention",
+            kind=kind,
             rank=0.25 if every else rank,
             name=name,
             source=source,
-            expect=expect,
+            **more,
         )
+
+    kind = "pca" if every else "attention"
+    total = sum(map(len, prompts))
+    with phase(f"basis: one is fitted for {name}: reads {total} tokens eagerly, then fits"):
+        try:
+            basis = fitted(kind, prompts, expect=expect)
+        except _TooLong as found:
+            each = time.perf_counter() - begin
+            prompts = prompts[: max(1, int(FIT_SECONDS / each))]
+            kind = "pca" if every else "score-optimal"
+            say(
+                f"  the whole fit would take {duration(found.args[0])}; in its place a {kind} one "
+                f"of {sum(map(len, prompts))} tokens, which ranks worse: about "
+                f"{duration(each * len(prompts))} to go"
+            )
+            basis = fitted(kind, prompts)
     say(f"  it is not kept; `loki calibrate {name}` fits and stores one")
     return basis
 

@@ -21,6 +21,8 @@ from loki_compile.commands.options import (
 from loki_compile.commands.output import foretelling, out, phase, progress, say
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from loki_compile.commands.measure import Trace
 
 
@@ -60,7 +62,6 @@ def command(
     """
     import torch
 
-    from loki_compile.commands.measure import follow, many_variants, new_cache
     from loki_compile.commands.models import (
         check_placement,
         encode,
@@ -92,6 +93,28 @@ def command(
     steps: dict[str, Any] = {"dense": model}
     for label, each in named.items():
         steps[label] = torch.compile(model, backend="loki", options=each)
+    traces, answers = _decoded(name, model, steps, pieces, recall, start, cache)
+    out.print(_quality_table(traces, answers, context))
+    out.print(
+        "Log-likelihood tasks (lm-eval) never decode: their score says nothing of this backend.",
+        highlight=False,
+    )
+
+
+def _decoded(
+    name: str,
+    model: Any,
+    steps: dict[str, Any],
+    pieces: Tensor,
+    recall: list[Any],
+    start: int,
+    cache: str,
+) -> tuple[dict[str, Trace], dict[str, list[bool]]]:
+    """By each way of decoding: what it made of the pieces (windows, context), and whether each
+    answer to `recall` was right."""
+    from loki_compile.commands.measure import follow, many_variants, new_cache
+
+    context = pieces.shape[1]
     traces: dict[str, Trace] = {}
     answers: dict[str, list[bool]] = {}
     per_variant = len(pieces) * (context - start - 1)
@@ -112,11 +135,7 @@ def command(
                     trace = follow(model, step, prompt.to(model.device), first, kept, told)
                     right = [trace.predicted[at - first] == answer[0] for at, answer in queries]
                     answers.setdefault(label, []).extend(right)
-    out.print(_quality_table(traces, answers, context))
-    out.print(
-        "Log-likelihood tasks (lm-eval) never decode: their score says nothing of this backend.",
-        highlight=False,
-    )
+    return traces, answers
 
 
 def _recall_prompts(tokenizer: Any, name: str, context: int, count: int) -> list[Any]:

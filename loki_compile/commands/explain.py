@@ -82,7 +82,7 @@ def site_table(reports: Sequence[GraphReport], config: LokiConfig, context: int)
         ("dims", "right"),
         ("keys read", "right"),
         ("index", "right"),
-        ("basis, or why not", "left"),
+        ("policy and basis, or why not", "left"),
     ):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in fold(reports):
@@ -96,16 +96,17 @@ def _row(row: Folded, config: LokiConfig, context: int) -> list[str]:
     dims = f"{site.head_dim}" if site.head_dim else ""
     keys, index, outcome = "", "", row.now or site.outcome
     if sparse:
-        dims = row.dims
+        dims = row.dims if site.basis else dims
         if not runs_sparse(config, context):
             outcome, keys = "dense here", f"all {context}"
         else:
             keys = f"{config.budget.keys(context)} of {context}"
-        # Sites that share a cache share its index.
-        each = {s.cache or s.path: s.index_bytes_per_token for s in row.sites}
-        if None not in each.values():
-            index = _bytes(sum(each.values()) * context)  # type: ignore[arg-type]
-    served = f"{site.basis}; {site.note}" if site.note else site.basis
+    # Sites that share a cache share its index.
+    each = {s.cache or s.path: s.index_bytes_per_token for s in row.sites}
+    if None not in each.values():
+        index = _bytes(sum(each.values()) * context)  # type: ignore[arg-type]
+    chooses = site.policy if site.policy != "loki" else ""
+    served = "; ".join(part for part in (chooses, site.basis, site.note) if part)
     why = served if sparse else f"{site.reason} ({site.see})"
     return [row.where, outcome, row.heads, dims, keys, index, why]
 

@@ -14,6 +14,7 @@ from loki_compile.commands.output import UserError, err
 COMMANDS = {
     "demo": "demo",
     "calibrate": "calibrate",
+    "tune": "tune",
     "bases": "bases",
     "explain": "explain",
     "eval": "evaluate",

@@ -38,6 +38,7 @@ LOKI_OPTIONS = [
     click.option("--min-context", type=int, help="Fewer visible keys than this run dense."),
     click.option("--index-dtype", help='"auto" or "int8".'),
     click.option("--share", help='"group" or "head".'),
+    click.option("--policy", help='How keys are chosen: "loki", "tidal", "oracle", ...'),
 ]
 MODEL_OPTIONS = [
     click.option("--device", help="cpu, cuda, ...; CUDA where there is a device."),

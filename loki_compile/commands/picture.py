@@ -1,4 +1,4 @@
-"""The picture of `loki demo`: milliseconds per token against cached tokens."""
+"""Pictures: of `loki demo`, milliseconds per token by cached tokens; of a plan, who reads whom."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from loki_compile.commands.measure import latencies, variants
 from loki_compile.commands.models import longest_context
 from loki_compile.commands.output import announcing
 from loki_compile.config import LokiConfig
+from loki_compile.pca_store.layer_plan import LayerPlan
+from loki_compile.policies.kinds import kind_of
+from loki_compile.report import shown_ranges
 
 # An attention-heavy shape for the picture: what long contexts cost when little else is computed.
 SHAPE = {
@@ -90,5 +93,71 @@ def plot_latencies(
     axes.set_title(f"{title}\n{device}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(title="dense dashed, sparse solid")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=120)
+
+
+def plan_lines(plan: LayerPlan) -> list[str]:
+    """A plan in words: a line for each group of layers, and what choosing layers capture."""
+    kinds = [kind_of(layer.word) for layer in plan.layers]
+    at = f"top_k={plan.top_k}"
+    lines = [f"plan of {plan.created[:10]} from {plan.source or 'unknown text'}, {at}:"]
+    for number, kind in enumerate(kinds):
+        if not kind.ranking:
+            continue
+        readers = [n for n, other in enumerate(kinds) if other.source == number]
+        what = f"  layer {number} chooses ({kind.ranking}"
+        what += ", and reads all keys)" if kind.dense else ")"
+        if readers:
+            shares = [plan.mass[number][n] for n in readers] if plan.mass else []
+            known = [share for share in shares if share is not None]
+            mean = f", which captures {sum(known) / len(known):.0%} of their attention"
+            what += f" for layers {shown_ranges(readers)}" + (mean if known else "")
+        lines.append(what)
+    dense = [n for n, kind in enumerate(kinds) if kind.dense and not kind.ranking]
+    if dense:
+        lines.append(f"  layers {shown_ranges(dense)} read all keys")
+    return lines
+
+
+def mass_lines(plan: LayerPlan) -> list[str]:
+    """The captured attention as text: a row for each layer that chooses, a digit for each reader
+    (9: 90 % and more), brackets around those that read it."""
+    kinds = [kind_of(layer.word) for layer in plan.layers]
+    lines = []
+    for number, row in enumerate(plan.mass):
+        if not kinds[number].ranking:
+            continue
+        cells = []
+        for reader, share in enumerate(row):
+            digit = "." if share is None else str(min(9, int(share * 10)))
+            reads = kinds[reader].source == number or reader == number
+            cells.append(f"[{digit}]" if reads else f" {digit} ")
+        lines.append(f"  {number:>3} " + "".join(cells))
+    return lines
+
+
+def draw_mass(plan: LayerPlan, picture: Path) -> None:
+    """Writes one picture: the share of each layer's attention that each earlier layer's choice
+    captures, with the pairs that the plan makes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = [kind_of(layer.word) for layer in plan.layers]
+    figure = Figure(figsize=(6.4, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    shares = [[float("nan") if x is None else x for x in row] for row in plan.mass]
+    image = axes.imshow(shares, vmin=0.3, vmax=1.0, cmap="viridis")
+    figure.colorbar(image, label="share of the reader's attention")
+    pairs = [(n if kind.ranking else kind.source, n) for n, kind in enumerate(kinds)]
+    for number, (source, reader) in enumerate(pairs):
+        if source is not None:
+            chooses = bool(kinds[number].ranking)
+            color, marker = ("red", "s") if chooses else ("white", ".")
+            axes.scatter([reader], [source], s=36, color=color, marker=marker)
+    axes.set_xlabel("layer that reads")
+    axes.set_ylabel("layer that chose")
+    axes.set_title(f"{plan.model}: red chooses, white reads", fontsize=10)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)

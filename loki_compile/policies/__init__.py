@@ -9,6 +9,13 @@ runtime's proof that what is kept belongs to the cache.
     exact      "oracle": keys ranked by themselves
     window     "window": the first and the last keys
     pages      "quest": keys ranked by bounds of their page
+    unified    "unified": keys ranked by themselves, one set for all heads
+
+A policy may also have a site read what an earlier one chose (`Choice.source`).
+
+    kinds      the words for what a layer does: choose, reuse, read all keys
+    presets    plans of all layers by name: which choose
+    layers     from the kinds of layers to the choices of sites
 
 To add one, copy the file nearest to it, add its line to `table.RANKINGS` and its row to README.
 """

@@ -8,10 +8,11 @@ from torch import fx
 
 from loki_compile.kernels.kept import PAGE, Keeps
 from loki_compile.passes.attention import AttentionSite
-from loki_compile.passes.caches import CacheWrite, KeyCache
-from loki_compile.passes.calls import fake_value, op_name, same_size
+from loki_compile.passes.caches import KeyCache
+from loki_compile.passes.calls import fake_value, same_size
 from loki_compile.passes.graphs import call
 from loki_compile.passes.policy import Asked, Ranking
+from loki_compile.passes.write_forms import unordered_by
 from loki_compile.policies.ops import selected
 
 
@@ -34,8 +35,9 @@ def refuses(site: AttentionSite, cache: KeyCache) -> str:
         return "which dimension of its cache holds sequences is not seen"
     if not _reads_from_the_start(site, cache):
         return "it reads a part of its cache that does not begin where the cache does"
-    if not cache.grows and any(_wraps(write) for write in cache.writes):
-        return "its positions wrap around"
+    unordered = "" if cache.grows else next(filter(None, map(unordered_by, cache.writes)), "")
+    if unordered:
+        return f"its positions may wrap around: they are computed by `{unordered}`"
     slots = fake_value(cache.past).shape[cache.token_axis]
     read = fake_value(site.key.base).shape[site.key.order[2]]
     if cache.writes and not cache.grows and not site.masks and same_size(slots, read):
@@ -52,17 +54,6 @@ def _reads_from_the_start(site: AttentionSite, cache: KeyCache) -> bool:
         for axis, dim in zip(axes, (0, 2), strict=True)
         if not same_size(whole.shape[axis], 1)
     )
-
-
-def _wraps(write: CacheWrite) -> bool:
-    """Whether the graph takes a remainder for the position of a write."""
-    what = None if write.fill is None else write.fill[0]
-    nodes = [what] if isinstance(what, fx.Node) else []
-    for node in nodes:
-        if op_name(node) in ("mod", "remainder", "fmod"):
-            return True
-        nodes += [source for source in node.all_input_nodes if source not in nodes]
-    return False
 
 
 PAGES = Ranking("quest", positions, Keeps.PAGES, refuses)

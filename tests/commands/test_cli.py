@@ -17,7 +17,7 @@ from loki_compile.pca_store.store import Store
 from loki_compile import observation, progress
 from loki_compile.commands import comparison
 from loki_compile.commands.main import main
-from loki_compile.commands.models import BUNDLED
+from loki_compile.commands.models import BUNDLED, load_model, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -75,7 +75,7 @@ def succeed(*arguments):
 
 def test_calibrate_stores_what_explain_then_uses(tiny, text, own_store):
     before = succeed("explain", tiny, "--min-context", "0")
-    assert before.count("auto (fitted from the keys of each sequence)") == 1
+    assert before.count("auto (fitted to each sequence)") == 1
     shown = succeed("calibrate", tiny, "--text", text, "--tokens", "300", "--length", "77")
     (path,) = own_store.glob("*.safetensors")
     assert f"wrote {path}" in shown
@@ -196,6 +196,30 @@ def test_the_demo_takes_the_stored_basis_that_fits(tiny, text, own_store, monkey
         assert [site.basis for site in found[0].sites] == [f"{entry.header.kind}, 200 tokens"] * 2
     other = transformers.AutoModelForCausalLM.from_config(model.config)
     assert comparison.stored_basis(other, options, 600) is None
+
+
+def test_the_demo_takes_the_basis_that_is_bundled_with_the_model(own_store):
+    model, options = load_model("reference"), {"min_context": 0}
+    entry, config, found = comparison.stored_basis(model, options, 600)
+    assert entry.path == comparison.BUNDLED_BASIS and config.basis.kind == "attention"
+    assert all(site.basis == "attention, 65536 tokens" for site in found[0].sites)
+    assert entry.header.versions["torch"] and Store().verify(entry.path) == entry.header
+    assert not own_store.exists() or not list(own_store.iterdir())
+
+
+@pytest.mark.parametrize("rank, kind", [(0.25, "score-optimal"), ("variance:0.9", "pca")])
+def test_a_fit_that_would_take_too_long_gives_way_to_a_quick_one(
+    tiny, rank, kind, monkeypatch, capsys
+):
+    """The demo of a large model is not hours of fitting."""
+    monkeypatch.setattr(comparison, "CALIBRATION_TOKENS", 700)
+    monkeypatch.setattr(comparison, "FIT_SECONDS", 1e-9)
+    model, tokenizer = load_model(tiny), load_tokenizer(tiny)
+    basis = comparison.fitted_basis(model, tokenizer, tiny, 200, {"rank": rank})
+    assert basis.kind == kind and len(basis.bases) == 2
+    assert basis.bases[0].tokens == 200  # one prompt, and not four
+    said = capsys.readouterr().err
+    assert "the whole fit would take" in said and f"a {kind} one of 200 tokens" in said
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from loki_compile.kernels import cpu, cpu_build, reference
 from loki_compile.kernels.fused import index_rows, mask_bounds
+from loki_compile.kernels.kept import page_bounds
 from loki_compile.kernels.ops import KEEP_ALL_Q16
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -497,12 +498,31 @@ def written_of(kind, b, hkv, t):
 def test_pages_are_updated_as_defined(implementation, t, page, kind, dtype):
     keys = cache(2, 3, t, 70, dtype)
     keys[0, 1, t // 2, 3] = torch.nan
+    keys[0, 2, t // 3] = torch.nan
+    keys[1, 0, : t // 2] = torch.nan  # whole pages
     written = written_of(kind, 2, 3, t)
     pages = torch.randn(2, 3, -(-t // page) + 1, 140).to(dtype)
     expected = pages.clone()
     reference.update_pages(expected, keys, written, page=page)
     implementation.update_pages(pages, keys, written, page=page)
     torch.testing.assert_close(pages, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_key_that_is_nan_bounds_nothing(implementation, dtype):
+    """Behind rows that see nothing, padding holds NaN: a page that it shares ranks by the rest."""
+    keys = cache(1, 2, 40, 70, dtype)
+    without = bounds_of_pages(keys[:, :, 3:32], 32, more=0)
+    keys[:, :, :3] = torch.nan
+    pages = torch.zeros(1, 2, 2, 140, dtype=dtype)
+    every = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    implementation.update_pages(pages, keys, every, page=32)
+    assert torch.equal(pages[:, :, :1], without)
+    assert torch.equal(page_bounds(keys, 32), pages)
+    keys[:, :, 32:] = torch.nan
+    implementation.update_pages(pages, keys, every, page=32)
+    assert pages[:, :, 1].isnan().all() and torch.equal(pages[:, :, :1], without)
+    torch.testing.assert_close(page_bounds(keys, 32), pages, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -345,6 +345,7 @@ def test_improbable_keys_are_ranked_not_tied():
 def test_pages_are_updated_and_extended_as_defined(t, page, dtype):
     keys = torch.randn(2, t, 2, 20).to(dtype).transpose(1, 2)
     keys[0, 1, t // 2, 3] = torch.nan
+    keys[1, 0, : t // 2] = torch.nan  # whole pages too
     for written in (torch.ones(1, 1, 1, 1, dtype=torch.bool), torch.rand(2, 1, t, 1) < 0.1):
         pages = torch.randn(2, 2, -(-t // page), 40).to(dtype)
         for stored in (written, written.to(torch.uint8)):

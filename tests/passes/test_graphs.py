@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from loki_compile.passes.calls import concrete, may_overlap, same_size, writes_of
-from loki_compile.passes.graphs import copy_of, extract, fake_mode_of
+from loki_compile.passes.calls import concrete, may_overlap, op_name, same_size, writes_of
+from loki_compile.passes.graphs import copy_of, extract, fake_mode_of, finish
 from loki_compile.passes.sites import find_sites
 from loki_compile.passes.trace_caches import trace_cache
 from torch import fx
@@ -110,3 +110,27 @@ def test_sizes_are_the_same_where_that_is_known_without_a_guard():
     assert same_size(5, 5) and not same_size(5, 7)
     assert concrete(first) is None and concrete(first - first + 3) == 3 and concrete(4) == 4
     assert not mode.shape_env.guards
+
+
+@pytest.mark.parametrize(
+    "function, left",
+    [
+        (lambda x: (torch.zeros(3).copy_(x), x + 1)[1], {"add"}),
+        (lambda x: (torch.zeros(4)[1:].copy_(x), x.add_(1))[1], {"add_"}),
+        (lambda x: (fill := x.new_empty(2, 3), fill[1].copy_(x), fill[0] + 1, x)[3], set()),
+        (lambda x: (fill := x.new_zeros(2, 3), fill[1].copy_(x), fill[0])[2],
+         {"new_zeros", "getitem", "copy_"}),  # what is returned may be read
+        (lambda x: (fill := torch.zeros(3), fill.copy_(x), x.mul_(fill))[2],
+         {"zeros", "copy_", "mul_"}),
+        (lambda x: (fill := torch.zeros(3), torch.add(x, 1, out=fill), x)[2], {"zeros", "add"}),
+        (lambda x: (parts := x.split(1), parts[0].add_(1), x + 1)[2],
+         {"split", "getitem", "add_", "add"}),
+    ],
+)  # fmt: skip
+def test_what_is_written_where_nothing_reads_is_dropped(function, left):
+    gm = normal_graph(function, x := torch.ones(3))
+    given, there = x.clone(), x.clone()
+    expected = function(there)
+    (got, *_) = finish(gm)(given)
+    assert torch.equal(got, expected) and torch.equal(given, there)
+    assert {op_name(node) for node in gm.graph.nodes} - {""} == left

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loki_compile.passes.rotary import before_rotation
+from loki_compile.passes.rotary import before_rotation, rotated_pairs
 from torch import fx, nn
 from toy_capture import normal_graph
 from toy_options import BATCH, HEAD_DIM, HIDDEN, KV_HEADS
@@ -204,3 +204,57 @@ def test_heads_in_front_of_the_batch_are_refused():
 
     with pytest.raises(ValueError, match="do not line up"):
         found_in(Keys(make).eval(), inputs_of())
+
+
+# ------------------------------------------------------------------------- which dims turn together
+
+
+def pairs_in(make):
+    gm = normal_graph(Keys(make).eval(), *inputs_of())
+    (keys,) = gm.graph.output_node().args[0]
+    return rotated_pairs(keys, TOKENS, HEAD_DIM, is_parameter, {})
+
+
+def normalised_behind_a_rotation(self, x, cos, sin):
+    k = rotated_heads_first(self, x, cos, sin)
+    return k * k.pow(2).mean(-1, keepdim=True).rsqrt() * self.norm
+
+
+def interleaved_to_halves(self, x, cos, sin):
+    """Neighbours turn, and what comes of them lies in two halves."""
+    k = heads_first(self, x)
+    return halves(torch.cat((k[..., ::2], k[..., 1::2]), -1), cos, sin)
+
+
+HALVES = tuple((d, d + HEAD_DIM // 2) for d in range(HEAD_DIM // 2))
+
+
+@pytest.mark.parametrize(
+    "make, expected",
+    [
+        (rotated_heads_first, HALVES),
+        (rotated_tokens_first, HALVES),
+        (rotated_behind_a_norm, HALVES),
+        (interleaved_to_halves, HALVES),
+        (rotated_in_complex_numbers, tuple((d, d + 1) for d in range(0, HEAD_DIM, 2))),
+        (rotated_in_part, ((0, 2), (1, 3))),
+        (normalised_behind_a_rotation, ()),  # every dim depends on all
+        (scaled_by_numbers, ()),
+        (not_rotated, ()),
+        (normalised, ()),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_dims_that_turn_together_are_told_by_what_they_depend_on(make, expected):
+    assert pairs_in(make) == expected
+
+
+def test_layers_of_equal_calls_are_asked_once():
+    known = {}
+    gm = normal_graph(Keys(rotated_heads_first).eval(), *inputs_of())
+    (keys,) = gm.graph.output_node().args[0]
+    first = rotated_pairs(keys, TOKENS, HEAD_DIM, is_parameter, known)
+    (spelled,) = known
+    known[spelled] = ((7, 7),)
+    assert first == HALVES
+    assert rotated_pairs(keys, TOKENS, HEAD_DIM, is_parameter, known) == ((7, 7),)

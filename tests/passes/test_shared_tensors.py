@@ -290,7 +290,6 @@ def test_parts_become_inputs_and_what_they_are_cut_from_has_no_users():
         lambda c: c[0] + 1,  # keys and values at once
         lambda c: (c[0, 1] + 1, c[0]),  # a view of two parts is returned
         lambda c: c[torch.tensor(1), 0] + 1,  # a number that only the running model knows
-        lambda c: c[:1][0, 0] + c[0, 1],  # a slice cuts what the numbers count
         lambda c: c[:, :1].transpose(0, 1)[0] + c[0, 1],
     ],
 )
@@ -299,6 +298,11 @@ def test_a_tensor_that_is_used_otherwise_too_stays_one_input(use):
     before = len(gm.graph.find_nodes(op="placeholder"))
     assert take_parts(gm) == []
     assert len(gm.graph.find_nodes(op="placeholder")) == before
+
+
+def test_parts_are_seen_behind_slices_of_what_numbers_count():
+    gm = normal_graph(lambda c: c[1:][0, 0] + c[0, 1], torch.randn(2, 2, 3, 2, 5, 4))
+    assert [part.numbers for part in take_parts(gm)] == [((0, 1), (0, 0)), ((0, 0), (0, 1))]
 
 
 def parts_of(attends, c, *others, holder=0):

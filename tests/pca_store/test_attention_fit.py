@@ -142,6 +142,29 @@ def test_counts_its_steps():
     assert sum(seen) == attention_fit.STEPS
 
 
+def test_the_time_of_a_step_leaves_out_what_comes_once(monkeypatch):
+    """It is multiplied by 500: what stands in front of the first step would make hours of it."""
+    held, now = samples(look_ups(5)), [0.0]
+
+    class Clock:
+        perf_counter = staticmethod(lambda: now[0])
+
+    loss, roots = attention_fit._loss, held.moments.score_roots
+
+    def slow_loss(*args):
+        now[0] += 2.0
+        return loss(*args)
+
+    def slow_roots():
+        now[0] += 100.0
+        return roots()
+
+    monkeypatch.setattr(attention_fit, "time", Clock)
+    monkeypatch.setattr(attention_fit, "_loss", slow_loss)
+    monkeypatch.setattr(held.moments, "score_roots", slow_roots)
+    assert held.seconds_per_step(RANK) == 2.0
+
+
 def test_prompts_without_a_choice_are_refused():
     held = AttentionSamples(HKV, DIM, scale=SCALE)
     keys, queries = look_ups(10, prompts=1)[0]

@@ -1,7 +1,9 @@
 """The PCA store: bases are right, files are whole or refused, saves are atomic."""
 
+import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -222,6 +224,39 @@ class TestKeyCovariance:
     def test_moments_of_other_dims_do_not_merge(self):
         with pytest.raises(ValueError, match="one site only"):
             KeyCovariance(3, 15).merge(KeyCovariance(3, 16))
+
+    @pytest.mark.parametrize("pairs", [(), ((0, 3), (4, 1)), ((0, 1),)], ids=str)
+    def test_over_rotations_is_what_quarter_turns_of_each_pair_come_to(self, pairs):
+        """Four quarter turns have the mean and the second moment of all rotations."""
+        generator = torch.Generator().manual_seed(3)
+        keys = torch.randn(1, 2, 30, 5, generator=generator, dtype=torch.float64) + 1.5
+        queries = torch.randn(1, 4, 30, 5, generator=generator, dtype=torch.float64) - 0.5
+        seen, turned = KeyCovariance(2, 5), KeyCovariance(2, 5)
+        seen.update(keys, queries)
+
+        def turn(x, quarters):
+            x = x.clone()
+            for (a, b), times in zip(pairs, quarters, strict=True):
+                for _ in range(times):
+                    x[..., a], x[..., b] = -x[..., b].clone(), x[..., a].clone()
+            return x
+
+        for quarters in itertools.product(range(4), repeat=len(pairs)):
+            turned.update(turn(keys, quarters), turn(queries, quarters))
+        times = 4 ** len(pairs)
+        for name, value in seen.over_rotations(pairs).state().items():
+            whole = 1 if name == "mean" else times
+            torch.testing.assert_close(value * whole, turned.state()[name], rtol=0, atol=1e-9)
+
+    def test_queries_may_come_as_their_sum(self):
+        seen, summed = KeyCovariance(2, 5), KeyCovariance(2, 5)
+        keys, queries = torch.randn(1, 2, 9, 5).double(), torch.randn(1, 4, 9, 5).double()
+        seen.update(keys, queries)
+        summed.update(keys)
+        rows = queries[0].unflatten(0, (2, 2)).flatten(1, 2)
+        summed.add_query_moment(rows.mT @ rows, 18)
+        for name, value in seen.state().items():
+            torch.testing.assert_close(summed.state()[name], value, rtol=0, atol=1e-12)
 
     def test_nothing_seen_is_an_error(self):
         with pytest.raises(ValueError, match="no keys"):
@@ -687,6 +722,37 @@ class TestFileFormat:
         # Without this, every refusal below could be a forgery that is wrong in another way.
         assert_same(decode(forge(), "forged"), decode(encode(fitted_set()), "made"))
 
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_files_of_earlier_versions_load(self, version):
+        """They know no blocks (1), and nothing that was measured."""
+        unknown = ("blocks", "measured") if version == 1 else ("measured",)
+
+        def earlier(record):
+            record["format"] = version
+            for site in record["sites"]:
+                for name in unknown:
+                    del site[name]
+
+        found, now = decode(forge(earlier), "old"), fitted_set()
+        for old, new in zip(found.bases, now.bases, strict=True):
+            assert torch.equal(old.key, new.key) and torch.equal(old.query, new.query)
+            assert (old.weights, old.tokens, old.measured) == (new.weights, new.tokens, {})
+
+    def test_what_was_measured_is_kept(self):
+        bases = fitted_set()
+        measured = {"missed_mass": 0.05, "rank": 16.0}
+        known = tuple(dataclasses.replace(basis, measured=measured) for basis in bases.bases)
+        found = decode(encode(dataclasses.replace(bases, bases=known)), "here")
+        assert [basis.measured for basis in found.bases] == [measured] * len(known)
+
+    @pytest.mark.parametrize("value", [[], {"a": 1}, {"a": "b"}, {"a": True}, {"\n": 1.0}], ids=str)
+    def test_what_cannot_have_been_measured_is_refused(self, value):
+        def change(record):
+            record["sites"][0]["measured"] = value
+
+        with pytest.raises(BasisFileError, match="measured"):
+            decode(forge(change), "forged")
+
     def test_header_alone_says_all_but_tensors(self, tmp_path):
         saved = fitted_set()
         header = read_header(Store(tmp_path).save(saved))
@@ -824,7 +890,7 @@ class TestFileFormat:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            ({"format": 3}, "format version 3"),
+            ({"format": 4}, "format version 4"),
             ({"format": True}, "format version True"),
             ({"format": 1.0}, "format version 1.0"),
             ({"format": None}, "format version None"),

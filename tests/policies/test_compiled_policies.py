@@ -6,7 +6,7 @@ from toy_capture import clear_runtime
 from toy_conversation import Conversation, basis_for, tokens
 from toy_decoders import Spelling, ToyDecoder
 from toy_masks import left_padded, no_mask
-from toy_models import make_model, new_cache, prompt
+from toy_models import LONG, make_model, new_cache, prompt, started
 from toy_policies import POLICIES, DirectPolicy
 from toy_writes import cat_bhtd, index_copy_method
 
@@ -28,6 +28,8 @@ slow = pytest.mark.slow
         pytest.param(STATIC, "oracle", "max", marks=slow),
         pytest.param(STATIC, "window", "max", marks=slow),
         pytest.param(GROWING, "quest", "probability", marks=slow),
+        pytest.param(GROWING, "unified", "max", marks=slow),
+        pytest.param(STATIC, "unified", "max", marks=slow),
     ],
 )
 @torch.no_grad()
@@ -67,4 +69,36 @@ def test_a_compiled_model_decodes_as_the_interpreter_does(kind, policy, fresh, r
             made = [fast(ids[:, n : n + 1], past_key_values=cache).logits for n in range(100, 120)]
         assert stats()["sparse_steps"] == 20
         logits.append(torch.cat(made))
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "policy, kind",
+    [
+        ("tidal", "growing"),
+        ("tidal", "static"),
+        ("tidal-published", "growing"),
+        pytest.param("tidal-published", "static", marks=slow),
+        pytest.param("lessismore", "growing", marks=slow),
+        pytest.param("lessismore", "static", marks=slow),
+        pytest.param("kascade", "growing", marks=slow),
+        pytest.param("kascade", "static", marks=slow),
+    ],
+)
+@torch.no_grad()
+def test_plans_of_all_layers_decode_at_default_options_as_the_interpreter_does(
+    policy, kind, fresh, request
+):
+    model, ids = make_model(layers=5), prompt(3, LONG + 6)
+    logits = []
+    for interpreted in (False, True):
+        torch._dynamo.reset()
+        clear_runtime()
+        if interpreted:
+            request.getfixturevalue("interpreted")
+        fast = torch.compile(model, backend="loki", options={"policy": policy})
+        cache = started(model, kind, ids[:, :LONG])
+        steps = [fast(ids[:, n : n + 1], past_key_values=cache) for n in range(LONG, LONG + 6)]
+        assert stats()["sparse_steps"] == 6
+        logits.append(torch.cat([step.logits for step in steps]))
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)

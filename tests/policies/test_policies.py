@@ -13,7 +13,7 @@ from toy_attends import TILED, gqa_repeat_kv, mqa_broadcast, plain
 from toy_capture import count_calls
 from toy_conversation import Conversation, basis_for, tokens
 from toy_decoders import REWRITTEN, Spelling, ToyDecoder
-from toy_masks import causal, causal_float, left_padded, no_mask
+from toy_masks import alibi, causal, causal_float, left_padded, no_mask
 from toy_models import tiny_deepseek
 from toy_options import BATCH, FILLED, HEAD_DIM, HIDDEN, KV_HEADS, SLOTS
 from toy_policies import KEEP_NOTHING, POLICIES, DirectPolicy
@@ -76,6 +76,12 @@ SPELLINGS = [*QUICK, *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW)]
 spelled = pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.name)
 
 
+def cannot_serve(policy, spelling) -> bool:
+    if policy == "quest":
+        return spelling.write in NO_PAGES
+    return policy == "unified" and spelling.mask is alibi
+
+
 def compiled(module, policy, **options):
     if policy == "loki" and module.spelling.write is not read_only:
         options.setdefault("basis", basis_for(module))
@@ -104,7 +110,7 @@ def compare(module, fast, spelling, slow=None) -> float:
 def test_the_whole_budget_is_dense_attention(spelling, policy, interpreted):
     module = ToyDecoder(spelling).eval()
     difference = compare(module, compiled(module, policy, **EVERYTHING), spelling)
-    sparse = policy != "quest" or spelling.write not in NO_PAGES
+    sparse = not cannot_serve(policy, spelling)
     (site,) = reports()[-1].sites
     assert (site.outcome, site.policy) == (("sparse", policy) if sparse else ("dense", ""))
     assert stats()["sparse_steps"] == (STEPS if sparse else 0) and stats()["dense_steps"] == 0
@@ -120,11 +126,11 @@ def test_the_whole_budget_is_dense_attention(spelling, policy, interpreted):
 @spelled
 @torch.no_grad()
 def test_a_small_budget_is_the_definition(spelling, policy, group_choice):
-    if policy == "quest" and spelling.write in NO_PAGES:
-        pytest.skip("dense: test_quest.py")
+    if cannot_serve(policy, spelling):
+        pytest.skip("dense: the test of the whole budget")
     if policy == "loki" and (group_choice == "max" or spelling.write is read_only):
         pytest.skip("test_rewrite.py")
-    if policy == "window" and group_choice == "probability":
+    if policy in ("window", "unified") and group_choice == "probability":
         pytest.skip("nothing is chosen by scores")
     module = ToyDecoder(spelling).eval()
     options = {**FEW, "group_choice": group_choice}
@@ -175,6 +181,23 @@ def test_what_no_row_sees_yet_may_hold_anything(policy, hidden):
         dirty.keys[:, :, FILLED:], dirty.values[:, :, FILLED:] = hidden, hidden
         padding = torch.arange(SLOTS) < 3 * torch.arange(BATCH)[:, None]
         dirty.values.masked_fill_(padding[:, None, :, None], hidden)
+        for x in tokens(module.spelling, STEPS):
+            out, expected = dirty.step(fast, x), clean.step(fast, x)
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@torch.no_grad()
+def test_keys_of_padding_may_be_nan(policy):
+    """As rows that see nothing leave them in the next layer; a page holds visible ones too."""
+    module = ToyDecoder(_static.but(mask=left_padded)).eval()
+    for options in (EVERYTHING, FEW):
+        torch._dynamo.reset()
+        fast = compiled(module, policy, **options)
+        clean = Conversation.start(module.spelling)
+        clean.keys[1, :, :3] = clean.keys[1, :, 3:4]  # which bound a page no further
+        dirty = clean.fork()
+        dirty.keys[1, :, :3] = torch.nan
         for x in tokens(module.spelling, STEPS):
             out, expected = dirty.step(fast, x), clean.step(fast, x)
             torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)

@@ -12,14 +12,15 @@ from toy_policies import KEEP_NOTHING, POLICIES, DirectPolicy
 from toy_writes import cat_bhtd
 from transformers import DynamicCache
 
-from loki_compile import LokiConfig, config, reports, stats
+from loki_compile import LokiConfig, reports, stats
+from loki_compile.policies import kinds
 from loki_compile.policies.table import RANKINGS
 
 NEW = [name for name in POLICIES if name != "loki"]
 
 
 def test_every_name_that_options_allow_has_a_ranking():
-    assert tuple(RANKINGS) == config.POLICIES
+    assert tuple(RANKINGS) == kinds.RANKINGS
     assert all(ranking.name == name for name, ranking in RANKINGS.items())
 
 

@@ -262,7 +262,7 @@ def test_the_passes_add_no_guard(monkeypatch, use_engine):
     decode(model, model, "growing", steps=3)
     decode(model, model, "growing", cached=901)  # the dense variant
     assert [added for added, _ in seen] == [0] * len(seen)
-    assert any(symbols for _, symbols in seen) and len(seen) == 3
+    assert any(symbols for _, symbols in seen) and len(seen) == 2  # the first serves one length
 
 
 @pytest.mark.parametrize(("own", "graphs"), [(True, 2), (False, 3)])

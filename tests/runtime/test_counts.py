@@ -113,6 +113,58 @@ def test_a_model_in_which_nothing_became_sparse_is_said_once(interpreted, caplog
     assert "loki_compile.reports()" in said and reports()[-1].count("dense") == 1
 
 
+@torch.no_grad()
+def test_a_model_without_attention_is_said_once(interpreted, caplog):
+    class Mixer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.mix(x).relu()
+
+    clear_runtime()
+    model = Mixer().eval()
+    model.compile(backend="loki")
+    model(torch.ones(2, 4))
+    assert not notices(caplog)
+    for _ in range(3):
+        assert torch.equal(model(torch.ones(2, 4)), model.forward(torch.ones(2, 4)))
+    (said,) = notices(caplog)
+    assert "nothing is sparse" in said and "docs/coverage.md" in said
+
+
+@torch.no_grad()
+def test_pieces_of_a_model_without_attention_are_not_remarked_on(interpreted, caplog):
+    model = make_model(2)
+    inner = model.model.forward
+
+    def broken(*args, **kwargs):
+        torch._dynamo.graph_break()
+        return inner(*args, **kwargs)
+
+    model.model.forward = broken
+    model.compile(backend="loki")
+    cache = started(model, "static", prompt(1))
+    for step in range(4):
+        model(torch.full((1, 1), step + 2), past_key_values=cache)
+    assert stats()["sparse_steps"] == 4
+    assert not [line for line in notices(caplog) if "nothing is sparse" in line]
+
+
+@pytest.mark.parametrize("layers", ["nowhere.*", (7,)])
+@torch.no_grad()
+def test_layers_that_are_none_of_a_models_are_said_once(layers, interpreted, caplog):
+    """Also where they are all that was asked for, so that nothing became sparse."""
+    model = make_model(2)
+    model.compile(backend="loki", options={"layers": layers})
+    cache = started(model, "static", prompt(1))
+    for step in range(3):
+        model(torch.full((1, 1), step + 2), past_key_values=cache)
+    (said,) = [line for line in notices(caplog) if "layers names" in line]
+    assert "none of the 2 attention sites" in said and stats()["sparse_steps"] == 0
+
+
 def test_a_notice_is_given_once_and_can_be_silenced(caplog):
     clear_runtime()
     for _ in range(3):

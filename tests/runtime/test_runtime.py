@@ -224,8 +224,9 @@ def test_a_fork_gets_an_index_of_its_own(spelling, mode):
 
 
 @MODES
-def test_a_cropped_cache_is_another_cache(mode):
-    """DynamicCache.crop keeps a slice: assisted decoding does so at every rejection."""
+def test_a_cropped_cache_keeps_the_index_of_what_is_left(mode):
+    """DynamicCache.crop keeps a slice: assisted decoding does so at every rejection. Where nothing
+    counts writes, another tensor is another cache."""
     with mode():
         pair = Pair(GROWING, FEW)
         here, there = pair.start()
@@ -236,7 +237,7 @@ def test_a_cropped_cache_is_another_cache(mode):
                 conversation.keys = conversation.keys[:, :, : conversation.filled]
                 conversation.values = conversation.values[:, :, : conversation.filled]
         pair.step(here, there)
-    assert stats()["rebuilds"] == 4
+    assert stats()["rebuilds"] == (1 if mode is torch.no_grad else 4)
 
 
 @MODES
@@ -386,10 +387,12 @@ def test_indexes_die_with_their_caches(spelling, mode):
         pair.step(here, there, steps=3)
         (index,) = indexes_of(here.keys)
         parts = [weakref.ref(part) for part in index.tensors]
-        assert stats()["index_bytes"] == sum(part().nbytes for part in parts) > 0
+        memory = [weakref.ref(part.untyped_storage()) for part in index.tensors]
+        held = sum(part().untyped_storage().nbytes() for part in parts)  # with room
+        assert stats()["index_bytes"] == held > 0
         del here, there, index
         gc.collect()
-    assert all(part() is None for part in parts)
+    assert all(part() is None for part in parts + memory)
     assert stats()["index_bytes"] == 0
 
 
@@ -409,8 +412,10 @@ def test_a_growing_cache_keeps_one_index_alive():
         here, there = pair.start()
         pair.step(here, there, steps=6)
         gc.collect()
+        (index,) = indexes_of(here.keys)
     rows = BATCH * KV_HEADS * (FILLED + 6)
-    assert stats()["index_bytes"] == rows * 4 * 4  # rank 4, fp32
+    assert index.tensors[0].numel() == rows * 4  # rank 4
+    assert stats()["index_bytes"] == index.tensors[0].untyped_storage().nbytes()
 
 
 # --- which variant

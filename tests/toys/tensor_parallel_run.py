@@ -1,7 +1,8 @@
 """What each process of test_tensor_parallel.py runs, started by torchrun.
 
-Arguments: a folder with a model, the engine, and what to do. A failed assertion ends the process,
-so torchrun ends with its message.
+Arguments: a folder with a model, the engine, and what to do, joined by "+" where it is several
+things, each with models of its own. A failed assertion ends the process, so torchrun ends with its
+message.
 """
 
 import os
@@ -130,7 +131,9 @@ def main(folder, engine, what):
     dist.init_process_group("gloo")
     chosen = backend.interpreter if engine == "interpreted" else backend.inductor
     with backend.default_engine(chosen):
-        run(folder, what)
+        for one in what.split("+"):
+            run(folder, one)
+    dist.destroy_process_group()
 
 
 def run(folder, what):
@@ -143,7 +146,6 @@ def run(folder, what):
     else:
         a_process_dies(sharded)
     print(f"done: {what} on {dist.get_rank()}", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

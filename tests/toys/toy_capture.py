@@ -17,6 +17,7 @@ from torch import fx
 from loki_compile import reset_stats
 from loki_compile.backend import Engine, interpreter
 from loki_compile.counts import forget_notices
+from loki_compile.deferred import PRICE
 from loki_compile.report import clear_reports
 
 
@@ -87,7 +88,8 @@ def is_sparse(gm: fx.GraphModule) -> bool:
 
 
 def clear_runtime() -> None:
-    """Forgets counts, reports and the bases that were fitted in this process."""
+    """Forgets counts, reports, the bases that were fitted and what compiling took here."""
+    PRICE.seconds, PRICE.nodes = 0.0, 0
     reset_stats()
     clear_reports()
     forget_notices()

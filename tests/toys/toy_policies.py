@@ -13,8 +13,8 @@ from toy_reference import DirectSparse
 
 from loki_compile.config import LokiConfig
 
-POLICIES = ("loki", "oracle", "window", "quest")
-KEEP_NOTHING = ("oracle", "window")
+POLICIES = ("loki", "oracle", "window", "quest", "unified")
+KEEP_NOTHING = ("oracle", "window", "unified")
 
 
 def visible_keys(mask: Tensor | None, *shape: int) -> Tensor:
@@ -56,6 +56,36 @@ def first_and_last(visible: Tensor, heads: int, config: LokiConfig) -> Tensor:
     return chosen
 
 
+def in_turn(
+    query: Tensor, keys: Tensor, mask: Tensor | None, scale: float, config: LokiConfig
+) -> Tensor:
+    """One set of keys for all heads of a row: the first, a quarter for the last, and what query
+    heads name in turn of the others, best first."""
+    budget = config.budget
+    b, hq, s, _ = query.shape
+    kv_heads, cached = keys.shape[1:3]
+    visible = visible_keys(mask, b, hq, s, cached)[:, 0]
+    scores = reference.scores(query, None, keys, None, mask, scale=scale, per_head=True)
+    chosen = torch.full((b, 1, s, budget.slots(cached)), -1, dtype=torch.int32)
+    for row in range(b):
+        for token in range(s):
+            at = visible[row, token].nonzero().flatten().tolist()
+            number = budget.keys(len(at))
+            first = min(budget.sink, number)
+            last = min(max(budget.recent, number // 4 - budget.sink), number - first)
+            kept = [*at[:first], *at[len(at) - last :]]
+            between = at[first : len(at) - last]
+            orders = [
+                sorted(between, key=lambda k, h=h: -scores[row, h, token, k]) for h in range(hq)
+            ]
+            for named in zip(*orders, strict=True):
+                for key in named:
+                    if key not in kept and len(kept) < number:
+                        kept.append(key)
+            chosen[row, 0, token, : len(kept)] = torch.tensor(sorted(kept))
+    return chosen.expand(-1, kv_heads, -1, -1)
+
+
 class DirectPolicy(DirectSparse):
     """As `DirectSparse`, by any policy: what it ranks by is made anew from the keys of the call."""
 
@@ -72,6 +102,8 @@ class DirectPolicy(DirectSparse):
         if self.policy == "window":
             heads = query.shape[1] if per_head else keys.shape[1]
             return first_and_last(visible, heads, self.config)
+        if self.policy == "unified":
+            return in_turn(query, keys, mask, scale, self.config)
         ranked, more = keys, {}
         if self.policy == "quest":
             ranked = bounds_of(keys, filled_tokens(visible))
@@ -80,3 +112,43 @@ class DirectPolicy(DirectSparse):
             query, None, ranked, None, mask, None,
             scale=scale, per_head=per_head, **self.choice(per_head), **more,
         )  # fmt: skip
+
+
+class DirectLayers(DirectPolicy):
+    """As `DirectPolicy`, layer by layer: `kinds` has words of `policy=` with sources spelled out,
+    such as ["dense", "oracle+dense", "reuse:1", "reuse:1:0,0,2"]."""
+
+    def __init__(
+        self, kinds: list[str], kv_heads: list[int], options: dict[str, Any], *, basis=None
+    ) -> None:
+        super().__init__("", 0, options, basis=basis)
+        self.kinds, self.heads_of, self.layer = kinds, kv_heads, 0
+        self.chosen: dict[int, Tensor] = {}
+
+    def attention(self, query, key, value, *args, **kwargs):
+        self.kv_heads = self.heads_of[self.layer]
+        out = super().attention(query, key, value, *args, **kwargs)
+        self.layer = (self.layer + 1) % len(self.kinds)
+        return out
+
+    def positions(self, query, keys, mask, scale, per_head):
+        kind = self.kinds[self.layer]
+        every = torch.arange(keys.shape[2], dtype=torch.int32)
+        every = every.expand(query.shape[0], query.shape[1], query.shape[2], -1)
+        if kind == "dense":
+            return every
+        if kind.startswith("reuse"):
+            _, source, *heads = kind.split(":")
+            positions, there = self.chosen[int(source)], self.heads_of[int(source)]
+            if heads:
+                mapped = [int(head) for head in heads[0].split(",")]
+            else:
+                mapped = [h * there // self.kv_heads for h in range(self.kv_heads)]
+            # As of query heads, whoever has chosen.
+            each, group = query.shape[1] // self.kv_heads, query.shape[1] // there
+            wide = positions.repeat_interleave(query.shape[1] // positions.shape[1], 1)
+            rows = [h * group + g * group // each for h in mapped for g in range(each)]
+            return wide[:, rows]
+        self.policy = kind.removesuffix("+dense")
+        self.chosen[self.layer] = super().positions(query, keys, mask, scale, per_head)
+        return every if kind.endswith("+dense") else self.chosen[self.layer]

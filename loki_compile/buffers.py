@@ -1,0 +1,281 @@
+"""Tensors that grow in place: memory with room behind their rows, found again at the next step.
+
+Where a graph makes a tensor longer (`passes.appends`), it writes the new rows behind the past, in
+memory that has room there, and the caller gets a longer view of it. `cat` would have made another
+tensor, so that is done only where nobody can tell: the past lies in memory that an earlier step
+laid out, and nobody else holds the past or any other view of that memory. Anything else (a fork,
+beams, a tensor from elsewhere) is copied once into new memory, as `cat` does. A cut that nobody
+else holds goes on where it is.
+
+Who holds what: a storage counts the tensors that lie in it, exactly. How many hold one tensor is
+its reference count, of which a call itself takes some; the fewest that were found at one are taken
+for those. A caller who is not counted would still find his rows as they were, since rows are only
+written behind them: he would see what is written into the longer tensor later.
+
+The memory lives as long as a view of it; so does what is kept beside it. It is no larger than the
+rows at first use by more than the room that `capacity_for` says.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from loki_compile.caches import GivenSize
+from loki_compile.recovery import is_shortage
+
+if TYPE_CHECKING:
+    from loki_compile.indexes import IndexRecord
+
+# Room is a share of the rows, and at least so many. What is not used of it takes addresses on a
+# CPU, and memory elsewhere.
+ROOM = {"cpu": (2, 256)}
+ROOM_ELSEWHERE = (8, 128)
+ROUND = 64
+# The capacity of what does not grow in place.
+UNLIMITED = 1 << 40
+# So many calls in a row that find their pasts held more often than others did: that is how these
+# calls come, not another cache.
+_LEARN = 4
+
+_lock = threading.RLock()
+_buffers: dict[int, Buffer] = {}  # by the address of the storage, which lives as long as its entry
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a graph makes one tensor longer: the numbers of its argument and its output, the axis,
+    and how many rows are new."""
+
+    argument: int
+    output: int
+    axis: int
+    new: int | GivenSize
+
+
+class Buffer:
+    """Memory with room for rows along an axis; `kept` is what mirrors them (see `indexes`)."""
+
+    __slots__ = ("__weakref__", "address", "axis", "capacity", "kept", "others", "strides", "watch")
+
+    def __init__(self, whole: Tensor, axis: int) -> None:
+        self.address = whole.data_ptr()
+        self.axis = axis
+        self.capacity = whole.shape[axis]
+        self.others = _without(whole.shape, axis)
+        self.strides = whole.stride()
+        self.kept: dict[Any, IndexRecord] = {}
+        storage = whole.untyped_storage()
+        key = storage._cdata
+        pop = _buffers.pop  # at the end of the process the module may be gone
+        self.watch = weakref.ref(storage, lambda _: pop(key, None))
+        with _lock:
+            _buffers[key] = self
+
+    def begins_with(self, tensor: Tensor, axis: int) -> bool:
+        """Whether a tensor in this memory is its first rows."""
+        return (
+            axis == self.axis
+            and tensor.stride() == self.strides
+            and tensor.data_ptr() == self.address
+            and _without(tensor.shape, axis) == self.others
+        )
+
+    def view(self, tensor: Tensor, rows: int) -> Tensor:
+        """The first rows, given any view of the memory."""
+        sizes = (*self.others[: self.axis], rows, *self.others[self.axis :])
+        return tensor.as_strided(sizes, self.strides)
+
+
+def buffer_of(tensor: Tensor) -> Buffer | None:
+    """The memory that a tensor begins."""
+    buffer = _buffers.get(tensor.untyped_storage()._cdata)
+    return buffer if buffer is not None and buffer.begins_with(tensor, buffer.axis) else None
+
+
+def all_buffers() -> list[Buffer]:
+    """Those alive now."""
+    with _lock:
+        return list(_buffers.values())
+
+
+def capacity_for(rows: int, device: torch.device) -> int:
+    """Rows that memory is made for, to hold so many and what comes."""
+    share, least = ROOM.get(device.type, ROOM_ELSEWHERE)
+    return -(-(rows + max(rows // share, least)) // ROUND) * ROUND
+
+
+class Grown:
+    """What one call grows: its longer tensors in order, the memory that each past lies in, None
+    where that is not ours, and the memory that the longer one lies in."""
+
+    __slots__ = ("after", "before", "capacity", "rooms")
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.rooms: list[Tensor] = []
+        self.before: list[Buffer | None] = []
+        self.after: list[Buffer] = []
+
+
+class Growing:
+    """What grows in a graph."""
+
+    fewest = 1 << 30  # references to a tensor that a call was found with, of all graphs
+
+    def __init__(self, growths: Sequence[Growth]) -> None:
+        self.growths = tuple(growths)
+        self.places = tuple(growth.argument for growth in growths)
+        self.alone: int | None = None
+        self.held_more = 0
+
+    def holders(self, args: Sequence[Any]) -> list[int]:
+        """References to each past; to be asked before anything else takes some."""
+        return [sys.getrefcount(args[place]) for place in self.places]
+
+    def take(self, args: Sequence[Any], holders: Sequence[int]) -> Grown | None:
+        """The longer tensors, new rows not written yet; None where there is no memory for them."""
+        alone = self._alone(holders)
+        pasts = [args[place] for place in self.places]
+        lengths = []
+        fit, capacity = [], 0
+        inference = torch.is_inference_mode_enabled()
+        before = []
+        for past, growth, count in zip(pasts, self.growths, holders, strict=True):
+            new = growth.new if isinstance(growth.new, int) else growth.new.of(args)
+            rows = past.shape[growth.axis] + new
+            lengths.append(rows)
+            storage = past.untyped_storage()._cdata
+            buffer = _buffers.get(storage)
+            if buffer is not None and not buffer.begins_with(past, growth.axis):
+                buffer = None
+            before.append(buffer)
+            goes_on = (
+                buffer is not None
+                and count <= alone
+                and rows < buffer.capacity
+                and torch._C._storage_Use_Count(storage) == _alone_in_storage(past)
+                and (inference or not past.is_inference())
+            )
+            fit.append(goes_on)
+            if goes_on:
+                assert buffer is not None
+                capacity = max(capacity, buffer.capacity)
+        grown = Grown(capacity)
+        grown.before = before
+        most = max(lengths)
+        if capacity <= most:
+            try:
+                return self._fill(grown, pasts, lengths, fit, capacity_for(most, pasts[0].device))
+            except Exception as error:
+                if not is_shortage(error):
+                    raise
+                capacity = most + 1
+        try:
+            return self._fill(grown, pasts, lengths, fit, capacity)
+        except Exception as error:
+            if not is_shortage(error):
+                raise
+            return None
+
+    def _fill(
+        self,
+        grown: Grown,
+        pasts: Sequence[Tensor],
+        lengths: Sequence[int],
+        fit: Sequence[bool],
+        capacity: int,
+    ) -> Grown:
+        grown.capacity = capacity
+        grown.rooms, grown.after = [], []
+        for number, past in enumerate(pasts):
+            buffer, rows = grown.before[number], lengths[number]
+            if fit[number] and buffer is not None and buffer.capacity == capacity:
+                for record in buffer.kept.values():
+                    record.cut(past.shape[buffer.axis])
+                room = buffer.view(past, rows)
+            else:
+                buffer, room = new_buffer(past, self.growths[number].axis, rows, capacity)
+            grown.rooms.append(room)
+            grown.after.append(buffer)
+        return grown
+
+    def _alone(self, holders: Sequence[int]) -> int:
+        """References to a past that nothing but its one cache holds, as far as calls have shown."""
+        fewest = min(holders)
+        Growing.fewest = min(Growing.fewest, fewest)
+        if self.alone is None:
+            self.alone = Growing.fewest
+        if fewest > self.alone:
+            self.held_more += 1
+            if self.held_more >= _LEARN:
+                self.alone = fewest
+        else:
+            self.alone, self.held_more = fewest, 0
+        return self.alone
+
+    def put(self, outputs: Any, grown: Grown) -> list[Any]:
+        """A call's outputs, with the longer tensors where the graph has none."""
+        outputs = list(outputs)
+        for growth, room in zip(self.growths, grown.rooms, strict=True):
+            outputs[growth.output] = room
+        return outputs
+
+
+def with_room(
+    run: Callable[..., Any], first: Sequence[tuple[int, int]]
+) -> Callable[..., list[Any]]:
+    """A function some of whose outputs, (number, axis), are what a cache begins as: in memory with
+    room from the start, so that no later step finds them laid out otherwise than its own."""
+
+    def call(*args: Any) -> list[Any]:
+        outputs = list(run(*args))
+        for place, axis in first:
+            keys = outputs[place]
+            rows = keys.shape[axis]
+            try:
+                _, outputs[place] = new_buffer(keys, axis, rows, capacity_for(rows, keys.device))
+            except Exception as error:
+                if not is_shortage(error):
+                    raise
+        return outputs
+
+    return call
+
+
+def new_buffer(past: Tensor, axis: int, rows: int, capacity: int) -> tuple[Buffer, Tensor]:
+    """Memory of so many rows, and a view of its first `rows`, which begin with those of `past`."""
+    sizes = list(past.shape)
+    sizes[axis] = capacity
+    whole = torch.empty(sizes, dtype=past.dtype, device=past.device)
+    buffer = Buffer(whole, axis)
+    room = buffer.view(whole, rows)
+    room.narrow(axis, 0, past.shape[axis]).copy_(past)
+    return buffer, room
+
+
+def _without(sizes: Iterable[int], axis: int) -> tuple[int, ...]:
+    sizes = tuple(sizes)
+    return (*sizes[:axis], *sizes[axis + 1 :])
+
+
+def _alone_in_storage(tensor: Tensor) -> int:
+    """Users of a storage in which nothing but this tensor, and what it is a view of, lies."""
+    return _OWN_USES + (1 if tensor._base is None else 2)
+
+
+def _own_uses() -> int:
+    """Users that a storage has of itself, once Python knows it. Private API, checked on torch 2.11
+    and 2.13: `_storage_Use_Count`."""
+    tensor = torch.empty(1)
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1
+
+
+_OWN_USES = _own_uses()

@@ -1,0 +1,102 @@
+"""The plan of layers that `loki tune` has stored for a model, for the sites of one graph of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from loki_compile.config import LokiConfig
+from loki_compile.passes.graphs import nearest_matrix, parameter_test
+from loki_compile.passes.policy import Candidate
+from loki_compile.passes.shared_caches import Part, with_parts
+from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
+from loki_compile.pca_store.layer_plan import LayerPlan, PlannedLayer, find_plan, read_plan
+from loki_compile.pca_store.metadata import run_of
+from loki_compile.policies.kinds import Kind, kind_of
+from loki_compile.policies.table import Planned
+
+log = logging.getLogger("loki_compile")
+
+
+class PlanOfModel:
+    """Finds the plan once a policy asks for it; `found` is the one it got, if any."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        parts: Sequence[Part],
+        config: LokiConfig,
+    ) -> None:
+        self.gm = gm
+        self.inputs = with_parts(example_inputs, parts)
+        self.config = config
+        self.found: LayerPlan | None = None
+
+    def __call__(self, candidates: Sequence[Candidate]) -> Planned | None:
+        """What the plan has each site do; None where there is no plan for the model.
+
+        Raises:
+          ValueError: the plan that the options name is damaged, or of another model.
+        """
+        weights, blocks = self._weights(candidates)
+        rows = dict(zip(weights, blocks, strict=True))
+        chosen = self.config.plan_file
+        known = [each for each in weights if each]
+        plan = read_plan(chosen) if chosen else find_plan(known, rows)
+        if plan is None:
+            return None
+        kinds: list[Kind] = []
+        layers: list[int] = []
+        uses: dict[str, int] = {}
+        for number, candidate in enumerate(candidates):
+            each = weights[number]
+            place = plan.layer_of(each, blocks[number], uses.get(each, 0)) if each else None
+            uses[each] = uses.get(each, 0) + 1
+            if each and place is None:
+                raise ValueError(
+                    f"policy={chosen!r}: that plan is of {plan.model or 'a model'} with "
+                    f"{len(plan.layers)} layers, and none of these has the key weights of "
+                    f"{candidate.site.path or f'site {number}'} ({each[:12]}): needs a plan of "
+                    'this very model, by `loki tune`, or policy="tidal".'
+                )
+            if place is None:  # nothing is known of it: it chooses, and nobody names it
+                kinds.append(Kind("loki"))
+                layers.append(len(plan.layers) + number)
+                continue
+            kinds.append(_of_site(plan.layers[place], candidate.site.kv_heads, blocks[number]))
+            layers.append(place)
+        self.found = plan
+        return Planned(tuple(kinds), tuple(layers))
+
+    def _weights(self, candidates: Sequence[Candidate]) -> tuple[list[str], list[tuple[str, ...]]]:
+        """Fingerprints of the weights that make each site's keys, and of their rows; "" where they
+        cannot be read."""
+        places = {node: i for i, node in enumerate(self.gm.graph.find_nodes(op="placeholder"))}
+        is_parameter = parameter_test(self.gm, self.inputs)
+        weights, blocks = [], []
+        for candidate in candidates:
+            cache = candidate.cache
+            weight = None if cache is None else nearest_matrix(cache.new_keys, is_parameter)
+            matrix = None if weight is None else self.inputs[places[weight]]
+            weights.append("" if matrix is None else weights_fingerprint(matrix))
+            dims = candidate.site.head_dim
+            blocks.append(() if matrix is None else block_fingerprints(matrix, dims))
+        return weights, blocks
+
+
+def _of_site(layer: PlannedLayer, kv_heads: int, blocks: tuple[str, ...]) -> Kind:
+    """What a layer does, for a process that may have some of its heads alone: a head that would
+    read what another process' head chose reads what its own number did."""
+    kind = kind_of(layer.word)
+    if not kind.heads or len(kind.heads) == kv_heads:
+        return kind
+    place = run_of(blocks, layer.blocks) or 0
+    first = place * layer.kv_heads // max(1, len(layer.blocks))
+    here = [head - first for head in kind.heads[first : first + kv_heads]]
+    own = [head if 0 <= head < kv_heads else number for number, head in enumerate(here)]
+    return dataclasses.replace(kind, heads=tuple(own))

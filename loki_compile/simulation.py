@@ -1,0 +1,156 @@
+"""What a plan of layers makes of given tokens, without a compilation for each plan.
+
+The model's graph for some tokens behind a filled cache is traced once and run node by node; each
+attention core's result is then taken anew from the keys that the plan has its layer read. Of the
+definition of the ops, in fp32; what is compiled for a plan is told by `loki_compile.backend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from loki_compile.kernels.budget import Budget
+from loki_compile.kernels.fused import QUERIES, laid_out, queries_by_head
+from loki_compile.passes.attention import AttentionSite, Heads
+from loki_compile.passes.normalize import normalize
+from loki_compile.passes.sites import find_sites
+from loki_compile.pca_store.basis import Basis
+from loki_compile.pca_store.covariance import KeyCovariance
+from loki_compile.policies.kinds import Kind
+
+
+class Simulation:
+    """Runs graphs under `kinds`, by the path of each layer; `look` is what `watched` takes.
+
+    bases: of layers, by their paths; of one that has none a basis is fitted from the keys of the
+    first call. refused: why an attention core cannot be simulated, by its path.
+    """
+
+    def __init__(self, budget: Budget, rank: int | float, bases: Mapping[str, Basis]) -> None:
+        self.budget, self.rank = budget, rank
+        self.bases = dict(bases)
+        self.kinds: dict[str, Kind] = {}
+        self.sources: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
+        self.served: dict[str, None] = {}
+
+    def under(self, kinds: Sequence[Kind], paths: Sequence[str]) -> None:
+        """Sets the plan: sources count the layers of `paths`."""
+        self.kinds = dict(zip(paths, kinds, strict=True))
+        self.sources = {
+            path: paths[kind.source]
+            for path, kind in self.kinds.items()
+            if kind.reuse and kind.source is not None
+        }
+
+    def look(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        normal, _ = normalize(gm)
+        sites, skipped = find_sites(normal.graph, max_query_tokens=None)
+        for skip in skipped:
+            self.refused[skip.path] = skip.sentence()
+        plain = {}
+        for site in sites:
+            core = site.core
+            if site.latent is not None or site.tiled or core.softcap or core.query_scales:
+                self.refused[site.path] = "its scores are not plain products"
+            elif core.sink_logits is not None or core.row_sinks:
+                self.refused[site.path] = "it has sinks"
+            else:
+                plain[site.node] = site
+                self.served[site.path] = None
+
+        def run(*args: Any) -> Any:
+            return _Run(normal, plain, self).run(*args)
+
+        return run
+
+
+class _Run(fx.Interpreter):
+    def __init__(
+        self, gm: fx.GraphModule, sites: Mapping[fx.Node, AttentionSite], simulation: Simulation
+    ) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.sites, self.simulation = sites, simulation
+        self.chosen: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        site = self.sites.get(n)
+        if site is None:
+            return result
+        kind = self.simulation.kinds.get(site.path, Kind(dense=True))
+        if kind.dense and not kind.ranking:
+            return result
+        query = self.env[site.query]
+        if site.core.query_layout != QUERIES:
+            query = queries_by_head(query, site.core.query_layout)
+        grouped = query.float().unflatten(1, (site.kv_heads, -1))  # (B, Hkv, G, S, D)
+        keys = _by_head(self.env[site.key.base], site.key)
+        scores = site.scale * torch.einsum("bhgsd,bhtd->bhgst", grouped, keys.float())
+        seen = self._seen(site, scores)
+        if kind.ranking:
+            attention = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            if kind.ranking == "loki":
+                low, high = self._basis(site, keys)
+                near = torch.einsum("bhtd,hdr->bhtr", keys.float(), high)
+                wanted = torch.einsum("bhgsd,hdr->bhgsr", grouped, low)
+                by_index = site.scale * torch.einsum("bhgsr,bhtr->bhgst", wanted, near)
+                attention = by_index.masked_fill(~seen, -torch.inf).softmax(-1)
+            self.chosen[site.path] = self._choose(attention.sum(2), seen[:, :, 0])
+        if kind.dense:
+            return result
+        reads = self.chosen[self.simulation.sources.get(site.path, site.path)]
+        if kind.heads:
+            reads = reads[:, list(kind.heads)]
+        weights = scores.masked_fill(~(seen & reads[:, :, None]), -torch.inf).softmax(-1)
+        values = _by_head(self.env[site.value.base], site.value).float()
+        out = torch.einsum("bhgst,bhtd->bhgsd", weights, values).flatten(1, 2).to(result.dtype)
+        if site.core.out_layout != QUERIES:
+            out = laid_out(out, site.core.out_layout, site.group_dim)
+        return out.reshape(result.shape)
+
+    def _seen(self, site: AttentionSite, scores: Tensor) -> Tensor:
+        """bool (1, 1, 1, S, T): new tokens are the last ones, each sees those before it."""
+        tokens, cached = scores.shape[3:]
+        last = torch.arange(cached - tokens, cached, device=scores.device)
+        seen = torch.arange(cached, device=scores.device) <= last[:, None]
+        return seen[None, None, None]
+
+    def _basis(self, site: AttentionSite, keys: Tensor) -> tuple[Tensor, Tensor]:
+        held = self.simulation.bases
+        if site.path not in held:
+            moments = KeyCovariance(site.kv_heads, site.head_dim)
+            moments.update(keys.detach(), keys.detach())
+            held[site.path] = moments.pca()
+        basis = held[site.path]
+        return basis.truncate(basis.rank_for(self.simulation.rank))
+
+    def _choose(self, wanted: Tensor, seen: Tensor) -> Tensor:
+        """bool (B, Hkv, S, T): the keys of each row's budget, by (B, Hkv, S, T)."""
+        return chosen_keys(wanted, seen.expand_as(wanted), self.simulation.budget)
+
+
+def chosen_keys(wanted: Tensor, seen: Tensor, budget: Budget) -> Tensor:
+    """Which keys rows choose: bool like `wanted` (..., T), of those `seen`, which come first."""
+    count = seen.sum(-1, keepdim=True)
+    keep = budget.keys_of(count)
+    at = torch.arange(wanted.shape[-1], device=wanted.device)
+    always = (at < budget.sink) | (at >= count - max(budget.recent, 1))
+    ranked = wanted.masked_fill(always, torch.inf).masked_fill(~seen, -torch.inf)
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
+    place = torch.empty_like(order).scatter_(-1, order, at.expand_as(order))
+    return (place < keep) & seen
+
+
+def _by_head(base: Tensor, heads: Heads) -> Tensor:
+    """(B, Hkv, T, dims)."""
+    order = list(heads.order)
+    if order[1] < 0:
+        base = base.unsqueeze(-2)
+        head = base.dim() - 2
+        order = [head if d < 0 else d + (d >= head) for d in order]
+    return base.permute(order)

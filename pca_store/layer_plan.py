@@ -1,0 +1,164 @@
+"""Plans of layers: which of a model's layers choose keys, and which read what others chose.
+
+A plan is a JSON file beside the bases, bound to the model by the fingerprints of the weights that
+make each layer's keys. What a layer does is a word, which this folder does not interpret.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from loki_compile.pca_store.basis_header import MAX_SITES
+from loki_compile.pca_store.metadata import (
+    MAX_BLOCKS,
+    check_fingerprint,
+    check_text,
+    combine_fingerprints,
+    run_of,
+)
+from loki_compile.pca_store.store import default_root, write_atomically
+
+SUFFIX = ".plan.json"
+FORMAT = 1
+_MAX_BYTES = 64 << 20
+
+logger = logging.getLogger("loki_compile")
+
+
+class PlanFileError(ValueError):
+    """A plan file that is damaged, or not a plan."""
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer: its path, fingerprints as `Basis` has them, KV heads, and what it does."""
+
+    path: str
+    weights: str
+    blocks: tuple[str, ...]
+    kv_heads: int
+    word: str
+
+    def __post_init__(self) -> None:
+        check_text("path", self.path)
+        check_fingerprint("weights", self.weights)
+        check_text("word", self.word)
+        if not isinstance(self.blocks, (list, tuple)) or len(self.blocks) > MAX_BLOCKS:
+            raise ValueError(f"found blocks that are not a list of at most {MAX_BLOCKS} entries")
+        for block in self.blocks:
+            check_fingerprint("block", block)
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        if not isinstance(self.kv_heads, int) or not 0 < self.kv_heads <= MAX_SITES:
+            raise ValueError(f"found kv_heads {self.kv_heads!r}; needed a count")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What each layer of one model does, in the order of the model; sources count them from 0.
+
+    top_k: the budget that it was measured at. mass: by row of source and column of reader, the
+    share of the reader's attention that the source's choice captures; None where the source does
+    not lie before it. scores: of this plan and those it was compared with, by name.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+    model: str
+    top_k: float
+    source: str
+    created: str
+    mass: tuple[tuple[float | None, ...], ...] = ()
+    scores: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.layers) <= MAX_SITES:
+            raise ValueError(f"found {len(self.layers)} layers; needed 1 to {MAX_SITES}")
+        for name in ("model", "source", "created"):
+            check_text(name, getattr(self, name))
+        rows = [len(row) for row in self.mass]
+        if rows and rows != [len(self.layers)] * len(self.layers):
+            raise ValueError("found a mass that is not a square of the layers; needed one")
+        for share in (share for row in self.mass for share in row if share is not None):
+            if not isinstance(share, (int, float)) or not math.isfinite(share):
+                raise ValueError(f"found a share {share!r:.80}; needed a number")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model, as `BasisSet.fingerprint`."""
+        return combine_fingerprints(layer.weights for layer in self.layers)
+
+    def layer_of(self, weights: str, blocks: tuple[str, ...], use: int = 0) -> int | None:
+        """The number of the layer whose keys these weights make, or the whole weights of which they
+        are some rows; of several that share weights the `use`-th. None for another model's."""
+        known = [n for n, layer in enumerate(self.layers) if layer.weights == weights] or [
+            n for n, layer in enumerate(self.layers) if run_of(blocks, layer.blocks) is not None
+        ]
+        return known[min(use, len(known) - 1)] if known else None
+
+
+def save_plan(plan: LayerPlan, root: Path | None = None) -> Path:
+    """Writes a plan in place of an older one of the same model; atomic, as `Store.save`.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
+    root = default_root() if root is None else root
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / f"{plan.fingerprint[:24]}{SUFFIX}"
+    write_atomically(path, json.dumps({"format": FORMAT, **asdict(plan)}).encode())
+    return path
+
+
+def read_plan(path: str | Path) -> LayerPlan:
+    """The plan in a file.
+
+    Raises:
+      PlanFileError: no such file, or not a whole plan.
+    """
+    path = Path(os.path.expanduser(path))
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+        given = json.loads(path.read_bytes())
+        if not isinstance(given, dict) or given.pop("format", None) != FORMAT:
+            raise ValueError(f"it is not of format {FORMAT}")
+        names = {each.name for each in fields(LayerPlan)}
+        if given.keys() != names:
+            raise ValueError(f"it has {sorted(given)}; needed {sorted(names)}")
+        layers = tuple(PlannedLayer(**layer) for layer in given.pop("layers"))
+        mass = tuple(tuple(row) for row in given.pop("mass"))
+        return LayerPlan(layers=layers, mass=mass, **given)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise PlanFileError(f"{path} is no plan of layers ({reason}): run `loki tune`") from None
+
+
+def find_plan(
+    weights: Iterable[str], blocks: Mapping[str, tuple[str, ...]], root: Path | None = None
+) -> LayerPlan | None:
+    """The newest stored plan that knows all of these weights; None where there is none.
+
+    blocks: fingerprints of the rows of weights, by their own.
+    """
+    wanted = list(weights)
+    root = default_root() if root is None else root
+    try:
+        files = sorted(root.glob(f"*{SUFFIX}"), key=lambda path: -path.stat().st_mtime_ns)
+    except OSError as error:
+        logger.warning("the plans in %s cannot be read: %s", root, error)
+        return None
+    for path in files if wanted else ():
+        try:
+            plan = read_plan(path)
+        except PlanFileError as error:
+            logger.warning("passed over: %s", error)
+            continue
+        if all(plan.layer_of(each, blocks.get(each, ())) is not None for each in wanted):
+            return plan
+    return None
