@@ -31,7 +31,7 @@ from transformers import (
 )
 
 import loki_compile
-import loki_compile.backend as backend
+import loki_compile.engines as engines
 
 CHATS = (
     (1101, 13, 40, 7, 9, 61, 12, 5, 33, 17),
@@ -134,9 +134,9 @@ def main() -> None:
         from_folder = functools.partial(AutoModelForCausalLM.from_pretrained, args.model)
         load = functools.partial(from_folder, dtype=torch.float32)
         layers = load().config.num_hidden_layers
-    engine = backend.interpreter if args.engine == "interpreted" else backend.inductor
+    engine = engines.interpreter if args.engine == "interpreted" else engines.inductor
     rows = []
-    with backend.default_engine(engine):
+    with engines.default_engine(engine):
         for kind in args.caches:
             for chosen in args.backends:
                 for row in rows_of(kind, chosen, args.engine, load, args.dynamic):

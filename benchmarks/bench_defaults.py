@@ -47,7 +47,7 @@ from transformers import (
 )
 
 import loki_compile
-from loki_compile.backend import default_engine, inductor, interpreter
+from loki_compile.engines import default_engine, inductor, interpreter
 
 ENGINES = {"inductor": inductor, "interpreter": interpreter}
 KINDS = ("growing", "static")

@@ -18,7 +18,7 @@ from harness import stamp, table, write_rows
 from loki_compile.pca_store.covariance import KeyCovariance
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from loki_compile import backend, indexes, runtime
+from loki_compile import backend, engines, indexes, runtime
 
 
 class Clock:
@@ -65,7 +65,7 @@ def main() -> None:
     )
     model = LlamaForCausalLM(config).eval()
     clock = Clock()
-    engine = clock.wrap("inductor", backend.inductor)
+    engine = clock.wrap("inductor", engines.inductor)
     for where, name in ((indexes, "bind"), (KeyCovariance, "update"), (KeyCovariance, "pca")):
         setattr(where, name, clock.wrap("bases", getattr(where, name)))
     for where, name in ((runtime, "rewrite_sparse"), (runtime, "rewrite_dense")):

@@ -418,7 +418,8 @@ def difference(logits: Any, truth: Any) -> float:
 
 def _backend(options: dict[str, Any], engine: str) -> Callable[..., Any]:
     """ "eager" runs rewritten graphs node by node, which is quick to start; "inductor" is real."""
-    from loki_compile.backend import inductor, interpreter, loki
+    from loki_compile.backend import loki
+    from loki_compile.engines import inductor, interpreter
 
     compiler = interpreter if engine == "eager" else inductor
     return lambda gm, inputs, **_: loki(gm, inputs, options=options, engine=compiler)

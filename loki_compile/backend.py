@@ -10,13 +10,11 @@ whose two variants are compiled when they are first needed. What may be called o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import functools
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +23,17 @@ from torch import fx
 from loki_compile.bind import adapters, bind_caches, growths, load_basis, token_count
 from loki_compile.buffers import with_room
 from loki_compile.config import LokiConfig
-from loki_compile.counts import Tally, attention_noted, note_attention, say_once, tally_of
+from loki_compile.counts import (
+    Tally,
+    attention_noted,
+    note_attention,
+    say_compiling,
+    say_once,
+    tally_of,
+)
 from loki_compile.deferred import PRICE, Deferred
-from loki_compile.floats import RestartAnalysis, ask_for_values, ask_what_inductor_asks
+from loki_compile.engines import Engine, autocast_now, compile_late, default
+from loki_compile.floats import ask_for_values, ask_what_inductor_asks
 from loki_compile.kernels.kept import Keeps
 from loki_compile.passes.appends import find_appends
 from loki_compile.passes.attention import Reason, Skipped
@@ -58,9 +64,6 @@ from loki_compile.variants import Variant, Variants
 
 log = logging.getLogger("loki_compile")
 
-# Compiles a graph: (gm, inputs, *, mode, options) -> a function of the same inputs.
-Engine = Callable[..., Callable[..., Any]]
-
 
 def loki(
     gm: fx.GraphModule,
@@ -89,7 +92,7 @@ def loki(
     """
     config = plainly(_checked, {**(options or {}), **unknown}, mode)
     compile_graph = PRICE.timed(
-        functools.partial(engine or _engine, mode=mode, options=config.inductor)
+        functools.partial(engine or default(), mode=mode, options=config.inductor)
     )
     normal, parts = _in_one_form(gm)
     of_model = PlanOfModel(normal, example_inputs, parts, config)
@@ -104,46 +107,29 @@ def loki(
     appends = find_appends(normal.graph) if in_place else ()
     bindings = plainly(bind_caches, normal, plan, example_inputs, parts, config, appends)
     tally = tally_of(gm, example_inputs)
-    decode = None
-    if plan.sparse or once:
-        late: Callable[..., Variant] = functools.partial(
-            _compile_late,
-            compile_graph=compile_graph,
-            known=len(fake_mode_of(normal.graph).shape_env.guards),
-            tally=tally,
-            sites=len(plan.sites) or len(plan.dense),
-            autocast=_autocast_now(normal),
-        )
-        if once:
-            late = functools.partial(Deferred, late)
+    late = functools.partial(_late, normal, plan, compile_graph, tally, once)
+    compiled: Callable[..., Any]
+    running: Any = None  # what tells how it fares
     if plan.sparse:
-        served = Served(bindings, tally)
+        counts = [token_count(normal.graph, sparse.site) for sparse in plan.sparse]
+        variants = Variants(normal, plan, config.pack_gqa, late(), counts, appends)
 
         def serve(args: Sequence[Any]) -> Served:
             caches = bind_caches(normal, plan, args, parts, config, appends)
             return Served(caches, tally_of(gm, args))
 
-        counts = [token_count(normal.graph, sparse.site) for sparse in plan.sparse]
-        variants = Variants(normal, plan, config.pack_gqa, late, counts, appends)
-        grows = growths(normal.graph, appends)
-        decode = DecodeGraph(variants, config, parts, served, serve, grows)
-        decode.remember(example_inputs)
-    elif plan.dense and not once:
-        prefill = all(skip.reason is Reason.PREFILL for skip in plan.dense)
-        what = _A_PREFILL if prefill else "a graph that stays dense"
-        _say_compiling(tally, what, len(plan.dense))
-    running: Any = decode  # what tells how it fares
-    compiled: Callable[..., Any]
-    if decode is not None:
-        compiled = decode
+        grows, served = growths(normal.graph, appends), Served(bindings, tally)
+        compiled = running = DecodeGraph(variants, config, parts, served, serve, grows)
+        compiled.remember(example_inputs)
     else:
         asked = _asked_in(normal, parts, config)
         form, outputs = _dense_form(gm, normal, plan, parts, config, asked)
         form = lay_out_first_keys(form)
         if once:
             missed = functools.partial(tally.add, "interpreted_steps")
-            compiled = running = late(form, _A_PREFILL, missed)
+            compiled = running = late()(form, _A_PREFILL, missed)
         else:
+            _say_compiling_dense(tally, plan)
             compiled = compile_graph(form, example_inputs)
         if in_place and (first := first_keys(normal.graph)):
             compiled = with_room(compiled, first)
@@ -158,6 +144,26 @@ def loki(
         note_attention()
         return compiled
     return _remarking_on_no_attention(compiled)
+
+
+def _late(
+    normal: fx.GraphModule,
+    plan: Plan,
+    compile_graph: Callable[..., Callable[..., Any]],
+    tally: Tally,
+    once: bool,
+) -> Callable[..., Variant]:
+    """What compiles a form of the graph when it is needed, or, of what is called once, when that
+    is worth it."""
+    late: Callable[..., Variant] = functools.partial(
+        compile_late,
+        compile_graph=compile_graph,
+        known=len(fake_mode_of(normal.graph).shape_env.guards),
+        tally=tally,
+        sites=len(plan.sites) or len(plan.dense),
+        autocast=autocast_now(normal),
+    )
+    return functools.partial(Deferred, late) if once else late
 
 
 def _is_called_once(plan: Plan, graph: fx.Graph) -> bool:
@@ -344,20 +350,14 @@ def _refusal(plan: Plan) -> str:
     return ""
 
 
+def _say_compiling_dense(tally: Tally, plan: Plan) -> None:
+    if plan.dense:
+        prefill = all(skip.reason is Reason.PREFILL for skip in plan.dense)
+        what = _A_PREFILL if prefill else "a graph that stays dense"
+        say_compiling(tally, what, len(plan.dense))
+
+
 _A_PREFILL = "a prefill, which is dense"
-
-
-def _say_compiling(tally: Tally, what: str, sites: int) -> None:
-    """Each time where that takes minutes, else once."""
-    again = time.monotonic() if sites >= _LONG else None
-    say_once(
-        (tally.model, what, sites, again),
-        f"{tally.model}: compiling {what} ({sites} attention sites). A large model takes minutes; "
-        "later calls of these sizes reuse it.",
-    )
-
-
-_LONG = 8  # attention sites of a graph from which on a compilation is long
 
 
 def _say_what_stays_dense(plan: Plan, config: LokiConfig, tally: Tally) -> None:
@@ -400,117 +400,3 @@ def _remarking_on_no_attention(compiled: Callable[..., Any]) -> Callable[..., An
         return compiled(*args)
 
     return run
-
-
-def _fakes(gm: fx.GraphModule) -> list[Any]:
-    return [fake_value(node) for node in gm.graph.find_nodes(op="placeholder")]
-
-
-def inductor(
-    gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None, options: dict[str, Any]
-) -> Callable[..., Any]:
-    """The engine that users get.
-
-    Args:
-      gm: a graph, which may be edited.
-      inputs: its inputs, fake where Dynamo has returned already.
-      mode: torch.compile's mode, or None.
-      options: `LokiConfig.inductor`.
-
-    Returns:
-      A function of the graph's inputs that returns its outputs as a list or tuple.
-    """
-    patches = torch._inductor.list_mode_options(mode) if mode and mode != "default" else {}
-    return torch._inductor.compile(gm, list(inputs), options={**patches, **options})
-
-
-def interpreter(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-    """The engine that runs a graph as it is, node by node: nothing to wait for, nothing fused."""
-    run: Callable[..., Any] = gm.forward
-    return run
-
-
-_engine: Engine = inductor
-
-
-@contextlib.contextmanager
-def default_engine(engine: Engine) -> Iterator[None]:
-    """Graphs that are traced within it, in any thread, go to this engine if they name no other.
-
-    For where a backend can be given by its name only. What is compiled already stays as it is.
-    """
-    global _engine
-    before, _engine = _engine, engine
-    try:
-        yield
-    finally:
-        _engine = before
-
-
-def _autocast_now(gm: fx.GraphModule) -> list[tuple[str, torch.dtype, bool]]:
-    """Autocast as it is: (type, dtype, whether enabled) for each type of device in the graph."""
-    values = [value for value in _fakes(gm) if isinstance(value, torch.Tensor)]
-    types = {"cpu", *(value.device.type for value in values)}
-    return [
-        (name, torch.get_autocast_dtype(name), torch.is_autocast_enabled(name))
-        for name in sorted(filter(torch.amp.is_autocast_available, types))
-    ]
-
-
-def _compile_late(
-    gm: fx.GraphModule,
-    what: str,
-    missed: Callable[[], None],
-    *,
-    compile_graph: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
-    known: int,
-    tally: Tally,
-    sites: int,
-    autocast: Sequence[tuple[str, torch.dtype, bool]],
-) -> Variant:
-    """Compiles a graph after Dynamo has returned, under the fake mode it traced with.
-
-    Private API, checked on torch 2.11 and 2.13: `torch._guards.tracing` and the guards of a
-    `ShapeEnv`. Dynamo's guards exist already, so a guard that Inductor adds now must be checked by
-    us; where it does not hold, the same graph runs node by node.
-
-    `autocast` is `_autocast_now` of then: whoever traces the graph again takes the casts of
-    autocast from the state around it.
-    """
-    _say_compiling(tally, what, sites)
-    values = _fakes(gm)
-    fake_mode = fake_mode_of(gm.graph)
-    shape_env = fake_mode.shape_env
-    try:
-        with contextlib.ExitStack() as around:
-            around.enter_context(torch._guards.tracing(torch._guards.TracingContext(fake_mode)))
-            for device_type, dtype, enabled in autocast:
-                around.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled))
-            run = compile_graph(copy_of(gm)[0], values)  # Inductor may edit what it is given
-    except RestartAnalysis as error:  # for Dynamo, which has returned: nobody would trace again
-        log.warning(
-            "Inductor wants a decode graph traced again (%s), too late: the graph runs node by "
-            "node, slowly. torch._dynamo.config.specialize_float=True avoids it.",
-            type(error).__name__,
-        )
-        return gm
-    added = shape_env.guards[known:]
-    if not added:
-        return run
-    log.debug("late guards: %s", [guard.expr for guard in added])
-    symbols = [v for v in values if isinstance(v, torch.SymInt)]
-    places = [i for i, v in enumerate(values) if isinstance(v, torch.SymInt)]
-    code = shape_env.produce_guards_expression(
-        symbols, guards=list({guard.expr: guard for guard in added}.values())
-    )
-    if code is not None:
-        code = compile(code, "<late guards>", "eval")  # it is evaluated at each call
-
-    def run_or_interpret(*args: Any) -> Any:
-        sizes = [args[place] for place in places]
-        if code is None or shape_env.evaluate_guards_expression(code, sizes):
-            return run(*args)
-        missed()
-        return gm(*args)
-
-    return run_or_interpret

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -176,3 +177,16 @@ def note_attention() -> None:
 
 def attention_noted() -> bool:
     return _attention
+
+
+def say_compiling(tally: Tally, what: str, sites: int) -> None:
+    """Each time where that takes minutes, else once."""
+    again = time.monotonic() if sites >= _LONG else None
+    say_once(
+        (tally.model, what, sites, again),
+        f"{tally.model}: compiling {what} ({sites} attention sites). A large model takes minutes; "
+        "later calls of these sizes reuse it.",
+    )
+
+
+_LONG = 8  # attention sites of a graph from which on a compilation is long

@@ -15,8 +15,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from toy_capture import clear_runtime, interpret
 
-from loki_compile.backend import default_engine
 from loki_compile.counts import stats
+from loki_compile.engines import default_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 

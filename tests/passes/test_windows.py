@@ -12,7 +12,7 @@ from transformers import (
 )
 
 import loki_compile
-from loki_compile.backend import interpreter
+from loki_compile.engines import interpreter
 from loki_compile.indexes import indexes_of
 
 pytestmark = pytest.mark.covers

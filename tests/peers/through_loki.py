@@ -93,9 +93,9 @@ def _backend(mode: str, engine: str) -> Callable[..., Any] | str:
     options = MODES[mode]
     if not options:
         return engine
-    import loki_compile.backend as backend
+    from loki_compile import backend, engines
 
-    compiler = backend.interpreter if engine == "eager" else backend.inductor
+    compiler = engines.interpreter if engine == "eager" else engines.inductor
 
     def loki(gm: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
         return backend.loki(gm, inputs, options=dict(options), engine=compiler)

@@ -29,7 +29,7 @@ from toy_writes import (
     slice_assignment_read,
 )
 
-from loki_compile import LokiConfig, backend, given_up, reports, runtime, stats
+from loki_compile import LokiConfig, backend, engines, given_up, reports, runtime, stats
 from loki_compile.counts import Because
 from loki_compile.indexes import indexes_of
 
@@ -211,7 +211,7 @@ def test_an_engine_goes_with_a_partial_and_through_a_deep_copy():
     mine, default = Compiled(), Compiled()
     chosen = copy.deepcopy(functools.partial(backend.loki, engine=mine))  # as `generate` does
     module = ToyDecoder(STATIC).eval()
-    with backend.default_engine(default):
+    with engines.default_engine(default):
         fast = torch.compile(module, backend=chosen, options=EVERYTHING)
         Conversation.start(STATIC).step(fast, tokens(STATIC, 1)[0])
     assert stats()["sparse_steps"] == 1 and not default.graphs
@@ -219,7 +219,7 @@ def test_an_engine_goes_with_a_partial_and_through_a_deep_copy():
 
 
 def test_the_engine_before_comes_back_where_something_is_raised(interpreted):
-    with pytest.raises(KeyError), backend.default_engine(Compiled()):
+    with pytest.raises(KeyError), engines.default_engine(Compiled()):
         raise KeyError
     torch.compile(lambda x: x + 1, backend="loki")(torch.ones(3))
     assert len(interpreted.graphs) == 1

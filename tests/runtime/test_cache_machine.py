@@ -45,8 +45,8 @@ from transformers import (
 )
 
 from loki_compile import builds, runtime, stats
-from loki_compile.backend import default_engine
 from loki_compile.caches import Cached
+from loki_compile.engines import default_engine
 from loki_compile.indexes import indexes_of
 
 pytestmark = [pytest.mark.soak, pytest.mark.covers]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
-from loki_compile import backend, explain, reports, stats
+from loki_compile import backend, engines, explain, reports, stats
 
 CACHED = 1103  # above the default min_context
 STEPS = 4
@@ -378,7 +378,7 @@ def test_the_first_step_behind_a_prompt_of_another_length_is_not_compiled_again(
     do, and would have Dynamo trace that step once more, in mid-stream."""
     torch._dynamo.reset()
     model = llama()
-    model.compile(backend=functools.partial(backend.loki, engine=backend.inductor))
+    model.compile(backend=functools.partial(backend.loki, engine=engines.inductor))
     from torch._dynamo.utils import counters
     from transformers import DynamicCache
 

@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from loki_compile import builds, caches, fits, indexes, recovery, reports, runtime, stats, witness
-from loki_compile.backend import interpreter
+from loki_compile.engines import interpreter
 from loki_compile.indexes import indexes_of
 
 STATIC = Spelling(index_copy_method, mask=left_padded)

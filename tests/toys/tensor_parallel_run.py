@@ -125,12 +125,12 @@ def a_process_dies(sharded):
 
 @torch.no_grad()
 def main(folder, engine, what):
-    from loki_compile import backend
+    from loki_compile import engines
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    chosen = backend.interpreter if engine == "interpreted" else backend.inductor
-    with backend.default_engine(chosen):
+    chosen = engines.interpreter if engine == "interpreted" else engines.inductor
+    with engines.default_engine(chosen):
         for one in what.split("+"):
             run(folder, one)
     dist.destroy_process_group()

@@ -15,9 +15,9 @@ from loki_compile.passes.normalize import normalize
 from torch import fx
 
 from loki_compile import reset_stats
-from loki_compile.backend import Engine, interpreter
 from loki_compile.counts import forget_notices
 from loki_compile.deferred import PRICE
+from loki_compile.engines import Engine, interpreter
 from loki_compile.report import clear_reports
 
 

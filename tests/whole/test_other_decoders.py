@@ -7,8 +7,8 @@ those it has; its cache is a list of objects. ibm-fms' cache is a list of tuples
 import pytest
 import torch
 
-from loki_compile.backend import interpreter
 from loki_compile.counts import reset_stats, stats
+from loki_compile.engines import interpreter
 from loki_compile.report import clear_reports, reports
 
 pytestmark = pytest.mark.covers

@@ -1,0 +1,142 @@
+"""What compiles rewritten graphs: Inductor, or what a user or a test puts in its place; and when:
+at once, or behind Dynamo's back, when a graph is first needed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from loki_compile.counts import Tally, say_compiling
+from loki_compile.floats import RestartAnalysis
+from loki_compile.passes.calls import fake_value
+from loki_compile.passes.graphs import copy_of, fake_mode_of
+from loki_compile.variants import Variant
+
+log = logging.getLogger("loki_compile")
+
+# Compiles a graph: (gm, inputs, *, mode, options) -> a function of the same inputs.
+Engine = Callable[..., Callable[..., Any]]
+
+
+def default() -> Engine:
+    """The engine of graphs that name none; see `default_engine`."""
+    return _engine
+
+
+def _fakes(gm: fx.GraphModule) -> list[Any]:
+    return [fake_value(node) for node in gm.graph.find_nodes(op="placeholder")]
+
+
+def inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None, options: dict[str, Any]
+) -> Callable[..., Any]:
+    """The engine that users get.
+
+    Args:
+      gm: a graph, which may be edited.
+      inputs: its inputs, fake where Dynamo has returned already.
+      mode: torch.compile's mode, or None.
+      options: `LokiConfig.inductor`.
+
+    Returns:
+      A function of the graph's inputs that returns its outputs as a list or tuple.
+    """
+    patches = torch._inductor.list_mode_options(mode) if mode and mode != "default" else {}
+    return torch._inductor.compile(gm, list(inputs), options={**patches, **options})
+
+
+def interpreter(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    """The engine that runs a graph as it is, node by node: nothing to wait for, nothing fused."""
+    run: Callable[..., Any] = gm.forward
+    return run
+
+
+_engine: Engine = inductor
+
+
+@contextlib.contextmanager
+def default_engine(engine: Engine) -> Iterator[None]:
+    """Graphs that are traced within it, in any thread, go to this engine if they name no other.
+
+    For where a backend can be given by its name only. What is compiled already stays as it is.
+    """
+    global _engine
+    before, _engine = _engine, engine
+    try:
+        yield
+    finally:
+        _engine = before
+
+
+def autocast_now(gm: fx.GraphModule) -> list[tuple[str, torch.dtype, bool]]:
+    """Autocast as it is: (type, dtype, whether enabled) for each type of device in the graph."""
+    values = [value for value in _fakes(gm) if isinstance(value, torch.Tensor)]
+    types = {"cpu", *(value.device.type for value in values)}
+    return [
+        (name, torch.get_autocast_dtype(name), torch.is_autocast_enabled(name))
+        for name in sorted(filter(torch.amp.is_autocast_available, types))
+    ]
+
+
+def compile_late(
+    gm: fx.GraphModule,
+    what: str,
+    missed: Callable[[], None],
+    *,
+    compile_graph: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    known: int,
+    tally: Tally,
+    sites: int,
+    autocast: Sequence[tuple[str, torch.dtype, bool]],
+) -> Variant:
+    """Compiles a graph after Dynamo has returned, under the fake mode it traced with.
+
+    Private API, checked on torch 2.11 and 2.13: `torch._guards.tracing` and the guards of a
+    `ShapeEnv`. Dynamo's guards exist already, so a guard that Inductor adds now must be checked by
+    us; where it does not hold, the same graph runs node by node.
+
+    `autocast` is `autocast_now` of then: whoever traces the graph again takes the casts of
+    autocast from the state around it.
+    """
+    say_compiling(tally, what, sites)
+    values = _fakes(gm)
+    fake_mode = fake_mode_of(gm.graph)
+    shape_env = fake_mode.shape_env
+    try:
+        with contextlib.ExitStack() as around:
+            around.enter_context(torch._guards.tracing(torch._guards.TracingContext(fake_mode)))
+            for device_type, dtype, enabled in autocast:
+                around.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled))
+            run = compile_graph(copy_of(gm)[0], values)  # Inductor may edit what it is given
+    except RestartAnalysis as error:  # for Dynamo, which has returned: nobody would trace again
+        log.warning(
+            "Inductor wants a decode graph traced again (%s), too late: the graph runs node by "
+            "node, slowly. torch._dynamo.config.specialize_float=True avoids it.",
+            type(error).__name__,
+        )
+        return gm
+    added = shape_env.guards[known:]
+    if not added:
+        return run
+    log.debug("late guards: %s", [guard.expr for guard in added])
+    symbols = [v for v in values if isinstance(v, torch.SymInt)]
+    places = [i for i, v in enumerate(values) if isinstance(v, torch.SymInt)]
+    code = shape_env.produce_guards_expression(
+        symbols, guards=list({guard.expr: guard for guard in added}.values())
+    )
+    if code is not None:
+        code = compile(code, "<late guards>", "eval")  # it is evaluated at each call
+
+    def run_or_interpret(*args: Any) -> Any:
+        sizes = [args[place] for place in places]
+        if code is None or shape_env.evaluate_guards_expression(code, sizes):
+            return run(*args)
+        missed()
+        return gm(*args)
+
+    return run_or_interpret
