@@ -83,7 +83,26 @@ def test_calibrate_stores_what_explain_then_uses(tiny, text, own_store):
     assert stored.header.source == "words.txt"
     assert [site.tokens for site in stored.header.sites] == [300, 300]
     after = succeed("explain", tiny, "--min-context", "0")
-    assert after.count("attention, 300 tokens") == 1
+    assert after.count("score-optimal, 300 tokens") == 1
+    for site in stored.header.sites:
+        assert 0 <= site.measured["missed_by_exact_scores"] <= 1
+        assert 0 <= site.measured["missed_mass"] <= 1 and site.measured["rank"] == 5
+
+
+def test_calibrate_refines_for_as_long_as_it_may(tiny, text, own_store, monkeypatch):
+    """So few seconds that each layer has the least steps there are."""
+    steps = []
+    descend = attention_fit.AttentionSamples.fit
+
+    def fit(*args, **options):
+        steps.append(options["steps"])
+        return descend(*args, **options)
+
+    monkeypatch.setattr(attention_fit.AttentionSamples, "fit", fit)
+    arguments = ("--text", text, "--tokens", "200", "--refine", "--minutes", "0.0001")
+    succeed("calibrate", tiny, *arguments)
+    (stored,) = Store().list()
+    assert stored.header.kind == "attention" and steps == [progress.LEAST_STEPS] * 2
 
 
 def test_calibrate_takes_several_files_and_another_folder(tiny, text, tmp_path, own_store):
@@ -186,7 +205,8 @@ def test_the_demo_takes_the_stored_basis_that_fits(tiny, text, own_store, monkey
     succeed("calibrate", tiny, "--text", text, "--tokens", "200", "--kind", "pca")
     (wide,) = own_store.glob("*.safetensors")
     monkeypatch.setattr(attention_fit, "STEPS", 5)
-    succeed("calibrate", tiny, "--text", text, "--tokens", "200", "--rank", "5")
+    narrower = ("--rank", "5", "--kind", "attention")
+    succeed("calibrate", tiny, "--text", text, "--tokens", "200", *narrower)
     (narrow,) = set(own_store.glob("*.safetensors")) - {wide}
     stamp = time.time() + 10
     os.utime(narrow, (stamp, stamp))  # of the same second, this one is the newer
@@ -296,7 +316,7 @@ MISTAKES = {
         "--length 701: this model has 700 positions",
     ),
     "too short a prompt, calibrate": (
-        ("calibrate", "{tiny}", "--text", "{text}", "--length", "36"),
+        ("calibrate", "{tiny}", "--text", "{text}", "--length", "36", "--refine"),
         "a basis of kind 'attention' needs 37",
     ),
     "a file where the folder should be": (
