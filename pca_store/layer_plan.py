@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -147,18 +147,22 @@ def find_plan(
     blocks: fingerprints of the rows of weights, by their own.
     """
     wanted = list(weights)
+    for plan in stored_plans(root) if wanted else ():
+        if all(plan.layer_of(each, blocks.get(each, ())) is not None for each in wanted):
+            return plan
+    return None
+
+
+def stored_plans(root: Path | None = None) -> Iterator[LayerPlan]:
+    """All that can be read, newest first; what cannot is passed over with a warning."""
     root = default_root() if root is None else root
     try:
         files = sorted(root.glob(f"*{SUFFIX}"), key=lambda path: -path.stat().st_mtime_ns)
     except OSError as error:
         logger.warning("the plans in %s cannot be read: %s", root, error)
-        return None
-    for path in files if wanted else ():
+        return
+    for path in files:
         try:
-            plan = read_plan(path)
+            yield read_plan(path)
         except PlanFileError as error:
             logger.warning("passed over: %s", error)
-            continue
-        if all(plan.layer_of(each, blocks.get(each, ())) is not None for each in wanted):
-            return plan
-    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +18,7 @@ from loki_compile.commands.options import (
     runs_sparse,
     with_options,
 )
-from loki_compile.commands.output import out, say
+from loki_compile.commands.output import out, say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 @click.option("--context", type=click.IntRange(2), help="Cached tokens that budgets and memory are "
               "given for. [4096, or what the model allows]")  # fmt: skip
 @click.option("--basis", help="Store name, path or hub id.")
+@click.option("--picture", type=click.Path(path_type=Path),
+              help='With --policy tidal: PNG of who reads what whom chose. [none]')  # fmt: skip
 @with_options(LOKI_OPTIONS)
 @with_options(MODEL_OPTIONS)
 def command(
@@ -39,6 +42,7 @@ def command(
     cache: str,
     context: int | None,
     basis: str | None,
+    picture: Path | None,
     device: str | None,
     dtype: str,
     random_weights: bool,
@@ -66,6 +70,40 @@ def command(
     out.print(summary(found, config, context))
     for sentence in given_up():
         out.print(sentence)
+    if config.policy == "tidal":
+        _show_plan(model, picture)
+
+
+def _show_plan(model: Any, picture: Path | None) -> None:
+    """The plan that is stored for a model: a line for each group of layers, and what they capture.
+
+    Raises:
+        ValueError: a picture is asked for, and no plan is stored.
+    """
+    from loki_compile.commands.picture import draw_mass, mass_lines, plan_lines
+    from loki_compile.pca_store.fingerprint import weights_fingerprint
+    from loki_compile.pca_store.layer_plan import stored_plans
+
+    held = {weights_fingerprint(parameter) for parameter in model.parameters()}
+    fits = (p for p in stored_plans() if held.issuperset(layer.weights for layer in p.layers))
+    plan = next(fits, None)
+    if plan is None:
+        if picture is not None:
+            raise ValueError(
+                "--picture: no plan is stored for this model; needs one, by `loki tune`"
+            )
+        show(
+            "no plan is stored for this model, so that which layers choose is a guess: `loki tune`"
+        )
+        return
+    for line in plan_lines(plan):
+        show(line)
+    show("  attention captured, in tenths, by choosing layer (row) and reader; [] as planned:")
+    for line in mass_lines(plan):
+        show(line)
+    if picture is not None:
+        draw_mass(plan, picture)
+        show(f"wrote {picture}")
 
 
 def site_table(reports: Sequence[GraphReport], config: LokiConfig, context: int) -> Table:

@@ -324,7 +324,7 @@ class Search:
                 basis = self.seen.bases.find(weights, occurrence=use)
                 if basis is not None:
                     self.simulation.bases[path] = basis
-        self.dense = self._decoded([Kind(dense=True)] * len(self.paths))
+        self.dense = self.decoded([Kind(dense=True)] * len(self.paths))
         self._check_simulated()
 
     def _check_simulated(self) -> None:
@@ -346,7 +346,7 @@ class Search:
         return self.seen.paths
 
     @torch.no_grad()
-    def _decoded(self, kinds: Sequence[Kind]) -> Tensor:
+    def decoded(self, kinds: Sequence[Kind]) -> Tensor:
         """Log-probabilities (steps, vocabulary) behind the held-out tokens."""
         self.simulation.under(kinds, self.paths)
         out = self.run(self.fed, past_key_values=self._copied(self.cache))
@@ -370,7 +370,7 @@ class Search:
         name = _name("kl", kinds)
         known = self._recall(name)
         if known is None:
-            here = self._decoded(kinds)
+            here = self.decoded(kinds)
             kl = float((self.dense.exp() * (self.dense - here)).sum(-1).mean())
             same = float((self.dense.argmax(-1) == here.argmax(-1)).float().mean())
             known = {}, [kl, same]

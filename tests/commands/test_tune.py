@@ -1,0 +1,231 @@
+"""`loki tune`: it measures the definition, finds the best plan, and stores what is then used."""
+
+import itertools
+import math
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from loki_compile.kernels.budget import Budget
+from loki_compile.pca_store.layer_plan import stored_plans
+from toy_models import make_model, prompt
+from toy_policies import DirectLayers
+
+from loki_compile.captured import RANKINGS, ROWS, Mass, captured_mass, summed_up
+from loki_compile.commands import plan_search
+from loki_compile.commands.main import main
+from loki_compile.commands.models import BUNDLED
+from loki_compile.planning import Costs, Losses, best_plan, candidates, loss_of, losses_of, moved
+from loki_compile.policies.kinds import Kind
+from loki_compile.simulation import Simulation
+from loki_compile.watching import watched
+
+transformers = pytest.importorskip("transformers")
+
+BUDGET = Budget(None, 1 << 13, 1, 2, 0)
+DENSE, LOKI, ORACLE = Kind(dense=True), Kind("loki"), Kind("oracle")
+COSTS = Costs(dense=10.0, index=2.0, keys=5.0, read=1.0)
+
+
+def random_mass(layers: int, heads: int = 2) -> Mass:
+    shares = {ranking: torch.rand(layers, layers) for ranking in RANKINGS}
+    maps = {
+        (ranking, source, reader): tuple(torch.randint(heads, (heads,)).tolist())
+        for ranking in RANKINGS
+        for source in range(layers)
+        for reader in range(source + 1, layers)
+    }
+    return Mass(tuple(map(str, range(layers))), shares, maps)
+
+
+def every_plan(losses: Losses, slots: list[int]):
+    """All plans in which readers read what the last of their class chose."""
+    ways = (DENSE, LOKI, ORACLE, Kind("oracle", dense=True), Kind(reuse=True))
+    for kinds in itertools.product(ways, repeat=len(slots)):
+        latest, plan = {}, []
+        for layer, kind in enumerate(kinds):
+            if kind.reuse and slots[layer] not in latest:
+                break
+            if kind.reuse:
+                source, ranking = latest[slots[layer]]
+                heads = losses.heads[ranking, source, layer]
+                kind = Kind(reuse=True, source=source, heads=heads)
+            elif kind.ranking:
+                latest[slots[layer]] = (layer, kind.ranking)
+            plan.append(kind)
+        else:
+            yield plan
+
+
+@pytest.mark.parametrize("slots", [[0] * 5, [0, 1, 0, 1, 1], [0, 0, 1, 2, 0]])
+@pytest.mark.parametrize("price", [0.0, 0.01, 0.1, 1.0])
+def test_the_program_finds_the_best_of_all_plans(slots, price):
+    losses = losses_of(random_mass(5))
+
+    def worth(plan):
+        return loss_of(losses, plan) + price * sum(map(COSTS.of, plan))
+
+    best = min(map(worth, every_plan(losses, slots)))
+    assert math.isclose(worth(best_plan(losses, slots, COSTS, price)), best, abs_tol=1e-6)
+
+
+def test_plans_keep_within_time_and_indexes_and_know_their_neighbours():
+    losses, slots = losses_of(random_mass(9)), [0] * 9
+    found = candidates(losses, slots, COSTS, 25.0, 6, indexes=3)
+    assert 1 < len(found) <= 6
+    for plan in found:
+        assert sum(map(COSTS.of, plan)) <= 25.0
+        assert sum(kind.ranking == "loki" for kind in plan) <= 3
+        for other in moved(losses, slots, plan):
+            assert sorted(map(COSTS.of, other)) == sorted(map(COSTS.of, plan)) and other != plan
+            assert all(other[kind.source].ranking for kind in other if kind.reuse)
+    assert [loss_of(losses, plan) for plan in found] == sorted(loss_of(losses, p) for p in found)
+
+
+def test_a_layer_that_matters_more_loses_more():
+    mass = random_mass(4)
+    plain, weighed = losses_of(mass), losses_of(mass, [1, 2, 3, 4], [4, 3, 2, 1])
+    for layer in range(4):
+        assert math.isclose(weighed.own["loki"][layer], layer + 1, rel_tol=1e-3)
+        ratio = weighed.own["oracle"][layer] / plain.own["oracle"][layer]
+        assert math.isclose(ratio, (layer + 1) / plain.own["loki"][layer], rel_tol=1e-3)
+        if layer:
+            assert math.isclose(weighed.read["loki"][layer - 1][layer], 4 - layer, rel_tol=1e-3)
+
+
+@torch.no_grad()
+def test_captured_attention_is_the_share_on_the_keys_that_the_source_chooses():
+    """An index of all dims chooses as the keys do; of its own choice a layer captures the most."""
+    model, ids = make_model(layers=3), prompt(1, 120)
+    seen = captured_mass(model, [ids, prompt(2, 120)], BUDGET, 1.0)
+    mass = summed_up(seen)
+    assert mass.paths == tuple(f"model.layers.{n}.self_attn" for n in range(3))
+    assert seen.rows == 2 * ROWS
+    torch.testing.assert_close(mass.shares["loki"], mass.shares["oracle"], equal_nan=True)
+    everything = captured_mass(model, [ids], Budget(None, 1 << 16, 1, 2, 0), 1.0)
+    shares = summed_up(everything).shares["oracle"]
+    torch.testing.assert_close(shares[~shares.isnan()], torch.ones(6), rtol=0, atol=1e-5)
+    for source in range(3):
+        for reader in range(source):
+            assert mass.shares["oracle"][source, reader].isnan()
+        own = mass.shares["oracle"][source, source]
+        assert (mass.shares["oracle"][:source, source] <= own + 1e-6).all() and own < 1
+
+
+@torch.no_grad()
+def test_a_simulated_plan_is_the_definition():
+    model, ids = make_model(layers=5), prompt(1, 90)
+    words = ["oracle+dense", "reuse:0:1,0", "oracle", "dense", "reuse:2"]
+    kinds = [
+        Kind("oracle", dense=True), Kind(reuse=True, source=0, heads=(1, 0)), ORACLE, DENSE,
+        Kind(reuse=True, source=2),
+    ]  # fmt: skip
+    paths = [f"model.layers.{n}.self_attn" for n in range(5)]
+    cache = transformers.DynamicCache(config=model.config)
+    model(ids[:, :80], past_key_values=cache)
+    here, there, dense = (copied(model, cache) for _ in range(3))
+    simulation = Simulation(BUDGET, 0.25, {})
+    with watched(model, simulation.look) as run:
+        simulation.under(kinds, paths)
+        out = run(input_ids=ids[:, 80:], past_key_values=here).logits
+    assert not simulation.refused and list(simulation.served) == paths
+    options = {"min_context": 0, "top_k": 0.125, "sink": 1, "recent": 2}
+    options["group_choice"] = "probability"
+    with DirectLayers(words, [2] * 5, options):
+        expected = model(ids[:, 80:], past_key_values=there).logits
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+    assert (out - model(ids[:, 80:], past_key_values=dense).logits).abs().max() > 1e-2
+
+
+def copied(model, cache):
+    copy = transformers.DynamicCache(config=model.config)
+    for number, layer in enumerate(cache.layers):
+        copy.update(layer.keys.clone(), layer.values.clone(), number)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A folder with a random model of nine layers and the bundled tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "deep"
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=9, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=20, vocab_size=2048, max_position_embeddings=700,
+        initializer_range=0.2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / name, folder / name)
+    return str(folder)
+
+
+@pytest.fixture
+def tuning(deep, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOKI_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch._dynamo.reset()
+    text = tmp_path / "words.txt"
+    text.write_text("".join(f"# {n}\nheron = [otter, copper][{n % 7}]\n" for n in range(400)))
+    given = ["tune", deep, "--text", text, "--length", 300, "--prompts", 2, "--plans", 3]
+    return [*map(str, given), "--steps", "6", "--cost-context", "4096", "--cost", "0.9"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(each) for each in arguments])
+
+
+def test_a_tuned_plan_is_stored_shown_and_used(deep, tuning, tmp_path):
+    done = run(*tuning, "--picture", tmp_path / "plan.png")
+    assert done.exit_code == 0, done.output
+    assert 'policy="tidal" uses it' in done.output and (tmp_path / "plan.png").stat().st_size > 5000
+    (plan,) = stored_plans()
+    assert len(plan.layers) == len(plan.mass) == 9 and plan.top_k == 0.125
+    assert {"kl", "needles", "choosing"} <= plan.scores.keys() and plan.scores["choosing"] <= 0.9
+    assert not (tmp_path / "home" / "partial").exists()
+    shown = run("explain", deep, "--policy", "tidal", "--min-context", "0")
+    assert shown.exit_code == 0, shown.output
+    for number, layer in enumerate(plan.layers):
+        if layer.word.startswith("reuse"):
+            assert f"reuse of layer {layer.word.split(':')[1]}" in shown.output
+        elif layer.word == "loki":
+            assert f"  layer {number} chooses (loki)" in shown.output
+    assert "[9]" in shown.output or "[8]" in shown.output or "[7]" in shown.output
+
+
+def test_a_stopped_search_goes_on_where_it_was(tuning, monkeypatch):
+    runs = []
+    decoded = plan_search.Search.decoded
+
+    def until_stopped(search, kinds):
+        runs.append(kinds)
+        if len(runs) == 8:
+            raise KeyboardInterrupt
+        return decoded(search, kinds)
+
+    monkeypatch.setattr(plan_search.Search, "decoded", until_stopped)
+    assert run(*tuning).exit_code != 0 and not list(stored_plans())
+    first = len(runs)
+    done = run(*tuning)
+    assert done.exit_code == 0, done.output
+    again = runs[first:]
+    assert runs[1:7] and not any(kinds in again[1:] for kinds in runs[1:7])
+    assert len(list(stored_plans())) == 1
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--length", "5000"], "positions"),
+        (["--cost", "0.05"], "needs a larger --cost"),
+        (["--top-k", "0"], "top_k=0"),
+        (["--dtype", "float7"], "found dtype"),
+        (["--prompts", "2", "--length", "600", "--steps", "30"], "pass more text"),
+    ],
+)
+def test_what_cannot_be_tuned_is_one_line(tuning, more, says, tmp_path):
+    if "pass more text" in says:
+        (tmp_path / "words.txt").write_text("heron")
+    done = run(*tuning, *more)
+    assert done.exit_code == 2 and says in done.output.splitlines()[-1]
