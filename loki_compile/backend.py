@@ -320,10 +320,11 @@ def _asked_in(
 
 def _grows_in_place(normal: fx.GraphModule, config: LokiConfig, mode: str | None) -> bool:
     """Whether what a graph makes longer may grow in its memory: not in training, nor where CUDA
-    graphs keep addresses from step to step."""
+    graphs keep addresses from step to step, nor where dense attention is to be Inductor's to the
+    bit: PyTorch's adds up otherwise where keys lie apart."""
     options = {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
     cuda_graphs = options.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
-    return not cuda_graphs and not _records_gradients(normal)
+    return config.pack_gqa and not cuda_graphs and not _records_gradients(normal)
 
 
 def _records_gradients(gm: fx.GraphModule) -> bool:
