@@ -20,6 +20,7 @@ from loki_compile.caches import GivenSize
 from loki_compile.kernels.kept import Layout
 from loki_compile.passes.appends import Append
 from loki_compile.passes.attention import MaskTerm
+from loki_compile.passes.calls import fake_value
 from loki_compile.passes.dense import pack_groups
 from loki_compile.passes.graphs import copy_of, extract, log_change, ops_of, remap
 from loki_compile.passes.in_place import Rooms, add_rooms, new_capacity, write_behind
@@ -80,6 +81,7 @@ class Variants:
         self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self.undo = what_to_save(gm.graph)
         self.fill = _fill_graph(gm, plan)
+        self.on_cpu = all(fake_value(c.past).device.type == "cpu" for c in plan.caches)
         self.seen_graphs: dict[tuple[MaskTerm, ...], fx.GraphModule | None] = {}
 
     @property
