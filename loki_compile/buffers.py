@@ -185,6 +185,37 @@ class Growing:
                 raise
             return None
 
+    def take_again(
+        self, pasts: Sequence[Tensor], holders: Sequence[int], args: Sequence[Any], capacity: int
+    ) -> Grown | None:
+        """The same for pasts that are known to begin memory with so much room; None where they are
+        held by others, or there is too little room."""
+        if max(holders) > self._alone(holders):
+            return None
+        for past in pasts:
+            if torch._C._storage_Use_Count(past.untyped_storage()._cdata) != _alone_in_storage(
+                past
+            ):
+                return None
+        if pasts[0].is_inference() and not torch.is_inference_mode_enabled():
+            return None
+        grown = Grown(capacity)
+        for past, growth in zip(pasts, self.growths, strict=True):
+            sizes = list(past.shape)
+            sizes[growth.axis] += growth.new if isinstance(growth.new, int) else growth.new.of(args)
+            if sizes[growth.axis] >= capacity:
+                return None
+            grown.rooms.append(past.as_strided(sizes, past.stride()))
+        return grown
+
+    def find_memory(self, grown: Grown, args: Sequence[Any]) -> None:
+        """Which memory it is that tensors go on in."""
+        grown.before = [_buffers[args[p].untyped_storage()._cdata] for p in self.places]
+        grown.after = [buffer for buffer in grown.before if buffer is not None]
+        for buffer, place in zip(grown.after, self.places, strict=True):
+            for record in buffer.kept.values():
+                record.cut(args[place].shape[buffer.axis])
+
     def _fill(
         self,
         grown: Grown,

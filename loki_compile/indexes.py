@@ -15,6 +15,7 @@ only misrank: attention itself always reads the cache's own keys and values.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from loki_compile.counts import Tally, hold_bytes
 from loki_compile.fits import BoundBasis, Fit, Origin
 from loki_compile.kernels.fused import project_new_keys
 from loki_compile.kernels.kept import IndexLayout, Layout, PageLayout, page_bounds
+from loki_compile.trails import Trail, settle_all
 from loki_compile.witness import Witness
 
 # Tokens projected at a time when an index is rebuilt: bounds the fp32 copy of the keys.
@@ -69,6 +71,7 @@ class IndexRecord:
     every: int = 1
     versions: tuple[int | None, ...] = ()
     beside: tuple[Buffer | None, ...] = ()
+    trail: Trail | None = None  # what knows more of it than is written here
     bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,6 +98,22 @@ class IndexRecord:
             sizes[self.axis] = rows
             views.append(tensor.as_strided(sizes, tensor.stride()))
         return views
+
+    @property
+    def again_at(self) -> float:
+        """Tokens in its cache from which on its basis is fitted again."""
+        return math.inf if self.fit is None else fits.FIT_AGAIN * self.fit.tokens
+
+    def settle(self, versions: tuple[int | None, ...], filled: int) -> None:
+        """Takes note of steps that have left its tensors at these versions."""
+        self.filled = filled
+        if self.axis >= 0:
+            self.versions = versions
+        else:
+            for stamp, version in zip(self.stamps, versions, strict=True):
+                stamp.version = version
+        if self.origin is not None:
+            self.origin.version = versions[0]
 
     def cut(self, tokens: int) -> None:
         """No rows behind so many tokens are true any more: others will be written there."""
@@ -143,6 +162,7 @@ def indexes_of(tensor: Tensor, beside: Tensor | None = None) -> list[TensorIndex
       tensor: what the caller keeps: the cache's keys, or what they are a part of.
       beside: the tensor whose rows continue those of `tensor` (cached latents), if there is one.
     """
+    settle_all()
     now = Cached(tensor, beside, 0, tensor)
     buffer = buffer_of(tensor)
     if buffer is not None and buffer.kept:

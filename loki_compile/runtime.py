@@ -31,6 +31,7 @@ from loki_compile.passes.attention import MAX_QUERY_TOKENS
 from loki_compile.passes.shared_caches import Part, with_parts
 from loki_compile.recovery import Rollback, Saved, is_shortage, ordinary_tensors
 from loki_compile.steps import Served, Step
+from loki_compile.trails import Trail, Trails, settle_all
 from loki_compile.variants import FillGraph, Variant, Variants
 from loki_compile.witness import Witness
 
@@ -71,6 +72,7 @@ class DecodeGraph:
         self.fill_graph = variants.fill
         self.growing = Growing(growths) if growths else None
         self.copying: Variant | None = None
+        self.spots, self.trails = self._trails(served)
         # A weight that tells models apart; its version tells whether it is what it was.
         self.owner = next((b.weight for b in served.bindings if b.weight is not None), None)
         self.known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -86,18 +88,99 @@ class DecodeGraph:
         self.building = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
-        grown = None
-        if self.growing is not None:
-            grown = self.growing.take(args, self.growing.holders(args))
+        holders = () if self.growing is None else self.growing.holders(args)
         served = self.served_to(args)
-        args = with_parts(args, self.parts)
-        caches = [binding.at(args, grown) for binding in served.bindings]
-        filled = self._filled_after(args, served.bindings, caches)
-        step = Step(args, served, caches, filled, grown)
-        if grown is None and self.growing is not None:
-            return self.run_copying(step)
+        if self.parts:
+            args = with_parts(args, self.parts)
+        step = self._on_a_trail(args, served, holders)
+        if step is None:
+            settle_all()
+            grown = None if self.growing is None else self.growing.take(args, holders)
+            step = Step(args, served, [], grown)
+            step.filled = self._filled_after(args, served.bindings, step.caches)
+            if grown is None and self.growing is not None:
+                return self.run_copying(step)
         why = self.why_dense(step)
         return self.run_sparse(step) if why is None else self.run_dense(step, why)
+
+    # -- a step that finds all as the last one left it
+
+    def _on_a_trail(
+        self, args: Sequence[Any], served: Served, holders: Sequence[int]
+    ) -> Step | None:
+        if self.trails is None:
+            return None
+        tensors = self.trails.tensors(args)
+        trail = self.trails.find(tensors, served)
+        if trail is None:
+            return None
+        grown = None
+        if self.growing is not None:
+            pasts = tensors[: len(holders)]
+            grown = self.growing.take_again(pasts, holders, args, trail.capacity)
+            if grown is None:
+                return None
+        filled = self._filled_on(trail, args, served.bindings)
+        if max(filled) >= max(trail.again_at, self.config.min_context):
+            return None
+        return Step(args, served, filled, grown, trail, trail.held() if trail.counts else None)
+
+    def _filled_on(
+        self, trail: Trail, args: Sequence[Any], bindings: Sequence[CacheBinding]
+    ) -> list[int]:
+        """As `_filled_after`."""
+        written = 0
+        if self.fill_graph is not None:
+            written = int(self.fill_graph.read(args))
+        filled = []
+        for binding, (spot, *_) in zip(bindings, self.spots, strict=True):
+            form, slots = binding.form, trail.shapes[spot][binding.form.token_axis]
+            if form.grows:
+                count = binding.new_tokens
+                slots += count if isinstance(count, int) else count.of(args)
+            elif form.written and written > 0:
+                slots = min(slots, written)
+            filled.append(slots)
+        return filled
+
+    def _watched(self, step: Step) -> list[Tensor]:
+        """The tensors that a trail tells, as the step leaves them."""
+        assert self.trails is not None
+        tensors = self.trails.tensors(step.args)
+        if step.grown is not None:
+            tensors[: len(step.grown.rooms)] = step.grown.rooms
+        return tensors
+
+    def _leave_a_trail(self, step: Step, records: Sequence[IndexRecord] | None = None) -> None:
+        """For the next step."""
+        if self.trails is None:
+            return None
+        tensors = self._watched(step)
+        if step.trail is not None and (records is None) == (step.trail.records is None):
+            return step.trail.go_on(step, tensors)
+        layouts = None if records is None else self._layouts(step)
+        trail = Trail(step, tensors, records, layouts, self.trails.spots)
+        self.trails.add(trail)
+        return None
+
+    def _trails(self, served: Served) -> tuple[list[tuple[int, ...]], Trails | None]:
+        """Where a trail has each cache's tensors; None where steps leave others than they found,
+        and where a position must not be read from a device at each step."""
+        places = [] if self.growing is None else list(self.growing.places)
+        for binding in served.bindings:
+            for place in (binding.argument, binding.rest):
+                if place is not None and place not in places:
+                    places.append(place)
+        spots = [
+            tuple(places.index(p) for p in (b.argument, b.rest) if p is not None)
+            for b in served.bindings
+        ]
+        forms = [binding.form for binding in served.bindings]
+        if any(form.replaced and not form.in_place for form in forms):
+            return spots, None
+        if self.fill_graph is not None and not self.variants.on_cpu:
+            return spots, None
+        return spots, Trails(places, [spots[cache] for cache in served.kept])
 
     def remember(self, args: Sequence[Any]) -> None:
         """`served` is for the model whose call this is."""
@@ -196,6 +279,7 @@ class DecodeGraph:
 
     def run_dense(self, step: Step, why: Because) -> Any:
         if why in (Because.GAVE_UP, Because.SHORTAGE):
+            self._come_off(step)
             indexes.forget(step.served.bindings, step.caches)
         if self.dense is None:
             with self.building:
@@ -210,7 +294,10 @@ class DecodeGraph:
         for binding, cached, said in asked:
             prompts.carry(said, binding, binding.left_by(outputs, cached))
         step.served.tally.dense(why)
-        self._remember_filled(step, outputs)
+        if self.trails is None:
+            self._remember_filled(step, outputs)
+        else:
+            self._leave_a_trail(step)
         return outputs
 
     def run_copying(self, step: Step) -> Any:
@@ -236,6 +323,10 @@ class DecodeGraph:
     # -- the sparse variant
 
     def run_sparse(self, step: Step) -> Any:
+        if step.trail is not None:
+            if step.held is not None:
+                return self._run_on(step, step.trail, step.held)
+            self._come_off(step)
         layouts = self._layouts(step)  # what an index is found by
         held = self._true_indexes(step)
         if self._lacks_keys(step, held):
@@ -277,6 +368,49 @@ class DecodeGraph:
         step.served.tally.add("sparse_steps")
         self.shortages = 0
         del outputs[self.outputs :]
+        return outputs
+
+    def _come_off(self, step: Step) -> None:
+        """A step on a trail takes each cache by itself after all."""
+        if step.trail is None:
+            return
+        settle_all()
+        step.trail = None
+        if step.grown is not None and self.growing is not None:
+            self.growing.find_memory(step.grown, step.args)
+
+    def _run_on(self, step: Step, trail: Trail, held: list[IndexRecord]) -> Any:
+        """A sparse step whose indexes are all true."""
+        if not trail.used:
+            trail.used = True
+            for build in {id(record.build): record.build for record in held}.values():
+                build.use()
+        assert trail.layouts is not None
+        variant = self._variant(trail.layouts)
+        if variant is None:
+            return self.run_dense(step, Because.GAVE_UP)
+        whole = self.rollback.saves_all(step.args, self.sparse_ran)
+        try:
+            with ordinary_tensors():
+                saved = self.rollback.save(step.args, whole)
+                extra: list[Tensor] = []
+                for cache, record in zip(step.served.kept, held, strict=True):
+                    extra += record.inputs(step.filled[cache])
+        except Exception as error:
+            return self._after(error, step, "a key index could not be read")
+        try:
+            outputs = self._with_rooms(variant(*step.inputs, *extra), step)
+        except BaseException as error:
+            for record in held:
+                record.trail, record.as_it_was = None, False
+            if not whole or not isinstance(error, Exception):
+                raise  # what the first attempt has written cannot be taken back
+            saved.put_back()
+            return self._after(error, step, "the sparse variant failed", saved)
+        trail.go_on(step, self._watched(step))
+        trail.unsettle()
+        step.served.tally.add("sparse_steps")
+        self.shortages = 0
         return outputs
 
     def _true_indexes(self, step: Step) -> list[IndexRecord | None]:
@@ -492,7 +626,10 @@ class DecodeGraph:
             witness = Witness([(cached, record.filled) for record, cached in unwatched], self.turn)
             for record, _ in unwatched:
                 record.witness = witness
-        self._remember_filled(step, outputs)
+        if self.trails is None:
+            self._remember_filled(step, outputs)
+        else:
+            self._leave_a_trail(step, records)
 
     def _remember_filled(self, step: Step, outputs: Sequence[Any]) -> None:
         for place, binding in enumerate(step.served.bindings):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,6 +14,10 @@ from loki_compile.caches import CacheBinding, Cached
 from loki_compile.counts import Tally
 from loki_compile.kernels.kept import Keeps
 from loki_compile.passes.attention import MaskTerm
+
+if TYPE_CHECKING:
+    from loki_compile.indexes import IndexRecord
+    from loki_compile.trails import Trail
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,18 +36,32 @@ class Served:
         object.__setattr__(self, "kept", kept)
 
 
-@dataclass
 class Step:
-    """One call: its arguments, whose model's it is, its caches in the plan's order, how many tokens
-    each of them holds behind it, what grows in place, and, once it is asked for, what masks let see
-    of the caches."""
+    """One call: its arguments, whose model's it is, how many tokens each cache holds behind it,
+    what grows in place, the trail that it is on, the indexes that are known to be true, and, once
+    it is asked for, what masks let see of the caches."""
 
-    args: Sequence[Any]
-    served: Served
-    caches: list[Cached]
-    filled: list[int]
-    grown: Grown | None = None
-    seen: dict[tuple[MaskTerm, ...], Tensor | None] = field(default_factory=dict)
+    def __init__(
+        self,
+        args: Sequence[Any],
+        served: Served,
+        filled: list[int],
+        grown: Grown | None = None,
+        trail: Trail | None = None,
+        held: list[IndexRecord] | None = None,
+    ) -> None:
+        self.args = args
+        self.served = served
+        self.filled = filled
+        self.grown = grown
+        self.trail = trail
+        self.held = held
+        self.seen: dict[tuple[MaskTerm, ...], Tensor | None] = {}
+
+    @cached_property
+    def caches(self) -> list[Cached]:
+        """In the plan's order."""
+        return [binding.at(self.args, self.grown) for binding in self.served.bindings]
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -50,11 +69,6 @@ class Step:
         if self.grown is None:
             return tuple(self.args)
         return (*self.args, self.grown.capacity, *self.grown.rooms)
-
-    @property
-    def kept(self) -> list[CacheBinding]:
-        """Of the caches beside which something is kept."""
-        return [self.served.bindings[place] for place in self.served.kept]
 
     @property
     def visible(self) -> int:

@@ -20,6 +20,7 @@ from loki_compile.caches import GivenSize
 from loki_compile.kernels.kept import Layout
 from loki_compile.passes.appends import Append
 from loki_compile.passes.attention import MaskTerm
+from loki_compile.passes.calls import fake_value
 from loki_compile.passes.dense import rewrite_dense
 from loki_compile.passes.graphs import copy_of, extract, log_change, ops_of, remap
 from loki_compile.passes.in_place import Rooms, add_rooms, new_capacity, write_behind
@@ -81,6 +82,7 @@ class Variants:
         self.undo = what_to_save(gm.graph)
         self.fill = _fill_graph(gm, plan)
         self.runs: list[Variant] = []  # what was made of the variants
+        self.on_cpu = all(fake_value(c.past).device.type == "cpu" for c in plan.caches)
         self.seen_graphs: dict[tuple[MaskTerm, ...], fx.GraphModule | None] = {}
 
     @property
