@@ -17,6 +17,7 @@ from loki_compile.kernels.budget import Budget
 from loki_compile.observation import Observed, Seen
 from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.covariance import KeyCovariance
+from loki_compile.simulation import agreed_on, chosen_keys
 from loki_compile.watching import watched
 
 # Rows of each prompt that are looked at, evenly spread over its second half.
@@ -36,6 +37,7 @@ class CapturedMass(Seen):
 
     budget: Budget = field(default_factory=lambda: Budget(None, 8192, 4, 32, 0))
     bases: BasisSet | None = None
+    by_probability: bool = False
     captured: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
     rows: int = 0
     chosen: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -63,12 +65,16 @@ class CapturedMass(Seen):
         query = queries[0][0, :, rows].float().unflatten(0, (cache.kv_heads, -1))
         key = keys[0].float()
         seen = torch.arange(tokens) <= rows[:, None]
-        attention = _attention(query, key, cache.scale, seen)
+        scores = cache.scale * torch.einsum("hgrd,htd->hgrt", query, key)
+        attention = scores.masked_fill(~seen, -torch.inf).softmax(-1).mean(1)
         basis = self._basis(cache, keys)
         low, high = (side[:, None] for side in basis.truncate(basis.rank_for(self.rank)))
-        by_index = _attention(query @ low, key @ high[:, 0], cache.scale, seen)
-        for ranking, scores in zip(RANKINGS, (by_index, attention), strict=True):
-            self.chosen[ranking].append(self._choose(scores, seen))
+        near = torch.einsum("htd,hdr->htr", key, high[:, 0])
+        by_index = cache.scale * torch.einsum("hgrd,htd->hgrt", query @ low, near)
+        for ranking, ranks in zip(RANKINGS, (by_index, scores), strict=True):
+            agreed = agreed_on(ranks[None], seen, by_probability=self.by_probability)[0]
+            keys_of = chosen_keys(agreed, seen.expand_as(agreed), self.budget)
+            self.chosen[ranking].append(keys_of)
             for source, sets in enumerate(self.chosen[ranking]):
                 share = torch.einsum("hrt,grt->hgr", attention, sets.float())
                 place = (ranking, source, reader)
@@ -86,30 +92,9 @@ class CapturedMass(Seen):
         moments.update(keys, keys)
         return moments.pca()
 
-    def _choose(self, scores: Tensor, seen: Tensor) -> Tensor:
-        """bool (Hkv, rows, T): what each KV head chooses by (Hkv, rows, T)."""
-        chosen = torch.zeros(scores.shape, dtype=torch.bool)
-        for row, visible in enumerate(seen.sum(-1).tolist()):
-            keep = self.budget.keys(visible)
-            sink = min(self.budget.sink, keep)
-            recent = min(max(self.budget.recent, 1), keep - sink)
-            ranked = scores[:, row].clone()
-            ranked[:, :sink] = torch.inf
-            ranked[:, visible - recent : visible] = torch.inf
-            ranked[:, visible:] = -torch.inf
-            chosen[:, row].scatter_(1, ranked.topk(keep, -1).indices, True)
-        return chosen
-
     def forget(self) -> None:
         super().forget()
         self.chosen = {}
-
-
-def _attention(query: Tensor, key: Tensor, scale: float, seen: Tensor) -> Tensor:
-    """The mean attention of each KV head's query heads: (Hkv, rows, T), from queries
-    (Hkv, G, rows, D) and keys (Hkv, T, D)."""
-    scores = scale * torch.einsum("hgrd,htd->hgrt", query, key)
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -146,6 +131,8 @@ def captured_mass(
     rank: int | float,
     bases: BasisSet | None = None,
     progress: Callable[[int], None] | None = None,
+    *,
+    by_probability: bool = False,
 ) -> CapturedMass:
     """Reads prompts (1, T) eagerly with a model and looks on.
 
@@ -153,7 +140,8 @@ def captured_mass(
       ValueError: attention that cannot be observed, or layers whose KV heads differ in number.
       RuntimeError: part of the model escaped compilation.
     """
-    seen = CapturedMass(pre_rotary=False, kind="pca", rank=rank, budget=budget, bases=bases)
+    seen = CapturedMass(False, "pca", rank, budget=budget, bases=bases)
+    seen.by_probability = by_probability
     names = inspect.signature(model.forward).parameters
     extra = {"use_cache": False, "logits_to_keep": 1}
     extra = {name: value for name, value in extra.items() if name in names}

@@ -542,9 +542,9 @@ class DecodeGraph:
         if self.sparse_ran:
             return
         self.sparse_ran = True
-        for binding, record in zip(step.kept, records, strict=True):
+        for place, record in zip(step.served.kept, records, strict=True):
             if record.fit is not None:  # by this graph, or by one that found the cache before
-                binding.fitted = record.fit.origin
+                step.served.bindings[place].fitted = record.fit.origin
         visible, model = step.visible, step.served.tally.model
         say_once(
             (model, "sparse"),

@@ -30,8 +30,15 @@ class Simulation:
     first call. refused: why an attention core cannot be simulated, by its path.
     """
 
-    def __init__(self, budget: Budget, rank: int | float, bases: Mapping[str, Basis]) -> None:
-        self.budget, self.rank = budget, rank
+    def __init__(
+        self,
+        budget: Budget,
+        rank: int | float,
+        bases: Mapping[str, Basis],
+        *,
+        by_probability: bool = False,
+    ) -> None:
+        self.budget, self.rank, self.by_probability = budget, rank, by_probability
         self.bases = dict(bases)
         self.kinds: dict[str, Kind] = {}
         self.sources: dict[str, str] = {}
@@ -93,14 +100,14 @@ class _Run(fx.Interpreter):
         scores = site.scale * torch.einsum("bhgsd,bhtd->bhgst", grouped, keys.float())
         seen = self._seen(site, scores)
         if kind.ranking:
-            attention = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            ranks = scores
             if kind.ranking == "loki":
                 low, high = self._basis(site, keys)
                 near = torch.einsum("bhtd,hdr->bhtr", keys.float(), high)
                 wanted = torch.einsum("bhgsd,hdr->bhgsr", grouped, low)
-                by_index = site.scale * torch.einsum("bhgsr,bhtr->bhgst", wanted, near)
-                attention = by_index.masked_fill(~seen, -torch.inf).softmax(-1)
-            self.chosen[site.path] = self._choose(attention.sum(2), seen[:, :, 0])
+                ranks = site.scale * torch.einsum("bhgsr,bhtr->bhgst", wanted, near)
+            agreed = agreed_on(ranks, seen, by_probability=self.simulation.by_probability)
+            self.chosen[site.path] = self._choose(agreed, seen[:, :, 0])
         if kind.dense:
             return result
         reads = self.chosen[self.simulation.sources.get(site.path, site.path)]
@@ -132,6 +139,14 @@ class _Run(fx.Interpreter):
     def _choose(self, wanted: Tensor, seen: Tensor) -> Tensor:
         """bool (B, Hkv, S, T): the keys of each row's budget, by (B, Hkv, S, T)."""
         return chosen_keys(wanted, seen.expand_as(wanted), self.simulation.budget)
+
+
+def agreed_on(scores: Tensor, seen: Tensor, *, by_probability: bool) -> Tensor:
+    """What a KV head's query heads rank keys by together: (B, Hkv, S, T), from scores
+    (B, Hkv, G, S, T) and which keys are `seen`, as `Choice` has it."""
+    if by_probability:
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1).sum(2)
+    return scores.amax(2)
 
 
 def chosen_keys(wanted: Tensor, seen: Tensor, budget: Budget) -> Tensor:

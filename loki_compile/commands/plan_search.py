@@ -59,6 +59,7 @@ class Settings:
     cost_context: int
     plans: int
     steps: int
+    group_choice: str
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,12 @@ class Search:
         """prompts: ids (1, T) each; held_out (T,): before the last `settings.steps`, context."""
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.prompts, self.held_out = prompts, held_out
-        self.options = {"top_k": settings.top_k, "rank": settings.rank, "min_context": 0}
+        self.options = {
+            "top_k": settings.top_k,
+            "rank": settings.rank,
+            "group_choice": settings.group_choice,
+            "min_context": 0,
+        }
         self.config = LokiConfig.from_options(self.options)
         key = run_key(model, {**asdict(settings), "search": 1}, [*prompts, held_out[None]])
         self.kept = Partial(default_partial_root(), key)
@@ -127,7 +133,10 @@ class Search:
         stored = Store().list()
         weights = {site.weights for entry in stored for site in entry.header.sites}
         bases = Store().find(weights & self._fingerprints()) if stored else None
-        self.simulation = Simulation(self.config.budget, self.settings.rank, {})
+        summed = self.settings.group_choice == "probability"
+        self.simulation = Simulation(
+            self.config.budget, self.settings.rank, {}, by_probability=summed
+        )
         known = self._recall("mass")
         self.seen = captured_mass(
             self.model,
@@ -136,6 +145,7 @@ class Search:
             self.settings.rank,
             bases,
             progress,
+            by_probability=summed,
         )
         if known is not None:
             self.seen.rows = known[1]["rows"]
@@ -290,6 +300,7 @@ class Search:
             return select(query, low, rows, None, None, None, by_probability=summed, **words)
 
         positions = choose(basis, index, False)
+        summed = self.settings.group_choice == "probability"
 
         def dense() -> Tensor:
             packed = rows_of_group(query, kv_heads)
@@ -301,8 +312,8 @@ class Search:
 
         ways: list[Callable[[], Tensor]] = [
             dense,
-            lambda: choose(basis, index, True),
-            lambda: choose(None, keys, True),
+            lambda: choose(basis, index, summed),
+            lambda: choose(None, keys, summed),
             read,
             lambda: choose(basis, index, False),
         ]

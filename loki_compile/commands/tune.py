@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 @click.option("--top-k", type=NUMBER, default="0.125", show_default=True,
               help="Budget that the plan is for: 0.125 or 1024.")  # fmt: skip
 @click.option("--rank", type=NUMBER, default="0.25", show_default=True, help="Dims of the index.")
+@click.option("--group-choice", default="max", show_default=True, help='"max" or "probability".')
 @click.option("--cost", type=click.FloatRange(0.05, 1.0), default=0.5, show_default=True,
               help="Time of choosing, of what it takes where every layer chooses.")  # fmt: skip
 @click.option("--cost-context", type=click.IntRange(256), default=32768, show_default=True,
@@ -52,6 +53,7 @@ def command(
     length: int | None,
     top_k: int | float,
     rank: int | float,
+    group_choice: str,
     cost: float,
     cost_context: int,
     plans: int,
@@ -85,7 +87,7 @@ def command(
     check_writable("--out" if folder else "the store", root, folder=True)
     if picture is not None:
         check_writable("--picture", picture)
-    settings = Settings(top_k, rank, cost, cost_context, plans, steps)
+    settings = Settings(top_k, rank, cost, cost_context, plans, steps, group_choice)
     length = fitting_context("--length", length, 2048, load_config(name), room=steps + 64)
     text, source = text_of((*first_text, *more_text), "train")
     tokenizer = load_tokenizer(name)

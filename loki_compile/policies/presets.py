@@ -18,14 +18,16 @@ DENSE, REUSE = Kind(dense=True), Kind(reuse=True)
 # 13 of 32 and 12 of 36, Kascade's program in 0, 2, 8, 13, 14 of 32 and 0, 2, 7, 14, 23 of 36.
 _AGAIN = 0.4
 _ANCHORS = (0.22, 0.4, 0.54)
-# One layer of so many chooses where no plan was measured.
-_EVERY = 4
+# Where no plan was measured, the first layers choose, which attend the least alike, and one of so
+# many behind them.
+_FIRST, _EVERY = 3, 5
 
 
 def preset(name: str, layers: int) -> list[Kind]:
     """The kinds of so many layers under a plan of `kinds.PLANS` that was not measured."""
     if name == "tidal":
-        return [Kind("loki") if n < 2 or n % _EVERY == 0 else REUSE for n in range(layers)]
+        chosen = {*range(_FIRST), *range(0, layers, _EVERY)}
+        return [Kind("loki") if n in chosen else REUSE for n in range(layers)]
     if name == "kascade":
         chosen = {2, *(round(depth * layers) for depth in _ANCHORS)}
         kinds = [Kind("oracle") if n in chosen else REUSE for n in range(layers)]

@@ -39,9 +39,8 @@ def policy_of(config: LokiConfig, stored: Stored = lambda candidates: None) -> P
     reuses = plan or any(kind.reuse for kind in config.kinds)
 
     def make(ranking: str, dense: bool) -> Choice:
-        # Few layers choose, for all: they can afford the better choice.
         per_head = config.share == "head" or name == "tidal-published"
-        by_probability = config.group_choice == "probability" or plan
+        by_probability = config.group_choice == "probability" or name == "kascade"
         budget = config.budget
         if budget.recent == 0 and reuses:
             budget = dataclasses.replace(budget, recent=1)  # a reader's newest key is no other's

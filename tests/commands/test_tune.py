@@ -98,7 +98,7 @@ def test_a_layer_that_matters_more_loses_more():
 def test_captured_attention_is_the_share_on_the_keys_that_the_source_chooses():
     """An index of all dims chooses as the keys do; of its own choice a layer captures the most."""
     model, ids = make_model(layers=3), prompt(1, 120)
-    seen = captured_mass(model, [ids, prompt(2, 120)], BUDGET, 1.0)
+    seen = captured_mass(model, [ids, prompt(2, 120)], BUDGET, 1.0, by_probability=True)
     mass = summed_up(seen)
     assert mass.paths == tuple(f"model.layers.{n}.self_attn" for n in range(3))
     assert seen.rows == 2 * ROWS
@@ -113,8 +113,9 @@ def test_captured_attention_is_the_share_on_the_keys_that_the_source_chooses():
         assert (mass.shares["oracle"][:source, source] <= own + 1e-6).all() and own < 1
 
 
+@pytest.mark.parametrize("group_choice", ["max", "probability"])
 @torch.no_grad()
-def test_a_simulated_plan_is_the_definition():
+def test_a_simulated_plan_is_the_definition(group_choice):
     model, ids = make_model(layers=5), prompt(1, 90)
     words = ["oracle+dense", "reuse:0:1,0", "oracle", "dense", "reuse:2"]
     kinds = [
@@ -125,13 +126,14 @@ def test_a_simulated_plan_is_the_definition():
     cache = transformers.DynamicCache(config=model.config)
     model(ids[:, :80], past_key_values=cache)
     here, there, dense = (copied(model, cache) for _ in range(3))
-    simulation = Simulation(BUDGET, 0.25, {})
+    summed = group_choice == "probability"
+    simulation = Simulation(BUDGET, 0.25, {}, by_probability=summed)
     with watched(model, simulation.look) as run:
         simulation.under(kinds, paths)
         out = run(input_ids=ids[:, 80:], past_key_values=here).logits
     assert not simulation.refused and list(simulation.served) == paths
     options = {"min_context": 0, "top_k": 0.125, "sink": 1, "recent": 2}
-    options["group_choice"] = "probability"
+    options["group_choice"] = group_choice
     with DirectLayers(words, [2] * 5, options):
         expected = model(ids[:, 80:], past_key_values=there).logits
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
@@ -165,10 +167,11 @@ def deep(tmp_path_factory):
 def tuning(deep, tmp_path, monkeypatch):
     monkeypatch.setenv("LOKI_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(plan_search, "MOVES", 2)
     torch._dynamo.reset()
     text = tmp_path / "words.txt"
     text.write_text("".join(f"# {n}\nheron = [otter, copper][{n % 7}]\n" for n in range(400)))
-    given = ["tune", deep, "--text", text, "--length", 300, "--prompts", 2, "--plans", 3]
+    given = ["tune", deep, "--text", text, "--length", 300, "--prompts", 1, "--plans", 2]
     return [*map(str, given), "--steps", "6", "--cost-context", "4096", "--cost", "0.9"]
 
 
@@ -191,7 +194,8 @@ def test_a_tuned_plan_is_stored_shown_and_used(deep, tuning, tmp_path):
             assert f"reuse of layer {layer.word.split(':')[1]}" in shown.output
         elif layer.word == "loki":
             assert f"  layer {number} chooses (loki)" in shown.output
-    assert "[9]" in shown.output or "[8]" in shown.output or "[7]" in shown.output
+    reads = sum(layer.word.startswith("reuse") for layer in plan.layers)
+    assert shown.output.split("as planned:")[1].count("[") >= reads > 0
 
 
 def test_a_stopped_search_goes_on_where_it_was(tuning, monkeypatch):
@@ -199,7 +203,7 @@ def test_a_stopped_search_goes_on_where_it_was(tuning, monkeypatch):
     decoded = plan_search.Search.decoded
 
     def until_stopped(search, kinds):
-        runs.append(kinds)
+        runs.append([*kinds])
         if len(runs) == 8:
             raise KeyboardInterrupt
         return decoded(search, kinds)

@@ -323,7 +323,7 @@ def test_layers_over_latents_reuse_as_well():
 @pytest.mark.parametrize("kind", ["growing", "static"])
 @torch.no_grad()
 def test_memory_falls_with_the_layers_that_reuse_at_default_options(kind):
-    model, ids = make_model(layers=6), prompt(1, LONG + 6)
+    model, ids = make_model(layers=7), prompt(1, LONG + 6)
     held = {}
     for policy in ("loki", "tidal"):
         torch._dynamo.reset()
@@ -338,14 +338,14 @@ def test_memory_falls_with_the_layers_that_reuse_at_default_options(kind):
         del cache
         gc.collect()
     chosen = [site.policy for site in reports()[-1].sites]
-    assert chosen == ["loki", "loki", *["reuse of layer 1"] * 2, "loki", "reuse of layer 4"]
-    assert held["tidal"] == held["loki"] // 2
+    assert chosen == [*["loki"] * 3, *["reuse of layer 2"] * 2, "loki", "reuse of layer 5"]
+    assert held["tidal"] == held["loki"] // 7 * 4
 
 
 @pytest.mark.parametrize(
     "policy, chosen",
     [
-        ("tidal", "loki loki 1 1 loki 4 4 4"),
+        ("tidal", "loki loki loki 2 2 loki 5 5"),
         ("tidal-published", "- - - oracle+dense 3 3 3 3"),
         ("lessismore", "- - - unified+dense 3 3 3 3"),
         ("kascade", "oracle+dense 0 oracle oracle oracle 4 4 4"),
