@@ -91,9 +91,14 @@ class PrefillGraph:
         )
 
 
+def any_known() -> bool:
+    """Whether it is known of any cache what prompts have asked of it."""
+    return bool(_asked)
+
+
 def asked_of(binding: CacheBinding, cached: Cached) -> Asked | None:
     """What prompts have asked of a cache, if nothing else has written it since."""
-    return _find(cached.past, _place(binding, cached)) if _asked else None
+    return _find(cached.past, _place(binding, cached)) if any_known() else None
 
 
 def carry(asked: Asked, binding: CacheBinding, left: Cached) -> None:

@@ -285,11 +285,7 @@ class DecodeGraph:
             with self.building:
                 if self.dense is None:
                     self.dense = self.variants.dense(self._missed)
-        asked = [
-            (binding, cached, said)
-            for binding, cached in zip(step.served.bindings, step.caches, strict=True)
-            if binding.needs_basis and (said := prompts.asked_of(binding, cached)) is not None
-        ]
+        asked = self._asked(step) if prompts.any_known() else []
         outputs = self._with_rooms(self.dense(*step.inputs), step)
         for binding, cached, said in asked:
             prompts.carry(said, binding, binding.left_by(outputs, cached))
@@ -299,6 +295,14 @@ class DecodeGraph:
         else:
             self._leave_a_trail(step)
         return outputs
+
+    def _asked(self, step: Step) -> list[tuple[CacheBinding, Cached, prompts.Asked]]:
+        """What prompts have asked of the caches that are still to get a basis."""
+        return [
+            (binding, cached, said)
+            for binding, cached in zip(step.served.bindings, step.caches, strict=True)
+            if binding.needs_basis and (said := prompts.asked_of(binding, cached)) is not None
+        ]
 
     def run_copying(self, step: Step) -> Any:
         """Dense, and what grows is copied: there is no memory with room for it."""
