@@ -364,10 +364,10 @@ class Select {
       int64_t n = min_of(kBlock, to - t);
       int64_t stride = p_.index.stride[2];
       const E* rows = index + t * stride;
-      fetch(rows + kAhead * stride, stride * sizeof(E), r_ * sizeof(E));
+      fetch<E>(rows + kAhead * stride, stride * sizeof(E), r_ * sizeof(E));
       if (p_.index.dtype == kInt8) {
         int64_t scale_stride = p_.index_scale.stride[2];
-        fetch(scales + (t + kAhead) * scale_stride, scale_stride * 4, 4);
+        fetch<float>(scales + (t + kAhead) * scale_stride, scale_stride * 4, 4);
         for (int64_t i = 0; i < n; ++i) row_scale[i] = scales[(t + i) * scale_stride];
       }
       if (t + kBlock > t_) {  // a whole block would read past the cache: copy what there is
@@ -386,8 +386,13 @@ class Select {
 
   // One block of rows into the cache. Left to itself the hardware keeps up with a seventh of the
   // memory's speed here.
+  template <class E>
   static void fetch(const void* rows, int64_t stride_bytes, int64_t row_bytes) {
     const char* row = static_cast<const char*>(rows);
+    if (sizeof(E) == 1 && stride_bytes == row_bytes) {  // one run of lines, fewer than rows
+      for (int64_t done = 0; done < kBlock * row_bytes; done += 64) __builtin_prefetch(row + done);
+      return;
+    }
     int64_t rows_per_line = max_of<int64_t>(64 / max_of<int64_t>(stride_bytes, 1), 1);
     for (int64_t n = 0; n < kBlock; n += rows_per_line) {
       for (int64_t done = 0; done < row_bytes; done += 64) {
