@@ -77,7 +77,7 @@ class PrefillGraph:
             # Copies: what a CUDA graph returns is its own memory.
             new = Asked(*(part.clone() for part in more[2 * number : 2 * number + 2]))
             place = (*heads, int(holder.storage_offset()) + offset)
-            _keep(holder, place, new.after(before[number]))
+            keep(holder, place, new.after(before[number]))
         return outputs
 
     def _before(
@@ -98,12 +98,7 @@ def any_known() -> bool:
 
 def asked_of(binding: CacheBinding, cached: Cached) -> Asked | None:
     """What prompts have asked of a cache, if nothing else has written it since."""
-    return _find(cached.past, _place(binding, cached)) if any_known() else None
-
-
-def carry(asked: Asked, binding: CacheBinding, left: Cached) -> None:
-    """A step has left the cache behind of which it was asked."""
-    _keep(left.past, _place(binding, left), asked)
+    return _find(cached.past, place_of(binding, cached)) if any_known() else None
 
 
 def _find(tensor: Tensor, place: tuple[int, ...]) -> Asked | None:
@@ -112,7 +107,8 @@ def _find(tensor: Tensor, place: tuple[int, ...]) -> Asked | None:
     return by_place.get(place) if version == version_of(tensor) else None
 
 
-def _keep(tensor: Tensor, place: tuple[int, ...], asked: Asked) -> None:
+def keep(tensor: Tensor, place: tuple[int, ...], asked: Asked) -> None:
+    """A step has left the cache, of which this was asked, in a tensor as it is now."""
     storage, version = tensor.untyped_storage(), version_of(tensor)
     with _lock:
         known, by_place = _asked.get(storage, (None, {}))
@@ -121,5 +117,6 @@ def _keep(tensor: Tensor, place: tuple[int, ...], asked: Asked) -> None:
         _asked[storage] = (version, by_place)
 
 
-def _place(binding: CacheBinding, cached: Cached) -> tuple[int, ...]:
+def place_of(binding: CacheBinding, cached: Cached) -> tuple[int, ...]:
+    """Which cache of those that a storage may hold."""
     return binding.kv_heads, binding.head_dim, int(cached.past.storage_offset())

@@ -151,17 +151,25 @@ class DecodeGraph:
             tensors[: len(step.grown.rooms)] = step.grown.rooms
         return tensors
 
-    def _leave_a_trail(self, step: Step, records: Sequence[IndexRecord] | None = None) -> None:
+    def _leave_a_trail(
+        self,
+        step: Step,
+        records: Sequence[IndexRecord] | None = None,
+        asked: Sequence[tuple[int, tuple[int, ...], prompts.Asked]] = (),
+    ) -> None:
         """For the next step."""
         if self.trails is None:
-            return None
+            return
         tensors = self._watched(step)
+        for cache, place, said in asked:
+            prompts.keep(tensors[self.spots[cache][0]], place, said)
         if step.trail is not None and (records is None) == (step.trail.records is None):
-            return step.trail.go_on(step, tensors)
+            step.trail.go_on(step, tensors)
+            return
         layouts = None if records is None else self._layouts(step)
         trail = Trail(step, tensors, records, layouts, self.trails.spots)
+        trail.asked = list(asked)
         self.trails.add(trail)
-        return None
 
     def _trails(self, served: Served) -> tuple[list[tuple[int, ...]], Trails | None]:
         """Where a trail has each cache's tensors; None where steps leave others than they found,
@@ -285,22 +293,27 @@ class DecodeGraph:
             with self.building:
                 if self.dense is None:
                     self.dense = self.variants.dense(self._missed)
-        asked = self._asked(step) if prompts.any_known() else []
+        asked = []
+        if prompts.any_known():
+            asked = self._asked(step) if step.trail is None else step.trail.asked
         outputs = self._with_rooms(self.dense(*step.inputs), step)
-        for binding, cached, said in asked:
-            prompts.carry(said, binding, binding.left_by(outputs, cached))
         step.served.tally.dense(why)
         if self.trails is None:
             self._remember_filled(step, outputs)
+            for cache, place, said in asked:
+                left = step.served.bindings[cache].left_by(outputs, step.caches[cache])
+                prompts.keep(left.past, place, said)
         else:
-            self._leave_a_trail(step)
+            self._leave_a_trail(step, asked=asked)
         return outputs
 
-    def _asked(self, step: Step) -> list[tuple[CacheBinding, Cached, prompts.Asked]]:
+    def _asked(self, step: Step) -> list[tuple[int, tuple[int, ...], prompts.Asked]]:
         """What prompts have asked of the caches that are still to get a basis."""
         return [
-            (binding, cached, said)
-            for binding, cached in zip(step.served.bindings, step.caches, strict=True)
+            (number, prompts.place_of(binding, cached), said)
+            for number, (binding, cached) in enumerate(
+                zip(step.served.bindings, step.caches, strict=True)
+            )
             if binding.needs_basis and (said := prompts.asked_of(binding, cached)) is not None
         ]
 

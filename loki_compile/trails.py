@@ -25,6 +25,7 @@ from loki_compile.kernels.kept import Layout
 
 if TYPE_CHECKING:
     from loki_compile.indexes import IndexRecord
+    from loki_compile.prompts import Asked
     from loki_compile.steps import Served, Step
 
 # Conversations that a graph knows at a time.
@@ -64,6 +65,8 @@ class Trail:
         self.capacity = 0 if step.grown is None else step.grown.capacity
         self.layouts = layouts
         self.used = False
+        # What prompts have asked of caches without a basis: of which tensor, where in its memory.
+        self.asked: list[tuple[int, tuple[int, ...], Asked]] = []
         self.records = None
         self.again_at = math.inf  # tokens in a cache from which on some basis is fitted again
         if records is not None:

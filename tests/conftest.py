@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from toy_capture import clear_runtime, interpret
 
+from loki_compile import backend
 from loki_compile.counts import stats
 from loki_compile.engines import default_engine
 
@@ -124,6 +125,12 @@ def use_engine():
     """Sets what compiles the graphs of this test; the last one that was set holds."""
     with contextlib.ExitStack() as stack:
         yield lambda engine: stack.enter_context(default_engine(engine))
+
+
+@pytest.fixture
+def compiled_at_once(monkeypatch):
+    """Prefills and first steps go to the engine at their first call, as all else does."""
+    monkeypatch.setattr(backend, "_is_called_once", lambda *_: False)
 
 
 @pytest.fixture

@@ -197,7 +197,7 @@ def test_a_copied_cache_is_fitted_from_its_keys(interpreted):
 
 
 @pytest.mark.parametrize("options", [{"policy": "oracle"}, {"policy": "quest"}], ids=str)
-def test_nothing_is_asked_where_no_basis_will_be_fitted(options, interpreted):
+def test_nothing_is_asked_where_no_basis_will_be_fitted(options, interpreted, compiled_at_once):
     model, ids = make_model(), prompt(1)
     model.compile(backend="loki", options=options)
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_nothing_is_asked_where_no_basis_will_be_fitted(options, interpreted):
 
 
 @CACHES
-def test_the_prefill_is_inductors_bit_for_bit_and_no_graph_is_added(kind):
+def test_the_prefill_is_inductors_bit_for_bit_and_no_graph_is_added(kind, compiled_at_once):
     ids = prompt(1, 300)
     runs = []
     for backend, options in (("inductor", None), ("loki", {"pack_gqa": False})):
@@ -224,7 +224,9 @@ def test_the_prefill_is_inductors_bit_for_bit_and_no_graph_is_added(kind):
         assert theirs == ours if isinstance(theirs, int) else torch.equal(theirs, ours)
 
 
-def test_a_prompt_of_another_length_compiles_no_more_than_inductor_does(interpreted):
+def test_a_prompt_of_another_length_compiles_no_more_than_inductor_does(
+    interpreted, compiled_at_once
+):
     model = make_model()
     model.compile(backend="loki")
     with torch.no_grad():
