@@ -74,7 +74,12 @@ class Buffer:
         self.kept: dict[Any, IndexRecord] = {}
         storage = whole.untyped_storage()
         key = storage._cdata
-        self.watch = weakref.ref(storage, lambda _, pop=_buffers.pop: pop(key, None))
+        forget = _buffers.pop
+
+        def died(_: Any) -> None:
+            forget(key, None)
+
+        self.watch = weakref.ref(storage, died)
         with _lock:
             _buffers[key] = self
 

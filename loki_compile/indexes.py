@@ -307,10 +307,10 @@ def build(
         binding.layout = layout
         tensors = _project(binding, cached, bound, layout, old)
     if form.in_place:
-        pages = isinstance(binding.layout, PageLayout)
+        page = binding.layout.page if isinstance(binding.layout, PageLayout) else 0
         record = IndexRecord(
             tensors, (), cached.slots, binding.layout, made, bound, fit,
-            axis=2 if pages else form.token_axis, every=binding.layout.page if pages else 1,
+            axis=2 if page else form.token_axis, every=page or 1,
         )  # fmt: skip
     else:
         record = IndexRecord(tensors, cached.stamps(), filled, binding.layout, made, bound, fit)
