@@ -74,8 +74,12 @@ class Buffer:
         self.kept: dict[Any, IndexRecord] = {}
         storage = whole.untyped_storage()
         key = storage._cdata
-        pop = _buffers.pop  # at the end of the process the module may be gone
-        self.watch = weakref.ref(storage, lambda _: pop(key, None))
+        forget = _buffers.pop
+
+        def died(_: Any) -> None:
+            forget(key, None)
+
+        self.watch = weakref.ref(storage, died)
         with _lock:
             _buffers[key] = self
 

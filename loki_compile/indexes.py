@@ -307,12 +307,11 @@ def build(
         binding.layout = layout
         tensors = _project(binding, cached, bound, layout, old)
     if form.in_place:
-        axis, every = form.token_axis, 1
-        if isinstance(binding.layout, PageLayout):
-            axis, every = 2, binding.layout.page
+        page = binding.layout.page if isinstance(binding.layout, PageLayout) else 0
         record = IndexRecord(
-            tensors, (), cached.slots, binding.layout, made, bound, fit, axis=axis, every=every
-        )
+            tensors, (), cached.slots, binding.layout, made, bound, fit,
+            axis=2 if page else form.token_axis, every=page or 1,
+        )  # fmt: skip
     else:
         record = IndexRecord(tensors, cached.stamps(), filled, binding.layout, made, bound, fit)
     with _lock:

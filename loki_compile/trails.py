@@ -140,9 +140,11 @@ class Trails:
 
     def find(self, tensors: Sequence[Tensor], served: Served) -> Trail | None:
         trail = self.of.get(_storage(tensors[0])._cdata)
-        if trail is None or trail.served is not served or not trail.leads_to(tensors):
+        if trail is None or trail.served is not served:
             return None
-        return trail
+        if trail.records is not None and not trail.counts:
+            return None  # rows have to be compared
+        return trail if trail.leads_to(tensors) else None
 
     def add(self, trail: Trail) -> None:
         key = trail.storages[0]

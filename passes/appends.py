@@ -106,9 +106,8 @@ def _reads_stand_room(append: Append, outputs: list[Any]) -> bool:
     Views are tried; what another library makes of strides is not known.
     """
     whole = fake_value(append.root)
-    hints = [hint_of(size) for size in whole.shape]
-    sizes = [hint for hint in hints if hint is not None]
-    if len(sizes) < len(hints):
+    sizes = [hint for size in whole.shape if (hint := hint_of(size)) is not None]
+    if len(sizes) < whole.ndim:
         return False
     roomy = [size + _ROOM * (dim == append.axis) for dim, size in enumerate(sizes)]
     room = torch.empty(roomy, dtype=whole.dtype, device="meta")

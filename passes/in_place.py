@@ -54,8 +54,8 @@ def new_capacity(graph: fx.Graph, appends: Sequence[Append]) -> torch.SymInt:
     Each takes it, whether or not it grows: what one form asks of it, the next takes for granted.
     """
     shape_env = fake_mode_of(graph).shape_env
-    lengths = [hint_of(fake_value(append.root).shape[append.axis]) for append in appends]
-    hint = max(length for length in lengths if length is not None) + _ROOM
+    lengths = [hint_of(fake_value(append.root).shape[append.axis]) or 0 for append in appends]
+    hint = max(lengths) + _ROOM
     source = ConstantSource("loki_capacity")
     symbol = shape_env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
     capacity: torch.SymInt = shape_env.create_symintnode(symbol, hint=hint, source=source)

@@ -534,7 +534,7 @@ def test_sparse_comes_back_after_the_dense_steps(monkeypatch):
         for step in range(8):
             here.step(pair.fast, tokens(GROWING, 1)[0])
             if step < 3:
-                here.keys = here.keys.clone()
+                here.keys = copy.deepcopy(here.keys)  # another cache, with the same strides
     assert stats()["dense_steps"] == 2 and stats()["sparse_steps"] == 6
     # The first graph has a constant length and sees one step; then two rebuilds, two dense steps
     # (whose cache the index does not know) and one rebuild more.
