@@ -203,7 +203,11 @@ def test_calibrate_fits_the_rank_that_is_asked_for(rank, columns, tmp_path):
     steps = []
     batches = [torch.randint(31, (2, 70)), torch.randint(31, (1, 50))]
     found = calibrate(
-        Decoder().eval(), batches, rank=rank, fit_progress=lambda *done: steps.append(done)
+        Decoder().eval(),
+        batches,
+        kind="attention",
+        rank=rank,
+        fit_progress=lambda *done: steps.append(done),
     )
     assert found.kind == "attention" and found.bases[0].columns == columns
     assert steps[-1][0] == attention_fit.STEPS
@@ -214,7 +218,8 @@ def test_calibrate_fits_the_rank_that_is_asked_for(rank, columns, tmp_path):
 
 def test_calibrate_refuses_unrotated_keys_for_attention():
     with pytest.raises(ValueError, match="attention is made of rotated keys; needs"):
-        calibrate(Decoder(), [torch.zeros(1, 50, dtype=torch.long)], calibration="pre-rotary")
+        ids = torch.zeros(1, 50, dtype=torch.long)
+        calibrate(Decoder(), [ids], kind="attention", calibration="pre-rotary")
 
 
 @pytest.mark.parametrize("rank", [0, -1, 0.0, 1.5, True, "0.25"])

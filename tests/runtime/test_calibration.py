@@ -19,13 +19,14 @@ from torch.nn import functional as F
 
 from loki_compile import observation, progress
 from loki_compile.backend import bind_caches, plan_graph
-from loki_compile.calibration import calibrate as calibrate_any
+from loki_compile.calibration import calibrate as calibrate_by_default
 from loki_compile.config import LokiConfig
 
 pytestmark = pytest.mark.covers
 
-# What is fitted can be told from the keys alone; test_attention_fit.py has the other default.
-calibrate = functools.partial(calibrate_any, kind="pca")
+# What is fitted can be told from the keys alone, or takes the most to go on from.
+calibrate = functools.partial(calibrate_by_default, kind="pca")
+calibrate_any = functools.partial(calibrate_by_default, kind="attention")
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 61, 48, 6, 2, 14
 
