@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor
 
 from loki_compile.captured import CapturedMass, captured_mass, summed_up
+from loki_compile.commands.layer_costs import measured_costs
 from loki_compile.commands.measure import Step, decode_reports, prefill
 from loki_compile.commands.models import encode
 from loki_compile.config import LokiConfig
-from loki_compile.kernels.fused import rows_of_group, rows_of_heads
-from loki_compile.kernels.ops import attend, select
 from loki_compile.pca_store.layer_plan import LayerPlan, PlannedLayer
 from loki_compile.pca_store.partial import Partial, PartialError, default_partial_root
 from loki_compile.pca_store.store import Store
@@ -265,60 +263,21 @@ class Search:
         names = list(dict.fromkeys(of.get(path, path) for path in paths))
         return [names.index(of.get(path, path)) for path in paths]
 
-    @torch.no_grad()
     def _costs(self) -> tuple[Costs, float]:
-        """Seconds of one layer's attention, by part, at `cost_context` cached tokens; and of a
-        layer that chooses for itself, by the greatest score."""
+        """As `measured_costs` has it, of this model's heads."""
         assert self.seen is not None
-        config, dims = self.model.config, next(iter(self.seen.head_dims.values()))
-        heads = config.get_text_config().num_attention_heads
+        text = self.model.config.get_text_config()
         kv_heads = next(iter(self.seen.captured.values())).shape[0]
-        dtype, device = next(self.model.parameters()).dtype, self.model.device
-        rank = max(1, round(self.settings.rank * dims))
-        if isinstance(self.settings.rank, int):
-            rank = min(self.settings.rank, dims)
-        tokens = self.settings.cost_context
-
-        def noise(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-            return torch.randn(shape, device=device).to(kind)
-
-        query, keys = noise(1, heads, 1, dims), noise(1, kv_heads, tokens, dims)
-        values, index = noise(1, kv_heads, tokens, dims), noise(1, kv_heads, tokens, rank)
-        basis = noise(kv_heads, dims, rank, kind=torch.float32)
-        budget = self.config.budget
-        words: dict[str, Any] = {
-            "scale": dims**-0.5,
-            "top_k": budget.top_k,
-            "keep_q16": budget.keep_q16,
-            "sink": budget.sink,
-            "recent": budget.recent,
-            "min_keys": 0,
-            "per_head": False,
-        }
-
-        def choose(low: Tensor | None, rows: Tensor, summed: bool) -> Tensor:
-            return select(query, low, rows, None, None, None, by_probability=summed, **words)
-
-        positions = choose(basis, index, False)
-        summed = self.settings.group_choice == "probability"
-
-        def dense() -> Tensor:
-            packed = rows_of_group(query, kv_heads)
-            attention = torch.nn.functional.scaled_dot_product_attention
-            return rows_of_heads(attention(packed, keys, values))
-
-        def read() -> Tensor:
-            return attend(query, keys, values, positions, None, scale=dims**-0.5)
-
-        ways: list[Callable[[], Tensor]] = [
-            dense,
-            lambda: choose(basis, index, summed),
-            lambda: choose(None, keys, summed),
-            read,
-            lambda: choose(basis, index, False),
-        ]
-        *each, alone = _seconds(ways, device)
-        return Costs(*each), alone + each[3]
+        heads = (text.num_attention_heads, kv_heads, next(iter(self.seen.head_dims.values())))
+        kind = next(self.model.parameters()).dtype, self.model.device
+        return measured_costs(
+            heads,
+            *kind,
+            tokens=self.settings.cost_context,
+            rank=self.settings.rank,
+            budget=self.config.budget,
+            by_probability=self.settings.group_choice == "probability",
+        )
 
     # -- what a plan makes of text
 
@@ -484,18 +443,3 @@ class Search:
 def _name(what: str, kinds: Sequence[Kind]) -> str:
     words = " ".join(map(str, kinds))
     return f"{what}-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
-
-
-def _seconds(ways: Sequence[Callable[[], Tensor]], device: torch.device) -> list[float]:
-    """The least time that each took, in turns: CPU time on a CPU, which others may be using."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    best = [float("inf")] * len(ways)
-    for turn in range(7):
-        for number, way in enumerate(ways):
-            begin = clock()
-            way()
-            if device.type != "cpu":
-                torch.get_device_module(device).synchronize()
-            if turn:
-                best[number] = min(best[number], clock() - begin)
-    return best

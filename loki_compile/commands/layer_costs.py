@@ -1,0 +1,93 @@
+"""What one layer's attention costs on this machine, by part."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loki_compile.kernels.budget import Budget
+from loki_compile.kernels.fused import rows_of_group, rows_of_heads
+from loki_compile.kernels.ops import attend, select
+from loki_compile.planning import Costs
+
+
+@torch.no_grad()
+def measured_costs(
+    of_model: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    tokens: int,
+    rank: int | float,
+    budget: Budget,
+    by_probability: bool,
+) -> tuple[Costs, float]:
+    """Seconds of one layer's attention, by part; and of a layer that chooses for itself, by the
+    greatest score.
+
+    Args:
+      of_model: query heads, KV heads and head_dim.
+      tokens: cached ones; noise stands for them.
+      rank: dims of the index, or a fraction of head_dim.
+      by_probability: how layers choose that choose for others.
+    """
+    heads, kv_heads, dims = of_model
+    rank = min(rank, dims) if isinstance(rank, int) else max(1, round(rank * dims))
+
+    def noise(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device=device).to(kind)
+
+    query, keys = noise(1, heads, 1, dims), noise(1, kv_heads, tokens, dims)
+    values, index = noise(1, kv_heads, tokens, dims), noise(1, kv_heads, tokens, rank)
+    basis = noise(kv_heads, dims, rank, kind=torch.float32)
+    words: dict[str, Any] = {
+        "scale": dims**-0.5,
+        "top_k": budget.top_k,
+        "keep_q16": budget.keep_q16,
+        "sink": budget.sink,
+        "recent": budget.recent,
+        "min_keys": 0,
+        "per_head": False,
+    }
+
+    def choose(low: Tensor | None, rows: Tensor, summed: bool) -> Tensor:
+        return select(query, low, rows, None, None, None, by_probability=summed, **words)
+
+    positions = choose(basis, index, False)
+
+    def dense() -> Tensor:
+        packed = rows_of_group(query, kv_heads)
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return rows_of_heads(attention(packed, keys, values))
+
+    def read() -> Tensor:
+        return attend(query, keys, values, positions, None, scale=dims**-0.5)
+
+    ways: list[Callable[[], Tensor]] = [
+        dense,
+        lambda: choose(basis, index, by_probability),
+        lambda: choose(None, keys, by_probability),
+        read,
+        lambda: choose(basis, index, False),
+    ]
+    *each, alone = _seconds(ways, device)
+    return Costs(*each), alone + each[3]
+
+
+def _seconds(ways: Sequence[Callable[[], Tensor]], device: torch.device) -> list[float]:
+    """The least time that each took, in turns: CPU time on a CPU, which others may be using."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    best = [float("inf")] * len(ways)
+    for turn in range(7):
+        for number, way in enumerate(ways):
+            begin = clock()
+            way()
+            if device.type != "cpu":
+                torch.get_device_module(device).synchronize()
+            if turn:
+                best[number] = min(best[number], clock() - begin)
+    return best
