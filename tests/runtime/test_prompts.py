@@ -134,7 +134,8 @@ def test_it_outlives_dense_steps_and_chunks(kind, mode, interpreted):
         read(model, cache, ids, filled=700)
         decode(model, cache, 18, 1010)
     assert stats()["dense_because"].keys() <= {"short"} and stats()["sparse_steps"] > 3
-    assert fitted_from() == {f"auto (fitted to each sequence, {ASKED})"}
+    none = "auto (fitted to each sequence)"  # of a graph that was dense throughout
+    assert fitted_from() - {none} == {f"auto (fitted to each sequence, {ASKED})"}
 
 
 @CACHES
