@@ -407,12 +407,19 @@ class AxesWhateverIsSeen:
     """In the place of moments that a basis is fitted from."""
 
     tokens = 1  # it has seen some
+    queries = 0
 
     def __init__(self, kv_heads: int, head_dim: int) -> None:
         self.sizes = kv_heads, head_dim
 
     def update(self, *_: Tensor | None) -> None:
         pass
+
+    def add_query_moment(self, *_: Tensor) -> None:
+        pass
+
+    def over_rotations(self, _: object) -> AxesWhateverIsSeen:
+        return self
 
     def pca(self, *, weights: str, layer: str) -> Basis:
         return axes(weights, *self.sizes)
