@@ -21,7 +21,8 @@ from loki_compile.passes.latent import over_rows
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.rotary import Unrotated, before_rotation, rotated_pairs
 from loki_compile.passes.sites import find_sites
-from loki_compile.pca_store.attention_fit import STEPS, AttentionSamples
+from loki_compile.pca_store import attention_fit
+from loki_compile.pca_store.attention_fit import AttentionSamples
 from loki_compile.pca_store.basis import Basis
 from loki_compile.pca_store.covariance import KeyCovariance
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
@@ -81,7 +82,7 @@ class Seen:
     pre_rotary: bool
     kind: str
     rank: int | float
-    steps: int = STEPS  # of each "attention" fit
+    steps: int = field(default_factory=lambda: attention_fit.STEPS)  # of each "attention" fit
     held: dict[tuple[str, int], Samples] = field(default_factory=dict)
     pairs: dict[tuple[str, int], tuple[tuple[int, int], ...]] = field(default_factory=dict)
     scales: dict[tuple[str, int], float] = field(default_factory=dict)

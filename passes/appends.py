@@ -42,6 +42,18 @@ class Append:
     axis: int
     output: int
 
+    @property
+    def serves_first_steps(self) -> bool:
+        """Whether the graph is for pasts whose strides follow from their length: a step that writes
+        into memory with room leaves no such tensor."""
+        past = fake_value(self.past)
+        length = _symbols(past.shape[self.axis])
+        return any(length & _symbols(step) for step in past.stride())
+
+
+def _symbols(size: Any) -> set[Any]:
+    return size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
+
 
 def find_appends(graph: fx.Graph) -> tuple[Append, ...]:
     """Every `cat` of the graph whose new rows may be written behind its past, in order."""

@@ -156,7 +156,7 @@ class AttentionSamples:
         layer: str = "",
         device: torch.device | str | None = None,
         progress: Callable[[int], None] | None = None,
-        steps: int = STEPS,
+        steps: int | None = None,
     ) -> Basis:
         """The pair (A, B) of `rank` columns with the least cross-entropy from attention to
         softmax(scale * (q @ A).(k @ B)), by gradient descent from the score-optimal pair.
@@ -174,7 +174,7 @@ class AttentionSamples:
 
         Args:
             device: where to compute; that of the samples where None.
-            progress: called with 1 after each of the `steps`.
+            progress: called with 1 after each of the `steps`, `STEPS` where None.
 
         Raises:
             ValueError: rank is not in 1..D, or no prompt long enough to have a choice was seen.
