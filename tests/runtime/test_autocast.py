@@ -144,7 +144,9 @@ def test_a_cache_that_the_ops_cannot_read_stays_dense_with_a_reason(interpreted)
 
 @pytest.mark.parametrize("min_context", [0, 4096])
 @torch.no_grad()
-def test_a_variant_is_compiled_under_the_autocast_it_was_traced_under(use_engine, min_context):
+def test_a_variant_is_compiled_under_the_autocast_it_was_traced_under(
+    use_engine, min_context, compiled_at_once
+):
     """Variants are compiled when they are first needed, behind Dynamo's back."""
     torch._dynamo.reset()
     trace = aot_autograd(fw_compiler=lambda gm, _: gm)
