@@ -35,7 +35,7 @@ from loki_compile.deferred import PRICE, Deferred
 from loki_compile.engines import Engine, autocast_now, compile_late, default
 from loki_compile.floats import ask_for_values, ask_what_inductor_asks
 from loki_compile.kernels.kept import Keeps
-from loki_compile.passes.appends import Append, find_appends
+from loki_compile.passes.appends import find_appends
 from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.dense import (
@@ -98,13 +98,13 @@ def loki(
     of_model = PlanOfModel(normal, example_inputs, parts, config)
     plan = plainly(plan_graph, normal, config, of_model)
     refusal = _refusal(plan) if config.strict else ""
-    in_place = _grows_in_place(normal, config, mode)
-    appends = find_appends(normal.graph) if in_place else ()
-    once = _is_called_once(plan, normal.graph, appends)
+    once = _is_called_once(plan, normal.graph)
     if plan.sparse or refusal or once:
         ask_what_inductor_asks(gm, example_inputs)  # what is traced again is not judged
     if refusal:
         raise Refusal(refusal)
+    in_place = _grows_in_place(normal, config, mode)
+    appends = find_appends(normal.graph) if in_place else ()
     bindings = plainly(bind_caches, normal, plan, example_inputs, parts, config, appends)
     tally = tally_of(gm, example_inputs)
     late = functools.partial(_late, normal, plan, compile_graph, tally, once)
@@ -166,18 +166,16 @@ def _late(
     return functools.partial(Deferred, late) if once else late
 
 
-def _is_called_once(plan: Plan, graph: fx.Graph, appends: Sequence[Append]) -> bool:
+def _is_called_once(plan: Plan, graph: fx.Graph) -> bool:
     """Whether a conversation calls the graph once: a prefill, or a step for one length of a cache
-    that grows, as Dynamo traces the first, or for a cache that does not lie as steps leave it.
+    that grows, as Dynamo traces the first.
 
     What computes flex_attention is never run as it is: all scores would lie in memory at once.
     """
     if any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in graph.nodes):
         return False
     if plan.sparse:
-        return any(append.serves_first_steps for append in appends) or any(
-            cache.serves_one_length for cache in plan.caches
-        )
+        return any(cache.serves_one_length for cache in plan.caches)
     if plan.sites or not plan.dense:
         return False
     return all(skip.reason is Reason.PREFILL for skip in plan.dense)

@@ -43,9 +43,8 @@ class Append:
     output: int
 
     @property
-    def serves_first_steps(self) -> bool:
-        """Whether the graph is for pasts whose strides follow from their length: a step that writes
-        into memory with room leaves no such tensor."""
+    def lies_tight(self) -> bool:
+        """Whether the graph is for pasts whose strides follow from their length."""
         past = fake_value(self.past)
         length = _symbols(past.shape[self.axis])
         return any(length & _symbols(step) for step in past.stride())
@@ -56,7 +55,12 @@ def _symbols(size: Any) -> set[Any]:
 
 
 def find_appends(graph: fx.Graph) -> tuple[Append, ...]:
-    """Every `cat` of the graph whose new rows may be written behind its past, in order."""
+    """Every `cat` of the graph whose new rows may be written behind its past, in order.
+
+    None where Dynamo has made one graph for pasts of any length that lie tight: a step would leave
+    a tensor with room behind it, which needs another graph. (So it is where a prompt was run
+    uncompiled and `dynamic=True`.)
+    """
     outputs = list(graph.output_node().args[0])  # type: ignore[arg-type]
     written = [write.operand for write in writes_of(graph)]
     found = [
@@ -67,6 +71,8 @@ def find_appends(graph: fx.Graph) -> tuple[Append, ...]:
         if not any(may_overlap(x, y) for x in written for y in (append.past, node))
         if _reads_stand_room(append, outputs)
     ]
+    if any(append.lies_tight for append in found):
+        return ()
     pasts = [append.past for append in found]
     return tuple(append for append in found if pasts.count(append.past) == 1)
 
