@@ -190,15 +190,18 @@ def test_a_cut_of_what_somebody_holds_is_copied_with_its_index():
 
 
 def test_the_memory_dies_with_the_cache():
+    gc.collect()
+    others, held = len(all_buffers()), stats()["index_bytes"]  # of what failed before, say
     with torch.no_grad():
         pair = Pair()
         here, there = pair.start()
         pair.step(here, there, 3)
         watched = weakref.ref(here.keys.untyped_storage())
-        assert len(all_buffers()) == 2 and stats()["index_bytes"]
+        assert len(all_buffers()) == others + 2 and stats()["index_bytes"] > held
         del here
     gc.collect()
-    assert watched() is None and not all_buffers() and stats()["index_bytes"] == 0
+    assert watched() is None
+    assert len(all_buffers()) == others and stats()["index_bytes"] == held
 
 
 @pytest.mark.parametrize("how", ["exact", "none"])
