@@ -131,8 +131,10 @@ def loki(
         else:
             _say_compiling_dense(tally, plan)
             compiled = compile_graph(form, example_inputs)
-        if in_place and (first := first_keys(normal.graph)):
-            compiled = with_room(compiled, first)
+        # A prompt in parts leaves what steps leave, lest these are traced for two layouts.
+        longer = [(append.output, append.axis) for append in appends]
+        if in_place and (left := [*first_keys(normal.graph), *longer]):
+            compiled = with_room(compiled, left)
         if asked:  # what was asked of a cache is known by the memory that it leaves in
             compiled = PrefillGraph(compiled, asked, outputs)
     added = adapters(normal, bindings, example_inputs, parts)

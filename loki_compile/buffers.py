@@ -265,14 +265,14 @@ class Growing:
 
 
 def with_room(
-    run: Callable[..., Any], first: Sequence[tuple[int, int]]
+    run: Callable[..., Any], caches: Sequence[tuple[int, int]]
 ) -> Callable[..., list[Any]]:
-    """A function some of whose outputs, (number, axis), are what a cache begins as: in memory with
+    """A function some of whose outputs, (number, axis), are caches behind a prompt: in memory with
     room from the start, so that no later step finds them laid out otherwise than its own."""
 
     def call(*args: Any) -> list[Any]:
         outputs = list(run(*args))
-        for place, axis in first:
+        for place, axis in caches:
             keys = outputs[place]
             rows = keys.shape[axis]
             try:

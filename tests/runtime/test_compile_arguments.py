@@ -367,7 +367,7 @@ def test_chats_make_no_graph_that_plain_dynamo_does_not_make(kind, dynamic):
     plain = Counting()
     theirs = chats(plain, lambda: plain.graphs)
     ours = chats("loki", lambda: len(reports()))
-    assert all(mine <= other for mine, other in zip(ours, theirs, strict=True))
+    assert all(mine <= other for mine, other in zip(ours, theirs, strict=True)), (ours, theirs)
     assert ours[2] == ours[1] <= ours[0] + (dynamic is None)
     assert stats()["sparse_steps"] == 3 * 4 * 2 and stats()["dense_steps"] == 0
 
@@ -386,7 +386,6 @@ def test_the_first_step_behind_a_prompt_of_another_length_is_not_compiled_again(
     for length in (CACHED, CACHED - 1, CACHED + 100):
         cache = DynamicCache(config=model.config)
         model(torch.randint(64, (1, length)), past_key_values=cache)
-        assert all(layer.keys.is_contiguous() for layer in cache.layers)
         before = counters["stats"]["unique_graphs"]
         for step in range(3):
             model(torch.full((1, 1), step), past_key_values=cache)
