@@ -37,7 +37,21 @@ from transformers import (
     StaticCache,
 )
 
-from loki_compile import builds, caches, fits, indexes, recovery, reports, runtime, stats, witness
+from loki_compile import (
+    buffers,
+    builds,
+    caches,
+    fits,
+    indexes,
+    prompts,
+    recovery,
+    reports,
+    runtime,
+    stats,
+    steps,
+    trails,
+    witness,
+)
 from loki_compile.engines import interpreter
 from loki_compile.indexes import indexes_of
 
@@ -700,7 +714,7 @@ def converse(fast, spelling: Spelling, steps: int = 2) -> None:
 
 def bytes_of_the_runtime() -> int:
     """What the runtime's own lines have allocated in Python, and the lines that it leans on."""
-    ours = (runtime, builds, indexes, caches, fits, witness)
+    ours = (runtime, builds, indexes, caches, fits, witness, trails, buffers, prompts, steps)
     files = (*(module.__file__ for module in ours), torch.utils.weak.__file__, reductions.__file__)
     traces = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, f) for f in files])
     return sum(trace.size for trace in traces.traces)
@@ -712,11 +726,12 @@ def test_memory_is_flat_over_many_conversations(spelling, conversations):
     with torch.no_grad():
         module = ToyDecoder(spelling).eval()
         fast = compiled(module, basis=basis_for(module), **FEW)
-        for _ in range(5):
-            converse(fast, spelling)
+        converse(fast, spelling)
         sizes = []
         tracemalloc.start()
         try:
+            for _ in range(2 * trails.MOST):  # so many are known at a time
+                converse(fast, spelling)
             for _ in range(4):
                 for _ in range(conversations // 4):
                     converse(fast, spelling)
@@ -775,9 +790,12 @@ def test_the_report_states_the_bytes_of_the_indexes_alive():
         for past in pasts:
             greedy(fast, past, torch.arange(9)[None], 4)
         gc.collect()
-        held = sum(layer.keys.shape[2] for past in pasts for layer in past.layers)
-        assert stats()["index_bytes"] == held * 2 * 3 * 4  # KV heads, rank, fp32
-        del past, pasts
+        layers = [layer for past in pasts for layer in past.layers]
+        held = [part for layer in layers for part in indexes_of(layer.keys)[0].tensors]
+        tokens = sum(layer.keys.shape[2] for layer in layers)
+        assert sum(part.numel() for part in held) == tokens * 2 * 3  # KV heads, rank
+        assert stats()["index_bytes"] == sum(part.untyped_storage().nbytes() for part in held)
+        del past, pasts, layers, held
         gc.collect()
     assert stats()["index_bytes"] == 0
 
