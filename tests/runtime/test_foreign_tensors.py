@@ -274,7 +274,7 @@ class TestRows:
         saved = self.basis_set(weight, 4, 3)
         with monkeypatch.context() as patch:
             patch.setattr(basis_header, "FORMAT_VERSION", 1)
-            patch.setattr(basis_header, "SITE_FIELDS", basis_header.SITE_FIELDS[:-1])
+            patch.setattr(basis_header, "SITE_FIELDS", basis_header.SITE_FIELDS[:-2])
             data = encode(saved)
         loaded = decode(data, "old")
         assert loaded.bases[0].blocks == ()
