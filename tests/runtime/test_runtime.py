@@ -490,7 +490,7 @@ def test_a_cache_too_short_to_matter_is_dense_by_plan(interpreted):
 
 
 @pytest.mark.parametrize("options", [{"min_context": 1000}, EVERYTHING], ids=["short", "long"])
-def test_the_variant_that_is_not_needed_is_not_compiled(options, interpreted):
+def test_the_variant_that_is_not_needed_is_not_compiled(options, interpreted, compiled_at_once):
     with torch.no_grad():
         pair = Pair(GROWING, {"top_k": 1.0, **options})
         here, _ = pair.start()

@@ -86,9 +86,9 @@ def heads_find_their_basis(whole, sharded):
     made = []
 
     class Watched(backend.DecodeGraph):
-        def __init__(self, variants, config, parts, served, serve):
+        def __init__(self, variants, config, parts, served, *more):
             made.append([binding.basis for binding in served.bindings])
-            super().__init__(variants, config, parts, served, serve)
+            super().__init__(variants, config, parts, served, *more)
 
     backend.DecodeGraph = Watched
     expected, _ = looped(compiled(whole), DynamicCache(config=whole.config))
