@@ -12,6 +12,7 @@ from torch import nn
 from loki_compile import deferred, reports, stats
 
 PROMPT = 1103  # above the default min_context
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def llama(attention: str = "sdpa") -> nn.Module:

@@ -203,10 +203,12 @@ def test_interleaved_conversations_each_keep_their_index(spelling, mode):
     with mode():
         pair = Pair(spelling, FEW)
         talks = [pair.start(filled=filled) for filled in (11, 17, 23)]
-        for _ in range(4):
+        for _ in range(9):
             for here, there in talks:
                 pair.step(here, there)
-    assert stats()["rebuilds"] == 3 and stats()["sparse_steps"] == 12
+    # Behind prompts that were run uncompiled, the first graph of any length copies; two of three
+    # caches begin in it and change over to the graph for tensors with room, once.
+    assert stats()["rebuilds"] == (5 if spelling.growing else 3) and stats()["sparse_steps"] == 27
 
 
 @BOTH
