@@ -98,7 +98,8 @@ def loki(
     of_model = PlanOfModel(normal, example_inputs, parts, config)
     plan = plainly(plan_graph, normal, config, of_model)
     refusal = _refusal(plan) if config.strict else ""
-    once = _is_called_once(plan, normal.graph)
+    # What is promised to be Inductor's to the bit goes to Inductor.
+    once = config.pack_gqa and _is_called_once(plan, normal.graph)
     if plan.sparse or refusal or once:
         ask_what_inductor_asks(gm, example_inputs)  # what is traced again is not judged
     if refusal:
