@@ -99,7 +99,7 @@ def loki(
     plan = plainly(plan_graph, normal, config, of_model)
     refusal = _refusal(plan) if config.strict else ""
     # What is promised to be Inductor's to the bit goes to Inductor.
-    once = config.pack_gqa and _is_called_once(plan, normal.graph)
+    once = config.pack_gqa and is_called_once(plan, normal.graph)
     if plan.sparse or refusal or once:
         ask_what_inductor_asks(gm, example_inputs)  # what is traced again is not judged
     if refusal:
@@ -169,7 +169,7 @@ def _late(
     return functools.partial(Deferred, late) if once else late
 
 
-def _is_called_once(plan: Plan, graph: fx.Graph) -> bool:
+def is_called_once(plan: Plan, graph: fx.Graph) -> bool:
     """Whether a conversation calls the graph once: a prefill, or a step for one length of a cache
     that grows, as Dynamo traces the first.
 

@@ -130,7 +130,7 @@ def use_engine():
 @pytest.fixture
 def compiled_at_once(monkeypatch):
     """Prefills and first steps go to the engine at their first call, as all else does."""
-    monkeypatch.setattr(backend, "_is_called_once", lambda *_: False)
+    monkeypatch.setattr(backend, "is_called_once", lambda *_: False)
 
 
 @pytest.fixture
