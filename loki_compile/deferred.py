@@ -18,12 +18,12 @@ from torch import fx
 
 Run = Callable[..., Any]
 
-# Seconds per node of a graph, until compilations in this process tell: measured for decode graphs
-# of 30 layers on two cores, 25 to 50 s for 2200 nodes.
+# Seconds per node of a graph, until compilations in this process tell. Decode graphs of 30 layers
+# have 2200 nodes; one took 26 s of a quiet machine, and 90 to 120 s of a very busy one.
 _FIRST_GUESS = 0.015
 
-# Share of a call's time that compiling saves: of a prefill, whose products are a library's either
-# way, 5 to 20 %. First steps behind a prompt save more, but of far less.
+# Share of a call's time that compiling saves. An estimate, not a measurement: the products of a
+# prefill are a library's either way. First steps behind a prompt save more, but of far less.
 _SAVED = 0.2
 
 
