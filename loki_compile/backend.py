@@ -261,7 +261,7 @@ def _in_one_form(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Part]]:
 
 
 def plan_graph(
-    normal: fx.GraphModule, config: LokiConfig, stored: Stored = lambda candidates: None
+    normal: fx.GraphModule, config: LokiConfig, stored: Stored = lambda candidates, policy: None
 ) -> Plan:
     """The analysis half of the compiler: what would become of each attention core. `stored` finds
     the plan of layers that is stored for the model.

@@ -14,9 +14,16 @@ from loki_compile.passes.graphs import nearest_matrix, parameter_test
 from loki_compile.passes.policy import Candidate
 from loki_compile.passes.shared_caches import Part, with_parts
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
-from loki_compile.pca_store.layer_plan import LayerPlan, PlannedLayer, find_plan, read_plan
+from loki_compile.pca_store.layer_plan import (
+    SPANS_SUFFIX,
+    SUFFIX,
+    LayerPlan,
+    PlannedLayer,
+    find_plan,
+    read_plan,
+)
 from loki_compile.pca_store.metadata import run_of
-from loki_compile.policies.kinds import Kind, kind_of
+from loki_compile.policies.kinds import SPANS, Kind, kind_of
 from loki_compile.policies.table import Planned
 
 log = logging.getLogger("loki_compile")
@@ -37,8 +44,8 @@ class PlanOfModel:
         self.config = config
         self.found: LayerPlan | None = None
 
-    def __call__(self, candidates: Sequence[Candidate]) -> Planned | None:
-        """What the plan has each site do; None where there is no plan for the model.
+    def __call__(self, candidates: Sequence[Candidate], policy: str) -> Planned | None:
+        """What the plan of a policy has each site do; None where there is no plan for the model.
 
         Raises:
           ValueError: the plan that the options name is damaged, or of another model.
@@ -47,7 +54,8 @@ class PlanOfModel:
         rows = dict(zip(weights, blocks, strict=True))
         chosen = self.config.plan_file
         known = [each for each in weights if each]
-        plan = read_plan(chosen) if chosen else find_plan(known, rows)
+        suffix = SPANS_SUFFIX if policy == SPANS else SUFFIX
+        plan = read_plan(chosen) if chosen else find_plan(known, rows, suffix=suffix)
         if plan is None:
             return None
         kinds: list[Kind] = []
