@@ -245,7 +245,7 @@ def _policies(policy: Any) -> None:
 
 
 def _is_file(policy: str) -> bool:
-    return policy.endswith(".json")
+    return policy.endswith((".json", ".tsv")) or ".tsv@" in policy
 
 
 def _inductor_options(given: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ def policy_of(config: LokiConfig, stored: Stored = lambda candidates, policy: No
             budget = dataclasses.replace(budget, recent=1)  # a reader's newest key is no other's
         ranking = RANKINGS[kind.ranking] if kind.ranking else None
         spans = spans_of(kind, candidate, config) if kind.ranking == SPANS else None
-        if spans is not None and spans.whole:
+        if spans is not None and kind.spans and spans.whole:
             ranking = spans = None
         note = "" if spans is None else f"{spans.share(SHARE_AT):.0%} of {SHARE_AT} keys"
         return Choice(
