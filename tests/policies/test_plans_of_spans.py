@@ -17,6 +17,7 @@ from loki_compile.pca_store.layer_plan import (
 from toy_models import LONG, make_model, prompt, started
 
 from loki_compile import explain, stats
+from loki_compile.planned import kind_of_layer
 from loki_compile.policies.kinds import Kind, kind_of
 from loki_compile.published import published_spans
 
@@ -120,7 +121,6 @@ def test_spans_of_other_heads_are_refused(home):
 
 def test_rows_of_weights_have_the_spans_of_their_heads(home):
     """As under tensor parallelism, where a process has some of the heads."""
-    from loki_compile.planned import _of_site
 
     plan = plan_for(make_model(layers=3))
     save_plan(plan, suffix=SPANS_SUFFIX)
@@ -128,9 +128,9 @@ def test_rows_of_weights_have_the_spans_of_their_heads(home):
     found = find_plan(list(mine), mine, suffix=SPANS_SUFFIX)
     assert found == plan
     layer = plan.layers[0]
-    assert str(_of_site(layer, 1, layer.blocks[1:])) == "moa:64:0.5N"
-    assert str(_of_site(layer, 1, layer.blocks[:1])) == "moa:64:128"
-    assert str(_of_site(layer, 2, layer.blocks)) == layer.word
+    assert str(kind_of_layer(layer, 1, layer.blocks[1:])) == "moa:64:0.5N"
+    assert str(kind_of_layer(layer, 1, layer.blocks[:1])) == "moa:64:128"
+    assert str(kind_of_layer(layer, 2, layer.blocks)) == layer.word
 
 
 def published(tmp_path, alphas, betas, name="moa_alpha_beta.json", **more) -> str:
@@ -148,7 +148,7 @@ def test_a_published_plan_is_folded_to_kv_heads_and_says_what_that_costs(home, c
     found = published_spans(path)
     assert str(found.kind(0, 2)) == "moa:64:128|0.25N,2048"
     assert str(found.kind(1, 2)) == "moa:64:64|0.125N,1N|64"
-    assert str(found.kind(0, 4)) == "moa:64:128,64|0.25N,1024,2048"
+    assert str(found.kind(0, 4)) == "moa:64:128,0.25N|64,1024,2048"
     model = make_model(layers=3)
     decode(model, path, prompt(1, LONG + 2))
     assert stats()["sparse_steps"] == 2
