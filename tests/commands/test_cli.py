@@ -405,8 +405,7 @@ def test_eval_says_what_log_likelihoods_say_of_us():
 def test_a_stopped_calibration_goes_on(tiny, text, own_store, monkeypatch):
     """Ctrl-C in the third prompt: the next command reads the rest alone, and fits the same."""
     command = ("calibrate", tiny, "--text", text, "--tokens", "400", "--length", "80")
-    monkeypatch.setattr(attention_fit, "STEPS", 20)
-    for module in (observation, progress):
+    for module in (attention_fit, progress):
         monkeypatch.setattr(module, "STEPS", 20)
     succeed(*command)
     (path,) = own_store.glob("*.safetensors")
