@@ -456,8 +456,9 @@ def test_an_edit_between_two_steps_is_in_the_index(kind, mode, interpreted):
                 right.append(mirrored(cache))
         ran = ran()
         found = ran["sparse_steps"], ran["rebuilds"], all(right)
-        cropped = kind == "growing" and edit is crop  # keeps the index of what is left
-        if found != (3, 0 if cropped else 1, True):
+        # Where writes are counted, the index of what is left is known to be true.
+        kept = kind == "growing" and edit is crop and mode is not torch.inference_mode
+        if found != (3, 0 if kept else 1, True):
             wrong[edit.__name__] = found
         count("defaults: edits of a cache")
     assert not wrong, "(sparse steps, rebuilds, the index is of the keys)"
