@@ -14,7 +14,7 @@ it alone were left out, |A (dO . O - g) / (1 - A)|, and adds these up; they do n
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,14 +34,13 @@ class SpanEffects:
 
     joint: the first-order change of the loss by the row, its size alone: |sum over the query heads
     that read the KV head|. signed: the same with its sign. entrywise: as published, None where not
-    asked for. kept: keys that the last row reads, int64 (Hkv, R); visible: those it sees, (Hkv,).
+    asked for. visible: keys that the last row sees.
     """
 
     joint: Tensor
     signed: Tensor
     entrywise: Tensor | None
-    kept: Tensor
-    visible: Tensor
+    visible: int
 
 
 def span_effects(
@@ -73,18 +72,89 @@ def span_effects(
     Raises:
       ValueError: a row that sees keys with hidden ones between them.
     """
+    zeros = torch.zeros(key.shape[0], len(spans.heads), dtype=torch.float64, device=query.device)
+    joint, signed, single = zeros, zeros.clone(), zeros.clone()
+    visible = 0
+    for tile in _tiles(query, key, value, scale, mask, softcap, sink_logits):
+        head, attention = tile.head, tile.attention
+        gradient = grad[tile.heads, tile.rows].to(attention.dtype)
+        moves = gradient @ tile.values.T
+        whole = (gradient * out[tile.heads, tile.rows].to(attention.dtype)).sum(-1, keepdim=True)
+        reach = _Reach(spans, tile.hidden)
+        mass = (reach.sums(attention) + tile.beside).clamp_min(torch.finfo(attention.dtype).tiny)
+        effect = reach.sums(attention * moves) / mass - whole
+        effect = effect.masked_fill(reach.whole, 0.0).sum(0)
+        joint[head] += effect.abs().sum(0).double()
+        signed[head] += effect.sum(0).double()
+        if entrywise:
+            entries = attention * (whole - moves) / (1.0 - attention + _PUBLISHED_EPSILON)
+            entries = entries.abs()
+            left = entries.sum(-1, keepdim=True) - reach.sums(entries)
+            left = left.masked_fill(reach.whole, 0.0).clamp_min(0.0)
+            single[head] += left.sum((0, 1)).double()
+        visible = int(reach.visible[-1])
+    return SpanEffects(joint, signed, single if entrywise else None, visible)
+
+
+def attend_spans(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attention over what spans hold, one span for each KV head or one for all, in tiles.
+
+    Operands and errors as `span_effects`. Returns (Hq, S, Dv) in the dtype of the queries.
+    """
+    out = query.new_empty(*query.shape[:2], value.shape[-1])
+    heads = spans.of_heads(key.shape[0])
+    for tile in _tiles(query, key, value, scale, mask, softcap, sink_logits):
+        own = replace(spans, heads=(heads[tile.head],))
+        keep = tile.attention * _Reach(own, tile.hidden).held()
+        mass = (keep.sum(-1, keepdim=True) + tile.beside).clamp_min(torch.finfo(keep.dtype).tiny)
+        out[tile.heads, tile.rows] = (keep / mass @ tile.values).to(out.dtype)
+    return out
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Some `rows` of the query `heads` of one KV head: attention (G, n, T), of keys from the newest
+    back, `beside` (G, n, 1) what lies on a sink logit, and the values (T, Dv)."""
+
+    head: int
+    heads: slice
+    rows: slice
+    hidden: Tensor
+    attention: Tensor
+    beside: Tensor
+    values: Tensor
+
+
+def _tiles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    softcap: float,
+    sink_logits: Tensor | None,
+) -> Iterator[_Tile]:
     kv_heads, tokens = key.shape[:2]
     group, rows = query.shape[0] // kv_heads, query.shape[1]
     kind = torch.float64 if query.dtype == torch.float64 else torch.float32
-    zeros = torch.zeros(kv_heads, len(spans.heads), dtype=torch.float64, device=query.device)
-    joint, signed, single = zeros, zeros.clone(), zeros.clone()
-    kept, visible = [], []
+    step = max(1, _TILE // (group * tokens))
     for head in range(kv_heads):
         heads = slice(head * group, (head + 1) * group)
-        # From the newest key back: sums from there on lose nothing where little is kept.
-        keys, values = (x[head].flip(0).to(kind) for x in (key, value))
-        for begin, end in _tiles(rows, group * tokens):
-            part = slice(begin, end)
+        for begin in range(0, rows, step):
+            part = slice(begin, min(begin + step, rows))
+            first = rows - part.stop  # no row of the tile sees the newest keys
+            # From the newest key back: sums from there on lose nothing where little is kept.
+            keys, values = (x[head, : tokens - first].flip(0).to(kind) for x in (key, value))
             hidden, added = _masked(mask, heads, part, tokens, rows, query.device)
             scores = query[heads, part].to(kind) @ keys.T * scale
             if softcap:
@@ -98,33 +168,14 @@ def span_effects(
                 logits = sink_logits[heads].to(kind)[:, None, None]
                 total = torch.logaddexp(total, logits)
                 beside = (logits - total).exp()
-            attention = (scores - total).exp()
-            gradient = grad[heads, part].to(kind)
-            moves = gradient @ values.T
-            whole = (gradient * out[heads, part].to(kind)).sum(-1, keepdim=True)
-            reach = _Reach(spans, hidden)
-            mass = reach.sums(attention) + beside
-            moved = reach.sums(attention * moves) / mass.clamp_min(torch.finfo(kind).tiny)
-            effect = (moved - whole).masked_fill(reach.whole, 0.0).sum(0)
-            joint[head] += effect.abs().sum(0).double()
-            signed[head] += effect.sum(0).double()
-            if entrywise:
-                entries = attention * (whole - moves) / (1.0 - attention + _PUBLISHED_EPSILON)
-                entries = entries.abs()
-                left = entries.sum(-1, keepdim=True) - reach.sums(entries)
-                left = left.masked_fill(reach.whole, 0.0).clamp_min(0.0)
-                single[head] += left.sum((0, 1)).double()
-        kept.append(reach.kept[-1])
-        visible.append(reach.visible[-1])
-    every = torch.stack(kept), torch.stack(visible)
-    return SpanEffects(joint, signed, single if entrywise else None, *every)
+            yield _Tile(head, heads, part, hidden, (scores - total).exp(), beside, values)
 
 
 class _Reach:
     """Which keys spans hold, of those that are not `hidden` (G, n, T); keys run from the newest
     back.
 
-    whole (n, R): nothing is left out. kept (n, R), visible (n,): keys.
+    whole (n, R): nothing is left out. visible (n,): keys.
     """
 
     def __init__(self, spans: Spans, hidden: Tensor) -> None:
@@ -145,22 +196,19 @@ class _Reach:
         sinks = self.visible.clamp_max(spans.sink)
         most = (self.visible - sinks)[:, None]
         self.whole = width >= most
-        self.kept = sinks[:, None] + width.minimum(most)
         self.ends = first[:, None] + width.minimum(most)
         self.sinks = last - sinks
+        self.at = torch.arange(seen.shape[-1], device=seen.device)
 
     def sums(self, values: Tensor) -> Tensor:
         """Of (G, n, T), zero where a row sees nothing, to (G, n, R)."""
         upto = torch.nn.functional.pad(values.cumsum(-1), (1, 0))
-        at = torch.arange(values.shape[-1], device=values.device)
-        first = values.masked_fill(at < self.sinks[:, None], 0.0).sum(-1, keepdim=True)
+        first = values.masked_fill(self.at < self.sinks[:, None], 0.0).sum(-1, keepdim=True)
         return upto.gather(-1, self.ends.expand(len(values), -1, -1)) + first
 
-
-def _tiles(rows: int, numbers: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _TILE // numbers)
-    for begin in range(0, rows, step):
-        yield begin, min(begin + step, rows)
+    def held(self) -> Tensor:
+        """bool (n, T), of the one span that there is."""
+        return (self.at < self.ends) | (self.at >= self.sinks[:, None])
 
 
 def _masked(
@@ -169,10 +217,11 @@ def _masked(
     """Which keys rows do not see, bool (1 or G, n, T), and what is added to scores; keys run from
     the newest back."""
     at = torch.arange(tokens - rows, tokens, device=device)[part]
-    hidden = (torch.arange(tokens - 1, -1, -1, device=device) > at[:, None])[None]
+    newest = int(at[-1])
+    hidden = (torch.arange(newest, -1, -1, device=device) > at[:, None])[None]
     if mask is None:
         return hidden, None
-    mask = mask.expand(mask.shape[0], rows, tokens)[:, part].flip(-1)
+    mask = mask.expand(mask.shape[0], rows, tokens)[:, part, : newest + 1].flip(-1)
     mask = mask[heads] if mask.shape[0] > 1 else mask
     if not mask.is_floating_point():
         return hidden | (mask == 0), None

@@ -102,8 +102,14 @@ def test_joint_effects_are_those_of_attention_taken_anew(way, tile, monkeypatch)
         torch.testing.assert_close(found.joint[:, rule], row.abs().sum(-1))
         left = (single * (~keep[rule] & seen)).sum((1, 2)).unflatten(0, (2, 3)).sum(1)
         torch.testing.assert_close(found.entrywise[:, rule], left)
-        assert (found.kept[:, rule] == keep[rule][-1].sum()).all()
-    assert (found.visible == seen[-1].sum()).all()
+        of_heads = module.attend_spans(
+            query, key, value, Spans((RULES.heads[rule], RULES.heads[2]), 3, 2),
+            scale=0.4, mask=mask, **more,
+        )  # fmt: skip
+        mixed = torch.cat((keep[rule].expand(3, -1, -1), keep[2].expand(3, -1, -1)))
+        wanted, _ = attended(query, key, value, mixed & seen, 0.4, mask, **more)
+        torch.testing.assert_close(of_heads, wanted)
+    assert found.visible == seen[-1].sum()
     assert (found.joint[:, -1] == 0).all() and (found.joint[:, 0] > 0).all()
 
 
