@@ -30,15 +30,14 @@ _PUBLISHED_EPSILON = 2.0**-7
 
 @dataclass(frozen=True)
 class SpanEffects:
-    """Of each KV head and window, sums over rows, fp64 (Hkv, R).
+    """Of R spans in each KV head.
 
-    joint: the first-order change of the loss by the row, its size alone: |sum over the query heads
-    that read the KV head|. signed: the same with its sign. entrywise: as published, None where not
-    asked for. visible: keys that the last row sees.
+    rows: what each row moves the loss by to first order, summed over the query heads that read the
+    KV head, fp32 or wider (Hkv, S, R). entrywise: as published, sums over rows, (Hkv, R); None
+    where not asked for. visible: keys that the last row sees.
     """
 
-    joint: Tensor
-    signed: Tensor
+    rows: Tensor
     entrywise: Tensor | None
     visible: int
 
@@ -72,8 +71,10 @@ def span_effects(
     Raises:
       ValueError: a row that sees keys with hidden ones between them.
     """
-    zeros = torch.zeros(key.shape[0], len(spans.heads), dtype=torch.float64, device=query.device)
-    joint, signed, single = zeros, zeros.clone(), zeros.clone()
+    kv_heads, rules = key.shape[0], len(spans.heads)
+    kind = torch.float64 if query.dtype == torch.float64 else torch.float32
+    moved = torch.empty(kv_heads, query.shape[1], rules, dtype=kind, device=query.device)
+    single = torch.zeros(kv_heads, rules, dtype=kind, device=query.device)
     visible = 0
     for tile in _tiles(query, key, value, scale, mask, softcap, sink_logits):
         head, attention = tile.head, tile.attention
@@ -83,17 +84,15 @@ def span_effects(
         reach = _Reach(spans, tile.hidden)
         mass = (reach.sums(attention) + tile.beside).clamp_min(torch.finfo(attention.dtype).tiny)
         effect = reach.sums(attention * moves) / mass - whole
-        effect = effect.masked_fill(reach.whole, 0.0).sum(0)
-        joint[head] += effect.abs().sum(0).double()
-        signed[head] += effect.sum(0).double()
+        moved[head, tile.rows] = effect.masked_fill(reach.whole, 0.0).sum(0)
         if entrywise:
             entries = attention * (whole - moves) / (1.0 - attention + _PUBLISHED_EPSILON)
             entries = entries.abs()
             left = entries.sum(-1, keepdim=True) - reach.sums(entries)
             left = left.masked_fill(reach.whole, 0.0).clamp_min(0.0)
-            single[head] += left.sum((0, 1)).double()
+            single[head] += left.sum((0, 1))
         visible = int(reach.visible[-1])
-    return SpanEffects(joint, signed, single if entrywise else None, visible)
+    return SpanEffects(moved, single if entrywise else None, visible)
 
 
 def attend_spans(

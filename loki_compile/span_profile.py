@@ -31,10 +31,9 @@ _FEW = 16
 
 @dataclass(frozen=True)
 class Profiled:
-    """Of one call: the mean loss (nats) of its labels, and, by the path of the layer, what spans do
-    to it and the numbers that a KV head caches of a token."""
+    """Of one call, by the path of the layer: what spans do to its labels, and the numbers that a KV
+    head caches of a token."""
 
-    loss: float
     effects: dict[str, SpanEffects]
     numbers: dict[str, int]
 
@@ -75,9 +74,13 @@ class SpanProfiler:
 
     @torch.no_grad()
     def effects(
-        self, inputs: Mapping[str, Any], labels: Tensor, spans: Spans, *, entrywise: bool = False
+        self, inputs: Mapping[str, Any], labels: Tensor, spans: Spans, *, published: bool = False
     ) -> Profiled:
-        """The effects of `spans`, each for every KV head, on the loss of one call.
+        """The effects of `spans`, each for every KV head, on the labels of one call.
+
+        They are effects on minus the log-odds of each label, summed: those of the loss vanish where
+        a model is sure, though it is sure because of what a head found. With `published` they are
+        effects on the mean loss, entry by entry too, as MoA has it.
 
         Args:
           inputs: what the model is called with: one sequence, maybe behind a filled cache.
@@ -97,18 +100,23 @@ class SpanProfiler:
                 f"the model's attention is in {len(tapes)} graphs; needs a decoder whose prefill "
                 "is one graph, with no graph break between its layers"
             )
-        loss, grad = _loss_and_gradient(logits, labels)
+        grad = _gradient(logits, labels, of_loss=published)
         found: dict[str, SpanEffects] = {}
         numbers: dict[str, int] = {}
 
         def see(each: Attended, grad: Tensor) -> None:
             path = each.site.path
-            found[path] = _effects_of(each, grad, spans, entrywise)
+            found[path] = _effects_of(each, grad, spans, published)
             numbers[path] = each.key.shape[-1] + each.value.shape[-1]
 
         tapes[0].backward([(logits, grad)], see)
         self.layers = [layer for layer in self.layers if layer.path in found]
-        return Profiled(loss, {layer.path: found[layer.path] for layer in self.layers}, numbers)
+        return Profiled({layer.path: found[layer.path] for layer in self.layers}, numbers)
+
+    def keep_to(self, paths: Sequence[str], refused: Mapping[str, str]) -> None:
+        """What an earlier run of the same model has found out of its layers."""
+        self.layers = [layer for layer in self.layers if layer.path in set(paths)]
+        self.refused = dict(refused)
 
     @torch.no_grad()
     def loss(
@@ -254,14 +262,17 @@ def _options(each: Attended) -> dict[str, Any]:
     }
 
 
-def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-    """The mean loss of the labels of the last tokens, and its gradient at the logits (1, S, V)."""
+def _gradient(logits: Tensor, labels: Tensor, *, of_loss: bool) -> Tensor:
+    """At logits (1, S, V), for the labels of the last tokens: that of the mean loss, or of the sum
+    of log(sum of the other tokens' chances) - log(the label's)."""
     grad = torch.zeros_like(logits)
-    loss = 0.0
-    for row in range(len(labels)):
-        logs = logits[0, row - len(labels)].float().log_softmax(-1)
-        loss -= float(logs[labels[row]])
-        chances = logs.exp()
-        chances[labels[row]] -= 1.0
-        grad[0, row - len(labels)] = (chances / len(labels)).to(grad.dtype)
-    return loss / len(labels), grad
+    for row, label in enumerate(labels.tolist()):
+        place = row - len(labels)
+        own = logits[0, place].float()
+        if not of_loss:
+            own = own.clone()
+            own[label] = -torch.inf
+        chances = own.softmax(-1)
+        chances[label] -= 1.0
+        grad[0, place] = (chances / len(labels) if of_loss else chances).to(grad.dtype)
+    return grad
