@@ -210,11 +210,11 @@ class SpanSearch:
         found: dict[str, list[tuple[float, float]]] = {"plan": [], "one span for all": []}
         for each in self.held_out:
             for prompt in each:
-                ids, start, again = self._ready(prompt, 3)
+                ids, start, again = self.ready(prompt, 3)
                 fed, labels = ids[start:-1], ids[start + 1 :]
-                dense, logs = self.profiler.loss(self._inputs(fed, next(again)), labels, {})
+                dense, logs = self.profiler.loss(self.inputs(fed, next(again)), labels, {})
                 for name, plan in (("plan", self.plan), ("one span for all", self.uniform)):
-                    loss, other = self.profiler.loss(self._inputs(fed, next(again)), labels, plan)
+                    loss, other = self.profiler.loss(self.inputs(fed, next(again)), labels, plan)
                     divergence = (logs.exp() * (logs - other)).sum(-1).mean()
                     found[name].append((float(divergence), loss - dense))
                 progress(1)
@@ -223,7 +223,11 @@ class SpanSearch:
     @property
     def plan(self) -> dict[str, Spans]:
         """By the path of the layer."""
-        heads = [self.spans.heads[option] for option in self.picked]
+        return self.plan_with(self.picked)
+
+    def plan_with(self, picked: Sequence[int]) -> dict[str, Spans]:
+        """The plan in which KV heads, layer by layer, get these of `spans`."""
+        heads = [self.spans.heads[option] for option in picked]
         made, at = {}, 0
         for layer in self.profiler.layers:
             own = tuple(heads[at : at + layer.kv_heads])
@@ -278,8 +282,8 @@ class SpanSearch:
     def _profiled(self, name: str, prompt: SpanPrompt) -> dict[str, Any]:
         known = self._recall(name)
         if known is None:
-            ids, start, caches = self._ready(prompt, 1)
-            inputs, labels = self._inputs(ids[start:-1], next(caches)), ids[start + 1 :]
+            ids, start, caches = self.ready(prompt, 1)
+            inputs, labels = self.inputs(ids[start:-1], next(caches)), ids[start + 1 :]
             published = self.settings.effects == "entrywise"
             found = self.profiler.effects(inputs, labels, self.spans, published=published)
             of_layers = list(found.effects.items())
@@ -317,7 +321,7 @@ class SpanSearch:
         return np.stack(made) / whole
 
     @torch.no_grad()
-    def _ready(self, prompt: SpanPrompt, calls: int) -> tuple[Tensor, int, Iterator[Any]]:
+    def ready(self, prompt: SpanPrompt, calls: int) -> tuple[Tensor, int, Iterator[Any]]:
         """All ids, from where they are fed, and so many caches that are filled up to there: each is
         good for one call."""
         ids = prompt.ids.to(self.model.device)
@@ -359,7 +363,7 @@ class SpanSearch:
             logits = self.model(fed, past_key_values=cache, use_cache=True).logits[0, -1]
         return torch.tensor(said, device=logits.device)
 
-    def _inputs(self, fed: Tensor, cache: Any) -> dict[str, Any]:
+    def inputs(self, fed: Tensor, cache: Any) -> dict[str, Any]:
         return {"input_ids": fed[None], "past_key_values": cache, "use_cache": True}
 
     # -- what is kept
