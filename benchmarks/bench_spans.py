@@ -23,8 +23,8 @@ from loki_compile.kernels.spans import Spans
 
 from loki_compile.commands.models import load_model, load_tokenizer
 from loki_compile.commands.options import text_of
+from loki_compile.commands.span_choice import together
 from loki_compile.commands.span_search import SpanPrompt, SpanSearch, SpanSettings, span_prompts
-from loki_compile.span_choice import together
 
 
 @click.group()

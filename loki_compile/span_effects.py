@@ -23,7 +23,7 @@ from loki_compile.kernels.ops import hidden_below
 from loki_compile.kernels.spans import Spans
 
 # Numbers of one tile of scores, for all query heads of a KV head: what the caches of a core hold.
-_TILE = 1 << 20
+TILE = 1 << 20
 # Added to the published denominator, 1 - A.
 _PUBLISHED_EPSILON = 2.0**-7
 
@@ -146,7 +146,7 @@ def _tiles(
     kv_heads, tokens = key.shape[:2]
     group, rows = query.shape[0] // kv_heads, query.shape[1]
     kind = torch.float64 if query.dtype == torch.float64 else torch.float32
-    step = max(1, _TILE // (group * tokens))
+    step = max(1, TILE // (group * tokens))
     for head in range(kv_heads):
         heads = slice(head * group, (head + 1) * group)
         for begin in range(0, rows, step):

@@ -15,13 +15,13 @@ from torch import Tensor
 from loki_compile.commands.measure import new_cache, prefill
 from loki_compile.commands.models import encode
 from loki_compile.commands.reference_data import calibration_prompts
+from loki_compile.commands.span_choice import apart, balanced_choice, refined, together
 from loki_compile.config import LokiConfig
 from loki_compile.kernels.spans import Span, Spans
 from loki_compile.pca_store.layer_plan import LayerPlan
 from loki_compile.pca_store.partial import Partial, PartialError, default_partial_root
 from loki_compile.policies.kinds import SPANS, Kind
 from loki_compile.progress import run_key, versions
-from loki_compile.span_choice import apart, balanced_choice, refined, together
 from loki_compile.span_profile import SpanProfiler
 
 log = logging.getLogger("loki_compile")
@@ -225,7 +225,7 @@ class SpanSearch:
         """By the path of the layer."""
         return self.plan_with(self.picked)
 
-    def plan_with(self, picked: Sequence[int]) -> dict[str, Spans]:
+    def plan_with(self, picked: np.ndarray) -> dict[str, Spans]:
         """The plan in which KV heads, layer by layer, get these of `spans`."""
         heads = [self.spans.heads[option] for option in picked]
         made, at = {}, 0
@@ -288,9 +288,10 @@ class SpanSearch:
             found = self.profiler.effects(inputs, labels, self.spans, published=published)
             of_layers = list(found.effects.items())
             tensors = {"rows": torch.cat([e.rows for _, e in of_layers]).transpose(0, 1)}
+            single = [e.entrywise for _, e in of_layers if e.entrywise is not None]
             if published:
-                tensors["entrywise"] = torch.cat([e.entrywise for _, e in of_layers])
-            record = {
+                tensors["entrywise"] = torch.cat(single)
+            record: dict[str, Any] = {
                 "paths": [path for path, _ in of_layers],
                 "visible": [effects.visible for _, effects in of_layers],
                 "numbers": [found.numbers[path] for path, _ in of_layers],
@@ -302,12 +303,9 @@ class SpanSearch:
         tensors, record = known
         self.profiler.keep_to(record["paths"], record["refused"])
         rows = tensors["rows"].float().cpu().numpy()
-        single = tensors.get("entrywise")
-        return {
-            "rows": rows,
-            "losses": apart(rows) if single is None else single.double().cpu().numpy(),
-            **record,
-        }
+        entries = tensors.get("entrywise")
+        losses = apart(rows) if entries is None else entries.double().cpu().numpy()
+        return {"rows": rows, "losses": losses, **record}
 
     def _shares(self, length: int, record: dict[str, Any]) -> np.ndarray:
         """(G, R): the part of all bytes that each head reads, by span, at a length."""

@@ -84,7 +84,7 @@ def arguments(way, query, key):
 @pytest.mark.parametrize("tile", [1, 300, 1 << 20])
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_joint_effects_are_those_of_attention_taken_anew(way, tile, monkeypatch):
-    monkeypatch.setattr(module, "_TILE", tile)
+    monkeypatch.setattr(module, "TILE", tile)
     query, key, value, grad = case()
     seen, mask, more = arguments(WAYS[way], query, key)
     out, attention = attended(query, key, value, seen, 0.4, mask, **more)

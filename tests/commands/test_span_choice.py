@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from loki_compile.span_choice import apart, balanced_choice, refined, together
+from loki_compile.commands.span_choice import apart, balanced_choice, refined, together
 
 
 def case(seed, lengths=2, groups=4, options=4):
