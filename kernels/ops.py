@@ -1,10 +1,10 @@
 """The public door of the kernels: the ops.
 
-`loki::select` chooses keys, `loki::attend` reads them, `loki::attention` reads all keys;
-`loki::update_pages` and `loki::extend_pages` keep the bounds of pages of keys. All are opaque to
-the compiler, and functional but for `update_pages`, which writes the pages it is given; `fused` has
-the plain torch around them. `loki_compile.kernels` has the algorithm and the legend of the letters;
-`checks` has what is refused.
+`loki::select` chooses keys, `loki::attend` reads them, `loki::attention` reads all keys, or two
+ranges of them for each row; `loki::update_pages` and `loki::extend_pages` keep the bounds of pages
+of keys. All are opaque to the compiler, and functional but for `update_pages`, which writes the
+pages it is given; `fused` has the plain torch around them. `loki_compile.kernels` has the algorithm
+and the legend of the letters; `checks` has what is refused.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ SCHEMAS = (
     "attend(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor? mask,"
     " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_rest=None) -> Tensor",
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask,"
-    " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_rest=None) -> Tensor",
+    " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_rest=None,"
+    " Tensor? ranges=None) -> Tensor",
 )
 for _schema in SCHEMAS:
     _LIBRARY.define(_schema, tags=_TAGS)

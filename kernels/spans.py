@@ -39,11 +39,11 @@ class Span:
 
     @classmethod
     def of(cls, *lines: tuple[float, float]) -> Span:
-        """From (alpha in keys, beta as a fraction): alpha rounded, beta to 1/65536."""
-        kept: dict[tuple[int, int], None] = {}
-        for alpha, beta in lines:
-            kept[round(alpha), round(beta * ONE_Q16)] = None
-        return cls(tuple(kept))
+        """From (alpha in keys, beta as a fraction): alpha rounded, beta to 1/65536; without lines
+        that are never the longest."""
+        every = dict.fromkeys((round(alpha), round(beta * ONE_Q16)) for alpha, beta in lines)
+        shorter = lambda line, than: line != than and line[0] <= than[0] and line[1] <= than[1]  # noqa: E731
+        return cls(tuple(x for x in every if not any(shorter(x, other) for other in every)))
 
     def keys(self, visible: int) -> int:
         """Keys of a row that sees so many, before the least that any head reads: 0 to `visible`."""
@@ -101,15 +101,19 @@ class Spans:
         if not self.heads:
             raise ValueError("found no span of a KV head; needed one of each, or one for all")
 
-    def of_heads(self, kv_heads: int) -> tuple[Span, ...]:
-        return self.heads * kv_heads if len(self.heads) == 1 else self.heads
-
     def keys(self, visible: int) -> tuple[int, ...]:
         """Keys that a row reads which sees so many, sinks and span without counting any twice."""
         if visible < self.min_keys:
             return (visible,) * len(self.heads)
         widths = (max(span.keys(visible), self.recent, 1) for span in self.heads)
         return tuple(min(visible, self.sink + width) for width in widths)
+
+    def most(self, visible: int) -> int:
+        """Keys that the head reads which reads the most."""
+        return max(self.keys(visible))
+
+    def covers(self, visible: int) -> bool:
+        return min(self.keys(visible)) >= visible
 
     def share(self, visible: int) -> float:
         """Of the keys that a row sees, the share that its KV heads read on average."""

@@ -738,6 +738,50 @@ def test_attention_over_all_keys_with_softcap_and_sinks(implementation, dtype):
     assert_attends_as_defined(implementation, (q, k, v, None), mask, **options)
 
 
+# Two ranges, one, none (all keys), all keys, ranges that touch.
+RANGES = torch.tensor(
+    [[0, 5, 900, 1000], [0, 0, 17, 977], [9, 9, 9, 9], [0, 1000, 1000, 1000], [3, 400, 400, 401]],
+    dtype=torch.int32,
+)
+
+
+@pytest.mark.parametrize("mask_kind", MASKS)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_attention_in_ranges_of_keys_is_as_defined(implementation, mask_kind, tokens):
+    q, k, v, _ = attend_inputs((2, 10, 5, tokens, 1000, 72, 40, 16, 9), torch.bfloat16)
+    mask = masks(mask_kind, 2, tokens, 1000)
+    for ranges in (
+        RANGES.view(1, 5, 1, 4),
+        RANGES[torch.arange(10 * tokens) % 5].view(2, 5, tokens, 4).flip(0, 1),
+    ):
+        options = dict(scale=0.2, softcap=5.0, sink_logits=torch.randn(10), ranges=ranges)
+        truth = reference.attend(q.double(), k.double(), v.double(), None, mask, **options)
+        found = implementation.attend(q, k, v, None, mask, **options)
+        torch.testing.assert_close(found.double(), truth, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_between_ranges_nothing_is_read(implementation, tokens):
+    q, k, v, _ = attend_inputs((1, 4, 2, tokens, 4000, 64, 64, 16, 9), torch.float32)
+    ranges = torch.tensor([[0, 65, 3900, 4000], [0, 64, 2000, 3999]], dtype=torch.int32)
+    ranges = ranges.view(1, 2, 1, 4)
+    found = implementation.attend(q, k, v, None, None, scale=0.1, ranges=ranges)
+    for x in (k, v):
+        x[:, 0, 65:3900] = x[:, 1, 64:2000] = x[:, 1, 3999:] = torch.nan
+    after = implementation.attend(q, k, v, None, None, scale=0.1, ranges=ranges)
+    assert found.isfinite().all() and torch.equal(found, after)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_any_number_of_threads_attends_in_ranges_alike(implementation, count):
+    q, k, v, _ = attend_inputs((2, 10, 5, 3, 1000, 64, 64, 16, 9), torch.float32)
+    options = dict(scale=0.1, ranges=RANGES.view(1, 5, 1, 4))
+    expected = implementation.attend(q, k, v, None, None, **options)
+    torch.set_num_threads(count)
+    found = implementation.attend(q, k, v, None, None, **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
 def test_attention_over_all_keys_takes_keys_in_two_tensors(implementation):
     q, k, v, _ = attend_inputs((2, 6, 1, 2, 150, 96, 64, 16, 9), torch.float32)
     whole = implementation.attend(q, k, v, None, None, scale=0.3)

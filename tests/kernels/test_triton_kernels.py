@@ -580,6 +580,37 @@ def test_attention_over_all_keys(dtype, b, hq, hkv, s, d, dv, programs):
     assert_as_exact_as_pytorch(tensors, None, launch=small_tiles(tensors, programs), scale=d**-0.5)
 
 
+# Two ranges, one, none (all keys), all keys; more rows than are counted at a time.
+RANGES = torch.tensor(
+    [[0, 5, 90, 150], [0, 0, 17, 150], [9, 9, 9, 9], [0, 150, 150, 150], [3, 40, 40, 41]],
+    dtype=torch.int32,
+)
+
+
+@here
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("b", "hq", "hkv", "s", "d", "dv"),
+    [(1, 10, 5, 1, 64, 64), (2, 10, 5, 3, 80, 40), (1, 20, 1, 5, 17, 33)],
+)
+@pytest.mark.parametrize("programs", [1, 40])
+def test_attention_in_ranges_of_keys(dtype, b, hq, hkv, s, d, dv, programs):
+    tensors = attention_inputs(b, hq, hkv, s, 150, d, dv, dtype)
+    ranges = RANGES[torch.arange(hkv * s) % 5].view(1, hkv, s, 4)
+    launch = small_tiles(tensors, programs)
+    for mask in (None, torch.rand(b, 1, s, 150) > 0.3):
+        error, truth = attend_error(tensors, None, mask, launch, scale=d**-0.5, ranges=ranges)
+        assert error <= 8 * torch.finfo(dtype).eps * float(truth.abs().max() + 1)
+
+
+@here
+def test_ranges_of_more_rows_than_are_counted_at_a_time():
+    tensors = attention_inputs(60, 5, 5, 1, 150, 16, 16, torch.float32)
+    ranges = RANGES[torch.arange(300) % 5].view(60, 5, 1, 4).contiguous()
+    error, _ = attend_error(tensors, None, None, small_tiles(tensors, 7), scale=0.2, ranges=ranges)
+    assert error < 1e-5
+
+
 @here
 @pytest.mark.parametrize("programs", [0, 4])
 @pytest.mark.parametrize("tokens", [1, 3])
