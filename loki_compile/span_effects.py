@@ -111,7 +111,7 @@ def attend_spans(
     Operands and errors as `span_effects`. Returns (Hq, S, Dv) in the dtype of the queries.
     """
     out = query.new_empty(*query.shape[:2], value.shape[-1])
-    heads = spans.of_heads(key.shape[0])
+    heads = spans.heads * key.shape[0] if len(spans.heads) == 1 else spans.heads
     for tile in _tiles(query, key, value, scale, mask, softcap, sink_logits):
         own = replace(spans, heads=(heads[tile.head],))
         keep = tile.attention * _Reach(own, tile.hidden).held()
