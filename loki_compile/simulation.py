@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from loki_compile.gradients import by_head
 from loki_compile.kernels.budget import Budget
-from loki_compile.kernels.fused import QUERIES, laid_out
+from loki_compile.kernels.fused import QUERIES, laid_out, queries_by_head
 from loki_compile.passes.attention import AttentionSite
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.sites import find_sites

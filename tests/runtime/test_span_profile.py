@@ -93,7 +93,15 @@ def expected(model, inputs, labels, of_loss):
     return found
 
 
-@pytest.mark.parametrize("name, of_loss", [*((n, False) for n in MODELS), ("llama", True)])
+@pytest.mark.parametrize(
+    "name, of_loss",
+    [
+        ("llama", False),
+        ("sliding", False),
+        pytest.param("written out", False, marks=pytest.mark.slow),
+        pytest.param("llama", True, marks=pytest.mark.slow),
+    ],
+)
 def test_effects_of_a_whole_prompt_are_those_of_autograd_over_the_model(name, of_loss):
     model, ids = MODELS[name](), prompt(1, 90)
     inputs = {"input_ids": ids[:, :-1], "use_cache": False}
@@ -134,7 +142,10 @@ def test_effects_behind_a_cache_are_those_of_the_rows_that_are_decoded():
         )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    ["sliding", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "written out"))],
+)
 def test_the_measured_loss_is_that_of_a_model_whose_attention_reads_spans(name):
     model, ids = MODELS[name](), prompt(3, 80)
     inputs = {"input_ids": ids[:, :-1], "use_cache": False}
