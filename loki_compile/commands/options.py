@@ -32,6 +32,15 @@ class _FractionOrCount(click.ParamType):
 
 NUMBER = _FractionOrCount()
 
+# Of commands that read text with a model and store what they found: `text_of` takes the files.
+READING_OPTIONS = [
+    click.argument("name", metavar="MODEL"),
+    click.argument("more_text", metavar="[FILES]...", nargs=-1),
+    click.option("--text", "first_text", multiple=True, help="Text files. [Python's own library]"),
+]
+OUT_OPTION = click.option(
+    "--out", "folder", type=click.Path(path_type=Path), help="Folder. [the store]"
+)
 LOKI_OPTIONS = [
     click.option("--top-k", type=NUMBER, help="Keys each query reads: 0.125 or 1024."),
     click.option("--rank", type=NUMBER, help="Dims of the index: 0.25, 32 or variance:0.9."),

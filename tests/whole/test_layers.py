@@ -33,6 +33,7 @@ ROOMS = {
         "click",
         "rich",
         "matplotlib",
+        "scipy",
         "transformers",
         "huggingface_hub",
         "loki_compile",
@@ -52,7 +53,7 @@ PRIVATE_IN_TESTS = {
     "loki_compile.kernels.ops.select._schema",
     "loki_compile.pca_store.attention_fit._loss",
 }
-HEAVY = ("transformers", "matplotlib", "huggingface_hub")
+HEAVY = ("transformers", "matplotlib", "scipy", "huggingface_hub")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).glob("*.py"))]
 FAMILIES = (
     "llama|qwen|mistral|mixtral|gemma|gpt|falcon|phi[0-9]|bloom|bert|deepseek|olmo|cohere|granite"
