@@ -7,8 +7,8 @@ second one: the first finds an empty folder in the place of every cache on disk 
 Triton's, our C++ kernels', the stored bases'), the second what the first left there. A process asks
 the same prompt several times through `model.generate` with its default cache, so that a later call
 is what an answer takes once all is compiled, and "longer" is what the first took longer than that.
-Loading the model and importing is not counted. CPU time is that of the process and of all that it started
-(compilers, Inductor's workers), and says more than the clock where other processes are busy.
+Loading the model and importing is not counted. CPU time is that of the process and of all that it
+started (compilers, Inductor's workers), and says more than the clock where others are busy.
 
 Two goals are printed: what the first call of loki takes longer is at most a quarter of what
 Inductor's takes longer; with warm caches it takes at most 15 s more than eager's whole call.
