@@ -160,18 +160,6 @@ def main() -> None:
     if args.way:
         child(args)
         return
-    rows, expected = [], []
-    for way in args.ways:
-        with tempfile.TemporaryDirectory(prefix="loki_cold_") as folder:
-            # Nothing of eager is kept on disk.
-            for caches in ("empty",) if way == "eager" else ("empty", "warm"):
-                found = in_a_process(way, Path(folder), args)
-                expected = expected or found["calls"][-1]["tokens"]
-                rows.append(row_of(way, caches, found, expected))
-    shown = [name for name in rows[0] if not name.startswith("calls")]
-    print(table(rows, shown))
-    if set(args.ways) == set(WAYS):
-        print(*verdicts(rows), sep="\n")
     about = {
         "bench": "cold",
         "model": Path(args.model).name,
@@ -181,7 +169,21 @@ def main() -> None:
         "load": os.getloadavg()[0],
         **stamp(args.device),
     }
-    print("written to", write_rows(args.name, [{**about, **row} for row in rows]))
+    rows: list[dict[str, Any]] = []
+    expected: list[int] = []
+    for way in args.ways:
+        with tempfile.TemporaryDirectory(prefix="loki_cold_") as folder:
+            # Nothing of eager is kept on disk.
+            for caches in ("empty",) if way == "eager" else ("empty", "warm"):
+                found = in_a_process(way, Path(folder), args)
+                expected = expected or found["calls"][-1]["tokens"]
+                rows.append(row_of(way, caches, found, expected))
+                written = write_rows(args.name, [{**about, **rows[-1]}])
+    shown = [name for name in rows[0] if not name.startswith("calls")]
+    print(table(rows, shown))
+    if set(args.ways) == set(WAYS):
+        print(*verdicts(rows), sep="\n")
+    print("written to", written)
 
 
 if __name__ == "__main__":
