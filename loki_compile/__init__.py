@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loki_compile.calibration import calibrate
     from loki_compile.config import LokiConfig
     from loki_compile.counts import reset_stats, stats
-    from loki_compile.exact import exact
+    from loki_compile.exact_steps import exact
     from loki_compile.explanation import explain
     from loki_compile.generation.correction import correct, corrected
     from loki_compile.generation.lossless import LosslessDecoder, lossless
@@ -46,7 +46,7 @@ _HOME = {
     "calibrate": "calibration",
     "correct": "generation.correction",
     "corrected": "generation.correction",
-    "exact": "exact",
+    "exact": "exact_steps",
     "explain": "explanation",
     "given_up": "report",
     "lossless": "generation.lossless",

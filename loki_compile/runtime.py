@@ -26,7 +26,7 @@ from loki_compile.caches import CacheBinding, Cached, tokens_before, version_of
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Because, say_once
 from loki_compile.deferred import Deferred
-from loki_compile.exact import exact_now
+from loki_compile.exact_steps import exact_now
 from loki_compile.indexes import IndexRecord
 from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
 from loki_compile.passes.attention import MAX_QUERY_TOKENS

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loki_compile.exact import exact
+from loki_compile.exact_steps import exact
 from loki_compile.generation.feed import Feed
 from loki_compile.passes.attention import MAX_QUERY_TOKENS
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loki_compile.exact import exact
+from loki_compile.exact_steps import exact
 from loki_compile.generation import verdicts
 from loki_compile.generation.correction import require_one_path
 from loki_compile.generation.feed import Feed
