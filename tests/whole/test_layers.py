@@ -26,6 +26,8 @@ ROOMS = {
         "loki_compile.policies",
     ),
     "loki_compile": ("torch", "loki_compile"),
+    # Around decode loops: knows caches of transformers by what they can do, and imports none.
+    "loki_compile/generation": ("torch", "loki_compile"),
     # Above all others: what the command line alone needs, transformers above all.
     "loki_compile/commands": (
         "torch",
