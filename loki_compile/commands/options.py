@@ -32,12 +32,16 @@ class _FractionOrCount(click.ParamType):
 
 NUMBER = _FractionOrCount()
 
-LOKI_OPTIONS = [
-    click.option("--top-k", type=NUMBER, help="Keys each query reads: 0.125 or 1024."),
-    click.option("--rank", type=NUMBER, help="Dims of the index: 0.25, 32 or variance:0.9."),
+# Those of which a command that compares settings takes one value for all of them.
+EACH_OPTIONS = [
     click.option("--min-context", type=int, help="Fewer visible keys than this run dense."),
     click.option("--index-dtype", help='"auto" or "int8".'),
     click.option("--share", help='"group" or "head".'),
+]
+LOKI_OPTIONS = [
+    click.option("--top-k", type=NUMBER, help="Keys each query reads: 0.125 or 1024."),
+    click.option("--rank", type=NUMBER, help="Dims of the index: 0.25, 32 or variance:0.9."),
+    *EACH_OPTIONS,
     click.option("--policy", help='How keys are chosen: "loki", "tidal", "oracle", ...'),
 ]
 MODEL_OPTIONS = [
