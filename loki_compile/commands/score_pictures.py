@@ -105,13 +105,14 @@ def draw_quality(found: Sequence[Row], policies: dict[str, str], path: Path) -> 
             if over == "step_ms" and dense.get(over) is not None:
                 place.axvline(dense[over], color="black", linestyle=":", linewidth=1)
             if over == "bytes_share":
-                place.set_xscale("log", base=2)
-                place.xaxis.set_major_formatter(lambda share, _: f"{share:.1%}")
+                place.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
             if up == "kl":
                 place.set_yscale("log")
+                for which in (place.yaxis.set_major_formatter, place.yaxis.set_minor_formatter):
+                    which(lambda nats, _: f"{nats:.3g}")
             place.set_xlabel(over_label, fontsize=8)
             place.set_ylabel(up_label, fontsize=8)
-            place.tick_params(labelsize=7)
+            place.tick_params(labelsize=7, which="both")
             place.grid(alpha=0.3)
     shown = next((place for place in axes.flat if place.get_legend_handles_labels()[0]), None)
     if shown is not None:

@@ -105,7 +105,8 @@ def summary(rows: Sequence[Row], labels: Sequence[str]) -> list[Row]:
     """One row for each setting that has any, `DENSE` first, over the cases that all of these have.
 
     Of text: perplexity and its change (with `spread` over pieces), KL divergence in nats and the
-    share of equal tokens, the attention missed, keys read by a row, bytes read against dense.
+    share of equal tokens, the attention missed (`missed_by_site`: by each site that chooses), keys
+    read by a row, bytes read against dense.
     Of tasks, by question: the mean score with its interval, each task's, prompts better and worse
     than dense, equal greedy tokens, tokens generated. `cases`: how many were compared, of how many
     that some setting has.
@@ -153,6 +154,9 @@ def _of_text(pairs: Sequence[tuple[Row, Row]]) -> Row:
         values = [row[name] for row, _ in pairs if name in row]
         if values:
             found[name] = statistics.fmean(values)
+    each = [row["missed_by_site"] for row, _ in pairs if "missed_by_site" in row]
+    if each:
+        found["missed_by_site"] = [statistics.fmean(site) for site in zip(*each, strict=True)]
     if "bytes" in found:
         found["bytes_share"] = found["bytes"] / found["dense_bytes"]
     times = [row["step_ms"] for row, _ in pairs if row.get("step_ms") is not None]
