@@ -1,5 +1,6 @@
 """The command line: what a user sees, what is written where, and one line for each mistake."""
 
+import json
 import os
 import re
 import shutil
