@@ -39,6 +39,8 @@ from loki_compile.kernels.triton_launch import SelectLaunch  # noqa: E402
 SEED = 20261121
 INDEX_DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32]
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+# The interpreter takes seconds a case: there the rest of the dtypes is tried with `-m slow`.
+_SLOW_HERE = [pytest.mark.slow] if INTERPRETED else []
 
 
 @pytest.mark.skipif(INTERPRETED or ON_GPU, reason="runs here already")
@@ -138,7 +140,15 @@ def assert_equal_choice(case, tensors=None, mask=None, launch=None):
 
 
 @here
-@pytest.mark.parametrize("index_dtype", INDEX_DTYPES)
+@pytest.mark.parametrize(
+    "index_dtype",
+    [
+        torch.int8,
+        torch.bfloat16,
+        pytest.param(torch.float16, marks=_SLOW_HERE),
+        pytest.param(torch.float32, marks=_SLOW_HERE),
+    ],
+)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -294,7 +304,9 @@ def scored(scorer, dtype, case, mask=None):
 
 @here
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float32, pytest.param(torch.float16, marks=_SLOW_HERE)]
+)
 @pytest.mark.parametrize("scorer", ["low rank", "int8", "exact", "pages"])
 def test_every_scorer_chooses_as_defined(scorer, dtype, choice):
     for mask in (None, mask_of("holes", 131, 2), torch.randn(1, 1, 2, 131)):
