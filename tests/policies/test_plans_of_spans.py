@@ -62,6 +62,7 @@ def test_a_stored_plan_is_used_at_default_options_and_said(home, caplog):
     sites = explained(model, "moa")
     assert [site.policy for site in sites] == ["moa", "moa", ""]
     kept = Spans((Span.of((128, 0)), Span.of((0, 0.5))), 64).share(8192)
+    assert [site.spans for site in sites] == [*WORDS[:2], ""]
     assert sites[0].note == f"{kept:.0%} of 8192 keys" and sites[2].outcome == "dense by plan"
     out = decode(model, "moa", ids)
     assert stats()["sparse_steps"] == 2 and stats()["rebuilds"] == 0
