@@ -110,6 +110,15 @@ def test_the_answer_is_the_models_own_where_there_is_a_chat_template(tuning, mon
     assert len(seen) == 6 and all(rows == len(labels) >= 15 for rows, labels in seen)
 
 
+def test_prompts_that_a_chat_template_fills_are_refused(folders):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders["chat"])
+    ids = torch.arange(2, 300) % 2000
+    ((prompt,),) = span_search.asked_prompts(tokenizer, ids, [200], 0)
+    assert prompt.start == len(prompt.ids) <= 150 and prompt.asked
+    with pytest.raises(ValueError, match="no room for text in 9 tokens"):
+        span_search.asked_prompts(tokenizer, ids, [12], 0)
+
+
 def test_a_stopped_profile_goes_on_where_it_was(tuning, monkeypatch):
     calls = []
     effects = SpanProfiler.effects
