@@ -35,6 +35,7 @@ from loki_compile.deferred import PRICE, Deferred
 from loki_compile.engines import Engine, autocast_now, compile_late, default
 from loki_compile.floats import ask_for_values, ask_what_inductor_asks
 from loki_compile.kernels.kept import Keeps
+from loki_compile.kernels.ops import begin_building
 from loki_compile.passes.appends import find_appends
 from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
@@ -104,6 +105,9 @@ def loki(
         ask_what_inductor_asks(gm, example_inputs)  # what is traced again is not judged
     if refusal:
         raise Refusal(refusal)
+    if plan.sparse or once:  # behind a prompt comes a step
+        for device in {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}:
+            begin_building(device)
     in_place = _grows_in_place(normal, config, mode)
     appends = find_appends(normal.graph) if in_place else ()
     bindings = plainly(bind_caches, normal, plan, example_inputs, parts, config, appends)

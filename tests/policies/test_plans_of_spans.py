@@ -120,7 +120,7 @@ def test_spans_of_other_heads_are_refused(home):
 
 def test_rows_of_weights_have_the_spans_of_their_heads(home):
     """As under tensor parallelism, where a process has some of the heads."""
-    from loki_compile.planned import _of_site
+    from loki_compile.planned import of_site
 
     plan = plan_for(make_model(layers=3))
     save_plan(plan, suffix=SPANS_SUFFIX)
@@ -128,9 +128,9 @@ def test_rows_of_weights_have_the_spans_of_their_heads(home):
     found = find_plan(list(mine), mine, suffix=SPANS_SUFFIX)
     assert found == plan
     layer = plan.layers[0]
-    assert str(_of_site(layer, 1, layer.blocks[1:])) == "moa:64:0.5N"
-    assert str(_of_site(layer, 1, layer.blocks[:1])) == "moa:64:128"
-    assert str(_of_site(layer, 2, layer.blocks)) == layer.word
+    assert str(of_site(layer, 1, layer.blocks[1:])) == "moa:64:0.5N"
+    assert str(of_site(layer, 1, layer.blocks[:1])) == "moa:64:128"
+    assert str(of_site(layer, 2, layer.blocks)) == layer.word
 
 
 def published(tmp_path, alphas, betas, name="moa_alpha_beta.json", **more) -> str:

@@ -16,7 +16,7 @@ ROOMS = {
     "passes": (
         "torch",
         "loki_compile.passes",
-        *(f"loki_compile.kernels.{name}" for name in ("budget", "fused", "kept", "ops")),
+        *(f"loki_compile.kernels.{name}" for name in ("budget", "fused", "kept", "ops", "spans")),
     ),
     "loki_compile/policies": (
         "torch",
@@ -26,6 +26,8 @@ ROOMS = {
         "loki_compile.policies",
     ),
     "loki_compile": ("torch", "loki_compile"),
+    # Around decode loops: knows caches of transformers by what they can do, and imports none.
+    "loki_compile/generation": ("torch", "loki_compile"),
     # Above all others: what the command line alone needs, transformers above all.
     "loki_compile/commands": (
         "torch",
