@@ -10,8 +10,9 @@ it was. Times are CPU time of this process with one thread, so that others on th
 count; both sides of a ratio come from one process, in turn. "Dense" is loki's own dense variant.
 
 `correction` decodes a held-out text token by token behind a prompt, and compares each step's logits
-with those of dense decoding of the same tokens. `speed` takes keys as those of trained models are, with a spectrum that falls and
-queries that find few of them: behind random ones no draft is ever right (see `trained`).
+with those of dense decoding of the same tokens. `speed` takes keys as those of trained models are,
+with a spectrum that falls, and queries that find few of them: behind random ones hardly a draft is
+right (see `trained`).
 """
 
 from __future__ import annotations
