@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 from harness import RESULTS, stamp, table, write_rows
-from loki_compile.kernels.ops import attend
-from torch import Tensor, fx
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from loki_compile import reset_stats, stats
 from loki_compile.backend import loki
+from loki_compile.commands.missed import Seen, Watch
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "oracle, max": {"policy": "oracle"},
@@ -49,35 +49,6 @@ PLANS: dict[str, dict[str, Any]] = {
     "lessismore": {"policy": "lessismore"},
     "kascade": {"policy": "kascade"},
 }
-
-
-class Watching(fx.Interpreter):
-    """Runs a graph node by node and notes what each choice of keys misses."""
-
-    def __init__(self, gm: fx.GraphModule, missed: list[Tensor]) -> None:
-        super().__init__(gm)
-        self.missed = missed
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target is attend:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            self.missed.append(missed_mass(*args[:2], *args[3:5], scale=kwargs["scale"]))
-        return super().run_node(n)
-
-
-def missed_mass(
-    q: Tensor, k: Tensor, positions: Tensor, mask: Tensor | None, *, scale: float
-) -> Tensor:
-    """The share of each head's attention that lies on keys not chosen, the mean of all (0-d)."""
-    group = q.shape[1] // k.shape[1]
-    scores = scale * q.float() @ k.float().repeat_interleave(group, 1).mT
-    if mask is not None:
-        hidden = mask == 0 if mask.dtype in (torch.uint8, torch.bool) else None
-        scores = scores + mask if hidden is None else scores.masked_fill(hidden, -torch.inf)
-    chosen = torch.zeros(*positions.shape[:3], k.shape[2] + 1, dtype=torch.bool)
-    chosen.scatter_(3, positions.long() % (k.shape[2] + 1), True)  # -1 is one behind the last
-    chosen = chosen[..., :-1].repeat_interleave(q.shape[1] // positions.shape[1], 1)
-    return (scores.softmax(-1) * ~chosen).sum(-1).mean()
 
 
 def main() -> None:
@@ -108,16 +79,14 @@ def main() -> None:
         settings = PLANS if args.plans else SETTINGS
         chosen = [name for name in settings if not args.only or name in args.only]
         for top_k, name in itertools.product(args.top_k, chosen):
-            missed: list[Tensor] = []
+            watch = Watch()
+            watch.seen = Seen()
             torch._dynamo.reset()
             reset_stats()
 
-            def engine(gm, inputs, missed=missed, **_):
-                return Watching(gm, missed).run
-
             rank = args.rank if args.rank < 1 else int(args.rank)
             options = {"top_k": top_k, "rank": rank, "basis": args.basis, **settings[name]}
-            backend = functools.partial(loki, engine=engine)
+            backend = functools.partial(loki, engine=watch.engine)
             step = torch.compile(model.forward, backend=backend, options=options)
             ranked = args.prefill == "compiled"
             cache = DynamicCache(config=model.config) if ranked else copy_of(prefilled, model)
@@ -129,7 +98,7 @@ def main() -> None:
             both = (dense.log_softmax(-1), logits.log_softmax(-1))
             kl = (both[0].exp() * (both[0] - both[1])).sum(-1).mean()
             same = (dense.argmax(-1) == logits.argmax(-1)).float().mean()
-            share = float(torch.stack(missed).sum()) / args.steps / model.config.num_hidden_layers
+            share = sum(watch.seen.missed) / args.steps / model.config.num_hidden_layers
             row = {"setting": name, "top_k": top_k, "missed_mass": share}
             row |= {"kl": float(kl), "same_token": float(same)}
             rows.append(row)

@@ -117,6 +117,14 @@ def keep(tensor: Tensor, place: tuple[int, ...], asked: Asked) -> None:
         _asked[storage] = (version, by_place)
 
 
+def carry(tensor: Tensor, twin: Tensor) -> None:
+    """`twin` is a copy of a cache's tensor: what was asked of that is asked of it."""
+    with _lock:
+        version, by_place = _asked.get(tensor.untyped_storage(), (None, {}))
+        if by_place and version == version_of(tensor):
+            _asked[twin.untyped_storage()] = (version_of(twin), dict(by_place))
+
+
 def place_of(binding: CacheBinding, cached: Cached) -> tuple[int, ...]:
     """Which cache of those that a storage may hold."""
     return binding.kv_heads, binding.head_dim, int(cached.past.storage_offset())

@@ -255,7 +255,7 @@ class DecodeGraph:
         if self.config.min_context:
             if step.visible < self.config.min_context:
                 return Because.SHORT
-            if self.config.budget.covers(step.visible):
+            if all(rule.covers(step.visible) for rule in self.variants.rules):
                 return Because.COVERED
         if self.short_of_memory:
             self.short_of_memory -= 1
@@ -588,12 +588,13 @@ class DecodeGraph:
             if record.fit is not None:  # by this graph, or by one that found the cache before
                 step.served.bindings[place].fitted = record.fit.origin
         visible, model = step.visible, step.served.tally.model
+        most = max(rule.most(visible) for rule in self.variants.rules)
         say_once(
             (model, "sparse"),
             lambda: (
                 f"{model}: first sparse step done: {self.variants.sparse_sites} of "
                 f"{self.variants.sites} attention sites read at most "
-                f"{self.config.budget.keys(visible)} of {visible} keys. loki_compile.stats() "
+                f"{most} of {visible} keys. loki_compile.stats() "
                 "counts steps, loki_compile.reports() says what became of each site."
             ),
         )

@@ -86,6 +86,7 @@ class Variants:
         self.appends = tuple(appends)
         self.capacity: torch.SymInt | None = None
         self.compile_graph = compile_graph
+        self.rules = {sparse.choice.rule for sparse in plan.sparse}
         self.token_counts = [count for count in set(counts) if not isinstance(count, int)]
         self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self.undo = what_to_save(gm.graph)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from loki_compile.kernels.fused import expanded_values, positions_of_heads, tiles_to_blocks
 from loki_compile.kernels.kept import Layout
-from loki_compile.kernels.ops import attend
+from loki_compile.kernels.ops import attend, attention
 from loki_compile.passes.attention import AttentionSite
 from loki_compile.passes.calls import concrete, fake_value
 from loki_compile.passes.emit import absorbed, canonical, cast, replay, strided_like, whole_queries
@@ -152,7 +152,7 @@ def _of_source(asked: Asked, source: SparseSite, positions: fx.Node) -> fx.Node:
 def _sparse_attention(
     asked: Asked, positions: fx.Node, sinks: fx.Node | None, masks: Masks
 ) -> fx.Node:
-    """What the site's core returns, by way of the ops."""
+    """What the site's core returns, by way of the ops; `positions` are what its ranking made."""
     graph, site, mask = asked.graph, asked.site, asked.mask
     out = _attended(asked, positions, sinks)
     if site.core.nan_rows and mask is not None:
@@ -199,17 +199,18 @@ def _attended(asked: Asked, positions: fx.Node, sinks: fx.Node | None) -> fx.Nod
         rest = canonical(graph, latent.rest, site)
     elif latent is not None and latent.kept:
         value = call(graph, torch.narrow, value, 3, latent.at, latent.dims, like=site.node)
+    ranking = asked.choice.ranking
+    in_ranges = ranking is not None and ranking.ranges
     return call(
         graph,
-        attend,
-        asked.query,
-        asked.key,
-        value,
-        positions,
+        attention if in_ranges else attend,
+        *(asked.query, asked.key, value),
+        *(() if in_ranges else (positions,)),
         asked.mask,
         scale=site.scale,
         softcap=site.core.softcap,
         sink_logits=sinks,
         k_rest=rest,
+        **({"ranges": positions} if in_ranges else {}),
         like=site.node,
     )

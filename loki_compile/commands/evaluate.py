@@ -1,180 +1,407 @@
-"""`loki eval`: perplexity, token agreement and recall of decoding, sparse against dense."""
+"""`loki eval`: quality of decoding MODEL, sparse against dense, by many settings in one run."""
 
 from __future__ import annotations
 
-import math
+import contextlib
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
 from loki_compile.commands.options import (
-    LOKI_OPTIONS,
+    EACH_OPTIONS,
     MODEL_HELP,
     MODEL_OPTIONS,
+    NUMBER,
     check_basis,
     loki_options,
     say_if_dense,
-    text_of,
     with_options,
 )
-from loki_compile.commands.output import foretelling, out, phase, progress, say
+from loki_compile.commands.output import out, progress, say, show
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from loki_compile.commands.scores import Records
+    from loki_compile.commands.tasks import Case
+    from loki_compile.commands.trials import Setting
 
-    from loki_compile.commands.measure import Trace
+_ALL = "all"
 
 
 @click.command(epilog=MODEL_HELP)
 @click.argument("name", metavar="MODEL")
-@click.option("--text", "files", multiple=True, help="Text file. [held-out Python library]")
-@click.option("--context", type=click.IntRange(8),
-              help="Tokens of each piece. [4096, or what the model allows]")  # fmt: skip
-@click.option("--prefill", "start", type=click.IntRange(1),
-              help="Tokens before the ones that count. [3/4 of the context]")  # fmt: skip
-@click.option("--windows", type=click.IntRange(1), default=2, show_default=True,
-              help="Pieces of text, each of --context tokens.")  # fmt: skip
-@click.option("--recall-prompts", type=click.IntRange(0), default=4, show_default=True,
-              help="Prompts of 32 questions (reference model only).")  # fmt: skip
-@click.option("--basis", "chosen", multiple=True, help="Store name, path, hub id; may be repeated.")
-@click.option("--cache", type=click.Choice(["static", "dynamic"]), default="static")
-@with_options(LOKI_OPTIONS)
+@click.option("--text", "files", multiple=True,
+              help="Text file, may be repeated. [held-out Python library]")  # fmt: skip
+@click.option("--context", "contexts", type=click.IntRange(64), multiple=True,
+              help="Tokens of each case; may be repeated. [4096, or what it has]")  # fmt: skip
+@click.option("--task", "tasks", multiple=True,
+              help="text, recall, passkey, single, multi-key, multi-value, multi-query, tracking, "
+              "common, frequent, or all; may be repeated. [text, and recall where the tokenizer "
+              "has its words]")  # fmt: skip
+@click.option("--steps", type=click.IntRange(2), default=128, show_default=True,
+              help="Tokens of each piece of text that are decoded, its last.")  # fmt: skip
+@click.option("--pieces", type=click.IntRange(1), default=2, show_default=True,
+              help="Pieces of each text.")  # fmt: skip
+@click.option("--seeds", type=click.IntRange(1), default=4, show_default=True,
+              help="Prompts of each task and context; passkey: of each depth.")  # fmt: skip
+@click.option("--depths", type=click.IntRange(2), default=5, show_default=True,
+              help="Depths of the pass key, from the beginning to the end.")  # fmt: skip
+@click.option("--question", type=click.Choice(["sparse", "dense", "both"]), default="sparse",
+              show_default=True,
+              help="What reads a question: decode steps, or the prefill.")  # fmt: skip
+@click.option("--policy", "policies", multiple=True,
+              help='How keys are chosen: "loki", "oracle", ...; may be repeated.')  # fmt: skip
+@click.option("--top-k", "budgets", type=NUMBER, multiple=True,
+              help="Keys each query reads: 0.125 or 1024; may be repeated.")  # fmt: skip
+@click.option("--rank", "ranks", type=NUMBER, multiple=True,
+              help="Dims of the index: 0.25, 32 or variance:0.9; may be repeated.")  # fmt: skip
+@click.option("--basis", "bases", multiple=True,
+              help="Store name, path, hub id; may be repeated. [auto]")  # fmt: skip
+@click.option("--setting", "named", multiple=True, metavar="NAME=VALUE,...",
+              help="One more setting, by its options: policy=loki,top_k=128,group_choice="
+              "probability; may be repeated, and alone replaces the combinations.")  # fmt: skip
+@click.option("--engine", type=click.Choice(["inductor", "nodes"]), default="inductor",
+              show_default=True, help="What runs decode steps: Inductor's code, or the same graphs "
+              "node by node, with nothing to compile.")  # fmt: skip
+@click.option("--cache", type=click.Choice(["static", "dynamic"]), default="static",
+              show_default=True)  # fmt: skip
+@click.option("--mass-steps", type=click.IntRange(0), default=8, show_default=True,
+              help="Steps of each piece of text whose missed attention is noted.")  # fmt: skip
+@click.option("--out", "folder", type=click.Path(path_type=Path),
+              help="Folder for results.json, .csv, .md, pictures, and to go on from.")  # fmt: skip
+@with_options(EACH_OPTIONS)
 @with_options(MODEL_OPTIONS)
 def command(
     name: str,
     files: tuple[str, ...],
-    context: int | None,
-    start: int | None,
-    windows: int,
-    recall_prompts: int,
-    chosen: tuple[str, ...],
+    contexts: tuple[int, ...],
+    tasks: tuple[str, ...],
+    steps: int,
+    pieces: int,
+    seeds: int,
+    depths: int,
+    question: str,
+    policies: tuple[str, ...],
+    budgets: tuple[Any, ...],
+    ranks: tuple[Any, ...],
+    bases: tuple[str, ...],
+    named: tuple[str, ...],
+    engine: str,
     cache: str,
+    mass_steps: int,
+    folder: Path | None,
     device: str | None,
     dtype: str,
     random_weights: bool,
     **loki: Any,
 ) -> None:
-    """Perplexity, token agreement and recall of decoding MODEL, sparse against dense.
+    """Quality of decoding MODEL, sparse against dense: text, and tasks in the manner of RULER.
 
-    It decodes token by token. Log-likelihood tasks (lm-eval's multiple choice and perplexity) never
-    decode: they are prefills, dense by plan, and their score says nothing of this backend.
+    Each case's context is prefilled once, dense; every setting (each policy at each budget, rank
+    and basis) decodes behind a copy of that cache, through the compiled decode path. With --out a
+    run that was stopped goes on when the same command is given again, and more settings or cases
+    add to it.
+
+    Of text: perplexity, KL divergence and equal greedy tokens against dense, the attention on keys
+    that were not chosen, bytes read. Of tasks: the share of answers found, with 95 % intervals over
+    prompts; a question is read by sparse decode steps (with up to 15 tokens before it), unless
+    --question says otherwise.
+
+    Log-likelihood tasks (lm-eval's multiple choice and perplexity) never decode: they are prefills,
+    dense by plan, and their score says nothing of this backend.
     """
-    import torch
-
     from loki_compile.commands.models import (
         check_placement,
-        encode,
+        check_writable,
         fitting_context,
         load_config,
-        load_model,
         load_tokenizer,
     )
+    from loki_compile.commands.scores import Records
 
-    options = loki_options(**loki)
-    named = {f"loki, basis {b}": {**options, "basis": b} for b in chosen or ("auto",)}
-    for each in named.values():
-        check_basis(each["basis"])
+    settings = _settings(policies, budgets, ranks, bases, named, loki)
     check_placement(device, dtype)
-    context = fitting_context("--context", context, 4096, load_config(name))
-    start = context * 3 // 4 if start is None else start
-    if start > context - 2:
-        raise ValueError(f"--prefill {start}: needs at most {context - 2} of {context} tokens.")
-    text, _ = text_of(files, "held_out")
+    if folder is not None:
+        check_writable("--out", folder, folder=True)
+    wanted = _tasks(tasks)
+    config = load_config(name)
+    lengths = [fitting_context("--context", given, 4096, config) for given in contexts or (None,)]
     tokenizer = load_tokenizer(name)
-    ids = encode(tokenizer, text[: 16 * windows * context])
-    if len(ids) < context:
-        raise ValueError(f"the text holds {len(ids)} tokens; needs {context}: pass more text")
-    say_if_dense(options, context)
-    say(f"loading {name}")
-    model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
-    pieces = ids[: len(ids) // context * context].view(-1, context)[:windows].to(model.device)
-    recall = _recall_prompts(tokenizer, name, context, recall_prompts)
-    steps: dict[str, Any] = {"dense": model}
-    for label, each in named.items():
-        steps[label] = torch.compile(model, backend="loki", options=each)
-    traces, answers = _decoded(name, model, steps, pieces, recall, start, cache)
-    out.print(_quality_table(traces, answers, context))
-    out.print(
-        "Log-likelihood tasks (lm-eval) never decode: their score says nothing of this backend.",
-        highlight=False,
-    )
-
-
-def _decoded(
-    name: str,
-    model: Any,
-    steps: dict[str, Any],
-    pieces: Tensor,
-    recall: list[Any],
-    start: int,
-    cache: str,
-) -> tuple[dict[str, Trace], dict[str, list[bool]]]:
-    """By each way of decoding: what it made of the pieces (windows, context), and whether each
-    answer to `recall` was right."""
-    from loki_compile.commands.measure import follow, many_variants, new_cache
-
-    context = pieces.shape[1]
-    traces: dict[str, Trace] = {}
-    answers: dict[str, list[bool]] = {}
-    per_variant = len(pieces) * (context - start - 1)
-    per_variant += sum(len(prompt) - first - 1 for prompt, first, _ in recall)
-    with many_variants(), progress() as bar:
-        task = bar.add_task(f"decoding with {name}", total=per_variant * len(steps))
-        for label, step in steps.items():
-            how = "eagerly" if label == "dense" else "compiled by Inductor at the first steps"
-            told = foretelling(per_variant, lambda done: bar.advance(task, done))
-            what = f"{label}: prefills {start} tokens eagerly, decodes one by one {how}"
-            with phase(what, spinner=False):
-                for piece in pieces:
-                    kept = new_cache(model, cache, context)
-                    trace = follow(model, step, piece, start, kept, told)
-                    traces[label] = traces[label].joined(trace) if label in traces else trace
-                for prompt, first, queries in recall:
-                    kept = new_cache(model, cache, context)
-                    trace = follow(model, step, prompt.to(model.device), first, kept, told)
-                    right = [trace.predicted[at - first] == answer[0] for at, answer in queries]
-                    answers.setdefault(label, []).extend(right)
-    return traces, answers
-
-
-def _recall_prompts(tokenizer: Any, name: str, context: int, count: int) -> list[Any]:
-    """(ids, first fed position, queries) of each; none for a model without recall tokens."""
-    import torch
-
-    from loki_compile.commands.models import REFERENCE
-    from loki_compile.commands.reference_data import recall_prompt, recall_token_ids
-
+    shapes = {"steps": steps, "pieces": pieces, "seeds": seeds, "depths": depths}
+    cases = _cases(tokenizer, wanted, not tasks, files, lengths, shapes)
+    for setting in settings:
+        say_if_dense(setting.options, min(lengths))
+    run = {
+        "model": name,
+        "config": f"{zlib.crc32(config.to_json_string().encode()):08x}",
+        "dtype": dtype,
+        "device": device or "",
+        "engine": engine,
+        "cache": cache,
+        "mass_steps": mass_steps,
+        "options": {key: value for key, value in loki.items() if value is not None},
+    }
+    records = Records(folder, run)
+    protocols = ("sparse", "dense") if question == "both" else (question,)
+    work = _missing(cases, settings, protocols, records)
     try:
-        recall_token_ids(tokenizer)
-    except ValueError:
-        if name == REFERENCE:
-            raise
-        return []
-    made = []
-    for seed in range(count):
-        ids, queries = recall_prompt(tokenizer, context, 32, 9000 + seed)
-        made.append((torch.tensor(ids), queries[0][0] - 2, queries))
-    return made
+        _decode(name, work, settings, records, device=device, dtype=dtype,
+                random_weights=random_weights, tokenizer=tokenizer)  # fmt: skip
+    except KeyboardInterrupt:
+        _report(records, settings, cases, folder)
+        kept = "; the same command goes on from there" if folder else "; --out would have kept them"
+        say(f"stopped with {len(records.rows)} results{kept}")
+        raise SystemExit(130) from None
+    _report(records, settings, cases, folder)
 
 
-def _quality_table(traces: dict[str, Trace], answers: dict[str, list[bool]], context: int) -> Table:
-    dense = traces["dense"]
-    table = Table(
-        title=f"decoding behind up to {context} tokens; {len(dense.nats)} tokens of text",
-        title_justify="left",
+# --------------------------------------------------------------------------- before any model
+
+
+def _settings(
+    policies: Sequence[str],
+    budgets: Sequence[Any],
+    ranks: Sequence[Any],
+    bases: Sequence[str],
+    named: Sequence[str],
+    others: dict[str, Any],
+) -> list[Setting]:
+    """Each combination, once (what keeps no index has neither rank nor basis), and those named.
+
+    Raises:
+        ValueError: an option that cannot be, a basis that is not there.
+    """
+    from loki_compile.commands.trials import Setting
+
+    none = {"rank": None, "basis": None}
+    kept = [{"rank": r, "basis": b} for r in ranks or (None,) for b in bases or (None,)]
+    combined = [
+        {"policy": policy, "top_k": top_k, **each}
+        for policy in policies or ("loki",)
+        for top_k in budgets or (None,)
+        for each in (kept if _keeps_index(policy) else [none])
+    ]
+    alone = named and not (policies or budgets or ranks or bases)
+    made: dict[str, Setting] = {}
+    for given in [*([] if alone else combined), *map(_options_of, named)]:
+        options = loki_options(**{**others, **given})
+        check_basis(options.get("basis", "auto"))
+        label = label_of(options)
+        made.setdefault(label, Setting(label, options))
+    return list(made.values())
+
+
+def _options_of(words: str) -> dict[str, Any]:
+    """The options that "NAME=VALUE,..." names.
+
+    Raises:
+        ValueError: a word without a value.
+    """
+    options: dict[str, Any] = {}
+    for word in words.split(","):
+        option, given, value = word.partition("=")
+        if not given:
+            raise ValueError(f"--setting {words}: {word!r} needs a value, as in top_k=128.")
+        options[option.strip()] = NUMBER.convert(value.strip(), None, None)
+    return options
+
+
+def label_of(options: dict[str, Any]) -> str:
+    """What a setting is called: its policy, budget and, where it keeps an index, rank and basis;
+    then whatever else differs from the defaults."""
+    from loki_compile.config import LokiConfig
+
+    config = LokiConfig.from_options(options)
+    parts = [str(config.policy), _shown(config.top_k)]
+    if _keeps_index(str(config.policy)):
+        parts += [f"R {_shown(config.rank)}", Path(str(config.basis)).stem]
+    usual = {"policy", "top_k", "rank", "basis"}
+    parts += [f"{n}={_shown(v)}" for n, v in config.to_options().items() if n not in usual]
+    return ", ".join(parts)
+
+
+def _keeps_index(policy: str) -> bool:
+    from loki_compile.policies.kinds import RANKINGS
+
+    return policy in ("loki", "tidal") or (policy not in RANKINGS and policy.endswith(".json"))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _tasks(given: Sequence[str]) -> list[str]:
+    """What is asked for, "recall" left out of "all": it needs a tokenizer of its own.
+
+    Raises:
+        ValueError: a task that there is not.
+    """
+    from loki_compile.commands.tasks import GENERATED, TASKS
+
+    named: dict[str, None] = {}
+    for word in given or ("text",):
+        if word != _ALL and word not in TASKS:
+            raise ValueError(f"--task {word}: needs one of {', '.join((*TASKS, _ALL))}.")
+        named |= dict.fromkeys(("text", *GENERATED) if word == _ALL else (word,))
+    return list(named)
+
+
+def _cases(
+    tokenizer: Any,
+    tasks: Sequence[str],
+    by_default: bool,
+    files: Sequence[str],
+    lengths: Sequence[int],
+    shapes: dict[str, int],
+) -> list[Case]:
+    """All cases: a first of every kind, then a second, so that a run that is stopped has some of
+    each.
+
+    Raises:
+        ValueError: too little text, a length or a tokenizer that does not do.
+    """
+    from loki_compile.commands.models import read_text
+    from loki_compile.commands.reference_data import stdlib_text
+    from loki_compile.commands.tasks import generated_case, recall_cases, text_cases
+
+    texts = {Path(file).name: read_text([file]) for file in files}
+    texts = texts or {"python": stdlib_text("held_out")}
+    kinds: list[list[Case]] = []
+    steps, seeds, depths = shapes["steps"], shapes["seeds"], shapes["depths"]
+    for length in lengths:
+        if steps > length - 2 and "text" in tasks:
+            raise ValueError(f"--steps {steps}: needs at most {length - 2} of {length} tokens.")
+        for task in tasks:
+            if task == "text":
+                for name, text in texts.items():
+                    kinds.append(text_cases(tokenizer, name, text, length, steps, shapes["pieces"]))
+            elif task == "recall":
+                kinds.append(recall_cases(tokenizer, length, seeds))
+            elif task == "passkey":
+                for number in range(depths):
+                    depth = number / (depths - 1)
+                    kinds.append(
+                        [
+                            generated_case(tokenizer, task, "", length, seed, depth)
+                            for seed in range(seeds)
+                        ]
+                    )
+            else:
+                filler = next(iter(texts.values()))
+                kinds.append(
+                    [generated_case(tokenizer, task, filler, length, seed) for seed in range(seeds)]
+                )
+        if by_default:
+            with contextlib.suppress(ValueError):  # other words, or they do not fit
+                kinds.append(recall_cases(tokenizer, length, seeds))
+    rounds = max(map(len, kinds))
+    return [kind[number] for number in range(rounds) for kind in kinds if number < len(kind)]
+
+
+def _missing(
+    cases: Sequence[Case],
+    settings: Sequence[Setting],
+    protocols: Sequence[str],
+    records: Records,
+) -> list[tuple[Case, dict[str, list[str]]]]:
+    """The cases that lack a result, and of which settings, by protocol."""
+    from loki_compile.commands.trials import DENSE
+
+    labels = [DENSE, *(setting.label for setting in settings)]
+    work = []
+    for case in cases:
+        lacking = {}
+        for protocol in ("text",) if case.is_text else protocols:
+            left = [label for label in labels if not records.has(case.key, protocol, label)]
+            if left:
+                lacking[protocol] = left
+        if lacking:
+            work.append((case, lacking))
+    return work
+
+
+# ---------------------------------------------------------------------------------- decoding
+
+
+def _decode(
+    name: str,
+    work: Sequence[tuple[Case, dict[str, list[str]]]],
+    settings: Sequence[Setting],
+    records: Records,
+    *,
+    device: str | None,
+    dtype: str,
+    random_weights: bool,
+    tokenizer: Any,
+) -> None:
+    if not work:
+        say(f"all {len(records.rows)} results are there already")
+        return
+    from loki_compile.commands.measure import many_variants
+    from loki_compile.commands.models import load_model
+    from loki_compile.commands.trials import Trials
+
+    results = sum(len(labels) for _, lacking in work for labels in lacking.values())
+    engine, cache = records.run["engine"], records.run["cache"]
+    compiled = "compiled by Inductor at the first steps" if engine == "inductor" else "node by node"
+    say(f"loading {name}; {len(work)} cases prefill densely, {len(settings)} settings decode each, "
+        f"{compiled}")  # fmt: skip
+    model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
+    trials = Trials(
+        model, tokenizer, settings,
+        engine=engine, cache=cache, mass_steps=records.run["mass_steps"],
+    )  # fmt: skip
+    with many_variants(), progress() as bar:
+        task = bar.add_task("results", total=results)
+        for case, lacking in work:
+            bar.update(task, description=f"{case.task}, {case.length} tokens")
+            for row in trials.rows(case, lacking):
+                records.add(row)
+                bar.advance(task)
+
+
+def _report(
+    records: Records, settings: Sequence[Setting], cases: Sequence[Case], folder: Path | None
+) -> None:
+    """The table, and where there is a folder all files."""
+    from loki_compile.commands.score_pictures import draw_depths, draw_quality
+    from loki_compile.commands.scores import columns, summary, write_results
+
+    keys = {case.key for case in cases}
+    rows = [row for row in records.rows if row["case"] in keys]
+    labels = [setting.label for setting in settings]
+    found = summary(rows, labels)
+    if found:
+        shown = columns(found)
+        what = f"{found[0]['cases']} cases"
+        if "tokens" in found[0]:
+            what += f"; {found[0]['tokens']} tokens of text"
+        table = Table(title=f"decoding {records.run['model']}: {what}", title_justify="left")
+        for number, (title, _) in enumerate(shown):
+            table.add_column(title, justify="right" if number else "left")
+        for row in found:
+            table.add_row(*(cell(row) for _, cell in shown))
+        out.print(table)
+    show(
+        f"Steps by the engine {records.run['engine']!r}; intervals are 95 %, over prompts. "
+        "Log-likelihood tasks (lm-eval) never decode: their score says nothing of this backend."
     )
-    columns = ["variant", "perplexity", "against dense", "same token"]
-    for column in columns + (["recall"] if answers else []) + ["tokens/s"]:
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    for label, trace in traces.items():
-        row = [
-            label,
-            f"{trace.perplexity:.4f}",
-            f"{math.expm1(math.log(trace.perplexity / dense.perplexity)):+.2%}",
-            f"{trace.agreement(dense):.2%}",
-        ]
-        if answers:
-            row.append(f"{sum(answers[label])}/{len(answers[label])}")
-        table.add_row(*row, f"{trace.tokens_per_second:.0f}")
-    return table
+    if folder is None:
+        return
+    write_results(folder, records.run, rows, found)
+    policies = {
+        setting.label: label_of({**setting.options, "top_k": 0.125}).replace(", 0.125", "", 1)
+        for setting in settings
+    }
+    wrote = ["results.json", "results.csv", "results.md"]
+    try:
+        if draw_depths(rows, labels, folder / "depths.png"):
+            wrote.append("depths.png")
+        if draw_quality(found, policies, folder / "quality.png"):
+            wrote.append("quality.png")
+    except ImportError:
+        say("note: without matplotlib there are no pictures: pip install 'loki-compile[eval]'")
+    show(f"wrote {', '.join(wrote)} to {folder}")

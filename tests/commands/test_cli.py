@@ -18,6 +18,7 @@ from loki_compile import observation, progress
 from loki_compile.commands import comparison
 from loki_compile.commands.main import main
 from loki_compile.commands.models import BUNDLED, load_model, load_tokenizer
+from loki_compile.commands.trials import Trials
 
 transformers = pytest.importorskip("transformers")
 
@@ -173,28 +174,60 @@ def test_explain_does_not_need_a_checkpoint(tiny, tmp_path):
 
 def test_eval_with_the_whole_budget_is_dense(tiny, text, interpreted):
     shown = succeed(
-        *("eval", tiny, "--text", text, "--context", "90", "--prefill", "70", "--windows", "2"),
-        *("--top-k", "1.0", "--min-context", "0", "--recall-prompts", "0", "--dtype", "float32"),
+        *("eval", tiny, "--text", text, "--context", "90", "--steps", "19", "--task", "text"),
+        *("--top-k", "1.0", "--min-context", "0", "--dtype", "float32"),
     )
     (row,) = [line for line in shown.splitlines() if "loki" in line]
     cells = [cell.strip() for cell in re.split("[│┃]", row)[1:-1]]
     assert cells[2] in ("+0.00%", "-0.00%")
-    assert cells[3] == "100.00%"
+    assert cells[4] == "100.00%"
     assert "38 tokens of text" in shown
 
 
+SETTINGS = ("--setting", "policy=window,top_k=36", "--setting", "top_k=40,rank=4")
+SMALL = ("--context", "300", "--steps", "5", "--pieces", "1", "--min-context", "0", *SETTINGS)
+
+
+def test_an_eval_that_was_stopped_goes_on(tiny, text, tmp_path, monkeypatch):
+    """Ctrl-C behind the third result: the same command measures the others, and no more."""
+    folder = tmp_path / "out"
+    command = ("eval", tiny, "--text", text, *SMALL, "--task", "text", "--task", "passkey")
+    command += ("--depths", "2", "--seeds", "1", "--engine", "nodes", "--out", folder)
+    rows, taken = Trials.rows, []
+
+    def stopping(self, *arguments):
+        for row in rows(self, *arguments):
+            if len(taken) == 3:
+                raise KeyboardInterrupt
+            taken.append((row["case"], row["setting"]))
+            yield row
+
+    monkeypatch.setattr(Trials, "rows", stopping)
+    stopped = run(*command)
+    assert stopped.exit_code == 130
+    assert "stopped with 3 results; the same command goes on from there" in stopped.stderr
+    monkeypatch.setattr(Trials, "rows", rows)
+    shown = succeed(*command)
+    lines = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()[1:]]
+    measured = [(row["case"], row["setting"]) for row in lines]
+    assert measured[:3] == taken
+    assert len(measured) == len(set(measured)) == 3 * 3  # a text and two depths, three ways
+    assert "3 of 3 cases" in shown
+    for name in ("results.json", "results.csv", "results.md", "depths.png", "quality.png"):
+        assert (folder / name).stat().st_size
+    monkeypatch.setattr(Trials, "rows", lambda *_: pytest.fail("measured again"))
+    assert "3 of 3 cases" in succeed(*command)
+
+
 @pytest.mark.slow
-def test_bench_writes_the_rows_it_prints(tiny, tmp_path):
-    file = tmp_path / "rows.json"
-    contexts = ("--context", "50", "--context", "130", "--min-context", "0")
-    shown = succeed("bench", tiny, *contexts, "--rounds", "2", "--out", file)
-    rows = json.loads(file.read_text())
-    assert [row["context"] for row in rows] == [50, 130]
-    for row in rows:
-        ms = row["ms_per_token"]
-        assert set(ms) == {"eager", "inductor", "loki"}
-        assert row["against_dense"] == min(ms["eager"], ms["inductor"]) / ms["loki"]
-    assert f"wrote {file}" in shown
+def test_eval_at_its_defaults(tiny, tmp_path):
+    """The bundled model has the recall words; engine, policy, budget and rank are the defaults."""
+    small = ("--context", "1200", "--steps", "6", "--seeds", "1", "--pieces", "1")
+    shown = succeed("eval", "reference", *small, "--out", tmp_path / "out")
+    assert "engine 'inductor'" in shown and "recall" in shown
+    rows = (tmp_path / "out" / "records.jsonl").read_text().splitlines()[1:]
+    loki = [row for row in map(json.loads, rows) if row["setting"] != "dense"]
+    assert [row["dense_steps"] for row in loki] == [0, 0]
 
 
 def test_the_demo_takes_the_stored_basis_that_fits(tiny, text, own_store, monkeypatch):
@@ -309,7 +342,7 @@ MISTAKES = {
     ),
     "too long a context, bench": (
         ("bench", "{tiny}", "--context", "50", "--context", "699", "--rounds", "1"),
-        "--context 699: this model has 700 positions; needs at most 693 with 7 tokens behind it",
+        "--context 699: this model has 700 positions; needs at most 692 with 8 tokens behind it",
     ),
     "too long a prompt, calibrate": (
         ("calibrate", "{tiny}", "--text", "{text}", "--length", "701"),
@@ -323,6 +356,32 @@ MISTAKES = {
         ("calibrate", "{tiny}", "--text", "{text}", "--out", "{text}/bases"),
         "is not a folder; needs a place",
     ),
+    "an unknown policy, bench": (
+        ("bench", "{tiny}", "--policies", "loki,loky"),
+        "policy='loky': there is none of that name",
+    ),
+    "a budget that is none, bench": (
+        ("bench", "{tiny}", "--policies", "loki@much"),
+        "--policies loki@much: found top_k 'much'",
+    ),
+    "a budget too small, bench": (("bench", "{tiny}", "--policies", "loki@9"), "top_k=9 does not"),
+    "no policy, bench": (("bench", "{tiny}", "--policies", " ,"), "--policies ' ,': names nothing"),
+    "an unknown dense way, bench": (
+        ("bench", "{tiny}", "--dense", "eager,flash"),
+        "--dense flash: needs some of eager, inductor, packed, packed-inductor, exact",
+    ),
+    "a file of something else, bench": (
+        ("bench", "{tiny}", "--out", "{text}"),
+        "holds no rows of `loki bench`",
+    ),
+    "too little text, bench": (
+        ("bench", "{tiny}", "--text", "{few}", "--context", "600"),
+        "--text: holds",
+    ),
+    "text without a tokenizer, bench": (
+        ("bench", "{bare}", "--text", "{text}", "--context", "600"),
+        "found no tokenizer for",
+    ),
     "an --out below a file, bench": (
         ("bench", "{tiny}", "--out", "{text}/rows.json"),
         "is not a folder; needs a place",
@@ -334,9 +393,29 @@ MISTAKES = {
     "no tokenizer, eval": (("eval", "{bare}", "--context", "90"), "found no tokenizer for"),
     "no tokenizer, calibrate": (("calibrate", "{bare}"), "found no tokenizer for"),
     "no tokenizer, demo": (("demo", "--model", "{bare}"), "found no tokenizer for"),
-    "too long a prefill": (
-        ("eval", "{tiny}", "--context", "64", "--prefill", "64"),
-        "--prefill 64: needs at most 62",
+    "too many steps": (
+        ("eval", "{tiny}", "--context", "64", "--steps", "64"),
+        "--steps 64: needs at most 62",
+    ),
+    "a task that there is not": (
+        ("eval", "{tiny}", "--task", "ruler"),
+        "--task ruler: needs one of text, recall",
+    ),
+    "a task that does not fit": (
+        ("eval", "{tiny}", "--task", "common", "--context", "99"),
+        "task common in 99 tokens: it takes",
+    ),
+    "a setting without a value": (
+        ("eval", "{tiny}", "--setting", "policy=loki,top_k"),
+        "--setting policy=loki,top_k: 'top_k' needs a value",
+    ),
+    "a setting of no option": (
+        ("eval", "{tiny}", "--setting", "topk=9"),
+        'no option "topk"; did you mean "top_k"?',
+    ),
+    "results that are none": (
+        ("eval", "{tiny}", "--context", "200", "--out", "{junk}"),
+        "holds no results of `loki eval`",
     ),
     "too little text": (
         ("eval", "{tiny}", "--text", "{few}", "--context", "690"),
@@ -368,7 +447,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     few = tmp_path / "few.txt"
     few.write_text(WORDS)
     arguments, message = MISTAKES[mistake]
-    places = {"tiny": tiny, "text": text, "bare": bare, "few": few}
+    junk = tmp_path / "junk"
+    junk.mkdir()
+    (junk / "records.jsonl").write_text("junk")
+    places = {"tiny": tiny, "text": text, "bare": bare, "few": few, "junk": junk}
     result = run(*(a.format(**places) for a in arguments))
     assert result.exit_code == 2, result.output
     assert message in result.stderr
@@ -405,8 +487,7 @@ def test_eval_says_what_log_likelihoods_say_of_us():
 def test_a_stopped_calibration_goes_on(tiny, text, own_store, monkeypatch):
     """Ctrl-C in the third prompt: the next command reads the rest alone, and fits the same."""
     command = ("calibrate", tiny, "--text", text, "--tokens", "400", "--length", "80")
-    monkeypatch.setattr(attention_fit, "STEPS", 20)
-    for module in (observation, progress):
+    for module in (attention_fit, progress):
         monkeypatch.setattr(module, "STEPS", 20)
     succeed(*command)
     (path,) = own_store.glob("*.safetensors")

@@ -16,7 +16,7 @@ ROOMS = {
     "passes": (
         "torch",
         "loki_compile.passes",
-        *(f"loki_compile.kernels.{name}" for name in ("budget", "fused", "kept", "ops")),
+        *(f"loki_compile.kernels.{name}" for name in ("budget", "fused", "kept", "ops", "spans")),
     ),
     "loki_compile/policies": (
         "torch",
@@ -35,6 +35,7 @@ ROOMS = {
         "click",
         "rich",
         "matplotlib",
+        "scipy",
         "transformers",
         "huggingface_hub",
         "loki_compile",
@@ -54,7 +55,7 @@ PRIVATE_IN_TESTS = {
     "loki_compile.kernels.ops.select._schema",
     "loki_compile.pca_store.attention_fit._loss",
 }
-HEAVY = ("transformers", "matplotlib", "huggingface_hub")
+HEAVY = ("transformers", "matplotlib", "scipy", "huggingface_hub")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).glob("*.py"))]
 FAMILIES = (
     "llama|qwen|mistral|mixtral|gemma|gpt|falcon|phi[0-9]|bloom|bert|deepseek|olmo|cohere|granite"
