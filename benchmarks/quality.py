@@ -210,7 +210,6 @@ def mean_of(rows: Sequence[Row], name: str, digits: str) -> str:
 
 def text_table(rows: Sequence[Row], chosen: Sequence[dict[str, Any]]) -> str:
     titles = ["setting", *(f"missed, {name}" for name in TEXTS)]
-    titles += ["KL", "same token", "perplexity", "keys", "bytes", "ms"]
     of_text = [row for row in rows if row["task"].startswith("text ")]
     dense = {row["case"]: row for row in of_text if row["setting"] == DENSE}
     names = [DENSE, *map(label, chosen)]
@@ -218,6 +217,8 @@ def text_table(rows: Sequence[Row], chosen: Sequence[dict[str, Any]]) -> str:
         *({r["case"] for r in of_text if r["setting"] == name} for name in names)
     )
     over = sorted(dense[case]["task"].removeprefix("text ")[:-4] for case in common)
+    scored = sum(dense[case]["tokens"] for case in common)
+    titles += ["KL", "same token", f"perplexity of {scored} tokens", "keys", "bytes", "ms"]
     lines = []
     for name in names:
         mine = [row for row in of_text if row["setting"] == name]
@@ -302,13 +303,16 @@ def ratios(rows: Sequence[Row]) -> str:
     sentences = []
     for top_k in BUDGETS:
         shown = f"{top_k:.1%}" if isinstance(top_k, float) else f"{top_k} keys"
-        auto = missed_of(rows, top_k, "auto")
-        words = []
+        auto, words = missed_of(rows, top_k, "auto"), []
         for name, what in against.items():
             other = missed_of(rows, top_k, name)
-            ratio = NOT_YET if auto is None or other is None else f"{auto / other:.2f} times"
-            words.append(f"{ratio}: what {what}")
-        sentences.append(f"At {shown} and R = 16 the automatic basis misses: {'; '.join(words)}.")
+            if auto is None or other is None:
+                words.append(f"{NOT_YET} against what {what}")
+            else:
+                words.append(f"{auto / other:.2f} times what {what}")
+        if auto is None:
+            words = [f"{NOT_YET} on all texts"]
+        sentences.append(f"At {shown} and R = 16 the automatic basis misses {', '.join(words)}.")
     return "\n".join(sentences) + "\n\n"
 
 

@@ -17,8 +17,8 @@ from loki_compile.commands.options import (
     MODEL_OPTIONS,
     NUMBER,
     check_basis,
+    dense_because,
     loki_options,
-    say_if_dense,
     with_options,
 )
 from loki_compile.commands.output import out, progress, say, show
@@ -132,8 +132,7 @@ def command(
     tokenizer = load_tokenizer(name)
     shapes = {"steps": steps, "pieces": pieces, "seeds": seeds, "depths": depths}
     cases = _cases(tokenizer, wanted, not tasks, files, lengths, shapes)
-    for setting in settings:
-        say_if_dense(setting.options, min(lengths))
+    _say_what_is_dense(settings, min(lengths))
     run = {
         "model": name,
         "config": f"{zlib.crc32(config.to_json_string().encode()):08x}",
@@ -221,6 +220,18 @@ def label_of(options: dict[str, Any]) -> str:
     usual = {"policy", "top_k", "rank", "basis"}
     parts += [f"{n}={_shown(v)}" for n, v in config.to_options().items() if n not in usual]
     return ", ".join(parts)
+
+
+def _say_what_is_dense(settings: Sequence[Setting], context: int) -> None:
+    """A note where settings have nothing to measure."""
+    from loki_compile.config import LokiConfig
+
+    reasons: dict[str, list[str]] = {}
+    for setting in settings:
+        if why := dense_because(LokiConfig.from_options(setting.options), context):
+            reasons.setdefault(why, []).append(setting.label)
+    for why, labels in reasons.items():
+        say(f"note: behind {context} tokens every step of {'; '.join(labels)} runs dense ({why})")
 
 
 def _keeps_index(policy: str) -> bool:
