@@ -4,6 +4,7 @@
     python benchmarks/bench_kernels.py --quick            fewer of them
     python benchmarks/bench_kernels.py --attention        all keys: our op and each dense path
     python benchmarks/bench_kernels.py --scorers          what a group's choice and a scorer cost
+    python benchmarks/bench_kernels.py --spans            two ranges of keys against all of them
     python benchmarks/bench_kernels.py --autotune         neighbours of the Triton launch tables
     python benchmarks/bench_kernels.py --compare REV      against the kernels of a git revision
 
@@ -55,8 +56,9 @@ from harness import (
     write_rows,
 )
 from loki_compile.kernels import reference
-from loki_compile.kernels.fused import index_rows
+from loki_compile.kernels.fused import index_rows, span_ranges, visible_slots
 from loki_compile.kernels.ops import attend, attention, select, update_pages
+from loki_compile.kernels.spans import Spans, heads_from
 from torch import Tensor
 
 try:  # CPU builds of torch come without Triton
@@ -411,6 +413,60 @@ def shapes_of(device: str, quick: bool) -> list[Shape]:
     return cpu
 
 
+# Spans of 8 KV heads: all alike, of many lengths, and half of the heads reading all keys.
+SPANS = {
+    "alike": "0.5N",
+    "ragged": "1N,0.75N,0.75N,0.5N,0.5N,0.25N,0.25N,256",
+    "two classes": "1N,1N,1N,1N,256,256,256,256",
+    "alike, a quarter": "0.25N",
+    "ragged, a quarter": "1N,0.25N,0.25N,0.25N,0.125N,0.125N,256,256",
+    "two classes, a quarter": "1N,1N,256,256,256,256,256,256",
+}
+
+
+def bench_spans(device: str, rounds: int) -> list[dict]:
+    """`attention` in two ranges against all keys: one layer of 8 KV heads behind 64 sinks.
+
+    Milliseconds of wall time and, on a CPU, of processor time (all threads), the least of rounds in
+    which every variant runs in turn; shares of them, and of the keys' bytes.
+    """
+    shape = Shape(1, 8, 4, 32768, 128, 32768, 32, torch.bfloat16, torch.bfloat16)
+    inputs = [make_inputs(shape, device, seed) for seed in range(2)]
+    every = {name: Spans(heads_from(text), 64) for name, text in SPANS.items()}
+    ranges: dict[str, Tensor | None] = {"all keys": None}
+    for name, spans in every.items():
+        slots = visible_slots(inputs[0].q, inputs[0].k, None)
+        ranges[name] = span_ranges(slots, shape.kv_heads, *spans.numbers)
+        _check_spans(inputs[0], shape, ranges[name], name)
+    wall: dict[str, list[float]] = {name: [] for name in ranges}
+    spent: dict[str, list[float]] = {name: [] for name in ranges}
+    for _ in range(rounds):
+        for x, (name, read) in itertools.product(inputs, ranges.items()):
+            begin, used = time.perf_counter(), time.process_time()
+            attention(x.q, x.k, x.v, None, scale=shape.head_dim**-0.5, ranges=read)
+            if device != "cpu":
+                torch.cuda.synchronize(device)
+            wall[name].append((time.perf_counter() - begin) * 1e3)
+            spent[name].append((time.process_time() - used) * 1e3)
+    rows = []
+    for name in ranges:
+        kept = every[name].share(shape.tokens) if name in every else 1.0
+        row = {**stamp(device), "bench": "spans", **fields_of(shape), "spans": name, "kept": kept}
+        for column, samples in (("wall_ms", wall), ("cpu_ms", spent)):
+            row[column] = min(samples[name])
+            row[f"{column}_share"] = row[column] / min(samples["all keys"])
+            row[f"kept_of_{column}_share"] = kept / row[f"{column}_share"]
+        rows.append(row)
+    return rows
+
+
+def _check_spans(x: Inputs, shape: Shape, ranges: Tensor | None, what: str) -> None:
+    options = {"scale": shape.head_dim**-0.5, "ranges": ranges}
+    truth = reference.attention(x.q.double(), x.k, x.v, None, **options)
+    found = attention(x.q, x.k, x.v, None, **options)
+    require(f"spans {what}", found.double(), truth, BOUND[shape.dtype])
+
+
 PAGE = 16
 
 
@@ -576,11 +632,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the shapes of the stated goals only")
     parser.add_argument("--scorers", action="store_true", help="select by scorer and group choice")
     parser.add_argument("--attention", action="store_true", help="our op and dense paths by length")
+    parser.add_argument("--spans", action="store_true", help="two ranges of keys against all")
     parser.add_argument("--autotune", action="store_true", help="try other launches (GPU)")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds of timing per shape")
     parser.add_argument("--rows-only", action="store_true", help="JSON lines on stdout, no files")
     parser.add_argument("--compare", metavar="REV", help="time against this git revision")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of --compare, --scorers")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of --compare, ...")
     parser.add_argument("--bound", type=float, default=1.1, help="slowest allowed by --compare")
     args = parser.parse_args()
     if args.compare:
@@ -591,6 +648,12 @@ def main() -> int:
         times = ["wall_ms", "wall_ms_vs_maximum", "cpu_ms", "cpu_ms_vs_maximum"]
         print(table(scored, ["tokens", "scorer", "group", *times]))
         print("written to", write_rows(f"scorers_{args.device.partition(':')[0]}", scored))
+        return 0
+    if args.spans:
+        spans = bench_spans(args.device, args.rounds * 10)
+        times = ["wall_ms", "wall_ms_share", "cpu_ms", "cpu_ms_share", "kept_of_cpu_ms_share"]
+        print(table(spans, ["spans", "kept", *times]))
+        print("written to", write_rows(f"spans_{args.device.partition(':')[0]}", spans))
         return 0
     if args.autotune:
         for shape in shapes_of(args.device, quick=True):

@@ -48,7 +48,7 @@ def steps() -> list[Step]:
             [
                 *("benchmarks/bench_decode.py", "--name", "decode_gpu", "--dtype", "bfloat16"),
                 *("--context", "2048", "32768", "131072", "--top-k", "2048", "0.125"),
-                *("--index-dtype", "int8", "--mode", "reduce-overhead", "--steps", "16"),
+                *("--index-dtype", "int8", "--mode", "reduce-overhead"),
             ],
             95,
         ),

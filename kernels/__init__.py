@@ -20,6 +20,8 @@
 7. `attend` reads K and V at these positions alone and is exact over them: softmax in fp32.
 8. A row without positions is computed over all T keys, as scaled_dot_product_attention would.
    `attention` is that for all rows: it reads a KV head's keys once for all query heads and tokens.
+   With `ranges` a row reads two runs of keys instead, of each KV head its own, all where both are
+   empty; the work is split among tokens, so that the longest row does not decide the time.
 
 9. `update_pages` and `extend_pages` keep the bounds of pages: those of a page in which this step
    stored a token become minima and maxima from its start to the last token stored in it.
@@ -28,10 +30,11 @@ Shapes (legend: B batch, Hq query heads, Hkv KV heads, G = Hq/Hkv, S new tokens,
 P = ceil(T/page) pages or more, D dims of q and k, Dv dims of v, R index dims, K slots):
 q (B,Hq,S,D), k (B,Hkv,T,D), v (B,Hkv,T,Dv), basis (Hkv,D,R) or (B,Hkv,D,R), index (B,Hkv,T,R) or
 (B,Hkv,T,D) or pages (B,Hkv,P,2D), index_scale (B,Hkv,T,1), mask broadcastable to (B,Hq,S,T),
-written broadcastable to (B,Hkv,T,1), positions (B,Hkv or Hq,S,K).
+written broadcastable to (B,Hkv,T,1), positions (B,Hkv or Hq,S,K), ranges (B,Hkv,S,4) or broadcast.
 
-`ops` is the public door, `reference` the definition, `budget` how many keys a row chooses, `kept`
-what is kept beside a cache, `fused` the plain torch that Inductor fuses around the ops; `cpu`
-(C++, in cpu_*.cpp, or the PyTorch ops of `cpu_torch`) and `triton_select` (scores in
-`triton_score`, the choice in `triton_choose`), `triton_attend` and `triton_pages` implement it.
+`ops` is the public door, `reference` the definition, `budget` how many keys a row chooses, `spans`
+how many of the last ones a KV head reads, `kept` what is kept beside a cache, `fused` the plain
+torch that Inductor fuses around the ops; `cpu` (C++, in cpu_*.cpp, or the PyTorch ops of
+`cpu_torch`) and `triton_select` (scores in `triton_score`, the choice in `triton_choose`),
+`triton_attend` and `triton_pages` implement it.
 """

@@ -48,6 +48,10 @@ class Budget:
         share = torch.minimum(share.clamp(min=self.sink + self.recent), visible)
         return torch.where(visible < self.min_keys, visible, share)
 
+    def most(self, visible: int) -> int:
+        """As `keys`: every head reads as many."""
+        return self.keys(visible)
+
     def covers(self, visible: int) -> bool:
         return self.keys(visible) >= visible
 

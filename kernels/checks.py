@@ -183,9 +183,15 @@ def check_attend(
     softcap: float,
     sink_logits: Tensor | None,
     k_rest: Tensor | None = None,
+    ranges: Tensor | None = None,
 ) -> None:
     """Raise ValueError (what was found, what is allowed) unless `loki::attend` takes these, or
     `loki::attention` where there are no positions.
+
+    ranges: int32 (B, Hkv, S, 4), each of the first three may be 1: a row reads the keys from its
+    first number to its second, and from its third to its fourth, where these ascend from 0 to T;
+    all keys where both ranges are empty. They are read where they lie, unchecked: what is out of
+    order is read as if it were cut off.
 
     q, k, v and k_rest may each have a dtype of its own: a cache is read as it is stored.
     """
@@ -216,6 +222,8 @@ def check_attend(
         raise _wrong(op, "sizes (B, S, T, D, Dv)", (b, s, t, d, dv), allowed)
     if positions is not None:
         _check_positions(op, positions, q, hkv)
+    if ranges is not None:
+        _check_ranges(op, ranges, q, hkv)
     _rows_contiguous(op, "q", q, d)
     _rows_contiguous(op, "k", k, dk)
     _rows_contiguous(op, "v", v, dv)
@@ -244,6 +252,18 @@ def _check_positions(op: str, positions: Tensor, q: Tensor, hkv: int) -> None:
         raise _wrong(op, "shape of positions", (bp, hp, sp, slots), allowed)
     _rows_contiguous(op, "positions", positions, slots)
     _same_device(op, "positions", positions, q)
+
+
+def _check_ranges(op: str, ranges: Tensor, q: Tensor, hkv: int) -> None:
+    b, _, s, _ = q.shape
+    br, hr, sr, four = _rank4(op, "ranges", ranges)
+    if br not in (1, b) or hr not in (1, hkv) or sr not in (1, s) or four != 4:
+        allowed = f"(B, Hkv, S, 4) = {(b, hkv, s, 4)}, any of the first three may be 1"
+        raise _wrong(op, "shape of ranges", (br, hr, sr, four), allowed)
+    if ranges.dtype != torch.int32:
+        raise _wrong(op, "ranges dtype", ranges.dtype, "int32")
+    _rows_contiguous(op, "ranges", ranges, four)
+    _same_device(op, "ranges", ranges, q)
 
 
 def _check_mask(op: str, mask: Tensor, q: Tensor, t: int) -> None:

@@ -29,7 +29,7 @@ _CODES = {
 _VIEW = 10
 _NO_TENSOR = (0, 5, 1, 1, 1, 1, 0, 0, 0, 0)
 _pack_select = struct.Struct(f"@{6 * _VIEW}q12qd").pack
-_pack_attend = struct.Struct(f"@{7 * _VIEW}q2q2d").pack
+_pack_attend = struct.Struct(f"@{8 * _VIEW}q2q2d").pack
 _pack_pages = struct.Struct(f"@{3 * _VIEW}qq").pack
 
 
@@ -109,6 +109,7 @@ def attend(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
+    ranges: Tensor | None = None,
 ) -> Tensor:
     """`loki::attend`, and `loki::attention` without positions; see `loki_compile.kernels.ops`."""
     kernels = _kernels()
@@ -123,8 +124,12 @@ def attend(
             softcap=softcap,
             sink_logits=sink_logits,
             k_rest=k_rest,
+            ranges=ranges,
         )
-    check_attend(q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest)
+    check_attend(
+        q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest,
+        ranges=ranges,
+    )  # fmt: skip
     b, hq, s, _ = q.shape
     out = torch.empty((b, hq, s, v.shape[3]), dtype=q.dtype)
     missing = kernels.loki_attend(
@@ -134,6 +139,7 @@ def attend(
             *(_NO_TENSOR if k_rest is None else _view(k_rest)),
             *_view(v),
             *(_NO_TENSOR if positions is None else _view(positions)),
+            *(_NO_TENSOR if ranges is None else _view(ranges)),
             *(_NO_TENSOR if mask is None else _view(mask)),
             *(_NO_TENSOR if sink_logits is None else _view(sink_logits.view(1, 1, 1, hq))),
             out.data_ptr(),

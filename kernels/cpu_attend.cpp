@@ -1,8 +1,8 @@
 // loki::attend on the CPU.
 //
 // A row is the query heads that share a list of positions; a unit is the rows that read the same keys
-// at the same time: one row, or, where there are no lists and all keys are read, all rows of a KV
-// head. The work is the units' slots, cut into blocks, and these into parts, runs of blocks. Each
+// at the same time: one row, or, where there are no lists and all keys, or two ranges of them, are
+// read, all rows of a KV head. The work is the units' slots, cut into blocks, and these into parts, runs of blocks. Each
 // part leaves, for each row it touched, a partial softmax (maximum, sum, weighted V).
 //
 // q, k, the rest of k, and v each have a float type of their own (under autocast the cache's differs
@@ -19,6 +19,7 @@ struct AttendParams {
   View4 rest;       // (B, Hkv, T, the other dims of keys), or none
   View4 v;          // (B, Hkv, T, Dv)
   View4 positions;  // (B, Hkv or Hq, S, K) int32, or none: all keys
+  View4 ranges;     // (B, Hkv, S, 4) int32 after broadcasting, or none: all keys
   View4 mask;       // (B, Hq, S, T) after broadcasting, or none
   View4 sink_logits;  // (1, 1, 1, Hq) floating, or none
   void* out;        // (B, Hq, S, Dv), dtype of q
@@ -290,10 +291,16 @@ class Attend {
 
  private:
   // Slots [first, stop) that a unit has to look at: of its list, or, if `dense`, of all keys, which
-  // a row without any position reads.
+  // a row without any position reads. Dense slots from `gap_at` on lie `gap` keys further behind.
   struct Span {
     int64_t first, stop, first_block;
     bool dense;
+    int64_t gap_at = 0, gap = 0;
+  };
+
+  // Keys [first, first_stop) and [last, last_stop).
+  struct Ranges {
+    int64_t first, first_stop, last, last_stop;
   };
 
   int64_t batch_of(int64_t row) const { return row / s_ / (hq_ / together_); }
@@ -303,6 +310,15 @@ class Attend {
   const int32_t* positions_of(int64_t row) const {
     int64_t h = lists_ == hkv_ ? kv_head_of(row) : head_of(row);
     return p_.positions.row<int32_t>(batch_of(row), h, token_of(row));
+  }
+  // Of one row: all keys where it has none.
+  Ranges ranges_of(int64_t row) const {
+    if (p_.ranges.dtype == kNone) return {0, t_, t_, t_};
+    const int32_t* given = p_.ranges.row<int32_t>(batch_of(row), kv_head_of(row), token_of(row));
+    int64_t end[4], least = 0;
+    for (int i = 0; i < 4; ++i) end[i] = least = min_of(max_of<int64_t>(given[i], least), t_);
+    if (end[0] == end[1] && end[2] == end[3]) return {0, t_, t_, t_};
+    return {end[0], end[1], end[2], end[3]};
   }
   MaskRow mask_of(int64_t row) const {
     return MaskRow(p_.mask, batch_of(row), head_of(row), token_of(row));
@@ -325,11 +341,31 @@ class Attend {
                                     min_of(kSlots, used))) {
         used = max_of<int64_t>(used - kSlots, 0);
       }
-      spans_[unit] = used ? Span{0, used, blocks_, false} : span_of_all(unit);
+      spans_[unit] = used ? Span{0, used, blocks_, false}
+                     : p_.ranges.dtype == kNone ? span_of_all(unit)
+                                                : span_of_ranges(unit);
       blocks_ += (spans_[unit].stop - spans_[unit].first + kSlots - 1) / kSlots;
     }
     spans_[units_].first_block = blocks_;
     return 0;
+  }
+
+  // What any row of the unit reads, between the first and the last of it without the gap that all
+  // of them share.
+  Span span_of_ranges(int64_t unit) const {
+    int64_t row = unit * rows_per_unit_;
+    Ranges all = ranges_of(row);
+    for (int64_t behind = row + rows_per_unit_; row < behind; ++row) {
+      Ranges own = ranges_of(row);
+      all.first = min_of(all.first, own.first);
+      all.first_stop = max_of(all.first_stop, own.first_stop);
+      all.last = min_of(all.last, own.last);
+      all.last_stop = max_of(all.last_stop, own.last_stop);
+    }
+    if (all.first == all.first_stop) all.first = all.first_stop = all.last;
+    int64_t gap = max_of<int64_t>(all.last - all.first_stop, 0);
+    int64_t stop = max_of(all.last_stop, all.first_stop) - gap;
+    return {all.first, stop, blocks_, true, all.first_stop, gap};
   }
 
   // What any row of the unit sees of all keys.
@@ -358,6 +394,19 @@ class Attend {
     int32_t all = 1;
     for (int64_t i = 0; i < n; ++i) all &= valid(position[i]);
     return all;
+  }
+
+  // Appends what a row reads of the dense slots [from, to) of its unit.
+  void fill_ranges(const Ranges& own, const Span& span, int64_t from, int64_t to,
+                   const MaskRow& mask, Queue* queue) const {
+    int64_t cut = span.gap ? min_of(max_of(span.gap_at, from), to) : to;
+    const int64_t runs[2][2] = {{from, cut}, {cut + span.gap, to + span.gap}};
+    for (auto& run : runs) {
+      int64_t stop = min_of(run[1], own.first_stop), first = max_of(run[0], own.first);
+      if (first < stop) fill(nullptr, first, stop, mask, queue);
+      stop = min_of(run[1], own.last_stop), first = max_of(run[0], own.last);
+      if (first < stop) fill(nullptr, first, stop, mask, queue);
+    }
   }
 
   // Appends slots [from, to) of a row, without those that read nothing.
@@ -422,7 +471,7 @@ class Attend {
     if (rows_per_unit_ > 1) turn = round_up(kTurn / key_bytes_ + 1, kSlots);
     for (; first < last; first += turn) {
       for (int64_t i = 0; i < rows_per_unit_; ++i) {
-        attend_slots(row + i, spans_[unit].dense, first, min_of(first + turn, last),
+        attend_slots(row + i, spans_[unit], first, min_of(first + turn, last),
                      queries + i * query_floats_, partial(row + i, part));
       }
     }
@@ -472,10 +521,11 @@ class Attend {
     return tensor.data + at * tensor.element_size();
   }
 
-  void attend_slots(int64_t row, bool dense, int64_t first, int64_t last, const float* queries,
-                    float* partial) const {
+  void attend_slots(int64_t row, const Span& span, int64_t first, int64_t last,
+                    const float* queries, float* partial) const {
     const MaskRow mask = mask_of(row);
-    const int32_t* position = dense ? nullptr : positions_of(row);
+    const int32_t* position = span.dense ? nullptr : positions_of(row);
+    const Ranges own = ranges_of(row);
     float* most = most_of(partial);
     float* total = total_of(partial);
     const char* k = rows_of(p_.k, row);
@@ -485,7 +535,11 @@ class Attend {
     queue.biased = mask.additive();
     for (bool begun = false;; begun = true) {
       for (; first < last && queue.n < kSlots + kAhead; first += kSlots) {
-        fill(position, first, min_of(first + kSlots, last), mask, &queue);
+        if (position) {
+          fill(position, first, min_of(first + kSlots, last), mask, &queue);
+        } else {
+          fill_ranges(own, span, first, min_of(first + kSlots, last), mask, &queue);
+        }
       }
       if (queue.n == 0) return;
       for (int64_t i = 0; !begun && i < min_of(kAhead, queue.n); ++i) {

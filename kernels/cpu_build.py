@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -10,6 +13,8 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 _LOGGER = logging.getLogger("loki_compile")
@@ -25,6 +30,9 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-fvisibili
 _LINK = ("-shared", "-lgomp")
 _SECONDS = 300
 
+_one_at_a_time = threading.Lock()
+_compilers: set[subprocess.Popen[bytes]] = set()
+
 
 class KernelsUnavailable(RuntimeError):
     """The kernels cannot be compiled or loaded here; the message says why."""
@@ -38,16 +46,52 @@ def load() -> ctypes.CDLL:
     """
     if not sys.platform.startswith("linux"):
         raise KernelsUnavailable(_only_on_linux())
-    sources = {name: (_FOLDER / name).read_bytes() for name in _SOURCES}
-    compiler = _compiler()
-    library = _cache_folder() / f"{_key(sources, compiler)}.so"
     try:
+        return ctypes.CDLL(str(_built()))
+    except OSError as error:
+        raise KernelsUnavailable(str(error)) from error
+
+
+def _built() -> Path:
+    """The library; a build that has begun is waited for."""
+    compiler = _compiler()
+    library = _library(compiler)
+    with _one_at_a_time:
         if not library.exists():
             _LOGGER.warning("compiling the CPU kernels, once on this machine: up to a minute")
             _compile(compiler, library)
-        return ctypes.CDLL(str(library))
-    except OSError as error:
-        raise KernelsUnavailable(str(error)) from error
+    return library
+
+
+def _library(compiler: str) -> Path:
+    sources = {name: (_FOLDER / name).read_bytes() for name in _SOURCES}
+    return _cache_folder() / f"{_key(sources, compiler)}.so"
+
+
+@functools.cache
+def begin() -> None:
+    """Builds what is not there yet in the background, lest the first step that needs it waits.
+
+    What fails is left for `load` to find out, and to tell. A process that ends before the compiler
+    has takes that with it.
+    """
+    if obstacle() or _library(_compiler()).exists():
+        return
+
+    def build() -> None:
+        with contextlib.suppress(KernelsUnavailable, OSError):
+            _built()
+
+    thread = threading.Thread(target=build, name="loki_compile kernels", daemon=True)
+    atexit.register(_give_up, thread)
+    thread.start()
+
+
+def _give_up(thread: threading.Thread) -> None:
+    """Ends the compilers, and lets what waits for them clean up."""
+    for process in list(_compilers):
+        process.kill()
+    thread.join(timeout=5)
 
 
 def obstacle() -> str:
@@ -102,20 +146,35 @@ def _processor() -> bytes:
 
 
 def _compile(compiler: str, library: Path) -> None:
+    """All units at once, then what links them; into place when it is whole."""
     library.parent.mkdir(parents=True, exist_ok=True)
-    handle, made = tempfile.mkstemp(suffix=".so", dir=library.parent)
-    os.close(handle)
-    units = [str(_FOLDER / name) for name in _SOURCES if name.endswith(".cpp")]
-    command = [compiler, *_FLAGS, *units, *_LINK, "-o", made]
-    try:
-        subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_SECONDS
-        )
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        units = [_FOLDER / name for name in _SOURCES if name.endswith(".cpp")]
+        objects = [str(Path(folder) / f"{unit.stem}.o") for unit in units]
+        made = str(Path(folder) / library.name)
+        pairs = zip(units, objects, strict=True)
+        _run([[compiler, *_FLAGS, "-c", str(unit), "-o", to] for unit, to in pairs])
+        _run([[compiler, *_FLAGS, *objects, *_LINK, "-o", made]])
         os.replace(made, library)
-    except subprocess.CalledProcessError as error:
-        output = error.stdout.decode(errors="replace").strip()
-        raise KernelsUnavailable(f"{compiler} failed: {output[-500:]}") from error
+
+
+def _run(commands: Sequence[Sequence[str]]) -> None:
+    """Runs commands beside each other, to the end of all or to the first that fails."""
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for command in commands
+    ]
+    _compilers.update(running)
+    try:
+        for process in running:
+            output, _ = process.communicate(timeout=_SECONDS)
+            if process.returncode:
+                said = output.decode(errors="replace").strip()
+                raise KernelsUnavailable(f"{commands[0][0]} failed: {said[-500:]}")
     except subprocess.TimeoutExpired as error:
-        raise KernelsUnavailable(f"{compiler} took over {_SECONDS} s") from error
+        raise KernelsUnavailable(f"{commands[0][0]} took over {_SECONDS} s") from error
     finally:
-        Path(made).unlink(missing_ok=True)
+        for process in running:
+            process.kill()
+            process.wait()
+        _compilers.difference_update(running)

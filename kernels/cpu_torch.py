@@ -129,12 +129,18 @@ def attend(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
+    ranges: Tensor | None = None,
 ) -> Tensor:
     """`loki::attend`, and `loki::attention` without positions; see `loki_compile.kernels.ops`."""
-    check_attend(q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest)
+    check_attend(
+        q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest,
+        ranges=ranges,
+    )  # fmt: skip
     b, hq, s, d = q.shape
     t, dv = v.shape[2:]
-    if positions is None:
+    if ranges is not None:
+        positions = _in_ranges(ranges.expand(b, k.shape[1], s, 4), t)
+    elif positions is None:
         positions = torch.full((b, k.shape[1], s, 1), -1, dtype=torch.int32)
     heads = positions.shape[1]
     if mask is not None and mask.shape[1] != 1 and heads != hq:
@@ -165,6 +171,14 @@ def attend(
     for part in _chunks(reads.nonzero()[:, 0], slots * (d + dv)):
         out[part] = rows.attend(part, positions[part, :slots], used[part, :slots]).to(q.dtype)
     return out.view(b, heads, s, group, dv).transpose(2, 3).flatten(1, 2).contiguous()
+
+
+def _in_ranges(ranges: Tensor, t: int) -> Tensor:
+    """The positions in two ranges (..., 4) of each row: int32 (..., K), ascending, then -1."""
+    first, stop, last, end = ranges.clamp(0, t).cummax(-1).values.unsqueeze(-1).unbind(-2)
+    slot = torch.arange(max(int((stop - first + end - last).max()), 1), dtype=torch.int32)
+    at = torch.where(slot < stop - first, first + slot, last + slot - (stop - first))
+    return torch.where(slot < stop - first + end - last, at, -1).to(torch.int32)
 
 
 @dataclass(frozen=True)

@@ -458,6 +458,70 @@ def window_positions(
     return out.expand(batch, heads, tokens, slots).contiguous()
 
 
+def visible_slots(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """Where the keys lie that each row sees: int32 (B, H, S, T + 2), each of the first three maybe
+    1 and H else the KV heads.
+
+    query (B, Hq, S, D); key (B, Hkv, T, ...); mask as `select` takes it, broadcastable to
+    (B, Hq, S, T). The first number is how many keys a row sees, number n the slot of the n-th of
+    them. Of a KV head those count that any of its query heads sees.
+    """
+    cached, heads = key.shape[2], key.shape[1]
+    at = torch.arange(cached, device=key.device, dtype=torch.int32)
+    if mask is None:
+        whole = torch.cat((at[:1] * 0 + cached, at, at[:1] * 0))
+        return whole.view(1, 1, 1, -1)
+    visible = mask > hidden_below(mask.dtype) if mask.is_floating_point() else mask != 0
+    if visible.shape[1] not in (1, heads):
+        visible = visible.unflatten(1, (heads, -1)).any(2)
+    number = visible.cumsum(-1, dtype=torch.int32)
+    behind = torch.where(visible, number, cast("Tensor", number[..., -1:] * 0 + (cached + 1)))
+    slots = torch.zeros((*visible.shape[:-1], cached + 2), dtype=torch.int32, device=key.device)
+    slots = slots.scatter(-1, behind.long(), at.expand(visible.shape))
+    return torch.cat((number[..., -1:], slots[..., 1:]), -1)
+
+
+def span_ranges(
+    slots: Tensor,
+    kv_heads: int,
+    heads: Sequence[tuple[tuple[int, int], ...]],
+    sink: int,
+    recent: int,
+    min_keys: int,
+) -> Tensor:
+    """The keys that each KV head reads by `Spans`, as `loki::attention` takes ranges: int32
+    (B, kv_heads, S, 4), B and S maybe 1.
+
+    slots: `visible_slots` of all rows; the rest are `Spans.numbers`.
+    """
+    count = slots[..., :1].long()  # (B, H, S, 1)
+    head = torch.arange(kv_heads, device=slots.device).view(1, -1, 1, 1)
+    width = torch.zeros_like(count) + head * 0
+    for lines in dict.fromkeys(heads):
+        longest = functools.reduce(
+            torch.maximum, [(count * beta >> 16) + alpha for alpha, beta in lines]
+        )
+        longest = longest.clamp(min=max(recent, 1))
+        own = [number for number, other in enumerate(heads) if other == lines]
+        if len(own) in (kv_heads, len(heads)):
+            width = longest + head * 0
+            continue
+        mine = functools.reduce(torch.logical_or, [head == number for number in own])
+        width = torch.where(mine, longest, width)
+    whole = (width + sink >= count) | (count < min_keys)
+    # Of the keys that a row sees, from 1: the first ones, and those behind what is left out.
+    first_stop = torch.where(whole, count, sink)
+    last = torch.where(whole, count, count - width)
+    ends = torch.cat((first_stop * 0 + 1, first_stop, last + 1, count + last * 0), -1)
+    here = slots.expand(-1, kv_heads, -1, -1).gather(-1, ends.clamp(min=1))
+    first, stop, start, end = here.unbind(-1)
+    stop = torch.where(first_stop[..., 0] > 0, stop + 1, first)
+    end = torch.where(count[..., 0] > 0, end + 1, 0)
+    start = torch.where(whole[..., 0], end, start)
+    stop = torch.where(whole[..., 0], end, stop)
+    return torch.stack((first, stop, start, end), -1).to(torch.int32)
+
+
 def positions_of_heads(positions: Tensor, heads: Sequence[int]) -> Tensor:
     """Positions (B, H, S, K) of other heads: (B, len(heads), S, K), row i those of `heads[i]`."""
     return torch.cat([positions.narrow(1, head, 1) for head in heads], 1)

@@ -1,10 +1,10 @@
 """The public door of the kernels: the ops.
 
-`loki::select` chooses keys, `loki::attend` reads them, `loki::attention` reads all keys;
-`loki::update_pages` and `loki::extend_pages` keep the bounds of pages of keys. All are opaque to
-the compiler, and functional but for `update_pages`, which writes the pages it is given; `fused` has
-the plain torch around them. `loki_compile.kernels` has the algorithm and the legend of the letters;
-`checks` has what is refused.
+`loki::select` chooses keys, `loki::attend` reads them, `loki::attention` reads all keys, or two
+ranges of them for each row; `loki::update_pages` and `loki::extend_pages` keep the bounds of pages
+of keys. All are opaque to the compiler, and functional but for `update_pages`, which writes the
+pages it is given; `fused` has the plain torch around them. `loki_compile.kernels` has the algorithm
+and the legend of the letters; `checks` has what is refused.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ __all__ = [
     "attend",
     "attention",
     "attention_pays",
+    "begin_building",
     "check_attend",
     "check_pages",
     "check_select",
@@ -57,12 +58,14 @@ class Backend:
 
     `available` says why it cannot run here, "" where it can; `note` says what a user may want to
     know where it does run, "" where there is nothing; `attention_pays`: `loki::attention` is
-    measured to be faster than PyTorch's attention. None of them builds a kernel.
+    measured to be faster than PyTorch's attention. None of them builds a kernel; `begin` has that
+    done in the background, where it takes long, before an op is called.
     """
 
     available: Callable[[], str]
     note: Callable[[], str] = lambda: ""
     attention_pays: Callable[[], bool] = lambda: False
+    begin: Callable[[], None] = lambda: None
 
 
 def _plain_ops() -> str:
@@ -79,7 +82,10 @@ def _triton() -> str:
 # By `torch.device.type`; ROCm's devices are called "cuda" too.
 BACKENDS = {
     "cpu": Backend(
-        available=lambda: "", note=_plain_ops, attention_pays=lambda: not cpu_build.obstacle()
+        available=lambda: "",
+        note=_plain_ops,
+        attention_pays=lambda: not cpu_build.obstacle(),
+        begin=cpu_build.begin,
     ),
     "cuda": Backend(available=_triton),
 }
@@ -90,6 +96,12 @@ def unserved(device_type: str) -> str:
     if device_type not in BACKENDS:
         return f"the kernels serve {' and '.join(BACKENDS)}"
     return BACKENDS[device_type].available()
+
+
+def begin_building(device_type: str) -> None:
+    """Has what the ops need on devices of a type built in the background, where that takes long."""
+    if not unserved(device_type):
+        BACKENDS[device_type].begin()
 
 
 def attention_pays(device_type: str) -> bool:
@@ -122,7 +134,8 @@ SCHEMAS = (
     "attend(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor? mask,"
     " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_rest=None) -> Tensor",
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask,"
-    " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_rest=None) -> Tensor",
+    " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_rest=None,"
+    " Tensor? ranges=None) -> Tensor",
 )
 for _schema in SCHEMAS:
     _LIBRARY.define(_schema, tags=_TAGS)

@@ -160,8 +160,10 @@ def attend(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
+    ranges: Tensor | None = None,
 ) -> Tensor:
-    """Exact attention over the keys at `positions`, or over all: (B, Hq, S, Dv) in q.dtype.
+    """Exact attention over the keys at `positions`, in two `ranges`, or over all: (B, Hq, S, Dv)
+    in q.dtype.
 
     k_rest (B, Hkv, T, dims): the keys' last dims, where they lie in a tensor of their own.
     """
@@ -177,6 +179,9 @@ def attend(
         kv = h // (hq // hkv)
         row = positions[i, h if positions.shape[1] == hq else kv, j]
         at = row[(row >= 0) & (row < t)].long()
+        if ranges is not None:
+            first, stop, last, end = ranges.expand(b, hkv, s, 4)[i, kv, j].tolist()
+            at = torch.cat((every_key[first:stop], every_key[last:end]))
         if len(at) == 0:
             at = every_key
         logits = scale * (k[i, kv, at].double() @ q[i, h, j].double())
@@ -194,7 +199,7 @@ def attend(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
-    """`attend` over all keys."""
+    """`attend` over all keys, or over two ranges of them."""
     return attend(q, k, v, None, mask, **options)
 
 

@@ -18,6 +18,11 @@ any position runs over all T keys instead.
 Without lists (`loki::attention`, TOKENS > 0) a row is a KV head, whose keys are read in order, once
 for all query heads and all TOKENS query tokens: "heads" are pairs of both, tokens side by side.
 
+With two ranges of keys for each row (RANGES) a row is a KV head and token, and rows are of any
+length: a program is a part of one row, and all parts read as many tiles, so that the longest row
+does not decide the time. Which row and part a program is, it counts from the ranges of all rows:
+the grid depends on no length.
+
 Bytes: rows * K * (D + Dv) * bytes, and for each split G * (Dv + 2) * 4 written and read again.
 
 Legend as in `loki_compile.kernels`; p_ pointer, i_ program's coordinate, o_ offsets, m_ mask,
@@ -52,6 +57,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 SPLITS_MAX = tl.constexpr(64)
 FIRSTS_BLOCK = tl.constexpr(128)
 COMBINE_DV = tl.constexpr(64)
+ROWS_BLOCK = tl.constexpr(256)
 
 
 @triton.jit
@@ -80,6 +86,68 @@ def _used_tiles(p_positions, K, T, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _ranges_at(p, m, T):
+    """Keys [first, stop) and [last, end) of rows; all T where both are empty."""
+    first = tl.minimum(tl.maximum(tl.load(p, mask=m, other=0), 0), T)
+    stop = tl.minimum(tl.maximum(tl.load(p + 1, mask=m, other=0), first), T)
+    last = tl.minimum(tl.maximum(tl.load(p + 2, mask=m, other=0), stop), T)
+    end = tl.minimum(tl.maximum(tl.load(p + 3, mask=m, other=0), last), T)
+    none = (first == stop) & (last == end)
+    first, last = tl.where(none, 0, first), tl.where(none, T, last)
+    return first, tl.where(none, T, stop), last, tl.where(none, T, end)
+
+
+@triton.jit
+def _tiles_of_rows(p_ranges, o, rows, H, S, T, sb, sh, ss, BLOCK_N: tl.constexpr):
+    """Tiles that rows `o` read, 0 where there is no such row."""
+    m = o < rows
+    at = (o // (S * H)).to(tl.int64) * sb + (o // S % H).to(tl.int64) * sh + (o % S) * ss
+    first, stop, last, end = _ranges_at(p_ranges + at, m, T)
+    return tl.where(m, tl.cdiv(stop - first + end - last, BLOCK_N), 0)
+
+
+@triton.jit
+def _tiles_of_part(p_ranges, rows, parts, H, S, T, sb, sh, ss, BLOCK_N: tl.constexpr):
+    """Tiles that a part reads, so that about `parts` of them are those of all rows."""
+    total = 0
+    for i in range(0, rows, ROWS_BLOCK):
+        o = i + tl.arange(0, ROWS_BLOCK)
+        total += tl.sum(_tiles_of_rows(p_ranges, o, rows, H, S, T, sb, sh, ss, BLOCK_N), 0)
+    return tl.maximum(tl.cdiv(total, parts), 1)
+
+
+@triton.jit
+def _row_of_part(p_ranges, i_part, each, rows, H, S, T, sb, sh, ss, BLOCK_N: tl.constexpr):
+    """The row that part `i_part` is of, and the parts before that row's first; `rows` where there
+    are fewer parts."""
+    row = 0
+    before = 0
+    parts = 0
+    for i in range(0, rows, ROWS_BLOCK):
+        o = i + tl.arange(0, ROWS_BLOCK)
+        of_rows = tl.cdiv(_tiles_of_rows(p_ranges, o, rows, H, S, T, sb, sh, ss, BLOCK_N), each)
+        ends = parts + tl.cumsum(of_rows, 0)
+        behind = (ends <= i_part) & (o < rows)
+        row += tl.sum(behind.to(tl.int32), 0)
+        before = tl.maximum(before, tl.max(tl.where(behind, ends, 0), 0))
+        parts += tl.sum(of_rows, 0)
+    return row, before
+
+
+@triton.jit
+def _parts_of_row(p_ranges, i_row, each, rows, H, S, T, sb, sh, ss, BLOCK_N: tl.constexpr):
+    """The parts before a row's first, and how many it has."""
+    before = 0
+    own = 0
+    for i in range(0, rows, ROWS_BLOCK):
+        o = i + tl.arange(0, ROWS_BLOCK)
+        of_rows = tl.cdiv(_tiles_of_rows(p_ranges, o, rows, H, S, T, sb, sh, ss, BLOCK_N), each)
+        before += tl.sum(tl.where(o < i_row, of_rows, 0), 0)
+        own += tl.sum(tl.where(o == i_row, of_rows, 0), 0)
+    return before, own
+
+
+@triton.jit
 def _finish(acc, largest, total, sink):
     """Output rows from their accumulator, largest logit, sum of weights and sink logit."""
     top = tl.maximum(largest, sink)
@@ -92,6 +160,7 @@ _RUNTIME_SIZES = [
     "H", "S", "T", "K", "splits", "hq",
     "q_sb", "q_sh", "q_ss", "k_sb", "k_sh", "k_st", "rest_sb", "rest_sh", "rest_st",
     "v_sb", "v_sh", "v_st", "pos_sb", "pos_sh", "pos_ss",
+    "parts", "rows",
     "mask_sb", "mask_sh", "mask_ss", "mask_st",
 ]  # fmt: skip
 
@@ -101,15 +170,16 @@ def attend_kernel(
     p_q, p_k, p_rest, p_v, p_positions, p_mask, p_sink_logits, p_out, p_acc, p_largest, p_total,
     q_sb, q_sh, q_ss, k_sb, k_sh, k_st, rest_sb, rest_sh, rest_st, v_sb, v_sh, v_st,
     pos_sb, pos_sh, pos_ss, mask_sb, mask_sh, mask_ss, mask_st,
-    H, S, T, K, splits, scale, softcap,
+    H, S, T, K, splits, parts, rows, scale, softcap,
     D: tl.constexpr, REST: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr, BLOCK_DV: tl.constexpr, REST_ALIGN: tl.constexpr,
     V_IS_K: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS_PER_KV: tl.constexpr,
     K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, MASK: tl.constexpr, HEAD_MASK: tl.constexpr,
     CAPPED: tl.constexpr, SINK_LOGITS: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TOKENS: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
-    """Partial (SPLIT) or final attention of one row's heads; grid (rows * head blocks, splits).
+    """Partial (SPLIT) or final attention of one row's heads; grid (rows * head blocks, splits), or
+    with RANGES, which `p_positions` are then, ((parts + rows) * head blocks, 1).
 
     The head blocks of one row are neighbours in the grid: they share K and V through the cache.
     """
@@ -118,7 +188,18 @@ def attend_kernel(
     i = tl.program_id(0)
     i_split = tl.program_id(1)
     rows_of_head = 1 if TOKENS else S
-    i_row, i_b, i_h, i_s, i_kv = row_coordinates(i // HEAD_BLOCKS, H, rows_of_head, ROWS_PER_KV)
+    i_of_grid = i // HEAD_BLOCKS
+    if RANGES:
+        i_part = i_of_grid
+        tiles_each = _tiles_of_part(
+            p_positions, rows, parts, H, S, T, pos_sb, pos_sh, pos_ss, BLOCK_N
+        )
+        i_of_grid, parts_before = _row_of_part(
+            p_positions, i_part, tiles_each, rows, H, S, T, pos_sb, pos_sh, pos_ss, BLOCK_N
+        )
+        if i_of_grid >= rows:
+            return
+    i_row, i_b, i_h, i_s, i_kv = row_coordinates(i_of_grid, H, rows_of_head, ROWS_PER_KV)
     o_g = i % HEAD_BLOCKS * HEADS + tl.arange(0, HEADS)
     if TOKENS:
         o_h, o_s = i_h * GROUP + o_g // TOKENS, o_g % TOKENS
@@ -141,9 +222,17 @@ def attend_kernel(
     if MASK != NO_MASK:
         p_mask += i_b * mask_sb
 
+    first_tile, tile_step = i_split, splits
     if TOKENS:
         slots = 0
         tiles = tl.cdiv(T, BLOCK_N)
+    elif RANGES:
+        p_positions += i_b * pos_sb + i_h * pos_sh + i_s * pos_ss
+        first, stop, last, end = _ranges_at(p_positions, True, T)
+        gap_at = stop - first
+        slots = gap_at + end - last
+        first_tile, tile_step = (i_part - parts_before) * tiles_each, 1
+        tiles = tl.minimum(tl.cdiv(slots, BLOCK_N), first_tile + tiles_each)
     else:
         p_positions += i_b * pos_sb + i_h * pos_sh + i_s * pos_ss
         used = _used_tiles(p_positions, K, T, BLOCK_N)
@@ -157,10 +246,13 @@ def attend_kernel(
     largest = tl.full((HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     acc = tl.zeros((HEADS, BLOCK_DV), tl.float32)
-    for tile in tl.range(i_split, tiles, splits, num_stages=STAGES):
+    for tile in tl.range(first_tile, tiles, tile_step, num_stages=STAGES):
         slot = tile * BLOCK_N + o_n
         if TOKENS:
             at = slot
+        elif RANGES:
+            at = tl.where(slot < gap_at, first + slot, last + slot - gap_at)
+            at = tl.where(slot < slots, at, -1)
         else:
             at = tl.load(p_positions + slot, mask=slot < slots, other=-1)
             at = tl.where(slots == 0, slot, at)
@@ -213,11 +305,12 @@ def attend_kernel(
         acc = tl.dot(weights.to(DOT), v, acc=acc * decay[:, None], input_precision="ieee")
 
     if SPLIT:
-        # Heads side by side: (rows, EACH, splits).
-        o = (i_row * EACH + o_g) * splits + i_split
+        o = (i_row * EACH + o_g) * splits + i_split  # heads side by side: (rows, EACH, splits)
+        if RANGES:  # (parts, EACH)
+            o = i_part.to(tl.int64) * EACH + o_g
         tl.store(p_largest + o, largest, mask=m_g)
         tl.store(p_total + o, total, mask=m_g)
-        if i_split < tiles:
+        if first_tile < tiles:
             m_acc = m_g[:, None] & (o_dv < DV)[None, :]
             tl.store(p_acc + o[:, None] * DV + o_dv[None, :], acc, mask=m_acc)
     else:
@@ -232,10 +325,13 @@ def attend_kernel(
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
 def combine_kernel(
-    p_acc, p_largest, p_total, p_sink_logits, p_out, H, S, splits,
+    p_acc, p_largest, p_total, p_sink_logits, p_out, p_ranges, pos_sb, pos_sh, pos_ss,
+    H, S, T, splits, parts, rows,
     DV: tl.constexpr, GROUP: tl.constexpr, SINK_LOGITS: tl.constexpr, TOKENS: tl.constexpr,
+    RANGES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits of one row and head; grid (rows * heads of a row, blocks of Dv)."""
+    """Join the splits, or the parts, of one row and head; grid (rows * heads of a row, blocks of
+    Dv)."""
     i = tl.program_id(0)
     if TOKENS:
         # Query heads and their tokens follow each other as in the output.
@@ -243,22 +339,35 @@ def combine_kernel(
     else:
         _, i_b, i_h, i_s, _ = row_coordinates(i // GROUP, H, S, 1)
         i_head = i_h * GROUP + i % GROUP
-    i = i.to(tl.int64)
-    o_split = tl.arange(0, SPLITS_MAX)
     o_dv = tl.program_id(1) * COMBINE_DV + tl.arange(0, COMBINE_DV)
-    m_split = o_split < splits
-    largest = tl.load(p_largest + i * splits + o_split, mask=m_split, other=float("-inf"))
-    total = tl.load(p_total + i * splits + o_split, mask=m_split, other=0.0)
-    # A split without tiles wrote no accumulator. One that met a NaN has a sum, NaN.
-    wrote = (largest != float("-inf")) | (total != 0.0)
-    acc = tl.load(
-        p_acc + (i * splits + o_split)[:, None] * DV + o_dv[None, :],
-        mask=wrote[:, None] & (o_dv < DV)[None, :], other=0.0,
-    )  # fmt: skip
-    top = tl.max(largest, 0)
-    share = _weight(largest, top)
-    total = tl.sum(total * share, 0)
-    acc = tl.sum(acc * share[:, None], 0)
+    if RANGES:
+        each = _tiles_of_part(p_ranges, rows, parts, H, S, T, pos_sb, pos_sh, pos_ss, BLOCK_N)
+        before, count = _parts_of_row(
+            p_ranges, i // GROUP, each, rows, H, S, T, pos_sb, pos_sh, pos_ss, BLOCK_N
+        )
+        start, step = before.to(tl.int64) * GROUP + i % GROUP, GROUP
+    else:
+        start, step, count = i.to(tl.int64) * splits, 1, splits
+    top = float("-inf")
+    total = 0.0
+    acc = tl.zeros((COMBINE_DV,), tl.float32)
+    for first in range(0, count, SPLITS_MAX):
+        o_split = first + tl.arange(0, SPLITS_MAX)
+        m_split = o_split < count
+        o = start + o_split.to(tl.int64) * step
+        largest = tl.load(p_largest + o, mask=m_split, other=float("-inf"))
+        totals = tl.load(p_total + o, mask=m_split, other=0.0)
+        # A split without tiles wrote no accumulator. One that met a NaN has a sum, NaN.
+        wrote = (largest != float("-inf")) | (totals != 0.0)
+        accs = tl.load(
+            p_acc + o[:, None] * DV + o_dv[None, :],
+            mask=wrote[:, None] & (o_dv < DV)[None, :], other=0.0,
+        )  # fmt: skip
+        new_top = tl.maximum(top, tl.max(largest, 0))
+        decay, share = _weight(top, new_top), _weight(largest, new_top)
+        top = new_top
+        total = total * decay + tl.sum(totals * share, 0)
+        acc = acc * decay + tl.sum(accs * share[:, None], 0)
     if SINK_LOGITS:
         sink = tl.load(p_sink_logits + i_head).to(tl.float32)
         with_sink = tl.maximum(top, sink)
@@ -280,13 +389,14 @@ def attend(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
+    ranges: Tensor | None = None,
     launch: AttendLaunch | None = None,
 ) -> Tensor:
     """`loki::attend`, and `loki::attention` without positions; see `loki_compile.kernels.ops`.
     `launch` replaces the table's choice."""
     out, stages = attend_stages(
         q, k, v, positions, mask, scale=scale, softcap=softcap, sink_logits=sink_logits,
-        k_rest=k_rest, launch=launch,
+        k_rest=k_rest, ranges=ranges, launch=launch,
     )  # fmt: skip
     with torch.cuda.device_of(q):
         for stage in stages:
@@ -305,14 +415,18 @@ def attend_stages(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
     k_rest: Tensor | None = None,
+    ranges: Tensor | None = None,
     launch: AttendLaunch | None = None,
 ) -> tuple[Tensor, tuple[Stage, ...]]:
     """The output of `attend`, unwritten, and the launches that write it, in order."""
-    check_attend(q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest)
+    check_attend(
+        q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest,
+        ranges=ranges,
+    )  # fmt: skip
     b, hq, s, _ = q.shape
     d, (hkv, t, dv) = k.shape[3], v.shape[1:]
     rest = 0 if k_rest is None else k_rest.shape[3]
-    all_keys = positions is None
+    all_keys = positions is None and ranges is None
     heads_out = hkv if positions is None else positions.shape[1]
     slots = 0 if positions is None else positions.shape[3]
     group = hq // heads_out
@@ -335,12 +449,20 @@ def attend_stages(
     most = (
         SPLITS_MAX.value if all_keys else min(SPLITS_MAX.value, triton.cdiv(slots, launch.block_n))
     )
-    splits = programs_per_row(device, rows * head_blocks, launch.programs, most)
-    parts = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    splits, parts = programs_per_row(device, rows * head_blocks, launch.programs, most), 0
+    partial: tuple[int, ...] = (rows, each, splits)
+    grid = (rows * head_blocks, splits)
+    if ranges is not None:  # as many parts as fill the device once, and what rows round up
+        splits, parts = 1, max(1, device.processors * launch.programs // head_blocks)
+        partial, grid = (parts + rows, each), ((parts + rows) * head_blocks, 1)
+        positions = ranges
+    split = splits > 1 or parts > 0
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     acc = largest = total = None
-    if splits > 1:
-        acc = parts((rows, each, splits, dv))
-        largest, total = parts((2, rows, each, splits))
+    if split:
+        acc = empty((*partial, dv))
+        largest, total = empty((2, *partial))
+    position_strides = broadcast_strides(positions, 3)
 
     k_strides, v_strides = broadcast_strides(k, 3), broadcast_strides(v, 3)
     k_align, v_align = alignment(d, k_strides), alignment(dv, v_strides)
@@ -360,27 +482,30 @@ def attend_stages(
         dot = tl.float32  # numpy has no bfloat16
 
     def run_attend() -> None:
-        attend_kernel[(rows * head_blocks, splits)](
+        attend_kernel[grid](
             q, k, k_rest, v, positions, mask, sink_logits, out, acc, largest, total,
             *broadcast_strides(q, 3), *(n // k_align for n in k_strides),
             *(n // rest_align for n in rest_strides), *(n // v_align for n in v_strides),
-            *broadcast_strides(positions, 3), *mask_strides,
-            heads_out, s, t, slots, splits, scale, softcap,
+            *position_strides, *mask_strides,
+            heads_out, s, t, slots, splits, parts, rows, scale, softcap,
             D=d, REST=rest, DV=dv, BLOCK_D=block_d, BLOCK_REST=block_rest, BLOCK_DV=block_dv,
             REST_ALIGN=rest_align, V_IS_K=v_is_k, GROUP=group, HEADS=launch.heads,
             ROWS_PER_KV=heads_out // hkv, K_ALIGN=k_align, V_ALIGN=v_align,
             MASK=mask_kind, HEAD_MASK=head_mask, CAPPED=softcap > 0,
-            SINK_LOGITS=sink_logits is not None, SPLIT=splits > 1, DOT=dot,
+            SINK_LOGITS=sink_logits is not None, SPLIT=split, DOT=dot,
             BLOCK_N=launch.block_n, STAGES=launch.stages, TOKENS=s if all_keys else 0,
+            RANGES=ranges is not None,
             num_warps=launch.warps,
         )  # fmt: skip
 
     def run_combine() -> None:
         combine_kernel[(rows * each, triton.cdiv(dv, COMBINE_DV.value))](
-            acc, largest, total, sink_logits, out, heads_out, s, splits,
+            acc, largest, total, sink_logits, out, positions, *position_strides,
+            heads_out, s, t, splits, parts, rows,
             DV=dv, GROUP=group, SINK_LOGITS=sink_logits is not None,
-            TOKENS=s if all_keys else 0, num_warps=4,
+            TOKENS=s if all_keys else 0, RANGES=ranges is not None, BLOCK_N=launch.block_n,
+            num_warps=4,
         )  # fmt: skip
 
     attend_stage = Stage("attend", run_attend)
-    return out, (attend_stage, Stage("combine", run_combine)) if splits > 1 else (attend_stage,)
+    return out, (attend_stage, Stage("combine", run_combine)) if split else (attend_stage,)

@@ -2,7 +2,9 @@
 
 Importing is not needed to use the backend (it is an entry point); this module has what surrounds
 it: fit a basis (`calibrate`), what would become of each attention site (`explain`), what became
-of it (`reports`), what Dynamo did not compile (`given_up`), what ran (`stats`).
+of it (`reports`), what Dynamo did not compile (`given_up`), what ran (`stats`); and around decode
+loops: steps that are dense (`exact`), caches that are corrected (`correct`, `corrected`), dense
+decoding's tokens from sparse drafts (`lossless`, `LosslessDecoder`).
 """
 
 from importlib import import_module
@@ -12,16 +14,24 @@ if TYPE_CHECKING:
     from loki_compile.calibration import calibrate
     from loki_compile.config import LokiConfig
     from loki_compile.counts import reset_stats, stats
+    from loki_compile.exact_steps import exact
     from loki_compile.explanation import explain
+    from loki_compile.generation.correction import correct, corrected
+    from loki_compile.generation.lossless import LosslessDecoder, lossless
     from loki_compile.report import GraphReport, SiteReport, given_up, reports
 
 __all__ = [
     "GraphReport",
     "LokiConfig",
+    "LosslessDecoder",
     "SiteReport",
     "calibrate",
+    "correct",
+    "corrected",
+    "exact",
     "explain",
     "given_up",
+    "lossless",
     "reports",
     "reset_stats",
     "stats",
@@ -31,10 +41,15 @@ __all__ = [
 _HOME = {
     "GraphReport": "report",
     "LokiConfig": "config",
+    "LosslessDecoder": "generation.lossless",
     "SiteReport": "report",
     "calibrate": "calibration",
+    "correct": "generation.correction",
+    "corrected": "generation.correction",
+    "exact": "exact_steps",
     "explain": "explanation",
     "given_up": "report",
+    "lossless": "generation.lossless",
     "reports": "report",
     "reset_stats": "counts",
     "stats": "counts",

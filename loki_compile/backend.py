@@ -35,6 +35,7 @@ from loki_compile.deferred import PRICE, Deferred
 from loki_compile.engines import Engine, autocast_now, compile_late, default
 from loki_compile.floats import ask_for_values, ask_what_inductor_asks
 from loki_compile.kernels.kept import Keeps
+from loki_compile.kernels.ops import begin_building
 from loki_compile.passes.appends import find_appends
 from loki_compile.passes.attention import Reason, Skipped
 from loki_compile.passes.calls import fake_value
@@ -53,8 +54,8 @@ from loki_compile.passes.prompts import AskedCache, find_asked
 from loki_compile.passes.shared_caches import Part, take_parts
 from loki_compile.passes.sites import find_sites
 from loki_compile.planned import PlanOfModel
-from loki_compile.policies.kinds import PLANS
-from loki_compile.policies.table import Stored, policy_of
+from loki_compile.policies.kinds import PLANS, SPANS, Kind
+from loki_compile.policies.table import SHARE_AT, Stored, policy_of
 from loki_compile.prompts import PrefillGraph
 from loki_compile.refusal import Refusal, plainly
 from loki_compile.report import GraphReport, describe, record_graph, shown_ranges
@@ -104,6 +105,9 @@ def loki(
         ask_what_inductor_asks(gm, example_inputs)  # what is traced again is not judged
     if refusal:
         raise Refusal(refusal)
+    if plan.sparse or once:  # behind a prompt comes a step
+        for device in {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}:
+            begin_building(device)
     in_place = _grows_in_place(normal, config, mode)
     appends = find_appends(normal.graph) if in_place else ()
     bindings = plainly(bind_caches, normal, plan, example_inputs, parts, config, appends)
@@ -219,14 +223,29 @@ def _say_which_layers_there_are(plan: Plan, config: LokiConfig, tally: Tally) ->
 
 def _say_who_chooses(plan: Plan, config: LokiConfig, tally: Tally, of_model: PlanOfModel) -> None:
     """Says once what a plan of all layers is for this model."""
-    if config.policy not in PLANS or len(plan.sites) < 2 or not plan.sparse:
+    if len(plan.sites) < 2 or not plan.sparse:
+        return
+    spans = [sparse.choice.spans for sparse in plan.sparse if sparse.choice.spans is not None]
+    if spans and (config.plan_file or Kind(SPANS) in config.kinds or config.policy == SPANS):
+        share = sum(each.share(SHARE_AT) for each in spans) / len(spans)
+        guess = (
+            "which is a guess, as long for every head as top_k: no plan of `loki tune --policy "
+            "moa` is stored for this model"
+        )
+        say_once(
+            (tally.model, "spans", str(config.policy)),
+            f"{tally.model}: policy={config.policy!r}: {len(spans)} layers read their first keys "
+            f"and spans of the last ones, {share:.1%} of {SHARE_AT} keys, "
+            f"{of_model.origin or guess}.",
+        )
+    if config.policy not in PLANS:
         return
     numbers = {site.node: site.layer(number) for number, site in enumerate(plan.sites)}
     chooses = [numbers[s.site.node] for s in plan.sparse if s.source is None]
-    why = "which do is a guess: no plan of `loki tune` is stored for this model"
-    if of_model.found is not None:
-        why = f"as `loki tune` found {of_model.found.created[:10]}"
-    elif config.policy != "tidal":
+    why = of_model.origin or (
+        "which do is a guess: no plan of `loki tune` is stored for this model"
+    )
+    if config.policy != "tidal":
         why = "as published, scaled to its depth"
     say_once(
         (tally.model, "plan", config.policy),
@@ -261,7 +280,7 @@ def _in_one_form(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Part]]:
 
 
 def plan_graph(
-    normal: fx.GraphModule, config: LokiConfig, stored: Stored = lambda candidates: None
+    normal: fx.GraphModule, config: LokiConfig, stored: Stored = lambda candidates, policy: None
 ) -> Plan:
     """The analysis half of the compiler: what would become of each attention core. `stored` finds
     the plan of layers that is stored for the model.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loki_compile.kernels.ops import KEEP_ALL_Q16, Budget
 from loki_compile.pca_store.basis import BasisSet
-from loki_compile.policies.kinds import PLANS, RANKINGS, Kind, kind_of
+from loki_compile.policies.kinds import PLANS, RANKINGS, SPANS, Kind, kind_of
 
 if TYPE_CHECKING:
     from loki_compile.passes.attention import AttentionSite
@@ -107,7 +107,7 @@ class LokiConfig:
                 f"min_context={self.min_context} is longer than any context: nothing will run "
                 "sparse. Lower min_context (the default is 1024)."
             )
-        elif self.min_context > 0 and self.budget.covers(_LONGEST):
+        elif self.min_context > 0 and self.budget.covers(_LONGEST) and not self._reads_spans:
             found.append(
                 f"top_k={self.top_k!r} covers every context: nothing will run sparse. Lower top_k "
                 "(the default is 0.125)."
@@ -134,6 +134,13 @@ class LokiConfig:
         """Those that `policy` names for layers; none where it is one name for all."""
         names = () if isinstance(self.policy, str) else self.policy.values()
         return [kind_of(name) for name in names]
+
+    @property
+    def _reads_spans(self) -> bool:
+        """Whether some layers read as many keys as a plan of spans says, and not `top_k`."""
+        if isinstance(self.policy, str):
+            return bool(self.plan_file) or self.policy.startswith(SPANS)
+        return any(kind.ranking == SPANS for kind in self.kinds)
 
     def layers_named(self) -> list[tuple[str, Any, tuple[int | str, ...]]]:
         """Words by which options call layers: the option, its words, what these stand for."""
@@ -238,7 +245,7 @@ def _policies(policy: Any) -> None:
 
 
 def _is_file(policy: str) -> bool:
-    return policy.endswith(".json")
+    return policy.endswith((".json", ".tsv")) or ".tsv@" in policy
 
 
 def _inductor_options(given: dict[str, Any]) -> None:

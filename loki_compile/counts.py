@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -30,6 +30,7 @@ class Because(str, Enum):
     SHORT = "short"  # fewer visible keys than min_context
     COVERED = "covered"  # the budget reads all of them
     PREFILL = "prefill"  # more new tokens than are decoded sparsely
+    EXACT = "exact"  # asked for, by `exact`
     EMPTY = "empty"  # no key yet to fit a basis from
     HELD_BACK = "held back"  # indexes were built again and again, and not used twice
     SHORTAGE = "shortage"  # no memory for an index; tried again later
@@ -85,6 +86,12 @@ def tally_of(gm: fx.GraphModule, inputs: Sequence[Any]) -> Tally:
         for parameter in parameters:
             _owners.setdefault(parameter, tally)
     return tally
+
+
+def tally_for(parameters: Iterable[nn.Parameter]) -> Tally | None:
+    """The counts of the model that these are of; None where no graph of it was compiled."""
+    with _lock:
+        return next((_owners[p] for p in parameters if p in _owners), None)
 
 
 def _new_tally(name: str) -> Tally:

@@ -475,6 +475,13 @@ def filled_before(cached: Cached) -> int | None:
     return known[1] if known is not None and known[0].holds(cached.holder) else None
 
 
+def forget_filled(tensor: Tensor) -> None:
+    """A cache holds fewer tokens than the last step left, and nothing was written: its length is
+    asked of its positions again."""
+    with _lock:
+        _filled.pop(tensor, None)
+
+
 def forget(bindings: Iterable[CacheBinding], caches: Iterable[Cached]) -> None:
     """Gives back the memory of the indexes that these bindings would find for these caches."""
     with _lock:

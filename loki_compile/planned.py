@@ -1,29 +1,39 @@
-"""The plan of layers that `loki tune` has stored for a model, for the sites of one graph of it."""
+"""The plan of layers that `loki tune` has stored for a model, or that options name, for the sites
+of one graph of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
 from loki_compile.config import LokiConfig
+from loki_compile.kernels.spans import Spans
 from loki_compile.passes.graphs import nearest_matrix, parameter_test
 from loki_compile.passes.policy import Candidate
 from loki_compile.passes.shared_caches import Part, with_parts
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
-from loki_compile.pca_store.layer_plan import LayerPlan, PlannedLayer, find_plan, read_plan
+from loki_compile.pca_store.layer_plan import (
+    SPANS_SUFFIX,
+    SUFFIX,
+    PlannedLayer,
+    find_plan,
+    read_plan,
+)
 from loki_compile.pca_store.metadata import run_of
-from loki_compile.policies.kinds import Kind, kind_of
-from loki_compile.policies.table import Planned
+from loki_compile.policies.kinds import SPANS, Kind, kind_of
+from loki_compile.policies.table import SHARE_AT, Planned
+from loki_compile.published import PublishedSpans, published_spans
 
 log = logging.getLogger("loki_compile")
 
 
 class PlanOfModel:
-    """Finds the plan once a policy asks for it; `found` is the one it got, if any."""
+    """Finds the plan once a policy asks for it; `origin` says, in words, which it got, if any."""
 
     def __init__(
         self,
@@ -35,19 +45,24 @@ class PlanOfModel:
         self.gm = gm
         self.inputs = with_parts(example_inputs, parts)
         self.config = config
-        self.found: LayerPlan | None = None
+        self.origin = ""
 
-    def __call__(self, candidates: Sequence[Candidate]) -> Planned | None:
-        """What the plan has each site do; None where there is no plan for the model.
+    def __call__(self, candidates: Sequence[Candidate], policy: str) -> Planned | None:
+        """What the plan of a policy has each site do; None where there is no plan for the model.
 
         Raises:
           ValueError: the plan that the options name is damaged, or of another model.
         """
+        if self.config.plan_file:
+            published = published_spans(self.config.plan_file)
+            if published is not None:
+                return self._published(published, candidates)
         weights, blocks = self._weights(candidates)
         rows = dict(zip(weights, blocks, strict=True))
         chosen = self.config.plan_file
         known = [each for each in weights if each]
-        plan = read_plan(chosen) if chosen else find_plan(known, rows)
+        suffix = SPANS_SUFFIX if policy == SPANS else SUFFIX
+        plan = read_plan(chosen) if chosen else find_plan(known, rows, suffix=suffix)
         if plan is None:
             return None
         kinds: list[Kind] = []
@@ -70,8 +85,33 @@ class PlanOfModel:
                 continue
             kinds.append(_of_site(plan.layers[place], candidate.site.kv_heads, blocks[number]))
             layers.append(place)
-        self.found = plan
+        self.origin = f"as `loki tune` found {plan.created[:10]}"
         return Planned(tuple(kinds), tuple(layers))
+
+    def _published(
+        self, published: PublishedSpans, candidates: Sequence[Candidate]
+    ) -> Planned | None:
+        layers = [candidate.site.layer(number) for number, candidate in enumerate(candidates)]
+        most = max(layers, default=0) + 1
+        try:
+            if len(candidates) > 1 and most != len(published.layers):
+                raise ValueError(f"it has {len(published.layers)} layers, and the model {most}")
+            heads = [candidate.site.kv_heads for candidate in candidates]
+            kinds = tuple(map(published.kind, layers, heads))
+        except ValueError as error:
+            raise ValueError(
+                f"policy={self.config.plan_file!r}: {error}: needs a plan of this very model, or "
+                '`loki tune --policy moa` and policy="moa".'
+            ) from None
+        own = published.share(SHARE_AT)
+        folded = [Spans(kind.spans, kind.sink).share(SHARE_AT) for kind in kinds]
+        more = math.fsum(folded) / max(len(folded), 1)
+        self.origin = f"as published in {published.origin}"
+        if len(kinds) > 1 and abs(more - own) > 5e-4:
+            self.origin += (
+                f", whose heads of their own would read {own:.1%}: KV heads read {more:.1%}"
+            )
+        return Planned(kinds, tuple(layers))
 
     def _weights(self, candidates: Sequence[Candidate]) -> tuple[list[str], list[tuple[str, ...]]]:
         """Fingerprints of the weights that make each site's keys, and of their rows; "" where they
@@ -93,10 +133,12 @@ def _of_site(layer: PlannedLayer, kv_heads: int, blocks: tuple[str, ...]) -> Kin
     """What a layer does, for a process that may have some of its heads alone: a head that would
     read what another process' head chose reads what its own number did."""
     kind = kind_of(layer.word)
-    if not kind.heads or len(kind.heads) == kv_heads:
-        return kind
     place = run_of(blocks, layer.blocks) or 0
     first = place * layer.kv_heads // max(1, len(layer.blocks))
+    if len(kind.spans) == layer.kv_heads > kv_heads:
+        return dataclasses.replace(kind, spans=kind.spans[first : first + kv_heads])
+    if not kind.heads or len(kind.heads) == kv_heads:
+        return kind
     here = [head - first for head in kind.heads[first : first + kv_heads]]
     own = [head if 0 <= head < kv_heads else number for number, head in enumerate(here)]
     return dataclasses.replace(kind, heads=tuple(own))

@@ -80,7 +80,7 @@ class Pace:
         each = (self.step_seconds or 0.0) * (steps + _STEPS_BESIDE) / steps
         if self._begun is None:
             return seconds + len(seen.held) * steps * each
-        if self._steps_done >= steps // 10:
+        if self._steps_done >= max(1, steps // 10):
             each = (time.perf_counter() - self._begun) / self._steps_done
         return self.steps_left * each
 

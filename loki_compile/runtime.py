@@ -3,7 +3,8 @@
 A `DecodeGraph` stands where Dynamo expects the compiled function. It owns two variants of one
 graph, each compiled when it is first needed: the dense one, and the sparse one whose extra inputs
 are the key indexes and bases. Which of the two runs is a matter of speed alone: a row that sees
-fewer than `min_context` keys reads all of them in either.
+fewer than `min_context` keys reads all of them in either. Where exact steps are asked for (`exact`)
+and there are true indexes, a third one runs: dense attention, with the sparse one's extra inputs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from loki_compile.caches import CacheBinding, Cached, tokens_before, version_of
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Because, say_once
 from loki_compile.deferred import Deferred
+from loki_compile.exact_steps import exact_now
 from loki_compile.indexes import IndexRecord
 from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
 from loki_compile.passes.attention import MAX_QUERY_TOKENS
@@ -77,7 +79,8 @@ class DecodeGraph:
         self.owner = next((b.weight for b in served.bindings if b.weight is not None), None)
         self.known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.dense: Variant | None = None
-        self.sparse: dict[tuple[Layout | None, ...], Variant] = {}
+        # By what is kept of each cache, and whether attention is dense all the same.
+        self.sparse: dict[tuple[tuple[Layout | None, ...], bool], Variant] = {}
         self.gave_up: str | None = None
         self.sparse_ran = False
         self.interpreted = 0
@@ -101,7 +104,9 @@ class DecodeGraph:
             if grown is None and self.growing is not None:
                 return self.run_copying(step)
         why = self.why_dense(step)
-        return self.run_sparse(step) if why is None else self.run_dense(step, why)
+        if why is not None:
+            return self.run_dense(step, why)
+        return self.run_exact(step) if exact_now() else self.run_sparse(step)
 
     # -- a step that finds all as the last one left it
 
@@ -250,7 +255,7 @@ class DecodeGraph:
         if self.config.min_context:
             if step.visible < self.config.min_context:
                 return Because.SHORT
-            if self.config.budget.covers(step.visible):
+            if all(rule.covers(step.visible) for rule in self.variants.rules):
                 return Because.COVERED
         if self.short_of_memory:
             self.short_of_memory -= 1
@@ -337,12 +342,23 @@ class DecodeGraph:
             return outputs
         return self.growing.put(outputs, step.grown)
 
-    # -- the sparse variant
+    # -- the sparse variant, and the one that is exact and keeps indexes true
 
-    def run_sparse(self, step: Step) -> Any:
+    def run_exact(self, step: Step) -> Any:
+        """Dense, as it was asked for: true indexes stay true, and none is built."""
+        if not step.served.kept:
+            return self.run_dense(step, Because.EXACT)
+        if step.held is None:
+            self._come_off(step)
+            layouts, held = self._layouts(step), self._true_indexes(step)
+            if layouts is None or None in held:
+                return self.run_dense(step, Because.EXACT)
+        return self.run_sparse(step, exact=True)
+
+    def run_sparse(self, step: Step, *, exact: bool = False) -> Any:
         if step.trail is not None:
             if step.held is not None:
-                return self._run_on(step, step.trail, step.held)
+                return self._run_on(step, step.trail, step.held, exact)
             self._come_off(step)
         layouts = self._layouts(step)  # what an index is found by
         held = self._true_indexes(step)
@@ -351,7 +367,7 @@ class DecodeGraph:
         if self._hold_back(step, held):
             return self.run_dense(step, Because.HELD_BACK)
         # Compiled first where that is possible: no keys are read for an index that nothing uses.
-        if layouts is not None and self._variant(layouts) is None:
+        if layouts is not None and self._variant(layouts, exact) is None:
             return self.run_dense(step, Because.GAVE_UP)
         whole = self.rollback.saves_all(step.args, self.sparse_ran)
         try:
@@ -360,7 +376,7 @@ class DecodeGraph:
                 records = self._build_missing(step, held)
         except Exception as error:  # out of memory, most likely; nothing is written yet
             return self._after(error, step, "a key index could not be built")
-        variant = self._variant(tuple(binding.layout for binding in step.served.bindings))
+        variant = self._variant(tuple(b.layout for b in step.served.bindings), exact)
         if variant is None:
             return self.run_dense(step, Because.GAVE_UP)
         extra: list[Tensor] = []
@@ -376,14 +392,14 @@ class DecodeGraph:
                 raise  # what the first attempt has written cannot be taken back
             saved.put_back()
             return self._after(error, step, "the sparse variant failed", saved)
-        self._say_it_ran(step, records)
+        if not exact:
+            self._say_it_ran(step, records)
         try:
             self._adopt(step, outputs, records)
         except Exception as error:  # out of memory: the step is right, its index is built anew
             if not self.config.strict:
                 self._set_back("a key index could not be kept", error)
-        step.served.tally.add("sparse_steps")
-        self.shortages = 0
+        self._count(step, exact)
         del outputs[self.outputs :]
         return outputs
 
@@ -396,14 +412,22 @@ class DecodeGraph:
         if step.grown is not None and self.growing is not None:
             self.growing.find_memory(step.grown, step.args)
 
-    def _run_on(self, step: Step, trail: Trail, held: list[IndexRecord]) -> Any:
+    def _count(self, step: Step, exact: bool) -> None:
+        """A step that ended well and left its indexes true."""
+        self.shortages = 0
+        if exact:
+            step.served.tally.dense(Because.EXACT)
+        else:
+            step.served.tally.add("sparse_steps")
+
+    def _run_on(self, step: Step, trail: Trail, held: list[IndexRecord], exact: bool) -> Any:
         """A sparse step whose indexes are all true."""
         if not trail.used:
             trail.used = True
             for build in {id(record.build): record.build for record in held}.values():
                 build.use()
         assert trail.layouts is not None
-        variant = self._variant(trail.layouts)
+        variant = self._variant(trail.layouts, exact)
         if variant is None:
             return self.run_dense(step, Because.GAVE_UP)
         whole = self.rollback.saves_all(step.args, self.sparse_ran)
@@ -426,8 +450,7 @@ class DecodeGraph:
             return self._after(error, step, "the sparse variant failed", saved)
         trail.go_on(step, self._watched(step))
         trail.unsettle()
-        step.served.tally.add("sparse_steps")
-        self.shortages = 0
+        self._count(step, exact)
         return outputs
 
     def _true_indexes(self, step: Step) -> list[IndexRecord | None]:
@@ -511,21 +534,23 @@ class DecodeGraph:
                 binding.layout = IndexLayout(rank, dtype, own and binding.form.rows_apart)
         return tuple(binding.layout for binding in step.served.bindings)
 
-    def _variant(self, layouts: tuple[Layout | None, ...]) -> Variant | None:
-        """The sparse variant for these indexes, compiled at its first use. None: stay dense."""
-        if layouts in self.sparse:
-            return self.sparse[layouts]
+    def _variant(self, layouts: tuple[Layout | None, ...], exact: bool) -> Variant | None:
+        """The variant that takes these indexes, compiled at its first use. None: stay dense."""
+        key = layouts, exact
+        if key in self.sparse:
+            return self.sparse[key]
+        make = self.variants.exact if exact else self.variants.sparse
         with self.building:
-            if self.gave_up is None and layouts not in self.sparse:
+            if self.gave_up is None and key not in self.sparse:
                 try:
                     # What is made here outlives the call, and the mode it came in.
                     with ordinary_tensors():
-                        self.sparse[layouts] = self.variants.sparse(layouts, self._missed)
+                        self.sparse[key] = make(layouts, self._missed)
                 except Exception as error:
                     if self.config.strict:
                         raise
                     self.give_up("the sparse variant could not be built", error)
-            return self.sparse.get(layouts)
+            return self.sparse.get(key)
 
     @property
     def _index_dtype(self) -> torch.dtype | None:
@@ -563,12 +588,13 @@ class DecodeGraph:
             if record.fit is not None:  # by this graph, or by one that found the cache before
                 step.served.bindings[place].fitted = record.fit.origin
         visible, model = step.visible, step.served.tally.model
+        most = max(rule.most(visible) for rule in self.variants.rules)
         say_once(
             (model, "sparse"),
             lambda: (
                 f"{model}: first sparse step done: {self.variants.sparse_sites} of "
                 f"{self.variants.sites} attention sites read at most "
-                f"{self.config.budget.keys(visible)} of {visible} keys. loki_compile.stats() "
+                f"{most} of {visible} keys. loki_compile.stats() "
                 "counts steps, loki_compile.reports() says what became of each site."
             ),
         )

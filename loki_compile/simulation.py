@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from loki_compile.gradients import by_head
 from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.fused import QUERIES, laid_out, queries_by_head
-from loki_compile.passes.attention import AttentionSite, Heads
+from loki_compile.passes.attention import AttentionSite
 from loki_compile.passes.normalize import normalize
 from loki_compile.passes.sites import find_sites
 from loki_compile.pca_store.basis import Basis
@@ -96,7 +97,7 @@ class _Run(fx.Interpreter):
         if site.core.query_layout != QUERIES:
             query = queries_by_head(query, site.core.query_layout)
         grouped = query.float().unflatten(1, (site.kv_heads, -1))  # (B, Hkv, G, S, D)
-        keys = _by_head(self.env[site.key.base], site.key)
+        keys = by_head(self.env[site.key.base], site.key)
         scores = site.scale * torch.einsum("bhgsd,bhtd->bhgst", grouped, keys.float())
         seen = self._seen(site, scores)
         if kind.ranking:
@@ -114,7 +115,7 @@ class _Run(fx.Interpreter):
         if kind.heads:
             reads = reads[:, list(kind.heads)]
         weights = scores.masked_fill(~(seen & reads[:, :, None]), -torch.inf).softmax(-1)
-        values = _by_head(self.env[site.value.base], site.value).float()
+        values = by_head(self.env[site.value.base], site.value).float()
         out = torch.einsum("bhgst,bhtd->bhgsd", weights, values).flatten(1, 2).to(result.dtype)
         if site.core.out_layout != QUERIES:
             out = laid_out(out, site.core.out_layout, site.group_dim)
@@ -159,13 +160,3 @@ def chosen_keys(wanted: Tensor, seen: Tensor, budget: Budget) -> Tensor:
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
     place = torch.empty_like(order).scatter_(-1, order, at.expand_as(order))
     return (place < keep) & seen
-
-
-def _by_head(base: Tensor, heads: Heads) -> Tensor:
-    """(B, Hkv, T, dims)."""
-    order = list(heads.order)
-    if order[1] < 0:
-        base = base.unsqueeze(-2)
-        head = base.dim() - 2
-        order = [head if d < 0 else d + (d >= head) for d in order]
-    return base.permute(order)

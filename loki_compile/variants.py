@@ -1,7 +1,8 @@
 """What a graph is compiled to, and what is computed beside it: all of it made when first needed.
 
-The runtime knows calls; this file knows the graph: its dense and its sparse variant, the graph that
-tells how far a cache is filled, and those that tell what masks let see of one.
+The runtime knows calls; this file knows the graph: its dense and its sparse variant, the one that
+is dense and keeps indexes true, the graph that tells how far a cache is filled, and those that tell
+what masks let see of one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from loki_compile.passes.in_place import Rooms, add_rooms, new_capacity, write_b
 from loki_compile.passes.masks import what_is_seen
 from loki_compile.passes.plan import Plan
 from loki_compile.passes.rollback import what_to_save
-from loki_compile.passes.sparse import rewrite_sparse
+from loki_compile.passes.sparse import keep_true, rewrite_sparse
 
 log = logging.getLogger("loki_compile")
 
@@ -85,6 +86,7 @@ class Variants:
         self.appends = tuple(appends)
         self.capacity: torch.SymInt | None = None
         self.compile_graph = compile_graph
+        self.rules = {sparse.choice.rule for sparse in plan.sparse}
         self.token_counts = [count for count in set(counts) if not isinstance(count, int)]
         self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self.undo = what_to_save(gm.graph)
@@ -123,6 +125,18 @@ class Variants:
         if self.pack_gqa:
             gm = rewrite_dense(gm, [s for s in plan.sites if s.node not in sparse_sites])
         return self._compiled(gm, "sparse", before, rooms, missed)
+
+    def exact(self, layouts: Sequence[Layout | None], missed: Callable[[], None]) -> Variant:
+        """The dense graph that keeps true what is kept beside caches, compiled: it takes and
+        returns what the sparse one does. It is called with few tokens alone."""
+        gm, mapping = copy_of(self.gm)
+        plan = self.plan.on(mapping)
+        before = ops_of(gm.graph)
+        rooms = self._rooms(gm, mapping, self.appends)
+        gm = keep_true(gm, plan, layouts, rooms)
+        if self.pack_gqa:
+            gm = rewrite_dense(gm, plan.sites, few_tokens=True)
+        return self._compiled(gm, "exact", before, rooms, missed)
 
     def _rooms(
         self, gm: fx.GraphModule, mapping: dict[fx.Node, fx.Node], appends: Sequence[Append]

@@ -17,20 +17,25 @@ from loki_compile.passes.slots import masks_at
 from torch import fx
 
 
-def rewrite_dense(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphModule:
+def rewrite_dense(
+    gm: fx.GraphModule, sites: Sequence[AttentionSite], *, few_tokens: bool = False
+) -> fx.GraphModule:
     """Exact attention, as fast as can be: by `loki::attention` where that is faster, else by
-    PyTorch's own, with groups packed."""
-    ours = [site for site in sites if served_by_attention(site)]
+    PyTorch's own, with groups packed. `few_tokens`: calls that bring their number of new tokens
+    bring few."""
+    ours = [site for site in sites if served_by_attention(site, few_tokens=few_tokens)]
     gm = attend_to_all(gm, ours)
     return pack_groups(gm, [site for site in sites if site not in ours])
 
 
-def served_by_attention(site: AttentionSite) -> bool:
+def served_by_attention(site: AttentionSite, *, few_tokens: bool = False) -> bool:
     """Whether the site is a call of SDPA with few query tokens that `loki::attention` computes as
-    well, and sooner."""
+    well, and sooner. `few_tokens` as in `rewrite_dense`."""
     if not site.sdpa or site.tiled or site.core.causal or site.latent is not None:
         return False
-    if not 1 <= site.query_tokens <= MAX_QUERY_TOKENS:
+    if site.query_tokens < 0 and not few_tokens:
+        return False
+    if site.query_tokens >= 0 and not 1 <= site.query_tokens <= MAX_QUERY_TOKENS:
         return False
     key = fake_value(site.key.base)
     rows = [fake_value(x.base).stride(x.order[3]) for x in (site.key, site.value)]

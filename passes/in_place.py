@@ -19,6 +19,7 @@ from loki_compile.passes.graphs import call, fake_mode_of, finish
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
+from torch.utils import _pytree as pytree
 
 # Rows of room that graphs are traced with: whatever Inductor asks of them has the answers of a
 # large number that nothing divides.
@@ -80,7 +81,8 @@ def write_behind(gm: fx.GraphModule, rooms: Rooms) -> fx.GraphModule:
     """The last edit of a graph, which reads and writes the `rooms`.
 
     Pasts that nothing reads any more are inputs no more: Inductor would ask how they lie in memory,
-    and those that are ours lie otherwise than the first of a conversation.
+    and those that are ours lie otherwise than the first of a conversation. A past that alone brings
+    a size which the graph computes with stays.
     """
     graph = gm.graph
     result = graph.output_node()
@@ -96,10 +98,34 @@ def write_behind(gm: fx.GraphModule, rooms: Rooms) -> fx.GraphModule:
         graph.erase_node(append.root)
     gm = finish(gm)
     for append in rooms.appends:
-        if not append.past.users:
+        if not append.past.users and not _brings_a_size(append.past):
             graph.erase_node(append.past)
     gm.recompile()
     return gm
+
+
+def _brings_a_size(past: fx.Node) -> bool:
+    """Whether the rest of the graph has a symbol that no other input has as a number or a size."""
+    others = [node for node in past.graph.nodes if node is not past and node.op != "output"]
+    inputs = [_sizes_of(node) for node in others if node.op == "placeholder"]
+    brought = {size for sizes in inputs for size in sizes if size.is_Symbol}
+    used = set().union(*(size.free_symbols for node in others for size in _sizes_of(node)))
+    own = set().union(*(size.free_symbols for size in _sizes_of(past)))
+    return bool((own & used) - brought)
+
+
+def _sizes_of(node: fx.Node) -> list[Any]:
+    """The expressions of a tensor's symbolic sizes and strides, or of a symbolic number.
+
+    A number that comes in gives its own symbol a value and not the equal one that stands for both
+    since: so Inductor reads it (`SymNode._expr`, checked on PyTorch 2.11 and 2.13).
+    """
+    value = fake_value(node)
+    if isinstance(value, torch.SymInt):
+        return [value.node._expr if node.op == "placeholder" else value.node.expr]
+    tensors = [each for each in pytree.tree_leaves(value) if isinstance(each, torch.Tensor)]
+    numbers = [number for tensor in tensors for number in (*tensor.shape, *tensor.stride())]
+    return [number.node.expr for number in numbers if isinstance(number, torch.SymInt)]
 
 
 def _placeholder(graph: fx.Graph, name: str) -> fx.Node:

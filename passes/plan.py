@@ -209,6 +209,12 @@ def _check_source(candidates: Sequence[Candidate], choices: Sequence[Choice], nu
             f"policy: {here} is to read what {there} chose, which does not lie before it: name an "
             "earlier layer."
         )
+    ranking = choices[source].ranking
+    if ranking is not None and ranking.ranges:
+        raise ValueError(
+            f"policy: {here} is to read what {there} chose, which reads ranges and chooses for "
+            "nobody: name a layer that ranks keys."
+        )
     if choices[source].source is not None:
         raise ValueError(
             f"policy: {here} is to read what {there} chose, which reads what another chose: name "

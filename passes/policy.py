@@ -12,6 +12,7 @@ from typing import Any
 
 from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.kept import Keeps
+from loki_compile.kernels.spans import Spans
 from loki_compile.passes.attention import AttentionSite
 from loki_compile.passes.caches import KeyCache
 from torch import fx
@@ -22,14 +23,16 @@ class Ranking:
     """A way to choose keys.
 
     `positions` adds to a graph the node that chooses: int32 (B, Hkv or Hq, S, K), ascending, -1
-    behind them, as `kernels` has it. `keeps` is what it needs beside each cache that it ranks.
-    `refuses` says why it cannot serve a site over a cache, "" where it can.
+    behind them, as `kernels` has it; or, with `ranges`, two ranges of keys for each row, as
+    `loki::attention` takes them, which no other site can read. `keeps` is what it needs beside each
+    cache that it ranks. `refuses` says why it cannot serve a site over a cache, "" where it can.
     """
 
     name: str
     positions: Callable[[Asked], fx.Node]
     keeps: Keeps = Keeps.NOTHING
     refuses: Callable[[AttentionSite, KeyCache], str] = lambda site, cache: ""
+    ranges: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Choice:
     Without a ranking the site reads all keys. With a `source`, the number of an earlier site of the
     same slots, it reads the positions that one has chosen: KV head i those of the source's KV head
     `heads[i]`, or of the same one; it chooses itself where the source has become dense. With
-    `dense_result` it reads all keys and chooses for others. `note` is what one should know of it.
+    `dense_result` it reads all keys and chooses for others. `spans` say how many keys each KV head
+    reads where the ranking reads ranges. `note` is what one should know of it.
     """
 
     ranking: Ranking | None
@@ -65,6 +69,12 @@ class Choice:
     heads: tuple[int, ...] = ()
     dense_result: bool = False
     note: str = ""
+    spans: Spans | None = None
+
+    @property
+    def rule(self) -> Budget | Spans:
+        """How many keys a row reads of those that it sees."""
+        return self.spans or self.budget
 
 
 # For all sites of a graph, which are numbered in its order, the choice of each.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from loki_compile.kernels.fused import expanded_values, positions_of_heads, tiles_to_blocks
 from loki_compile.kernels.kept import Layout
-from loki_compile.kernels.ops import attend
+from loki_compile.kernels.ops import attend, attention
 from loki_compile.passes.attention import AttentionSite
 from loki_compile.passes.calls import concrete, fake_value
 from loki_compile.passes.emit import absorbed, canonical, cast, replay, strided_like, whole_queries
@@ -24,6 +24,19 @@ from loki_compile.passes.mirror import Placeholders, add_placeholders, grows_in_
 from loki_compile.passes.plan import Plan, SparseSite
 from loki_compile.passes.policy import Asked
 from torch import fx
+
+
+def keep_true(
+    gm: fx.GraphModule,
+    plan: Plan,
+    layouts: Sequence[Layout | None],
+    rooms: Rooms | None = None,
+) -> fx.GraphModule:
+    """Keeps true what is kept beside each cache, and leaves attention as it is: placeholders and
+    outputs are those of `rewrite_sparse`."""
+    _, _, outputs = _mirrored(gm.graph, plan, layouts, rooms)
+    _append_outputs(gm.graph, outputs)
+    return finish(gm)
 
 
 def rewrite_sparse(
@@ -43,21 +56,7 @@ def rewrite_sparse(
     graph = gm.graph
     plan = with_plain_masks(graph, plan)
     masks = Masks(graph)
-    readers = {s.cache: s.site for s in reversed(plan.sparse)}  # the first of each cache
-    places = {
-        number: add_placeholders(graph, number, cache, layout, readers[number], rooms)
-        for number, (cache, layout) in enumerate(zip(plan.caches, layouts, strict=True))
-        if layout is not None
-    }
-    kept: dict[int, list[fx.Node]] = {}
-    outputs: list[fx.Node] = []
-    for number, place in places.items():
-        cache, layout = plan.caches[number], layouts[number]
-        assert layout is not None
-        kept[number] = mirrored(graph, cache, layout, place, readers[number], rooms)
-        if cache.replaced and not grows_in_place(cache, rooms):
-            with graph.inserting_before(graph.output_node()):
-                outputs += [replay(graph, cache.leaves, part) for part in kept[number]]
+    places, kept, outputs = _mirrored(graph, plan, layouts, rooms)
     shared: dict[Any, fx.Node] = {}
     chosen: list[fx.Node] = []
     for sparse in plan.sparse:
@@ -73,9 +72,36 @@ def rewrite_sparse(
                 continue
             out = _sparse_attention(asked, chosen[-1], sinks, masks)
         sparse.site.node.replace_all_uses_with(out)
+    _append_outputs(graph, outputs)
+    return finish(gm)
+
+
+def _mirrored(
+    graph: fx.Graph, plan: Plan, layouts: Sequence[Layout | None], rooms: Rooms | None
+) -> tuple[dict[int, Placeholders], dict[int, list[fx.Node]], list[fx.Node]]:
+    """Of each cache of which something is kept, by its number: what that comes in by, and its
+    tensors behind all writes; and those that leave the graph."""
+    readers = {s.cache: s.site for s in reversed(plan.sparse)}  # the first of each cache
+    places = {
+        number: add_placeholders(graph, number, cache, layout, readers[number], rooms)
+        for number, (cache, layout) in enumerate(zip(plan.caches, layouts, strict=True))
+        if layout is not None
+    }
+    kept: dict[int, list[fx.Node]] = {}
+    outputs: list[fx.Node] = []
+    for number, place in places.items():
+        cache, layout = plan.caches[number], layouts[number]
+        assert layout is not None
+        kept[number] = mirrored(graph, cache, layout, place, readers[number], rooms)
+        if cache.replaced and not grows_in_place(cache, rooms):
+            with graph.inserting_before(graph.output_node()):
+                outputs += [replay(graph, cache.leaves, part) for part in kept[number]]
+    return places, kept, outputs
+
+
+def _append_outputs(graph: fx.Graph, outputs: list[fx.Node]) -> None:
     result = graph.output_node()
     result.args = ((*result.args[0], *outputs),)  # type: ignore[misc]
-    return finish(gm)
 
 
 def _asked(
@@ -126,7 +152,7 @@ def _of_source(asked: Asked, source: SparseSite, positions: fx.Node) -> fx.Node:
 def _sparse_attention(
     asked: Asked, positions: fx.Node, sinks: fx.Node | None, masks: Masks
 ) -> fx.Node:
-    """What the site's core returns, by way of the ops."""
+    """What the site's core returns, by way of the ops; `positions` are what its ranking made."""
     graph, site, mask = asked.graph, asked.site, asked.mask
     out = _attended(asked, positions, sinks)
     if site.core.nan_rows and mask is not None:
@@ -173,17 +199,18 @@ def _attended(asked: Asked, positions: fx.Node, sinks: fx.Node | None) -> fx.Nod
         rest = canonical(graph, latent.rest, site)
     elif latent is not None and latent.kept:
         value = call(graph, torch.narrow, value, 3, latent.at, latent.dims, like=site.node)
+    ranking = asked.choice.ranking
+    in_ranges = ranking is not None and ranking.ranges
     return call(
         graph,
-        attend,
-        asked.query,
-        asked.key,
-        value,
-        positions,
+        attention if in_ranges else attend,
+        *(asked.query, asked.key, value),
+        *(() if in_ranges else (positions,)),
         asked.mask,
         scale=site.scale,
         softcap=site.core.softcap,
         sink_logits=sinks,
         k_rest=rest,
+        **({"ranges": positions} if in_ranges else {}),
         like=site.node,
     )

@@ -25,7 +25,10 @@ from loki_compile.pca_store.metadata import (
 )
 from loki_compile.pca_store.store import default_root, write_atomically
 
+# Of plans which layers choose and which reuse, and of plans what spans of keys their heads read: a
+# model may have one of each.
 SUFFIX = ".plan.json"
+SPANS_SUFFIX = ".spans.json"
 FORMAT = 1
 _MAX_BYTES = 64 << 20
 
@@ -102,15 +105,15 @@ class LayerPlan:
         return known[min(use, len(known) - 1)] if known else None
 
 
-def save_plan(plan: LayerPlan, root: Path | None = None) -> Path:
-    """Writes a plan in place of an older one of the same model; atomic, as `Store.save`.
+def save_plan(plan: LayerPlan, root: Path | None = None, suffix: str = SUFFIX) -> Path:
+    """Writes a plan in place of an older one of the same model and suffix; atomic, as `Store.save`.
 
     Raises:
       OSError: the folder cannot be written.
     """
     root = default_root() if root is None else root
     root.mkdir(parents=True, exist_ok=True)
-    path = root / f"{plan.fingerprint[:24]}{SUFFIX}"
+    path = root / f"{plan.fingerprint[:24]}{suffix}"
     write_atomically(path, json.dumps({"format": FORMAT, **asdict(plan)}).encode())
     return path
 
@@ -140,24 +143,28 @@ def read_plan(path: str | Path) -> LayerPlan:
 
 
 def find_plan(
-    weights: Iterable[str], blocks: Mapping[str, tuple[str, ...]], root: Path | None = None
+    weights: Iterable[str],
+    blocks: Mapping[str, tuple[str, ...]],
+    root: Path | None = None,
+    suffix: str = SUFFIX,
 ) -> LayerPlan | None:
-    """The newest stored plan that knows all of these weights; None where there is none.
+    """The newest stored plan of that suffix that knows all of these weights; None where there is
+    none.
 
     blocks: fingerprints of the rows of weights, by their own.
     """
     wanted = list(weights)
-    for plan in stored_plans(root) if wanted else ():
+    for plan in stored_plans(root, suffix) if wanted else ():
         if all(plan.layer_of(each, blocks.get(each, ())) is not None for each in wanted):
             return plan
     return None
 
 
-def stored_plans(root: Path | None = None) -> Iterator[LayerPlan]:
+def stored_plans(root: Path | None = None, suffix: str = SUFFIX) -> Iterator[LayerPlan]:
     """All that can be read, newest first; what cannot is passed over with a warning."""
     root = default_root() if root is None else root
     try:
-        files = sorted(root.glob(f"*{SUFFIX}"), key=lambda path: -path.stat().st_mtime_ns)
+        files = sorted(root.glob(f"*{suffix}"), key=lambda path: -path.stat().st_mtime_ns)
     except OSError as error:
         logger.warning("the plans in %s cannot be read: %s", root, error)
         return

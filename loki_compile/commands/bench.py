@@ -1,87 +1,306 @@
-"""`loki bench`: tokens per second by context, dense and sparse in one run."""
+"""`loki bench`: what a token costs by context, for every way of decoding, in one run."""
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 
+from loki_compile.commands.bench_rows import ALLOWED, Kept, table
 from loki_compile.commands.options import (
-    LOKI_OPTIONS,
+    CHOICE_OPTIONS,
     MODEL_HELP,
     MODEL_OPTIONS,
     loki_options,
     say_if_dense,
+    text_of,
     with_options,
 )
-from loki_compile.commands.output import announcing, err, out, say, show
+from loki_compile.commands.output import announcing, out, progress, say, show
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+USUAL = (1024, 4096, 16384)
+EVERY = tuple(2**n for n in range(4, 18))
+KINDS = {"static": ("static",), "dynamic": ("dynamic",), "both": ("static", "dynamic")}
+# The names of `ways.DENSE`, which is not imported for `--help`.
+DENSE = "eager,inductor,packed,packed-inductor,exact"
 
 
-@click.command(epilog=MODEL_HELP)
+@click.command(
+    epilog=f"{MODEL_HELP} random:LAYERS has 8 query and 2 KV heads x 128, and random weights."
+)
 @click.argument("name", metavar="MODEL")
 @click.option("--context", "contexts", type=click.IntRange(1), multiple=True,
               help="May be repeated. [1024, 4096, 16384 where the model allows]")  # fmt: skip
-@click.option("--cache", type=click.Choice(["static", "dynamic"]), default="static")
-@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
-@click.option("--out", "file", type=click.Path(path_type=Path), help="Write the rows as JSON.")
-@with_options(LOKI_OPTIONS)
+@click.option("--all-lengths", is_flag=True,
+              help="Contexts 16, 32, ... 131072, as far as the model allows.")  # fmt: skip
+@click.option("--cache", type=click.Choice(list(KINDS)), default="both", show_default=True,
+              help="static, or dynamic: one that grows.")  # fmt: skip
+@click.option("--policies", default="loki", show_default=True,
+              help="With commas; NAME@1024 or NAME@0.25 for a top_k of its own.")  # fmt: skip
+@click.option("--dense", default=DENSE, show_default=True,
+              help="Ways over all keys to time beside them; eager is always there.")  # fmt: skip
+@click.option("--text", "files", multiple=True, help="Text file. [held-out Python library]")
+@click.option("--prompt", type=click.IntRange(0), default=4096, show_default=True,
+              help="Contexts up to this are read as text by each way, which tells its first "
+              "token; longer ones are caches of noise.")  # fmt: skip
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True)
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=120.0,
+              show_default=True, help="Ends the rounds of one length early.")  # fmt: skip
+@click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True,
+              help="Of slopes, ratios and the picture: cpu on a busy machine.")  # fmt: skip
+@click.option("--out", "file", type=click.Path(path_type=Path),
+              help="JSON of all rows; a run that was stopped goes on from it.")  # fmt: skip
+@click.option("--picture", type=click.Path(path_type=Path), help="PNG. [beside --out]")
+@with_options(CHOICE_OPTIONS)
 @with_options(MODEL_OPTIONS)
 def command(
     name: str,
     contexts: tuple[int, ...],
+    all_lengths: bool,
     cache: str,
+    policies: str,
+    dense: str,
+    files: tuple[str, ...],
+    prompt: int,
     rounds: int,
+    seconds: float,
+    clock: str,
     file: Path | None,
+    picture: Path | None,
     device: str | None,
     dtype: str,
     random_weights: bool,
     **loki: Any,
 ) -> None:
-    """Tokens per second of MODEL by context, dense and sparse in one run, over a cache of noise."""
-    from loki_compile.commands.measure import latencies, many_variants, room_for, variants
+    """What a token of MODEL costs by context, for each way of decoding, in one run.
+
+    Milliseconds per token and their slope, bytes that must be read and the share of this machine's
+    read limit, time to the first token and of compilation: eager, Inductor, matmuls over packed
+    query groups, our own attention over all keys, and each policy; static and growing caches. Each
+    way is checked against eager's logits before it is timed; all are timed in turn.
+    """
     from loki_compile.commands.models import (
         check_placement,
         check_writable,
-        fitting_context,
         load_config,
         load_model,
-        longest_context,
     )
+    from loki_compile.commands.rounds import room_for
+    from loki_compile.commands.ways import DENSE as KNOWN
+    from loki_compile.commands.ways import policy_options
 
     options = loki_options(**loki)
+    chosen = {word: policy_options(word, options) for word in _words("--policies", policies)}
+    beside = _words("--dense", dense)
+    if unknown := [word for word in beside if word not in KNOWN]:
+        raise ValueError(f"--dense {unknown[0]}: needs some of {', '.join(KNOWN)}.")
     check_placement(device, dtype)
-    if file is not None:
-        check_writable("--out", file)
-    config, room = load_config(name), room_for(rounds)
-    if contexts:
-        for context in contexts:
-            fitting_context("--context", context, context, config, room)
-    else:
-        longest = longest_context(config) - room
-        contexts = tuple(c for c in (1024, 4096, 16384) if c <= longest) or (max(longest, 1),)
+    if picture is None and file is not None:
+        picture = file.with_suffix(".png")
+    for option, path in (("--out", file), ("--picture", picture)):
+        if path is not None:
+            check_writable(option, path)
+    if picture is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "matplotlib is not installed; needed for the picture: pip install 'loki-compile[eval]'"
+        )
+    room = room_for(rounds)
+    lengths = _lengths(contexts, all_lengths, load_config(name), room)
+    settings = {
+        "model": name,
+        "device": device or "auto",
+        "dtype": dtype,
+        "random_weights": random_weights,
+        "policies": list(chosen),
+        "dense": beside,
+        "options": options,
+        "text": list(files),
+        "prompt": prompt,
+        "rounds": rounds,
+    }
+    kept = Kept(file, settings, clock)
+    kept.resume()
+    read = [length for length in lengths if length <= prompt]
+    ids = _token_ids(name, files, max(read) + room) if read else None
+    for each in chosen.values():
+        say_if_dense(each, max(lengths))
+    groups = [(kind, length) for length in lengths for kind in KINDS[cache]]
+    left = [group for group in groups if not kept.has(*group)]
+    if len(left) < len(groups):
+        say(f"{file} holds {len(groups) - len(left)} of {len(groups)} lengths already")
+    if left:
+        say(f"loading {name}")
+        model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
+        _run(name, model, kept, left, beside, chosen, ids, prompt, rounds, seconds)
+    _show(name, kept, KINDS[cache], picture)
+
+
+def _words(option: str, text: str) -> list[str]:
+    """What is between the commas, each once.
+
+    Raises:
+        ValueError: nothing is.
+    """
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not words:
+        raise ValueError(f"{option} {text!r}: names nothing; needs a name, or several with commas.")
+    return words
+
+
+def _lengths(contexts: Sequence[int], every: bool, config: Any, room: int) -> list[int]:
+    """The contexts to take, ascending: what was asked for, or what of the usual ones fits.
+
+    Raises:
+        ValueError: one is longer than the model allows.
+    """
+    from loki_compile.commands.models import fitting_context, longest_context
+
     for context in contexts:
-        say_if_dense(options, context)
-    say(f"loading {name}")
-    model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
-    steps = variants(model, {"loki": options})
-    table = Table(title=f"{name}: tokens per second ({cache} cache)", title_justify="left")
-    for column in ("cached tokens", *steps, "against the faster dense"):
-        table.add_column(column, justify="right")
-    rows = []
-    with many_variants(), err.status("compiling and timing") as status:
-        for context in contexts:
-            status.update(f"{context} cached tokens")
-            begin = announcing(f"{context} cached tokens")
-            ms = latencies(model, steps, context, cache=cache, rounds=rounds, begin=begin)
-            ratio = min(ms["eager"], ms["inductor"]) / ms["loki"]
-            table.add_row(
-                str(context), *(f"{1e3 / ms[step]:.1f}" for step in steps), f"{ratio:.2f}x"
+        fitting_context("--context", context, context, config, room)
+    longest = longest_context(config) - room
+    usual = EVERY if every else () if contexts else USUAL
+    fitting = {context for context in usual if context <= longest} | set(contexts)
+    return sorted(fitting) or [max(longest, 1)]
+
+
+def _token_ids(name: str, files: Sequence[str], count: int) -> Tensor | None:
+    """So many tokens of text (count,) int64; None for a model without a tokenizer.
+
+    Raises:
+        ValueError: files were named, and hold fewer, or nothing can be made of them.
+    """
+    from loki_compile.commands.models import encode, load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(name)
+    except ValueError:
+        if files:
+            raise
+        return None
+    text, _ = text_of(files, "held_out")
+    ids = encode(tokenizer, text[: 16 * count])
+    if len(ids) < count:
+        raise ValueError(f"--text: holds {len(ids)} tokens; needs {count}: pass more text")
+    return ids[:count]
+
+
+def _run(
+    name: str,
+    model: Any,
+    kept: Kept,
+    left: Sequence[tuple[str, int]],
+    dense: Sequence[str],
+    policies: dict[str, dict[str, Any]],
+    ids: Tensor | None,
+    prompt: int,
+    rounds: int,
+    seconds: float,
+) -> None:
+    """Measures each kind of cache and length that is left, and keeps its rows."""
+    import torch
+
+    from loki_compile.commands.clock import Reader
+    from loki_compile.commands.measure import many_variants
+    from loki_compile.commands.rounds import measured, room_for
+    from loki_compile.commands.ways import ways_of
+
+    kept.about = _about(model)
+    ways = ways_of(model, dense, policies)
+    reader = Reader(model.device)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    drawn = torch.Generator().manual_seed(0)
+    room = room_for(rounds)
+    with many_variants(), _notices_kept_back(), progress() as bar:
+        task = bar.add_task(f"timing {name}", total=len(left) * (len(ways) + 1))
+        for kind, context in left:
+            say_what = announcing(f"{kind} cache, {context} tokens")
+            tokens = ids
+            if tokens is None or len(tokens) < context + room:
+                tokens = torch.randint(vocabulary, (context + room,), generator=drawn)
+
+            def begin(what: str, say_what: Callable[[str], None] = say_what) -> None:
+                say_what(what)
+                bar.advance(task)
+
+            rows = measured(
+                model,
+                ways,
+                kind,
+                tokens[: context + room].to(model.device),
+                reads=context <= prompt,
+                rounds=rounds,
+                most_seconds=seconds,
+                reader=reader,
+                begin=begin,
             )
-            rows.append({"context": context, "ms_per_token": ms, "against_dense": ratio})
-    out.print(table)
-    if file is not None:
-        file.write_text(json.dumps(rows, indent=2) + "\n")
-        show(f"wrote {file}")
+            kept.add(rows)
+
+
+@contextmanager
+def _notices_kept_back() -> Iterator[None]:
+    """What begins is said here, and advice to lower min_context is not for a dense way."""
+    notices = logging.getLogger("loki_compile.notices")
+    before = notices.level
+    notices.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        notices.setLevel(before)
+
+
+def _about(model: Any) -> dict[str, Any]:
+    """Where and with what it was measured."""
+    import torch
+
+    cuda = model.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(model.device) if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "cores": os.cpu_count(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **{package: metadata.version(package) for package in ("torch", "transformers")},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def _show(name: str, kept: Kept, kinds: Sequence[str], picture: Path | None) -> None:
+    """The tables, what is slower than it may be, the picture."""
+    by = {"wall": "on the clock", "cpu": "in CPU time"}[kept.clock]
+    for kind in kinds:
+        out.print(table(kept.judged, kind, f"{name}, {kind} cache; slope and ratio {by}"))
+    slower = kept.judged.exceptions()
+    for line in slower:
+        show(f"slower than the fastest dense way: {line}")
+    if not slower:
+        show(f"no policy is over {ALLOWED:.0%} slower than the fastest dense way at any length")
+    if kept.path is not None:
+        show(f"wrote {kept.path}")
+    if picture is not None:
+        from loki_compile.commands.picture import plot_ways
+
+        about = kept.about
+        title = f"{name}, {about['dtype']}, {about['device']}, {by}"
+        plot_ways(kept.judged, title, picture)
+        show(f"wrote {picture}")

@@ -11,6 +11,8 @@ from loki_compile.commands.options import (
     MODEL_HELP,
     MODEL_OPTIONS,
     NUMBER,
+    OUT_OPTION,
+    READING_OPTIONS,
     text_of,
     with_options,
 )
@@ -24,9 +26,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog=MODEL_HELP)
-@click.argument("name", metavar="MODEL")
-@click.argument("more_text", metavar="[FILES]...", nargs=-1)
-@click.option("--text", "first_text", multiple=True, help="Text files. [Python's own library]")
+@with_options(READING_OPTIONS)
 @click.option("--tokens", type=click.IntRange(2),
               help='Tokens to read. [16384; 65536 of kind "attention", "pca"]')  # fmt: skip
 @click.option("--length", "--context", "length", type=click.IntRange(2),
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
               help='Dims to measure at, all of "attention": 16, or 0.25 of head_dim.')  # fmt: skip
 @click.option("--calibration", default="post-rotary", show_default=True,
               help='"post-rotary" or "pre-rotary".')  # fmt: skip
-@click.option("--out", "folder", type=click.Path(path_type=Path), help="Folder. [the store]")
+@OUT_OPTION
 @with_options(MODEL_OPTIONS)
 def command(
     name: str,

@@ -165,14 +165,23 @@ def filled_cache(model: Any, kind: str, context: int, room: int) -> Any:
     cache = new_cache(model, kind, context + room)
     model(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache)
     for number, layer in enumerate(cache.layers):
-        known = ("DynamicLayer", "StaticLayer", "StaticSlidingWindowLayer")
+        known = (
+            "DynamicLayer",
+            "DynamicSlidingWindowLayer",
+            "StaticLayer",
+            "StaticSlidingWindowLayer",
+        )
         if type(layer).__name__ not in known:
             raise ValueError(
                 f"layer {number} caches in a {type(layer).__name__}; a latency needs one of "
-                f"{', '.join(known)}: use --cache static, or a model whose layers all attend."
+                f"{', '.join(known)}: a model whose layers all attend."
             )
         if kind == "dynamic":
-            shape = (*layer.keys.shape[:2], context, layer.keys.shape[3])
+            held = context
+            if layer.is_sliding:  # it holds what the next token sees beside itself
+                held = min(context, layer.sliding_window - 1)
+                layer.cumulative_length = context
+            shape = (*layer.keys.shape[:2], held, layer.keys.shape[3])
             layer.keys, layer.values = (
                 layer.keys.new_empty(shape),
                 layer.values.new_empty((*shape[:3], layer.values.shape[3])),

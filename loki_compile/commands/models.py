@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,19 @@ from torch import Tensor
 
 BUNDLED = Path(__file__).parent.parent / "reference_model"
 REFERENCE = "reference"
+
+# An attention-heavy shape: what long contexts cost where little else is computed.
+RANDOM = re.compile(r"random(?::([1-9]\d{0,2}))?")
+RANDOM_SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "vocab_size": 1024,
+    "max_position_embeddings": 1 << 20,
+}
 
 
 def load_model(
@@ -24,7 +38,8 @@ def load_model(
     """A causal LM in eval mode.
 
     Args:
-        name: hub id, local folder, or "reference" for the bundled model.
+        name: hub id, local folder, "reference" for the bundled model, or "random:LAYERS" for
+            `RANDOM_SHAPE` of so many layers (4 without a number).
         device: "cpu", "cuda", ...; None for CUDA where there is a device.
         dtype: "auto" for the checkpoint's own, else a torch dtype's name.
         random_weights: build the architecture from its configuration alone.
@@ -33,14 +48,14 @@ def load_model(
         ValueError: no such model, or it cannot be had here; says what to do.
     """
     check_placement(device, dtype)
-    transformers, source = _transformers(), _source(name)
+    transformers, drawn = _transformers(), random_weights or RANDOM.fullmatch(name)
+    source: Any = load_config(name) if drawn else _source(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if random_weights:
-            config = transformers.AutoConfig.from_pretrained(source)
+        if drawn:
             torch.manual_seed(0)
             chosen = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=chosen)
+            model = transformers.AutoModelForCausalLM.from_config(source, dtype=chosen)
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         return model.to(device).eval()
@@ -73,7 +88,11 @@ def load_config(name: str) -> Any:
     Raises:
         ValueError: no such model.
     """
-    transformers, source = _transformers(), _source(name)
+    transformers = _transformers()
+    if drawn := RANDOM.fullmatch(name):
+        shape = {**RANDOM_SHAPE, "num_hidden_layers": int(drawn[1] or 4)}
+        return transformers.LlamaConfig(**shape)
+    source = _source(name)
     try:
         return transformers.AutoConfig.from_pretrained(source)
     except Exception as error:

@@ -32,16 +32,29 @@ class _FractionOrCount(click.ParamType):
 
 NUMBER = _FractionOrCount()
 
+# Of commands that read text with a model and store what they found: `text_of` takes the files.
+READING_OPTIONS = [
+    click.argument("name", metavar="MODEL"),
+    click.argument("more_text", metavar="[FILES]...", nargs=-1),
+    click.option("--text", "first_text", multiple=True, help="Text files. [Python's own library]"),
+]
+OUT_OPTION = click.option(
+    "--out", "folder", type=click.Path(path_type=Path), help="Folder. [the store]"
+)
 # Those of which a command that compares settings takes one value for all of them.
 EACH_OPTIONS = [
     click.option("--min-context", type=int, help="Fewer visible keys than this run dense."),
     click.option("--index-dtype", help='"auto" or "int8".'),
     click.option("--share", help='"group" or "head".'),
 ]
-LOKI_OPTIONS = [
+# All but which policy, for a command that runs several.
+CHOICE_OPTIONS = [
     click.option("--top-k", type=NUMBER, help="Keys each query reads: 0.125 or 1024."),
     click.option("--rank", type=NUMBER, help="Dims of the index: 0.25, 32 or variance:0.9."),
     *EACH_OPTIONS,
+]
+LOKI_OPTIONS = [
+    *CHOICE_OPTIONS,
     click.option("--policy", help='How keys are chosen: "loki", "tidal", "oracle", ...'),
 ]
 MODEL_OPTIONS = [

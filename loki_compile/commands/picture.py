@@ -1,31 +1,20 @@
-"""Pictures: of `loki demo`, milliseconds per token by cached tokens; of a plan, who reads whom."""
+"""Pictures: milliseconds per token by cached tokens; of a plan, who reads whom."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from loki_compile.commands.bench_rows import Judged
 from loki_compile.commands.measure import latencies, variants
-from loki_compile.commands.models import longest_context
+from loki_compile.commands.models import load_model, longest_context
 from loki_compile.commands.output import announcing
 from loki_compile.config import LokiConfig
 from loki_compile.pca_store.layer_plan import LayerPlan
 from loki_compile.policies.kinds import kind_of
 from loki_compile.report import shown_ranges
 
-# An attention-heavy shape for the picture: what long contexts cost when little else is computed.
-SHAPE = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "vocab_size": 1024,
-    "max_position_embeddings": 1 << 20,
-}
+# Of the model of random weights that stands in for the bundled one.
 SHAPE_CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 SHAPE_TOP_K = 1024
 
@@ -38,7 +27,9 @@ def draw(model: Any, name: str, config: LokiConfig, picture: Path) -> None:
     options = config.to_options()
     if name == "reference":
         title = "random weights, 4 layers, 8 query and 2 KV heads x 128 dims"
-        subject, contexts = _shape(model), list(SHAPE_CONTEXTS)
+        dtype = str(model.dtype).removeprefix("torch.")
+        subject = load_model("random", device=str(model.device), dtype=dtype)
+        contexts = list(SHAPE_CONTEXTS)
         options.pop("basis")
         named = {f"loki, top_k={config.top_k}": options}
         named[f"loki, top_k={SHAPE_TOP_K}"] = {**options, "top_k": SHAPE_TOP_K}
@@ -61,13 +52,6 @@ def draw(model: Any, name: str, config: LokiConfig, picture: Path) -> None:
             begin=announcing(f"picture, {context} cached tokens"),
         )
     plot_latencies(rows, title, f"{model.device}, {model.dtype}".replace("torch.", ""), picture)
-
-
-def _shape(model: Any) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE)).to(model.device, model.dtype).eval()
 
 
 def plot_latencies(
@@ -93,6 +77,40 @@ def plot_latencies(
     axes.set_title(f"{title}\n{device}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(title="dense dashed, sparse solid")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=120)
+
+
+def plot_ways(judged: Judged, title: str, picture: Path) -> None:
+    """Writes one picture of `loki bench`: milliseconds per token by context, a panel for each kind
+    of cache, dense ways dashed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = judged.rows
+    kinds = list(dict.fromkeys(row.cache for row in rows))
+    ways = {row.way: row.dense for row in rows}
+    figure = Figure(figsize=(1.5 + 4.8 * len(kinds), 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, kind in zip(panels, kinds, strict=True):
+        contexts = sorted({row.context for row in rows if row.cache == kind})
+        for number, (way, dense) in enumerate(ways.items()):
+            of_way = (row for row in rows if (row.cache, row.way) == (kind, way))
+            points = sorted((row.context, judged.ms(row) or 0.0) for row in of_way if row.ms)
+            style = "--" if dense else "-"
+            lengths, times = [x for x, _ in points], [y for _, y in points]
+            axes.plot(lengths, times, style, marker="o", color=f"C{number}", label=way)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(contexts, [f"{context:,}" for context in contexts], rotation=45)
+        axes.minorticks_off()
+        axes.set_xlabel("cached tokens")
+        axes.set_title(f"{kind} cache", fontsize=10)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("milliseconds per token")
+    panels[-1].legend(title="dense dashed, policies solid", fontsize=8)
+    figure.suptitle(title, fontsize=10)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
 

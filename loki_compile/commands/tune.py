@@ -1,9 +1,9 @@
-"""`loki tune`: which layers of a model choose keys, and which read what those chose."""
+"""`loki tune`: what each layer of a model reads: which choose keys for others, or spans of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,8 @@ from loki_compile.commands.options import (
     MODEL_HELP,
     MODEL_OPTIONS,
     NUMBER,
+    OUT_OPTION,
+    READING_OPTIONS,
     text_of,
     with_options,
 )
@@ -22,30 +24,68 @@ if TYPE_CHECKING:
     from loki_compile.commands.plan_search import Tried
 
 
+POLICIES = ("tidal", "moa")
+# Options that one policy alone has, by their parameters.
+OWN = {
+    "tidal": ("top_k", "rank", "group_choice", "cost", "cost_context", "plans", "steps", "picture"),
+    "moa": ("density", "sink", "effects"),
+}
+
+
 @click.command(epilog=MODEL_HELP)
-@click.argument("name", metavar="MODEL")
-@click.argument("more_text", metavar="[FILES]...", nargs=-1)
-@click.option("--text", "first_text", multiple=True, help="Text files. [Python's own library]")
+@with_options(READING_OPTIONS)
+@click.option("--policy", type=click.Choice(POLICIES), default="tidal", show_default=True,
+              help="What the plan is for.")  # fmt: skip
 @click.option("--prompts", type=click.IntRange(1), default=4, show_default=True,
-              help="Prompts whose attention is measured.")  # fmt: skip
+              help="Prompts whose attention is measured; moa: of each length.")  # fmt: skip
 @click.option("--length", type=click.IntRange(256), help="Tokens of each prompt, and of the "
-              "held-out text. [2048, or what the model allows]")  # fmt: skip
+              "held-out text; moa: a half and a quarter too. [2048; moa 4096; or what the model "
+              "allows]")  # fmt: skip
+@click.option("--density", type=click.FloatRange(0.0, 1.0, min_open=True), default=0.5,
+              show_default=True, help="moa: keys read, of all, at every length.")  # fmt: skip
+@click.option("--sink", type=click.IntRange(0), default=64, show_default=True,
+              help="moa: first keys that every head reads.")  # fmt: skip
+@click.option("--effects", default="joint", show_default=True,
+              help='moa: of all that a span leaves out, or "entrywise", as published.')  # fmt: skip
 @click.option("--top-k", type=NUMBER, default="0.125", show_default=True,
-              help="Budget that the plan is for: 0.125 or 1024.")  # fmt: skip
-@click.option("--rank", type=NUMBER, default="0.25", show_default=True, help="Dims of the index.")
-@click.option("--group-choice", default="max", show_default=True, help='"max" or "probability".')
+              help="tidal: budget that the plan is for: 0.125 or 1024.")  # fmt: skip
+@click.option("--rank", type=NUMBER, default="0.25", show_default=True,
+              help="tidal: dims of the index.")  # fmt: skip
+@click.option("--group-choice", default="max", show_default=True,
+              help='tidal: "max" or "probability".')  # fmt: skip
 @click.option("--cost", type=click.FloatRange(0.05, 1.0), default=0.5, show_default=True,
-              help="Time of choosing, of what it takes where every layer chooses.")  # fmt: skip
+              help="tidal: time of choosing, of that where every layer chooses.")  # fmt: skip
 @click.option("--cost-context", type=click.IntRange(256), default=32768, show_default=True,
-              help="Cached tokens that times are measured at.")  # fmt: skip
+              help="tidal: cached tokens that times are measured at.")  # fmt: skip
 @click.option("--plans", type=click.IntRange(1, 32), default=8, show_default=True,
-              help="Plans that are compared by what they make of held-out text.")  # fmt: skip
+              help="tidal: plans that are compared on held-out text.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(4), default=48, show_default=True,
-              help="Tokens of held-out text that each plan decodes.")  # fmt: skip
-@click.option("--out", "folder", type=click.Path(path_type=Path), help="Folder. [the store]")
-@click.option("--picture", type=click.Path(path_type=Path), help="PNG to write. [none]")
+              help="tidal: tokens of held-out text that each plan decodes.")  # fmt: skip
+@OUT_OPTION
+@click.option("--picture", type=click.Path(path_type=Path), help="tidal: PNG to write. [none]")
 @with_options(MODEL_OPTIONS)
-def command(
+@click.pass_context
+def command(context: click.Context, policy: str, **given: Any) -> None:
+    """Find what each layer of MODEL reads under a policy, and store it.
+
+    tidal: which layers choose keys, and which read what those chose. moa: how many of the last keys
+    each KV head reads. policy="tidal" or "moa" then uses it. Ctrl-C loses nothing: the same command
+    goes on from there.
+    """
+    for other in POLICIES:
+        for option in OWN[other]:
+            source = context.get_parameter_source(option)
+            if other != policy and source is click.core.ParameterSource.COMMANDLINE:
+                name = f"--{option.replace('_', '-')}"
+                raise ValueError(
+                    f"{name}: that is of --policy {other}; needs --policy {other}, or leave it out"
+                )
+    own = {name: given.pop(name) for name in OWN[policy]}
+    common = {name: value for name, value in given.items() if name not in sum(OWN.values(), ())}
+    (_tune_layers if policy == "tidal" else _tune_spans)(**common, **own)
+
+
+def _tune_layers(
     name: str,
     more_text: tuple[str, ...],
     first_text: tuple[str, ...],
@@ -64,10 +104,6 @@ def command(
     dtype: str,
     random_weights: bool,
 ) -> None:
-    """Find which layers of MODEL choose keys and which read what those chose, and store it.
-
-    policy="tidal" then uses it. Ctrl-C loses nothing: the same command goes on from there.
-    """
     from loki_compile.commands.models import (
         check_placement,
         check_writable,
@@ -125,6 +161,94 @@ def command(
         draw_mass(plan, picture)
         show(f"wrote {picture}")
     show(f'wrote {path}; policy="tidal" uses it')
+
+
+def _tune_spans(
+    name: str,
+    more_text: tuple[str, ...],
+    first_text: tuple[str, ...],
+    prompts: int,
+    length: int | None,
+    density: float,
+    sink: int,
+    effects: str,
+    folder: Path | None,
+    device: str | None,
+    dtype: str,
+    random_weights: bool,
+) -> None:
+    from loki_compile.commands.models import (
+        check_placement,
+        check_writable,
+        fitting_context,
+        load_config,
+        load_model,
+        load_tokenizer,
+    )
+    from loki_compile.commands.span_search import (
+        EFFECTS,
+        SpanSearch,
+        SpanSettings,
+        lengths_of,
+        span_prompts,
+    )
+    from loki_compile.pca_store.layer_plan import SPANS_SUFFIX, save_plan
+    from loki_compile.pca_store.store import Store
+
+    if effects not in EFFECTS:
+        raise ValueError(f"--effects {effects}: needs one of {', '.join(EFFECTS)}")
+    root = Store(folder).root
+    check_placement(device, dtype)
+    check_writable("--out" if folder else "the store", root, folder=True)
+    settings = SpanSettings(density, sink, effects)
+    longest = fitting_context("--length", length, 4096, load_config(name))
+    lengths = lengths_of(longest, settings)
+    files = (*first_text, *more_text)
+    text, source = text_of(files, "train")
+    tokenizer = load_tokenizer(name)
+    made, what = span_prompts(tokenizer, text, lengths, prompts, given=bool(files))
+    say(f"loading {name}; what counts in {source}: {what}")
+    model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
+    try:
+        with SpanSearch(model, settings, made) as search, progress() as bar:
+            reading = bar.add_task(f"profiling {name}", total=search.tokens)
+            comparing = bar.add_task("held-out text", total=len(lengths), visible=False)
+            search.read(lambda done: bar.advance(reading, done))
+            search.choose()
+            bar.update(comparing, visible=True)
+            compared = search.compare(lambda done: bar.advance(comparing, done))
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here")
+        raise
+    out.print(_span_table(search.lengths, search.densities(), compared))
+    plan = search.plan_of(name, f"{source}: {what}"[:4096], compared)
+    path = save_plan(plan, root, SPANS_SUFFIX)
+    search.forget()
+    for number, (layer, spans) in enumerate(search.plan.items()):
+        share = f"{spans.share(longest):.0%} of {longest}"
+        show(f"  layer {number} ({layer}) reads {share}: {', '.join(map(str, spans.heads))}")
+    for layer, why in search.profiler.refused.items():
+        say(f"{layer} is not in the plan, and reads all keys: {why}")
+    show(f"the integer program is within {search.gap:.2%} of its optimum")
+    show(f'wrote {path}; policy="moa" uses it')
+
+
+def _span_table(
+    lengths: tuple[int, ...],
+    densities: dict[str, float],
+    compared: dict[str, list[tuple[float, float]]],
+) -> Table:
+    from rich.table import Table
+
+    title = "what is read, and what a held-out prompt makes of it: KL to dense, and loss gained"
+    table = Table(title=title, title_justify="left")
+    for column in ("tokens", "read", *compared):
+        table.add_column(column, justify="right")
+    for number, length in enumerate(lengths):
+        read = f"{densities[str(length)]:.1%}"
+        pairs = [f"{kl:.4f} {more:+.4f}" for kl, more in (x[number] for x in compared.values())]
+        table.add_row(str(length), read, *pairs)
+    return table
 
 
 def _table(tried: list[Tried]) -> Table:

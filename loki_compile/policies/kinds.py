@@ -1,4 +1,4 @@
-"""What a layer does with its keys, in the words that `policy=` has for it. Imports nothing.
+"""What a layer does with its keys, in the words that `policy=` has for it. Imports no PyTorch.
 
 "loki", "oracle", ...   it chooses by that ranking, and reads what it chose
 "oracle+dense", ...     it chooses, for others, and reads all keys itself
@@ -6,6 +6,9 @@
 "reuse"                 it reads what the nearest layer before it chose whose slots are its own
 "reuse:2"               what layer 2 chose
 "reuse:2:1,0,0"         KV head 0 what KV head 1 of layer 2 chose, KV heads 1 and 2 what 0 did
+"moa"                   each KV head reads the first keys and a span of the last ones, as planned
+"moa:64:1024,0.25N"     KV head 0 the 64 first and 1024 last keys, KV head 1 the 64 first and the
+                        last quarter of the N that a row sees; one span is that of all heads
 """
 
 from __future__ import annotations
@@ -14,11 +17,16 @@ import difflib
 import re
 from dataclasses import dataclass
 
+from loki_compile.kernels.spans import Span, heads_from, heads_text
+
 # The names of `table.RANKINGS`, and of plans for all layers at once (`presets`).
-RANKINGS = ("loki", "oracle", "window", "quest", "unified")
+RANKINGS = ("loki", "oracle", "window", "quest", "unified", "moa")
+# Those that read ranges of keys, and choose none that another layer could read.
+SPANS = "moa"
 PLANS = ("tidal", "tidal-published", "lessismore", "kascade")
 
 _REUSE = re.compile(r"reuse(?::(\d+)(?::(\d+(?:,\d+)*))?)?")
+_SPANS = re.compile(rf"{SPANS}:(\d{{1,9}}):(.+)")
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,8 @@ class Kind:
 
     ranking: by which it chooses, "" where it does not. dense: it reads all keys. reuse: it reads
     what another chose, layer `source`, or the nearest before it where that is None; `heads` has the
-    KV head of the source for each of its own (empty: the same).
+    KV head of the source for each of its own (empty: the same). spans: of the last keys, of each
+    KV head or one for all, behind the `sink` first ones; empty where the plan of the model says.
     """
 
     ranking: str = ""
@@ -35,12 +44,16 @@ class Kind:
     reuse: bool = False
     source: int | None = None
     heads: tuple[int, ...] = ()
+    spans: tuple[Span, ...] = ()
+    sink: int = 0
 
     def __str__(self) -> str:
         if self.reuse:
             heads = ",".join(map(str, self.heads))
             parts = ["reuse", "" if self.source is None else str(self.source), heads]
             return ":".join(part for part in parts if part)
+        if self.spans:
+            return f"{self.ranking}:{self.sink}:{heads_text(self.spans)}"
         return "+".join(part for part in (self.ranking, "dense" * self.dense) if part)
 
 
@@ -57,6 +70,16 @@ def kind_of(text: object) -> Kind:
         return Kind(reuse=True, source=source, heads=heads)
     if word == "dense":
         return Kind(dense=True)
+    if spans := _SPANS.fullmatch(word):
+        try:
+            return Kind(SPANS, spans=heads_from(spans[2]), sink=int(spans[1]))
+        except ValueError as error:
+            raise ValueError(f"policy={text!r:.80}: {error}.") from None
+    if word == f"{SPANS}+dense":
+        raise ValueError(
+            f"policy={text!r}: {SPANS!r} reads ranges and chooses for nobody: needs a layer that "
+            f'ranks keys, such as "{RANKINGS[0]}+dense", or {SPANS!r}.'
+        )
     ranking = word.removesuffix("+dense")
     if ranking in RANKINGS:
         return Kind(ranking, dense=ranking != word)

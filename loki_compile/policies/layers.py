@@ -6,22 +6,21 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from loki_compile.passes.policy import Candidate, Choice
-from loki_compile.policies.kinds import Kind
+from loki_compile.policies.kinds import SPANS, Kind
 
 
 def choices_of(
     candidates: Sequence[Candidate],
     kinds: Sequence[Kind],
     layers: Sequence[int],
-    make: Callable[[str, bool], Choice],
+    make: Callable[[Kind, Candidate], Choice],
     instead: str,
 ) -> list[Choice]:
     """The choice of each site of a graph.
 
     Args:
       kinds, layers: of each site, what it does and the number by which sources name its layer.
-      make: a choice by itself, given the name of its ranking ("" for none) and whether its result
-        stays dense.
+      make: the choice of a site by itself, of a kind that does not reuse.
       instead: the ranking of a site that would reuse, in whose graph nobody chose before it.
 
     Raises:
@@ -36,13 +35,15 @@ def choices_of(
                 source = None if candidate.slots is None else latest.get(candidate.slots)
             else:
                 source = _named(candidates, kinds, layers, number)
-        choice = make(kind.ranking or ("" if kind.dense else instead), kind.dense)
+        itself = kind if kind.ranking or kind.dense else Kind(instead)
+        choice = make(itself, candidate)
         if source is not None:
             choice = dataclasses.replace(choice, source=source, heads=kind.heads)
         elif kind.reuse:
             choice = dataclasses.replace(choice, note=_why_alone(candidate, kind))
         choices.append(choice)
-        if source is None and choice.ranking is not None and candidate.slots is not None:
+        positions = choice.ranking is not None and not choice.ranking.ranges
+        if source is None and positions and candidate.slots is not None:
             latest[candidate.slots] = number
     return choices
 
@@ -64,7 +65,7 @@ def _named(
     # A layer may attend twice: to its own keys, and to an encoder's.
     alike = [n for n in there if here.slots is not None and candidates[n].slots == here.slots]
     found = (alike or there)[0]
-    if kinds[found].reuse or not kinds[found].ranking:
+    if kinds[found].ranking in ("", SPANS):
         raise ValueError(
             f"policy: layer {layers[number]} is to read what layer {source} chose, which is "
             f'"{kinds[found]}" and does not choose: name a layer that does.'

@@ -6,17 +6,19 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from loki_compile.config import LokiConfig
+from loki_compile.kernels.spans import ONE_Q16, Span, Spans
 from loki_compile.passes.policy import Candidate, Choice, Policy, Ranking
 from loki_compile.policies.exact import EXACT
-from loki_compile.policies.kinds import PLANS, Kind
+from loki_compile.policies.kinds import PLANS, SPANS, Kind
 from loki_compile.policies.layers import choices_of
 from loki_compile.policies.low_rank import LOW_RANK
+from loki_compile.policies.moa import MOA
 from loki_compile.policies.pages import PAGES
 from loki_compile.policies.presets import REUSE, chooses_instead, preset
 from loki_compile.policies.unified import UNIFIED
 from loki_compile.policies.window import WINDOW
 
-RANKINGS: dict[str, Ranking] = {r.name: r for r in (LOW_RANK, EXACT, WINDOW, PAGES, UNIFIED)}
+RANKINGS: dict[str, Ranking] = {r.name: r for r in (LOW_RANK, EXACT, WINDOW, PAGES, UNIFIED, MOA)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,29 +30,40 @@ class Planned:
     layers: tuple[int, ...]
 
 
-# Given all sites, the plan that is stored for their model; None where there is none.
-Stored = Callable[[Sequence[Candidate]], Planned | None]
+# Given all sites and the policy whose plan is wanted, the one that is stored for their model, or
+# that the options name; None where there is none.
+Stored = Callable[[Sequence[Candidate], str], Planned | None]
+# Cached tokens at which the share that spans read is told.
+SHARE_AT = 8192
 
 
-def policy_of(config: LokiConfig, stored: Stored = lambda candidates: None) -> Policy:
-    """The policy that options ask for. `stored` is asked for that of `"tidal"`, or of a file."""
+def policy_of(config: LokiConfig, stored: Stored = lambda candidates, policy: None) -> Policy:
+    """The policy that options ask for. `stored` is asked for the plan of `"tidal"` and of `"moa"`,
+    or for that of a file."""
     name = config.policy if isinstance(config.policy, str) else ""
     plan = name in PLANS or bool(config.plan_file)
     reuses = plan or any(kind.reuse for kind in config.kinds)
 
-    def make(ranking: str, dense: bool) -> Choice:
+    def make(kind: Kind, candidate: Candidate) -> Choice:
         per_head = config.share == "head" or name == "tidal-published"
         by_probability = config.group_choice == "probability" or name == "kascade"
         budget = config.budget
         if budget.recent == 0 and reuses:
             budget = dataclasses.replace(budget, recent=1)  # a reader's newest key is no other's
-        found = RANKINGS[ranking] if ranking else None
-        return Choice(found, budget, per_head, by_probability, dense_result=dense)
+        ranking = RANKINGS[kind.ranking] if kind.ranking else None
+        spans = spans_of(kind, candidate, config) if kind.ranking == SPANS else None
+        if spans is not None and kind.spans and spans.whole:
+            ranking = spans = None
+        note = "" if spans is None else f"{spans.share(SHARE_AT):.0%} of {SHARE_AT} keys"
+        return Choice(
+            ranking, budget, per_head, by_probability, dense_result=kind.dense, note=note,
+            spans=spans,
+        )  # fmt: skip
 
     def choose(candidates: Sequence[Candidate]) -> list[Choice]:
         layers = [candidate.site.layer(number) for number, candidate in enumerate(candidates)]
         if plan:
-            found = stored(candidates) if name == "tidal" or config.plan_file else None
+            found = stored(candidates, name) if name == "tidal" or config.plan_file else None
             if found is not None:
                 return choices_of(candidates, found.kinds, found.layers, make, "loki")
             # Alone in its graph, nobody knows what layer it is of how many, and nobody reads of it.
@@ -61,8 +74,37 @@ def policy_of(config: LokiConfig, stored: Stored = lambda candidates: None) -> P
             return choices_of(candidates, of_sites, layers, make, chooses_instead(name))
         sites = enumerate(candidates)
         of_sites = [config.kind_for(candidate.site, number) for number, candidate in sites]
+        if Kind(SPANS) in of_sites and (found := stored(candidates, SPANS)) is not None:
+            if name == SPANS:
+                return choices_of(candidates, found.kinds, found.layers, make, "loki")
+            of_sites = [
+                planned if kind == Kind(SPANS) and planned.ranking in ("", SPANS) else kind
+                for kind, planned in zip(of_sites, found.kinds, strict=True)
+            ]
         # The first that is named, for a layer that would reuse and has nobody to reuse from.
-        instead = next((kind.ranking for kind in config.kinds if kind.ranking), "loki")
-        return choices_of(candidates, of_sites, layers, make, instead)
+        chooses = (kind.ranking for kind in config.kinds if kind.ranking not in ("", SPANS))
+        return choices_of(candidates, of_sites, layers, make, next(chooses, "loki"))
 
     return choose
+
+
+def spans_of(kind: Kind, candidate: Candidate, config: LokiConfig) -> Spans:
+    """The spans of a kind for the KV heads of a site; of all heads one as long as `top_k` where the
+    kind has none. `sink`, `recent` and `min_context` of the options hold as for every policy.
+
+    Raises:
+      ValueError: spans of another number of heads.
+    """
+    budget, site = config.budget, candidate.site
+    heads, sink = kind.spans, max(kind.sink, budget.sink)
+    if not heads:
+        lines = [(1 - sink, budget.keep_q16 / ONE_Q16)]
+        if budget.top_k is not None:
+            lines = [(budget.top_k - sink, 0.0)]
+        heads = (Span.of(*lines),)
+    if len(heads) not in (1, site.kv_heads):
+        raise ValueError(
+            f"policy: {site.path or 'a site'} has {site.kv_heads} KV heads, and is to read "
+            f"{len(heads)} spans: needs one for each of its KV heads, or one for all."
+        )
+    return Spans(heads, sink, max(budget.recent, 1), budget.min_keys)

@@ -230,20 +230,6 @@ def test_eval_at_its_defaults(tiny, tmp_path):
     assert [row["dense_steps"] for row in loki] == [0, 0]
 
 
-@pytest.mark.slow
-def test_bench_writes_the_rows_it_prints(tiny, tmp_path):
-    file = tmp_path / "rows.json"
-    contexts = ("--context", "50", "--context", "130", "--min-context", "0")
-    shown = succeed("bench", tiny, *contexts, "--rounds", "2", "--out", file)
-    rows = json.loads(file.read_text())
-    assert [row["context"] for row in rows] == [50, 130]
-    for row in rows:
-        ms = row["ms_per_token"]
-        assert set(ms) == {"eager", "inductor", "loki"}
-        assert row["against_dense"] == min(ms["eager"], ms["inductor"]) / ms["loki"]
-    assert f"wrote {file}" in shown
-
-
 def test_the_demo_takes_the_stored_basis_that_fits(tiny, text, own_store, monkeypatch):
     """One that holds too few dims for the rank is passed over, and what was taken is named."""
     options = {"min_context": 0, "rank": 0.25}
@@ -356,7 +342,7 @@ MISTAKES = {
     ),
     "too long a context, bench": (
         ("bench", "{tiny}", "--context", "50", "--context", "699", "--rounds", "1"),
-        "--context 699: this model has 700 positions; needs at most 693 with 7 tokens behind it",
+        "--context 699: this model has 700 positions; needs at most 692 with 8 tokens behind it",
     ),
     "too long a prompt, calibrate": (
         ("calibrate", "{tiny}", "--text", "{text}", "--length", "701"),
@@ -369,6 +355,32 @@ MISTAKES = {
     "a file where the folder should be": (
         ("calibrate", "{tiny}", "--text", "{text}", "--out", "{text}/bases"),
         "is not a folder; needs a place",
+    ),
+    "an unknown policy, bench": (
+        ("bench", "{tiny}", "--policies", "loki,loky"),
+        "policy='loky': there is none of that name",
+    ),
+    "a budget that is none, bench": (
+        ("bench", "{tiny}", "--policies", "loki@much"),
+        "--policies loki@much: found top_k 'much'",
+    ),
+    "a budget too small, bench": (("bench", "{tiny}", "--policies", "loki@9"), "top_k=9 does not"),
+    "no policy, bench": (("bench", "{tiny}", "--policies", " ,"), "--policies ' ,': names nothing"),
+    "an unknown dense way, bench": (
+        ("bench", "{tiny}", "--dense", "eager,flash"),
+        "--dense flash: needs some of eager, inductor, packed, packed-inductor, exact",
+    ),
+    "a file of something else, bench": (
+        ("bench", "{tiny}", "--out", "{text}"),
+        "holds no rows of `loki bench`",
+    ),
+    "too little text, bench": (
+        ("bench", "{tiny}", "--text", "{few}", "--context", "600"),
+        "--text: holds",
+    ),
+    "text without a tokenizer, bench": (
+        ("bench", "{bare}", "--text", "{text}", "--context", "600"),
+        "found no tokenizer for",
     ),
     "an --out below a file, bench": (
         ("bench", "{tiny}", "--out", "{text}/rows.json"),
@@ -475,8 +487,7 @@ def test_eval_says_what_log_likelihoods_say_of_us():
 def test_a_stopped_calibration_goes_on(tiny, text, own_store, monkeypatch):
     """Ctrl-C in the third prompt: the next command reads the rest alone, and fits the same."""
     command = ("calibrate", tiny, "--text", text, "--tokens", "400", "--length", "80")
-    monkeypatch.setattr(attention_fit, "STEPS", 20)
-    for module in (observation, progress):
+    for module in (attention_fit, progress):
         monkeypatch.setattr(module, "STEPS", 20)
     succeed(*command)
     (path,) = own_store.glob("*.safetensors")

@@ -86,6 +86,29 @@ def test_a_filled_cache_is_read_whole(model, cache):
             assert not torch.allclose(model(token, past_key_values=again).logits, before)
 
 
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_a_filled_window_is_what_reading_leaves(cache):
+    torch.manual_seed(6)
+    config = transformers.MistralConfig(
+        hidden_size=24, intermediate_size=30, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=12, vocab_size=53, sliding_window=10,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config).eval()
+    filled, read = filled_cache(model, cache, 29, 5), new_cache(model, cache, 34)
+    tokens = torch.randint(53, (1, 31))
+    with torch.no_grad():
+        model(tokens[:, :29], past_key_values=read)
+        for layer, source in zip(filled.layers, read.layers, strict=True):
+            assert layer.keys.shape == source.keys.shape
+            layer.keys.copy_(source.keys)
+            layer.values.copy_(source.values)
+        for at in (29, 30):
+            step = tokens[:, at : at + 1]
+            expected = model(step, past_key_values=read).logits
+            torch.testing.assert_close(model(step, past_key_values=filled).logits, expected)
+        assert filled.get_seq_length() == read.get_seq_length() == 31
+
+
 def test_latencies_time_every_variant(model):
     calls = []
 

@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -738,6 +739,50 @@ def test_attention_over_all_keys_with_softcap_and_sinks(implementation, dtype):
     assert_attends_as_defined(implementation, (q, k, v, None), mask, **options)
 
 
+# Two ranges, one, none (all keys), all keys, ranges that touch.
+RANGES = torch.tensor(
+    [[0, 5, 900, 1000], [0, 0, 17, 977], [9, 9, 9, 9], [0, 1000, 1000, 1000], [3, 400, 400, 401]],
+    dtype=torch.int32,
+)
+
+
+@pytest.mark.parametrize("mask_kind", MASKS)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_attention_in_ranges_of_keys_is_as_defined(implementation, mask_kind, tokens):
+    q, k, v, _ = attend_inputs((2, 10, 5, tokens, 1000, 72, 40, 16, 9), torch.bfloat16)
+    mask = masks(mask_kind, 2, tokens, 1000)
+    for ranges in (
+        RANGES.view(1, 5, 1, 4),
+        RANGES[torch.arange(10 * tokens) % 5].view(2, 5, tokens, 4).flip(0, 1),
+    ):
+        options = dict(scale=0.2, softcap=5.0, sink_logits=torch.randn(10), ranges=ranges)
+        truth = reference.attend(q.double(), k.double(), v.double(), None, mask, **options)
+        found = implementation.attend(q, k, v, None, mask, **options)
+        torch.testing.assert_close(found.double(), truth, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_between_ranges_nothing_is_read(implementation, tokens):
+    q, k, v, _ = attend_inputs((1, 4, 2, tokens, 4000, 64, 64, 16, 9), torch.float32)
+    ranges = torch.tensor([[0, 65, 3900, 4000], [0, 64, 2000, 3999]], dtype=torch.int32)
+    ranges = ranges.view(1, 2, 1, 4)
+    found = implementation.attend(q, k, v, None, None, scale=0.1, ranges=ranges)
+    for x in (k, v):
+        x[:, 0, 65:3900] = x[:, 1, 64:2000] = x[:, 1, 3999:] = torch.nan
+    after = implementation.attend(q, k, v, None, None, scale=0.1, ranges=ranges)
+    assert found.isfinite().all() and torch.equal(found, after)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_any_number_of_threads_attends_in_ranges_alike(implementation, count):
+    q, k, v, _ = attend_inputs((2, 10, 5, 3, 1000, 64, 64, 16, 9), torch.float32)
+    options = dict(scale=0.1, ranges=RANGES.view(1, 5, 1, 4))
+    expected = implementation.attend(q, k, v, None, None, **options)
+    torch.set_num_threads(count)
+    found = implementation.attend(q, k, v, None, None, **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
 def test_attention_over_all_keys_takes_keys_in_two_tensors(implementation):
     q, k, v, _ = attend_inputs((2, 6, 1, 2, 150, 96, 64, 16, 9), torch.float32)
     whole = implementation.attend(q, k, v, None, None, scale=0.3)
@@ -960,11 +1005,16 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_two_processes_may_build_at_once(tmp_path):
+def write_stubs(folder):
+    """Sources of so little that they are compiled at once."""
     for name in cpu_build._SOURCES:
         exported = 'extern "C" __attribute__((visibility("default"))) void'
         text = f"{exported} {Path(name).stem}_stub() {{}}\n" if name.endswith("cpp") else ""
-        (tmp_path / name).write_text(text)
+        (folder / name).write_text(text)
+
+
+def test_two_processes_may_build_at_once(tmp_path):
+    write_stubs(tmp_path)
     code = (
         "from pathlib import Path; from loki_compile.kernels import cpu_build\n"
         f"cpu_build._FOLDER = Path({str(tmp_path)!r})\n"
@@ -975,6 +1025,74 @@ def test_two_processes_may_build_at_once(tmp_path):
     builds = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [build.wait() for build in builds] == [0, 0]
     assert len(list((cache / "loki_compile").iterdir())) == 1
+
+
+@pytest.fixture
+def slow_compiler(tmp_path, monkeypatch):
+    """Stubs, and a compiler that waits for a file named "go" and counts its calls."""
+    write_stubs(tmp_path)
+    calls, go = tmp_path / "calls", tmp_path / "go"
+    slow = tmp_path / "g++"
+    wait = f"while [ ! -e {go} ]; do sleep 0.02; done"
+    script = f'#!/bin/sh\nif [ "$1" != --version ]; then echo x >> {calls}; {wait}; fi\n'
+    slow.write_text(f'{script}exec g++ "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setattr(cpu_build, "_FOLDER", tmp_path)
+    monkeypatch.setattr(cpu_build, "_compiler", lambda: str(slow))
+    monkeypatch.setattr(cpu_build, "_cache_folder", lambda: tmp_path / "cache")
+    cpu_build.begin.cache_clear()
+    yield calls, go
+    cpu_build.begin.cache_clear()
+
+
+def test_what_was_begun_is_built_once_and_waited_for(slow_compiler, tmp_path):
+    calls, go = slow_compiler
+    cpu_build.begin()  # returns while the compiler waits
+    cpu_build.begin()
+    assert not go.exists()
+    threading.Timer(0.3, go.touch).start()
+    assert cpu_build.load().cpu_pages_stub
+    units = sum(name.endswith(".cpp") for name in cpu_build._SOURCES)
+    assert len(calls.read_text().splitlines()) == units + 1  # and the link
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    cpu_build.begin.cache_clear()
+    cpu_build.begin()  # it is there
+    assert len(calls.read_text().splitlines()) == units + 1
+
+
+def test_a_process_that_ends_takes_its_compilers_with_it(tmp_path):
+    write_stubs(tmp_path)
+    slow = tmp_path / "g++"
+    slow.write_text('#!/bin/sh\n[ "$1" = --version ] || exec sleep 1000\n')
+    slow.chmod(0o755)
+    code = (
+        "import time; from pathlib import Path; from loki_compile.kernels import cpu_build\n"
+        f"cpu_build._FOLDER = Path({str(tmp_path)!r})\n"
+        f"cpu_build._compiler = lambda: {str(slow)!r}\n"
+        "cpu_build.begin()\n"
+        "while not cpu_build._compilers: time.sleep(0.01)\n"
+        "print(*[process.pid for process in cpu_build._compilers])"
+    )
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for pid in done.stdout.split():
+        assert not Path(f"/proc/{pid}/cmdline").exists()
+    assert list((tmp_path / "cache" / "loki_compile").iterdir()) == []
+
+
+def test_a_build_that_fails_in_the_background_is_told_when_it_is_needed(monkeypatch, tmp_path):
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho cannot allocate registers >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(cpu_build, "_compiler", lambda: str(broken))
+    monkeypatch.setattr(cpu_build, "_cache_folder", lambda: tmp_path / "cache")
+    cpu_build.begin.cache_clear()
+    cpu_build.begin()
+    cpu_build.begin.cache_clear()
+    with pytest.raises(cpu_build.KernelsUnavailable, match="cannot allocate registers"):
+        cpu_build.load()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")

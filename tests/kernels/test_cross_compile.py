@@ -159,10 +159,10 @@ def select_launches(
 
 def attend_launches(
     chip, *, b=1, hq=32, hkv=8, s=1, t=300, d=128, dv=None, dtype=torch.bfloat16, slots=2048,
-    mask=None, softcap=0.0, sink_logits=False, rest=0, keys=None, values=None,
+    mask=None, softcap=0.0, sink_logits=False, rest=0, keys=None, values=None, ranges=False,
 ):  # fmt: skip
     """rest: dims of a second tensor of keys; the values then are the first itself (latents).
-    slots=0: all keys, without positions."""
+    slots=0: all keys, without positions, or two ranges of them."""
     mask, _ = mask_tensors(mask, b, hq, s, t)
     k = torch.empty(b, hkv, t, d, dtype=keys or dtype)
     v = k if rest else torch.empty(b, hkv, t, dv or d, dtype=values or dtype)
@@ -174,6 +174,7 @@ def attend_launches(
             scale=0.1, softcap=softcap,
             sink_logits=torch.empty(hq) if sink_logits else None,
             k_rest=torch.empty(b, hkv, t, rest, dtype=dtype) if rest else None,
+            ranges=torch.empty(b, hkv, s, 4, dtype=torch.int32) if ranges else None,
         ),
     )  # fmt: skip
 
@@ -251,12 +252,19 @@ ATTEND_COMMON = [
     dict(hq=16, hkv=1, d=512, rest=64, mask="additive"),
     dict(keys=torch.float32, mask="bool"),  # autocast: rotated keys stay fp32
 ]
-ATTENTION_COMMON = [dict(), dict(s=4, mask="bool", d=64)]
+ATTENTION_COMMON = [
+    dict(),
+    dict(s=4, mask="bool", d=64),
+    dict(ranges=True),
+    dict(ranges=True, s=4, mask="additive", softcap=50.0, sink_logits=True, d=64),
+]
 ATTENTION_MORE = [
     dict(s=8, hq=64, mask="additive", softcap=50.0, sink_logits=True),
     dict(hq=8, hkv=8, d=256, dtype=torch.float16),
     dict(hq=16, hkv=1, d=512, rest=64, mask="additive"),
     dict(dtype=torch.float32, d=64, s=2, mask="per head"),
+    dict(dtype=torch.float32, d=64, s=2, mask="per head", ranges=True),
+    dict(hq=16, hkv=1, d=512, rest=64, mask="bool", ranges=True),
 ]
 ATTEND_MORE = [
     dict(d=64, mask="bool", sink_logits=True),
@@ -394,6 +402,7 @@ def test_a_growing_cache_changes_neither_kernels_nor_grids(index, r):
             select_launches("sm90", b=b, t=t, r=r, index=index, mask="bool")
             + attend_launches("sm90", b=b, t=t, mask="bool")
             + attend_launches("sm90", b=b, t=t, mask="bool", s=2, slots=0)
+            + attend_launches("sm90", b=b, t=t, mask="bool", s=2, slots=0, ranges=True)
             for t in (1, 2, 1000, 1001, 1002, 1003, 4096, 5000)
         ]
         # T = 1 alone differs: a row of the index then has no stride to align.

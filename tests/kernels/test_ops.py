@@ -387,7 +387,10 @@ def test_opcheck_of_attend(case):
     opcheck(attend, args)
 
 
-@pytest.mark.parametrize("case", ["plain", "mask", "bytes", "sink_logits"])
+RANGES = torch.tensor([0, 2, T - 4, T], dtype=torch.int32).expand(1, HKV, 1, 4)
+
+
+@pytest.mark.parametrize("case", ["plain", "mask", "bytes", "sink_logits", "ranges"])
 def test_opcheck_of_attention(case):
     args = attend_args()
     del args["positions"]
@@ -397,6 +400,8 @@ def test_opcheck_of_attention(case):
         args["mask"] = (torch.rand(B, 1, S, T) > 0.3).byte()
     if case == "sink_logits":
         args.update(sink_logits=torch.randn(HQ), softcap=20.0)
+    if case == "ranges":
+        args["ranges"] = RANGES
     opcheck(attention, args)
     truth = reference.attention(
         **{n: x.double() if n in "qkv" else x for n, x in args.items()}
@@ -644,6 +649,23 @@ def test_attention_says_what_it_found_and_what_it_takes(found):
     del args["positions"]
     with pytest.raises(ValueError, match="loki::attention: .*" + re.escape(found)):
         attention(**args)
+
+
+@pytest.mark.parametrize(
+    "ranges, found",
+    [
+        (RANGES.long(), "ranges dtype is torch.int64"),
+        (RANGES[..., :3], "shape of ranges"),
+        (RANGES.expand(3 * B, HKV, 1, 4), "shape of ranges"),
+        (RANGES[0], "rank of ranges is 3"),
+        (RANGES.repeat(1, 1, 1, 2)[..., ::2], "strides of ranges"),
+    ],
+)
+def test_attention_says_what_is_wrong_with_ranges(ranges, found):
+    args = attend_args()
+    del args["positions"]
+    with pytest.raises(ValueError, match="loki::attention: " + found + ".*allowed"):
+        attention(**args, ranges=ranges)
 
 
 def test_tensors_on_two_devices_are_refused():

@@ -510,7 +510,9 @@ def pytorch_attention(case: Case, q, k, v, positions, mask, sink_logits) -> Tens
     return out
 
 
-def check_attention(case: Case, implementation, inputs: list, mask: Tensor | None) -> None:
+def check_attention(
+    case: Case, implementation, inputs: list, mask: Tensor | None, ranges: Tensor | None = None
+) -> None:
     """Clause 2: within twice the error of PyTorch's own attention in the same dtype.
 
     The floor is what one rounding of the output, and of the logits in fp32, may cost.
@@ -518,7 +520,10 @@ def check_attention(case: Case, implementation, inputs: list, mask: Tensor | Non
     q, k, v, positions = inputs
     options = case.attend_options()
     truth = reference.attend(q.double(), k.double(), v.double(), positions, mask, **options)
-    found = implementation.attend(*inputs, mask, **options)
+    if ranges is not None:  # in which those positions are
+        found = implementation.attend(q, k, v, None, mask, **options, ranges=ranges)
+    else:
+        found = implementation.attend(*inputs, mask, **options)
     assert found.dtype == q.dtype and found.shape == truth.shape and found.is_contiguous()
     assert found.isfinite().all()
     theirs = pytorch_attention(case, q, k, v, positions, mask, options["sink_logits"])
@@ -542,6 +547,63 @@ def test_attend_is_as_exact_as_pytorch_over_the_positions(case):
     for implementation in implementations():
         check_attention(case, implementation, inputs, mask)
     count("definition of attend")
+
+
+def some_ranges(case: Case) -> Tensor:
+    """(B, Hkv, S, 4), any of the first three maybe 1; rows with two ranges, one, none, and all."""
+    generator = case.generator(9)
+    sizes = [
+        1 if torch.rand((), generator=generator) < 0.3 else size
+        for size in (case.b, case.hkv, case.s)
+    ]
+    ends = torch.randint(0, case.t + 1, (*sizes, 4), generator=generator).sort(-1).values
+    kind = torch.randint(0, 5, (*sizes, 1), generator=generator)
+    at = torch.arange(4)
+    ends = torch.where((kind == 1) & (at < 2), ends[..., :1], ends)  # the last keys alone
+    ends = torch.where((kind == 2) & (at == 2), ends[..., 1:2], ends)  # ranges that touch
+    ends = torch.where(kind == 3, ends[..., :1], ends)  # none
+    ends = torch.where(kind == 4, torch.tensor([0, case.t, case.t, case.t]), ends)
+    return ends.to(torch.int32)
+
+
+def positions_in(case: Case, ranges: Tensor) -> Tensor:
+    """The same keys as positions (B, Hkv, S, T)."""
+    at = torch.arange(case.t)
+    first, stop, last, end = ranges.expand(case.b, case.hkv, case.s, 4)[..., None].unbind(-2)
+    inside = ((at >= first) & (at < stop)) | ((at >= last) & (at < end))
+    order = torch.where(inside, at, case.t).sort(-1).values
+    return torch.where(order < case.t, order, -1).to(torch.int32)
+
+
+@given(make_case())
+@cases(2 * SHARE)
+def test_attention_in_ranges_is_as_exact_as_pytorch_over_the_same_keys(case):
+    _, mask = case.visible_and_mask()
+    ranges = some_ranges(case)
+    inputs = [case.q(), case.keys(), case.contents(), positions_in(case, ranges)]
+    for implementation in implementations():
+        check_attention(case, implementation, inputs, mask, ranges)
+    count("definition of ranges")
+
+
+@given(make_case(values=("normal", "integers")))
+@cases(SHARE)
+def test_between_ranges_nothing_is_read(case):
+    """NaN lies in all that no row of a KV head reads."""
+    ranges = some_ranges(case)
+    positions = positions_in(case, ranges)
+    q, k, v = case.q(), case.keys(), case.contents()
+    read = torch.zeros(case.b, case.hkv, case.s, case.t + 1, dtype=torch.bool)
+    read.scatter_(3, torch.where(positions < 0, case.t, positions).long(), True)
+    read = read[..., :-1] | ~read[..., :-1].any(-1, keepdim=True)
+    options = case.attend_options()
+    hidden = ~read.any(2)[..., None]
+    broken = k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.nan)
+    for implementation in implementations():
+        found = implementation.attend(q, k, v, None, None, **options, ranges=ranges)
+        after = implementation.attend(q, *broken, None, None, **options, ranges=ranges)
+        assert torch.equal(found, after)
+    count("ranges: nothing between is read")
 
 
 @given(make_case(values=("normal", "integers")), st.data())

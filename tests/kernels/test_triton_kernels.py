@@ -39,6 +39,8 @@ from loki_compile.kernels.triton_launch import SelectLaunch  # noqa: E402
 SEED = 20261121
 INDEX_DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32]
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+# The interpreter takes seconds a case: there the rest of the dtypes is tried with `-m slow`.
+_SLOW_HERE = [pytest.mark.slow] if INTERPRETED else []
 
 
 @pytest.mark.skipif(INTERPRETED or ON_GPU, reason="runs here already")
@@ -138,7 +140,15 @@ def assert_equal_choice(case, tensors=None, mask=None, launch=None):
 
 
 @here
-@pytest.mark.parametrize("index_dtype", INDEX_DTYPES)
+@pytest.mark.parametrize(
+    "index_dtype",
+    [
+        torch.int8,
+        torch.bfloat16,
+        pytest.param(torch.float16, marks=_SLOW_HERE),
+        pytest.param(torch.float32, marks=_SLOW_HERE),
+    ],
+)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -294,7 +304,9 @@ def scored(scorer, dtype, case, mask=None):
 
 @here
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float32, pytest.param(torch.float16, marks=_SLOW_HERE)]
+)
 @pytest.mark.parametrize("scorer", ["low rank", "int8", "exact", "pages"])
 def test_every_scorer_chooses_as_defined(scorer, dtype, choice):
     for mask in (None, mask_of("holes", 131, 2), torch.randn(1, 1, 2, 131)):
@@ -578,6 +590,40 @@ def test_attention_over_the_chosen_keys(dtype, b, hq, hkv, s, d, dv, programs):
 def test_attention_over_all_keys(dtype, b, hq, hkv, s, d, dv, programs):
     tensors = attention_inputs(b, hq, hkv, s, 150, d, dv, dtype)
     assert_as_exact_as_pytorch(tensors, None, launch=small_tiles(tensors, programs), scale=d**-0.5)
+
+
+# Two ranges, one, none (all keys), all keys; more rows than are counted at a time.
+RANGES = torch.tensor(
+    [[0, 5, 90, 150], [0, 0, 17, 150], [9, 9, 9, 9], [0, 150, 150, 150], [3, 40, 40, 41]],
+    dtype=torch.int32,
+)
+
+
+@here
+@pytest.mark.parametrize(
+    ("dtype", "b", "hq", "hkv", "s", "d", "dv", "programs"),
+    [
+        (torch.bfloat16, 1, 10, 5, 1, 64, 64, 40),
+        (torch.float16, 2, 10, 5, 1, 80, 40, 1),
+        (torch.float32, 1, 20, 1, 5, 17, 33, 3),
+    ],
+)
+def test_attention_in_ranges_of_keys(dtype, b, hq, hkv, s, d, dv, programs):
+    tensors = attention_inputs(b, hq, hkv, s, 150, d, dv, dtype)
+    ranges = RANGES[torch.arange(hkv * s) % 5].view(1, hkv, s, 4)
+    launch = small_tiles(tensors, programs)
+    for mask in (None, torch.rand(b, 1, s, 150) > 0.3):
+        error, truth = attend_error(tensors, None, mask, launch, scale=d**-0.5, ranges=ranges)
+        assert error <= 8 * torch.finfo(dtype).eps * float(truth.abs().max() + 1)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels keep what they were compiled with")
+def test_ranges_of_more_rows_than_are_counted_at_a_time(monkeypatch):
+    monkeypatch.setattr(triton_attend, "ROWS_BLOCK", triton_attend.tl.constexpr(4))
+    tensors = attention_inputs(2, 5, 5, 1, 150, 16, 16, torch.float32)
+    ranges = RANGES[torch.arange(10) % 5].view(2, 5, 1, 4).contiguous()
+    error, _ = attend_error(tensors, None, None, small_tiles(tensors, 2), scale=0.2, ranges=ranges)
+    assert error < 1e-5
 
 
 @here

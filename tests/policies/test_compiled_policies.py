@@ -102,3 +102,58 @@ def test_plans_of_all_layers_decode_at_default_options_as_the_interpreter_does(
         assert stats()["sparse_steps"] == 6
         logits.append(torch.cat([step.logits for step in steps]))
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["moa", "moa:4:300,0.25N"])
+@pytest.mark.parametrize("kind", ["growing", "static"])
+@torch.no_grad()
+def test_spans_decode_at_default_options_as_the_interpreter_does(policy, kind, fresh, request):
+    model, ids = make_model(layers=2), prompt(3, LONG + 4)
+    logits = []
+    for interpreted in (False, True):
+        torch._dynamo.reset()
+        clear_runtime()
+        if interpreted:
+            request.getfixturevalue("interpreted")
+        fast = torch.compile(model, backend="loki", options={"policy": policy})
+        cache = started(model, kind, ids[:, :LONG])
+        steps = [fast(ids[:, n : n + 1], past_key_values=cache) for n in range(LONG, LONG + 4)]
+        assert stats()["sparse_steps"] == 4
+        logits.append(torch.cat([step.logits for step in steps]))
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["growing", "static"])
+@torch.no_grad()
+def test_generate_reads_spans_at_default_options(kind, fresh):
+    """Padded rows, of which one is below `min_context`: the tokens of the definition."""
+    model, ids = make_model(layers=2), prompt(3, LONG, rows=2)
+    seen = torch.ones_like(ids)
+    seen[1, :200] = 0  # sees fewer keys than min_context: all of them are read
+    ids[1, :200] = 0
+    word = "moa:4:40,0.25N"
+    options = {"attention_mask": seen, "max_new_tokens": 4, "do_sample": False}
+    options |= {"cache_implementation": "static"} if kind == "static" else {}
+    options |= {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
+    model.generation_config.eos_token_id = None
+    model.compile(backend="loki", options={"policy": word})
+    found = model.generate(ids, **options)
+    assert stats()["sparse_steps"] >= 2 and stats()["rebuilds"] == 0
+    plain = make_model(layers=2)
+    plain.generation_config.eos_token_id = None
+    dense = plain.generate(ids, **options)
+    cache = new_cache(plain, "growing")
+    at = (seen.cumsum(-1) - 1).masked_fill(seen == 0, 1)
+    prompted = plain(ids, attention_mask=seen, position_ids=at, past_key_values=cache)
+    torch.testing.assert_close(found.logits[0], prompted.logits[:, -1], rtol=0, atol=1e-4)
+    for step in range(1, 4):
+        seen = torch.cat((seen, torch.ones_like(seen[:, :1])), -1)
+        new = found.sequences[:, LONG + step - 1 : LONG + step]
+        at = seen.sum(-1, keepdim=True) - 1
+        with DirectPolicy(word, 2, {}):
+            truth = plain(new, attention_mask=seen, position_ids=at, past_key_values=cache)
+        torch.testing.assert_close(found.logits[step], truth.logits[:, -1], rtol=0, atol=1e-3)
+    # The row below `min_context` is dense, its neighbour is not.
+    torch.testing.assert_close(found.logits[1][1], dense.logits[1][1], rtol=0, atol=1e-3)
+    same = torch.equal(found.sequences[0, LONG], dense.sequences[0, LONG])
+    assert not same or (found.logits[1][0] - dense.logits[1][0]).abs().max() > 1e-2

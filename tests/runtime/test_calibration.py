@@ -261,8 +261,7 @@ class Stopped(Exception):
 @pytest.fixture
 def samples(monkeypatch):
     """Weak references to everything that calibration keeps of prompts; fits are short."""
-    monkeypatch.setattr(attention_fit, "STEPS", 12)
-    for module in (observation, progress):
+    for module in (attention_fit, progress):
         monkeypatch.setattr(module, "STEPS", 12)
     alive = []
     update = attention_fit.AttentionSamples.update

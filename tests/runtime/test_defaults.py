@@ -114,10 +114,10 @@ def test_a_graph_that_is_short_of_memory_takes_no_index_of_another(
             other(torch.full((2, 1), 2), past_key_values=before)
         mine, ran = Counter(), Steps()
         for step in range(20):
-            failing[0] = step == 0
+            failing[0] = step < 2  # behind a prompt, a growing cache's first graph is another one
             other(torch.full((2, 1), step + 2), past_key_values=short)
             failing[0] = False
-            assert ran()["dense_steps"] == 1
+            assert ran()["dense_steps"] == 1, step
             model(torch.full((1, 1), step + 2), past_key_values=talk)
             mine.update(ran())
     assert mine["sparse_steps"] == 20 and mine["rebuilds"] == 0, mine
@@ -456,7 +456,9 @@ def test_an_edit_between_two_steps_is_in_the_index(kind, mode, interpreted):
                 right.append(mirrored(cache))
         ran = ran()
         found = ran["sparse_steps"], ran["rebuilds"], all(right)
-        if found != (3, 1, True):
+        # Where writes are counted, the index of what is left is known to be true.
+        kept = kind == "growing" and edit is crop and mode is not torch.inference_mode
+        if found != (3, 0 if kept else 1, True):
             wrong[edit.__name__] = found
         count("defaults: edits of a cache")
     assert not wrong, "(sparse steps, rebuilds, the index is of the keys)"

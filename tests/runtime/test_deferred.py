@@ -9,7 +9,7 @@ import torch
 from loki_compile.passes.calls import op_name
 from torch import nn
 
-from loki_compile import deferred, reports, stats
+from loki_compile import backend, deferred, reports, stats
 
 PROMPT = 1103  # above the default min_context
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -69,6 +69,16 @@ def test_a_first_answer_compiles_the_step_that_all_tokens_go_through_and_nothing
     assert stats()["sparse_steps"] == 4 and stats()["interpreted_steps"] == 0
     told = [report.now for report in reports()]
     assert [text.startswith("node by node, uncompiled") for text in told] == [True, True, False]
+
+
+def test_the_kernels_are_begun_while_the_prompt_is_read(dear, monkeypatch):
+    begun: list[str] = []
+    monkeypatch.setattr(backend, "begin_building", begun.append)
+    model = llama()
+    model.compile(backend="loki")
+    with torch.no_grad():
+        model(prompt())
+    assert begun == ["cpu"]
 
 
 def test_no_later_conversation_of_any_length_compiles(dear):

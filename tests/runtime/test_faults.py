@@ -58,7 +58,11 @@ from loki_compile.indexes import indexes_of
 STATIC = Spelling(index_copy_method, mask=left_padded)
 GROWING = Spelling(cat_bhtd, mask=no_mask, growing=True)
 BOTH = pytest.mark.parametrize("spelling", [STATIC, GROWING], ids=["static", "growing"])
-pytestmark = [pytest.mark.soak, pytest.mark.covers, pytest.mark.usefixtures("interpreted")]
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.covers,
+    pytest.mark.usefixtures("interpreted", "compiled_at_once"),
+]
 
 
 def compiled(module, **options):

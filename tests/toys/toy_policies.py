@@ -12,6 +12,7 @@ from torch import Tensor
 from toy_reference import DirectSparse
 
 from loki_compile.config import LokiConfig
+from loki_compile.policies.kinds import Kind, kind_of
 
 POLICIES = ("loki", "oracle", "window", "quest", "unified")
 KEEP_NOTHING = ("oracle", "window", "unified")
@@ -86,6 +87,25 @@ def in_turn(
     return chosen.expand(-1, kv_heads, -1, -1)
 
 
+def in_spans(visible: Tensor, kv_heads: int, kind: Kind, config: LokiConfig) -> Tensor:
+    """The first keys and the span of the last ones that each KV head reads of those that any of its
+    query heads sees, of (B, Hq, S, T); `kind` as of "moa:2:3,0.5N"."""
+    visible = visible.unflatten(1, (kv_heads, -1)).any(2)
+    chosen = torch.full((*visible.shape,), -1, dtype=torch.int32)
+    sink = max(kind.sink, config.sink)
+    for row in range(visible.shape[0]):
+        for head in range(kv_heads):
+            lines = kind.spans[head % len(kind.spans)].lines
+            for token in range(visible.shape[2]):
+                at = visible[row, head, token].nonzero().flatten()
+                count = len(at)
+                width = max(config.recent, 1, *(a + int(b / 65536 * count) for a, b in lines))
+                if sink + width < count and count >= config.min_context:
+                    at = torch.cat((at[:sink], at[count - width :]))
+                chosen[row, head, token, : len(at)] = at
+    return chosen
+
+
 class DirectPolicy(DirectSparse):
     """As `DirectSparse`, by any policy: what it ranks by is made anew from the keys of the call."""
 
@@ -102,6 +122,8 @@ class DirectPolicy(DirectSparse):
         if self.policy == "window":
             heads = query.shape[1] if per_head else keys.shape[1]
             return first_and_last(visible, heads, self.config)
+        if self.policy.startswith("moa"):
+            return in_spans(visible, keys.shape[1], kind_of(self.policy), self.config)
         if self.policy == "unified":
             return in_turn(query, keys, mask, scale, self.config)
         ranked, more = keys, {}

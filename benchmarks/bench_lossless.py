@@ -1,0 +1,293 @@
+"""Cache correction and lossless decoding: what they are worth, and what they take.
+
+    python benchmarks/bench_lossless.py correction     the bundled model, every = none, 8, 32, 128
+    python benchmarks/bench_lossless.py tokens         lossless tokens against dense ones
+    python benchmarks/bench_lossless.py speed          the model of bench_decode.py, by context
+
+Rows that the file of results holds already are not made again: a run that is stopped goes on where
+it was. Times are CPU time of this process with one thread, so that others on the machine do not
+count; both sides of a ratio come from one process, in turn. "Dense" is loki's own dense variant.
+
+`correction` decodes a held-out text token by token behind a prompt, and compares each step's logits
+with those of dense decoding of the same tokens; then it decodes greedily, until the path parts from
+dense decoding's. `speed` takes keys as those of trained models are, with a spectrum that falls and
+queries that find few of them: behind random ones no draft is ever right (see `trained`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from bench_decode import DTYPES, build, filled_cache
+from harness import RESULTS, stamp, table, write_rows
+from torch import Tensor
+from transformers import DynamicCache
+
+import loki_compile
+from loki_compile.commands.models import encode, load_model, load_tokenizer, read_text
+from loki_compile.commands.reference_data import stdlib_text
+from loki_compile.generation.pace import Pace
+
+NAME = "lossless"
+
+
+def missing(key: dict[str, Any]) -> bool:
+    """Whether no row of the results has these fields."""
+    path = RESULTS / f"{NAME}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return not any(all(row.get(k) == v for k, v in key.items()) for row in rows)
+
+
+def keep(key: dict[str, Any], values: dict[str, Any]) -> None:
+    row = {**stamp("cpu"), **key, **values}
+    write_rows(NAME, [row])
+    print(table([row], [*key, *values]), flush=True)
+
+
+def text_ids(args: argparse.Namespace) -> Tensor:
+    """(1, T) of held-out text."""
+    text = read_text(args.text) if args.text else stdlib_text("held_out")
+    return encode(load_tokenizer(args.model), text[: 16 * args.tokens])[None]
+
+
+def prefilled(model: Any, ids: Tensor) -> tuple[DynamicCache, Tensor]:
+    """A cache behind a prompt, and the token behind it (1, 1)."""
+    cache = DynamicCache(config=model.config)
+    logits = model.forward(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+    return cache, logits[:, -1:].argmax(-1)
+
+
+# ------------------------------------------------------------------------------------ correction
+
+
+def correction(args: argparse.Namespace) -> None:
+    base = {"bench": "correction", "model": args.model, "policy": args.policy, "top_k": args.top_k}
+    base |= {"prompt": args.prompt, "tokens": args.tokens}
+    todo = [n for n in args.every if missing({**base, "every": n})]
+    if not todo:
+        return
+    model = load_model(args.model, device="cpu", dtype="float32")
+    ids = text_ids(args)[:, : args.prompt + args.tokens]
+    exact = model(input_ids=ids).logits[0, args.prompt - 1 :].log_softmax(-1)
+    options = {"policy": args.policy, "top_k": args.top_k}
+    model.compile(backend="loki", options=options)
+    dense = greedy_path(model, ids[:, : args.prompt], args.tokens, None)
+    for every in todo:
+        kl, same, seconds = along_text(model, ids, args.prompt, every, exact)
+        path = greedy_path(model, ids[:, : args.prompt], args.tokens, every, dense)
+        third = len(kl) // 3
+        values = {
+            "kl": statistics.mean(kl),
+            "kl_last_third": statistics.mean(kl[-third:]),
+            "same_token": statistics.mean(same),
+            "parts_after": len(path),
+            "cpu_ms_per_token": 1e3 * seconds / len(kl),
+        }
+        keep({**base, "every": every}, values)
+
+
+def along_text(
+    model: Any, ids: Tensor, prompt: int, every: int, exact: Tensor
+) -> tuple[list[float], list[float], float]:
+    """KL to dense and agreement of each step, and CPU seconds; `every` 0: no correction."""
+    cache, _ = prefilled(model, ids[:, :prompt])
+    kl, same, seconds = [], [], 0.0
+    for at in range(prompt, ids.shape[1]):
+        began = time.process_time()
+        logits = model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits
+        done = at + 1 - prompt
+        if every and done % every == 0:
+            loki_compile.correct(model, cache, ids[:, at + 1 - every : at + 1])
+        if done > 2 * max(every, 32):  # compiled by then
+            seconds += time.process_time() - began
+        got, truth = logits[0, -1].log_softmax(-1), exact[done]
+        kl.append(float((truth.exp() * (truth - got)).sum()))
+        same.append(float(got.argmax() == truth.argmax()))
+    counted = len(kl) - 2 * max(every, 32)
+    return kl, same, seconds / counted * len(kl)
+
+
+def greedy_path(
+    model: Any, ids: Tensor, tokens: int, every: int | None, dense: list[int] | None = None
+) -> list[int]:
+    """Greedy tokens, until they part from `dense`; `every` None: dense ones."""
+    cache, newest = prefilled(model, ids)
+    path = [int(newest)]
+    fed: list[Tensor] = []
+    while len(path) < tokens and (dense is None or path[-1] == dense[len(path) - 1]):
+        if every is None:
+            with loki_compile.exact():
+                logits = model(input_ids=newest, past_key_values=cache, use_cache=True).logits
+        else:
+            logits = model(input_ids=newest, past_key_values=cache, use_cache=True).logits
+            fed.append(newest)
+            if every and len(fed) == every:
+                loki_compile.correct(model, cache, torch.cat(fed, 1))
+                fed.clear()
+        newest = logits[:, -1:].argmax(-1)
+        path.append(int(newest))
+    return path
+
+
+# ---------------------------------------------------------------------------------------- tokens
+
+
+def tokens(args: argparse.Namespace) -> None:
+    for name in args.dtype:
+        base = {"bench": "tokens", "model": args.model, "policy": args.policy, "dtype": name}
+        base |= {"prompt": args.prompt, "tokens": args.tokens, "top_k": args.top_k}
+        if not missing(base):
+            continue
+        model = load_model(args.model, device="cpu", dtype=name)
+        options = {"policy": args.policy, "top_k": args.top_k}
+        model.compile(backend="loki", options=options)
+        ids = text_ids(args)
+        got = different = parted = accepted = cycles = 0
+        starts: Iterator[int] = iter(range(0, ids.shape[1] - args.prompt, args.prompt // 2))
+        while got < args.tokens:
+            start = next(starts)
+            prompt = ids[:, start : start + args.prompt]
+            cache, newest = prefilled(model, prompt)
+            decoder = loki_compile.LosslessDecoder(model, cache)
+            decoder.pace = Eager(decoder.pace.most)
+            path = [int(newest)]
+            while len(path) < args.each:
+                more = decoder.next(newest, most=args.each - len(path))
+                newest = more[:, -1:]
+                path += more[0].tolist()
+                accepted += more.shape[1] - 1
+                cycles += 1
+            truth = greedy_path(model, prompt, args.each, None)
+            wrong = [a != b for a, b in zip(path, truth, strict=True)]
+            got, different = got + len(path), different + sum(wrong)
+            parted += any(wrong)
+        values = {
+            "compared": got,
+            "different": different,
+            "paths": got // args.each,
+            "paths_that_part": parted,
+            "accepted_per_cycle": accepted / cycles,
+        }
+        keep(base, values)
+
+
+class Eager(Pace):
+    """Drafts at every cycle, of each length in turn, whatever it takes."""
+
+    def next(self, limit: int) -> int:
+        self.cycles += 1
+        return min(limit, 1 + self.cycles % self.most)
+
+
+# ----------------------------------------------------------------------------------------- speed
+
+
+def speed(args: argparse.Namespace) -> None:
+    options: dict[str, Any] = {"top_k": args.top_k, "policy": json.loads(args.plan)}
+    for name in args.dtype:
+        for context in args.context:
+            base = {"bench": "speed", "dtype": name, "context": context, "layers": args.layers}
+            base |= {"kv_heads": args.kv_heads, "top_k": args.top_k, "policy": args.plan}
+            base |= {"peak": args.peak}
+            if missing(base):
+                torch._dynamo.reset()
+                keep(base, against_dense(args, DTYPES[name], context, options))
+
+
+def trained(model: Any, cache: Any, peak: float) -> None:
+    """Keys whose variance falls along the dims, and queries whose scores have a standard deviation
+    of about `peak`: 0 leaves both random."""
+    if not peak:
+        return
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            dims = torch.arange(layer.self_attn.head_dim, dtype=torch.float32)
+            fall = torch.exp(-dims / 10)
+            cache.layers[number].keys.mul_((fall / fall.square().mean().sqrt()).to(model.dtype))
+
+
+def against_dense(
+    args: argparse.Namespace, dtype: torch.dtype, context: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """CPU milliseconds per token of both, tokens that differ, and how drafts fared."""
+    ways = {}
+    for way, given in (("lossless", options), ("dense", {"min_context": 1 << 30})):
+        model = build(dtype, "cpu", args.layers)
+        for layer in model.model.layers if args.peak else ():
+            layer.self_attn.q_proj.weight.data.mul_(args.peak)
+        cache = filled_cache(model, "static", context, seed=0)
+        trained(model, cache, args.peak)
+        model.compile(backend="loki", options=given)
+        ways[way] = (model, cache)
+    model, cache = ways["lossless"]
+    decoder = loki_compile.LosslessDecoder(model, cache)
+    decoder.pace.clock = time.process_time
+    newest = {way: torch.full((1, 1), 7) for way in ways}
+    made: dict[str, list[int]] = {way: [] for way in ways}
+    spent = dict.fromkeys(ways, 0.0)
+    counted = 0
+    while len(made["dense"]) < args.tokens:
+        began, before = time.process_time(), len(made["lossless"])
+        while len(made["lossless"]) < before + 32:
+            more = decoder.next(newest["lossless"])
+            newest["lossless"] = more[:, -1:]
+            made["lossless"] += more[0].tolist()
+        between = time.process_time()
+        dense_model, dense_cache = ways["dense"]
+        while len(made["dense"]) < len(made["lossless"]):
+            with torch.no_grad():
+                logits = dense_model(
+                    input_ids=newest["dense"], past_key_values=dense_cache, use_cache=True
+                ).logits
+            newest["dense"] = logits[:, -1:].argmax(-1)
+            made["dense"].append(int(newest["dense"]))
+        if before >= args.warm:
+            spent["lossless"] += between - began
+            spent["dense"] += time.process_time() - between
+            counted += len(made["lossless"]) - before
+    ms = {way: 1e3 * seconds / counted for way, seconds in spent.items()}
+    pace = decoder.pace
+    return {
+        "dense_ms": ms["dense"],
+        "lossless_ms": ms["lossless"],
+        "speedup": ms["dense"] / ms["lossless"],
+        "accepted": pace.chance,
+        "cycles_by_drafts": {str(n): count for n, count in sorted(pace.ran.items())},
+        "compared": len(made["dense"]),
+        "different": sum(a != b for a, b in zip(*made.values(), strict=True)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["correction", "tokens", "speed"])
+    parser.add_argument("--model", default="reference")
+    parser.add_argument("--text", nargs="*", default=[])
+    parser.add_argument("--policy", default="loki")
+    parser.add_argument("--top-k", type=lambda x: float(x) if "." in x else int(x), default=0.125)
+    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--each", type=int, default=512, help="tokens of one path of `tokens`")
+    parser.add_argument("--every", type=int, nargs="+", default=[0, 128, 32, 8])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
+    parser.add_argument("--context", type=int, nargs="+", default=[16384, 65536])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--plan", default='{"0": "loki", "*": "reuse"}')
+    parser.add_argument("--peak", type=float, default=0.0)
+    parser.add_argument("--warm", type=int, default=96, help="tokens that are not timed")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 64
+    with torch.no_grad():
+        {"correction": correction, "tokens": tokens, "speed": speed}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Dense decoding's tokens at the price of sparse ones: sparse steps draft, a dense step verifies.
+
+The dense step takes all drafts at once, so that weights and cache are read once for several tokens.
+It overwrites what drafting has left in the cache, keys, values and index rows, and what was not
+accepted is taken off: behind each cycle the cache is dense decoding's.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loki_compile.exact_steps import exact
+from loki_compile.generation import verdicts
+from loki_compile.generation.correction import require_one_path
+from loki_compile.generation.feed import Feed
+from loki_compile.generation.pace import Pace
+from loki_compile.passes.attention import MAX_QUERY_TOKENS
+
+# Drafts that a verifying step takes, beside the token before them.
+MOST_DRAFTS = MAX_QUERY_TOKENS - 1
+
+# Scores (B, V) of what comes behind the tokens (B, T), given logits (B, V).
+Scores = Callable[[Tensor, Tensor], Tensor]
+
+
+class LosslessDecoder:
+    """For decode loops of one's own: the tokens that dense decoding gives, several at a time.
+
+        decoder = LosslessDecoder(model, cache)   # behind the prompt
+        newest = logits[:, -1:].argmax(-1)        # (B, 1), not in the cache yet
+        while ...:
+            tokens = decoder.next(newest)         # (B, n), n >= 1
+            newest = tokens[:, -1:]
+
+    Behind each call the cache holds all tokens but the newest.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: Any,
+        *,
+        drafts: int = MOST_DRAFTS,
+        sample: bool = False,
+        **inputs: Any,
+    ) -> None:
+        """
+        Args:
+          model: compiled by backend="loki".
+          cache: of transformers, static or growing, that holds the prompt.
+          drafts: tokens to draft at a time at most; how many it is adapts.
+          sample: draw tokens by their probabilities (of `scores`) instead of taking the best.
+          inputs: what the loop gives the model beside tokens and cache, if anything:
+            `attention_mask` (B, all cached tokens), `position_ids` (B, any) up to that of the last
+            cached token. Both go on by themselves.
+
+        Raises:
+          ValueError: `drafts` out of range, or a cache that cannot be rewound.
+        """
+        check_drafts(drafts)
+        self.sample = sample
+        self.feed = Feed(model, cache, inputs)
+        self.pace = Pace(drafts)
+        self.feed.require_rewinding(self.feed.length)
+
+    @torch.no_grad()
+    def next(
+        self,
+        newest: Tensor,
+        *,
+        most: int | None = None,
+        scores: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Decodes on.
+
+        Args:
+          newest: int64 (B, 1), the token that is not in the cache yet.
+          most: tokens to return at most; None: as many as come.
+          scores: of logits (B, V), what is drawn from or maximised (temperature, top-p).
+
+        Returns:
+          int64 (B, n), n >= 1: the tokens behind `newest`. Rows go on together.
+
+        Raises:
+          ValueError: backend="loki" has compiled no call of the model, or the cache is full.
+        """
+        room = self.feed.room
+        if room < 1:
+            raise ValueError(
+                f"found a cache that is full with {self.feed.length} tokens; needed one with room."
+            )
+        limit = min(room, most if most is not None else room) - 1
+        made = None if scores is None else lambda _, logits: scores(logits)
+        tokens, _ = cycle(self.feed, self.pace, newest, limit, self.sample, made)
+        self.feed.tally()
+        return tokens
+
+
+def lossless(drafts: int = MOST_DRAFTS, *, streamer: Any = None) -> Callable[..., Any]:
+    """For `model.generate(..., custom_generate=loki_compile.lossless())`: the tokens of dense
+    decoding, greedy or sampled, sooner.
+
+    Args:
+      drafts: tokens to draft at a time at most; how many it is adapts to what is accepted.
+      streamer: takes tokens as they come (transformers hands its own to no loop but its own).
+
+    Raises:
+      ValueError: `drafts` out of range; in `generate`: the model is not compiled by backend="loki",
+        its cache cannot be rewound, or beams, attentions or hidden states are asked for.
+    """
+    check_drafts(drafts)
+    return functools.partial(_generate, Pace(drafts), streamer)
+
+
+def check_drafts(drafts: int) -> None:
+    """
+    Raises:
+      ValueError: no number of drafts.
+    """
+    if not isinstance(drafts, int) or isinstance(drafts, bool) or not 1 <= drafts <= MOST_DRAFTS:
+        raise ValueError(
+            f"drafts={drafts!r}: needs a count from 1 to {MOST_DRAFTS}, which one dense step takes."
+        )
+
+
+def cycle(
+    feed: Feed,
+    pace: Pace,
+    ids: Tensor,
+    limit: int,
+    sample: bool = False,
+    scores: Scores | None = None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Drafts up to `limit` tokens behind `ids` (B, T), the last of which is not in the cache yet,
+    and verifies them. `counts`: bool (B,), rows whose tokens matter; None: all.
+
+    Returns:
+      the tokens (B, n) and, for each, the logits and scores (B, n, V) that it was chosen by.
+    """
+    began = pace.clock()
+    number = pace.next(limit)
+    drafted: list[Tensor] = []
+    path = ids
+    for _ in range(number):
+        made = _scored(scores, path, feed(path[:, -1:])[:, -1])
+        path = torch.cat((path, _choose(made, sample)), 1)
+        if sample:
+            drafted.append(made)
+    feed.rewind(number)
+    with exact():
+        logits = feed(path[:, ids.shape[1] - 1 :])
+    every = [_scored(scores, path[:, : ids.shape[1] + n], logits[:, n]) for n in range(number + 1)]
+    made = torch.stack(every, 1)
+    drafts = path[:, ids.shape[1] :]
+    if number == 0:
+        tokens = _choose(made[:, 0], sample)
+    else:
+        if sample:
+            accepted, instead = verdicts.sampled(drafts, torch.stack(drafted, 1), made)
+        else:
+            accepted, instead = verdicts.greedy(drafts, made)
+        if counts is None:
+            counts = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
+        tokens = verdicts.agreed(accepted, drafts, instead, counts)
+    taken = tokens.shape[1]
+    feed.rewind(number + 1 - taken)
+    pace.took(number, taken - 1, pace.clock() - began)
+    return tokens, (logits[:, :taken], made[:, :taken])
+
+
+def _scored(scores: Scores | None, path: Tensor, logits: Tensor) -> Tensor:
+    logits = logits.to(torch.float32, copy=True)
+    return logits if scores is None else scores(path, logits)
+
+
+def _choose(scores: Tensor, sample: bool) -> Tensor:
+    """(B, 1) of (B, V)."""
+    if sample:
+        return torch.multinomial(scores.softmax(-1), 1)
+    return scores.argmax(-1, keepdim=True)
+
+
+def _generate(
+    pace: Pace,
+    streamer: Any,
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> Any:
+    """The loop of `generate`, with its own prompt, scores and criteria."""
+    config = generation_config
+    require_one_path(model, config, model_kwargs, "lossless")
+    streamer = model_kwargs.pop("streamer", streamer)
+    model_kwargs.pop("synced_gpus", None)
+    wanted = config.return_dict_in_generate
+    for name in ("output_attentions", "output_hidden_states"):
+        if wanted and getattr(config, name, False):
+            raise ValueError(
+                f"loki_compile.lossless: found {name}=True; needed False: drafts have them too."
+            )
+    pad, prompt = config._pad_token_tensor, input_ids.shape[1]
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    going = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    logits = model._prefill(input_ids, config, model_kwargs).logits[:, -1:]
+    feed = Feed(model, model_kwargs["past_key_values"], model_kwargs, known=prompt, prepared=True)
+    feed.tally()
+    feed.require_rewinding(config.max_length - 1)
+    scores: Any = logits_processor if len(logits_processor) else None
+    made = _scored(scores, input_ids, logits[:, -1]).unsqueeze(1)
+    tokens = _choose(made[:, 0], config.do_sample)
+    all_scores: list[Tensor] = []
+    all_logits: list[Tensor] = []
+    while True:
+        for n, token in enumerate(tokens.unbind(1)):
+            if ends:
+                token = torch.where(going, token, pad.to(token))
+            input_ids = torch.cat((input_ids, token.unsqueeze(1)), 1)
+            if streamer is not None:
+                streamer.put(token.cpu())
+            if wanted:
+                all_scores += [made[:, n]] if config.output_scores else []
+                all_logits += [logits[:, n].float()] if config.output_logits else []
+            done = stopping_criteria(input_ids, tuple(all_scores) or None)
+            going = going & ~done
+            if not going.any():
+                feed.rewind(tokens.shape[1] - 1 - n)
+                break
+        if not going.any():
+            break
+        limit = min(config.max_length - input_ids.shape[1], feed.room) - 1
+        tokens, (logits, made) = cycle(
+            feed, pace, input_ids, limit, config.do_sample, scores, going
+        )
+    if streamer is not None:
+        streamer.end()
+    if not wanted:
+        return input_ids
+    output: Any = importlib.import_module(type(model)._sample.__module__)
+    return output.GenerateDecoderOnlyOutput(
+        sequences=input_ids,
+        scores=tuple(all_scores) if config.output_scores else None,
+        logits=tuple(all_logits) if config.output_logits else None,
+        past_key_values=feed.cache,
+    )

@@ -1,0 +1,108 @@
+"""How many tokens to draft: the number that makes most tokens in a second, as far as cycles tell.
+
+A cycle of n drafts takes n sparse steps and a dense one of n + 1 tokens, and yields as many tokens
+as are accepted, and one. What cycles of each n take is measured; what those of another n would take
+lies on the line between its neighbours. That each draft is accepted has one chance, counted over
+the last cycles. Where no drafts are best, decoding is dense, and drafts are tried again at times,
+ever more rarely: trying costs a few dense steps.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+
+# Dense steps before drafts are tried again: at first, and at most.
+_REST, _REST_MOST = 48, 1024
+# What the chance of acceptance begins as, and of how many drafts that is the experience; drafts
+# that it is remembered from.
+_CHANCE, _WEIGHT, _MEMORY = 0.8, 2.0, 64.0
+# Cycles of one length that are remembered, and how many of the first are not: they compile.
+_KEPT, _WARM = 9, 1
+# Drafts are worth it from so much more speed on.
+_WORTH = 1.02
+# Each so many cycles another length is tried.
+_TRY = 12
+
+
+class Pace:
+    """Of one conversation, or several alike."""
+
+    def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        """
+        Args:
+          most: drafts of a cycle, at least 1.
+          clock: seconds.
+        """
+        self.most = most
+        self.clock = clock
+        self.taken: dict[int, deque[float]] = {}  # seconds of cycles, by drafts
+        self.ran: dict[int, int] = {}
+        self.tried, self.accepted = _WEIGHT, _WEIGHT * _CHANCE
+        self.resting, self.rest = 0, _REST
+        self.cycles = 0
+
+    @property
+    def chance(self) -> float:
+        """That a draft is accepted, where those before it were."""
+        return self.accepted / self.tried
+
+    def next(self, limit: int) -> int:
+        """Drafts of the next cycle, at most `limit`; 0: a dense step."""
+        limit = min(limit, self.most)
+        if limit < 1:
+            return 0
+        for first in (0, min(3, limit)):  # what a dense step takes, and what drafts do
+            if len(self.taken.get(first, ())) < 2:
+                return first
+        if self.resting:
+            self.resting -= 1
+            return 0
+        best = max(range(1, limit + 1), key=self.speed)
+        if self.speed(best) < _WORTH * self.speed(0):
+            self.resting, self.rest = self.rest, min(2 * self.rest, _REST_MOST)
+            return min(2, limit)
+        self.rest = _REST
+        self.cycles += 1
+        if self.cycles % _TRY == 0:  # the neighbour that fewer cycles tell of
+            near = [n for n in (best - 1, best + 1) if 1 <= n <= limit]
+            return min(near, key=lambda n: self.ran.get(n, 0), default=best)
+        return best
+
+    def speed(self, drafts: int) -> float:
+        """Tokens in a second, as far as it is known."""
+        tokens = sum(self.chance**n for n in range(drafts + 1))
+        return tokens / max(self.seconds(drafts), 1e-9)
+
+    def seconds(self, drafts: int) -> float:
+        """What a cycle takes: measured, or on the line through its neighbours."""
+        known = {n: statistics.median(s) for n, s in self.taken.items() if s}
+        if drafts in known:
+            return known[drafts]
+        if drafts == 0:
+            return min(known.values())
+        points = sorted(n for n in known if n)
+        below = [n for n in points if n < drafts]
+        above = [n for n in points if n > drafts]
+        if below and above:
+            left, right = below[-1], above[0]
+        elif len(points) > 1:
+            left, right = points[:2] if above else points[-2:]
+        else:
+            left, right = 0, points[0]
+        slope = (known[right] - known[left]) / (right - left) if left in known else 0.0
+        return max(known[right] + (drafts - right) * slope, 0.0)
+
+    def took(self, drafts: int, accepted: int, seconds: float) -> None:
+        """Takes note of a cycle."""
+        self.ran[drafts] = self.ran.get(drafts, 0) + 1
+        if self.ran[drafts] > _WARM:
+            self.taken.setdefault(drafts, deque(maxlen=_KEPT)).append(seconds)
+        if drafts:
+            self.accepted += accepted
+            self.tried += min(accepted + 1, drafts)
+            if self.tried > _MEMORY:
+                self.accepted *= _MEMORY / self.tried
+                self.tried = _MEMORY

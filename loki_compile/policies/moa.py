@@ -1,0 +1,39 @@
+"""The first keys and a span alpha + beta N of the last ones, of each KV head its own (MoA, arXiv
+2406.14909): nothing is ranked, nothing is kept, and no position is made. A step attends to two
+ranges of each head.
+
+Where the keys lie that rows see depends on masks alone, so that all sites that read one mask share
+that; layers of equal spans share the ranges too.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from loki_compile.kernels.fused import span_ranges, visible_slots
+from loki_compile.passes.calls import fake_value
+from loki_compile.passes.graphs import call
+from loki_compile.passes.policy import Asked, Ranking
+
+
+def ranges(asked: Asked) -> fx.Node:
+    spans = asked.choice.spans
+    assert spans is not None
+    key = fake_value(asked.key)
+    # Sizes by name: symbols have no hash, and comparing them would guard the graph.
+    alike = f"{fake_value(asked.query).shape[::2]} {key.shape[1:3]}"
+    seen = ("visible slots", asked.mask, alike, key.device)
+    if seen not in asked.shared:
+        asked.shared[seen] = call(
+            asked.graph, visible_slots, asked.query, asked.key, asked.mask, like=asked.site.node
+        )
+    read = (*seen, spans)
+    if read not in asked.shared:
+        asked.shared[read] = call(
+            asked.graph, span_ranges, asked.shared[seen], key.shape[1], *spans.numbers,
+            like=asked.site.node,
+        )  # fmt: skip
+    return asked.shared[read]
+
+
+MOA = Ranking("moa", ranges, ranges=True)
