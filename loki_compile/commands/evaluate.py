@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,7 +186,7 @@ def _settings(
     ]
     alone = named and not (policies or budgets or ranks or bases)
     made: dict[str, Setting] = {}
-    for given in [*([] if alone else combined), *map(_options_of, named)]:
+    for given in [*([] if alone else combined), *map(options_of, named)]:
         options = loki_options(**{**others, **given})
         check_basis(options.get("basis", "auto"))
         label = label_of(options)
@@ -193,14 +194,14 @@ def _settings(
     return list(made.values())
 
 
-def _options_of(words: str) -> dict[str, Any]:
+def options_of(words: str) -> dict[str, Any]:
     """The options that "NAME=VALUE,..." names.
 
     Raises:
         ValueError: a word without a value.
     """
     options: dict[str, Any] = {}
-    for word in words.split(","):
+    for word in re.split(r",(?=\s*[a-z_]+\s*(?:=|$))", words):  # spans of a policy hold commas
         option, given, value = word.partition("=")
         if not given:
             raise ValueError(f"--setting {words}: {word!r} needs a value, as in top_k=128.")
