@@ -5,8 +5,9 @@
          [--only text tasks ranks lengths]
 
 MODEL is a transformers folder, FOLDER where bases, texts and results are kept: a run that is
-stopped goes on when it is started again. Each part is a `loki eval` of its own (`PARTS`), whose
-graphs run node by node. What was not measured stands in the page as such.
+stopped goes on when it is started again, and its rows are copied to results/quality.jsonl. Each
+part is a `loki eval` of its own (`PARTS`), whose graphs run node by node. What was not measured
+stands in the page as such.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, stamp
+from harness import RESULTS, ROOT, stamp
 
 from loki_compile.commands.evaluate import label_of
 from loki_compile.commands.reference_data import RECALL_KEYS, RECALL_VALUES, stdlib_text
@@ -332,8 +333,8 @@ def render(model: Path, out: Path) -> None:
     parts = [
         INTRODUCTION.format(model=model.name, torch=about["torch"], day=about["time"][:10]),
         "## Text\n\n",
-        f"One piece of {CONTEXT} tokens of each text, the last {STEPS} decoded: few, which tell\n"
-        "ways apart by missed mass and KL, hardly by perplexity.\n\n",
+        f"One piece of {CONTEXT} tokens of each text, the last {STEPS} decoded: few, which tell ways\n"
+        "apart by missed mass and KL, hardly by perplexity.\n\n",
         text_table(rows, MAIN),
         ratios(rows),
         "Missed mass by budget and rank, the mean of the three texts:\n\n",
@@ -346,6 +347,8 @@ def render(model: Path, out: Path) -> None:
     parts += pictures(rows)
     parts.append(LAST)
     PAGE.write_text("".join(parts))
+    if rows:
+        shutil.copy(out / "results" / RECORDS, RESULTS / "quality.jsonl")
     print(f"wrote {PAGE}")
 
 
