@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py MODEL --out FOLDER            measure, go on with, and write
     python benchmarks/quality.py MODEL --out FOLDER --render   write from what is measured already
-         [--only text tasks ranks lengths]
+         [--only text tasks questions ranks lengths]
 
 MODEL is a transformers folder, FOLDER where bases, texts and results are kept: a run that is
 stopped goes on when it is started again, and its rows are copied to results/quality.jsonl. Each
@@ -77,6 +77,8 @@ PARTS: dict[str, tuple[tuple[str, ...], list[dict[str, Any]]]] = {
     "text": (TEXT, MAIN),
     "tasks": ((*NEEDLES, "--context", str(CONTEXT), "--seeds", "2", "--depths", "3"), ASKED),
     "ranks": (TEXT, [*PAPER, *RANKS, *LARGE]),
+    "questions": ((*NEEDLES, "--context", str(CONTEXT), "--seeds", "2", "--depths", "3",
+                   "--question", "dense"), ASKED),
     "lengths": (
         ("--task", "passkey", "--context", "4096", "--context", "6144", "--seeds", "1",
          "--depths", "3"),
@@ -264,18 +266,23 @@ def grid_table(rows: Sequence[Row]) -> str:
     return table_of(["way", *(str(b) if b != 0.125 else "12.5 %" for b in budgets)], lines)
 
 
-def task_table(rows: Sequence[Row], chosen: Sequence[dict[str, Any]], lengths: set[int]) -> str:
+def task_table(
+    rows: Sequence[Row],
+    chosen: Sequence[dict[str, Any]],
+    lengths: set[int],
+    question: str = "sparse",
+) -> str:
     """Over the prompts that every setting has answered."""
     names = [DENSE, *map(label, chosen)]
-    mine = [r for r in rows if r["protocol"] != "text" and r["length"] in lengths]
+    mine = [r for r in rows if r["protocol"] == question and r["length"] in lengths]
     found = whole_cases(mine, names[1:])
     if not found:
         return f"{NOT_YET.capitalize()}.\n\n"
-    tasks = [name for name in ("passkey", *HIDDEN) if name in found[0]["sparse"]["tasks"]]
+    tasks = [name for name in ("passkey", *HIDDEN) if name in found[0][question]["tasks"]]
     missing = [name for name in ("passkey", *HIDDEN) if name not in tasks]
     lines = []
     for row in found:
-        of = row["sparse"]
+        of = row[question]
         low, high = of["interval"]
         lines.append(
             [
@@ -288,7 +295,7 @@ def task_table(rows: Sequence[Row], chosen: Sequence[dict[str, Any]], lengths: s
             ]
         )
     titles = ["setting", "score", "prompts against dense", *tasks, "same tokens", "length"]
-    count = f"{found[0]['sparse']['prompts']} prompts that every setting has answered"
+    count = f"{found[0][question]['prompts']} prompts that every setting has answered"
     if missing and len(lengths) == 1:
         count += f"; {NOT_YET}: {', '.join(missing)}"
     return f"{count}.\n\n" + table_of(titles, lines)
@@ -333,14 +340,16 @@ def render(model: Path, out: Path) -> None:
     parts = [
         INTRODUCTION.format(model=model.name, torch=about["torch"], day=about["time"][:10]),
         "## Text\n\n",
-        f"One piece of {CONTEXT} tokens of each text, the last {STEPS} decoded: few, which tell ways\n"
-        "apart by missed mass and KL, hardly by perplexity.\n\n",
+        f"One piece of {CONTEXT} tokens of each text, of which the last {STEPS} are decoded: few,\n"
+        "which tell ways apart by missed mass and KL, hardly by perplexity.\n\n",
         text_table(rows, MAIN),
         ratios(rows),
         "Missed mass by budget and rank, the mean of the three texts:\n\n",
         grid_table(rows),
         f"## Tasks\n\n{CONTEXT} tokens. ",
         task_table(rows, ASKED, {CONTEXT}),
+        "The same with the question read in the dense prefill. ",
+        task_table(rows, ASKED, {CONTEXT}, "dense"),
         "The pass key alone, 4096 and 6144 tokens. ",
         task_table(rows, PARTS["lengths"][1], {4096, 6144}),
     ]
@@ -360,7 +369,8 @@ def pictures(rows: Sequence[Row]) -> list[str]:
     if draw_quality(whole_cases(text, list(known)), known, PICTURES / "quality.png"):
         lines.append("![quality against bytes and time, on text](quality.png)\n\n")
     asked = list(map(label, ASKED))
-    keys = [row for row in rows if row["task"] == "passkey" and row["setting"] in (DENSE, *asked)]
+    keys = [row for row in rows if row["task"] == "passkey" and row["protocol"] == "sparse"]
+    keys = [row for row in keys if row["setting"] in (DENSE, *asked)]
     if draw_depths(keys, asked, PICTURES / "quality_depths.png"):
         lines.append("![pass key by depth and length](quality_depths.png)\n\n")
     return lines
