@@ -298,7 +298,24 @@ def task_table(
     count = f"{found[0][question]['prompts']} prompts that every setting has answered"
     if missing and len(lengths) == 1:
         count += f"; {NOT_YET}: {', '.join(missing)}"
-    return f"{count}.\n\n" + table_of(titles, lines)
+    return f"{count}.\n\n" + table_of(titles, lines) + against_oracle(mine, names)
+
+
+def against_oracle(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """How many of the answers of exact ranking at its budget each setting gives too."""
+    (exact,) = (name for name in names if name.startswith("oracle"))
+    scores: dict[str, dict[str, float]] = {name: {} for name in names}
+    for row in rows:
+        if row["setting"] in scores:
+            scores[row["setting"]][row["case"]] = row["score"]
+    whole = set.intersection(*(set(of) for of in scores.values()))
+    found = [case for case in whole if scores[exact][case] == 1]
+    shares = [
+        f"{name}: {sum(scores[name][case] == 1 for case in found)}"
+        for name in names
+        if name not in (DENSE, exact)
+    ]
+    return f"Of {len(found)} prompts that {exact} answers in full: {'; '.join(shares)}.\n\n"
 
 
 def ratios(rows: Sequence[Row]) -> str:

@@ -155,6 +155,17 @@ def test_missed_mass_is_the_attention_on_keys_that_are_not_read():
     assert float(got) == pytest.approx(sum(shares) / 4, abs=1e-6)
 
 
+@pytest.mark.slow
+def test_an_index_of_all_dims_chooses_as_the_keys_themselves(model):
+    settings = {"oracle": {"top_k": 60, "policy": "oracle"}, "loki": {"top_k": 60, "rank": 1.0}}
+    runs = trials(model, settings)
+    text = rows_of(runs, TEXT, "text", list(settings))
+    for name in ("missed", "kl", "nats"):
+        assert text["loki"][name] == pytest.approx(text["oracle"][name], rel=0.02, abs=1e-5)
+    answers = rows_of(runs, ASKED, "sparse", list(settings))
+    assert answers["loki"]["answer"] == answers["oracle"]["answer"]
+
+
 def test_slots_in_two_ranges_are_those_between_their_ends():
     ranges = torch.tensor([[[[0, 2, 5, 7]], [[1, 1, 0, 3]]]], dtype=torch.int32)
     chosen = slots_in(ranges, 8)
