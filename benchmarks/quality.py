@@ -2,11 +2,12 @@
 
     python benchmarks/quality.py MODEL --out FOLDER            measure, go on with, and write
     python benchmarks/quality.py MODEL --out FOLDER --render   write from what is measured already
-         [--only text tasks ranks lengths]
+         [--only text tasks questions ranks lengths]
 
 MODEL is a transformers folder, FOLDER where bases, texts and results are kept: a run that is
-stopped goes on when it is started again. Each part is a `loki eval` of its own (`PARTS`), whose
-graphs run node by node. What was not measured stands in the page as such.
+stopped goes on when it is started again, and its rows are copied to results/quality.jsonl. Each
+part is a `loki eval` of its own (`PARTS`), whose graphs run node by node. What was not measured
+stands in the page as such.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, stamp
+from harness import RESULTS, ROOT, stamp
 
 from loki_compile.commands.evaluate import label_of
 from loki_compile.commands.reference_data import RECALL_KEYS, RECALL_VALUES, stdlib_text
@@ -76,6 +77,8 @@ PARTS: dict[str, tuple[tuple[str, ...], list[dict[str, Any]]]] = {
     "text": (TEXT, MAIN),
     "tasks": ((*NEEDLES, "--context", str(CONTEXT), "--seeds", "2", "--depths", "3"), ASKED),
     "ranks": (TEXT, [*PAPER, *RANKS, *LARGE]),
+    "questions": ((*NEEDLES, "--context", str(CONTEXT), "--seeds", "2", "--depths", "3",
+                   "--question", "dense"), ASKED),
     "lengths": (
         ("--task", "passkey", "--context", "4096", "--context", "6144", "--seeds", "1",
          "--depths", "3"),
@@ -210,7 +213,6 @@ def mean_of(rows: Sequence[Row], name: str, digits: str) -> str:
 
 def text_table(rows: Sequence[Row], chosen: Sequence[dict[str, Any]]) -> str:
     titles = ["setting", *(f"missed, {name}" for name in TEXTS)]
-    titles += ["KL", "same token", "perplexity", "keys", "bytes", "ms"]
     of_text = [row for row in rows if row["task"].startswith("text ")]
     dense = {row["case"]: row for row in of_text if row["setting"] == DENSE}
     names = [DENSE, *map(label, chosen)]
@@ -218,6 +220,8 @@ def text_table(rows: Sequence[Row], chosen: Sequence[dict[str, Any]]) -> str:
         *({r["case"] for r in of_text if r["setting"] == name} for name in names)
     )
     over = sorted(dense[case]["task"].removeprefix("text ")[:-4] for case in common)
+    scored = sum(dense[case]["tokens"] for case in common)
+    titles += ["KL", "same token", f"perplexity of {scored} tokens", "keys", "bytes", "ms"]
     lines = []
     for name in names:
         mine = [row for row in of_text if row["setting"] == name]
@@ -262,18 +266,23 @@ def grid_table(rows: Sequence[Row]) -> str:
     return table_of(["way", *(str(b) if b != 0.125 else "12.5 %" for b in budgets)], lines)
 
 
-def task_table(rows: Sequence[Row], chosen: Sequence[dict[str, Any]], lengths: set[int]) -> str:
+def task_table(
+    rows: Sequence[Row],
+    chosen: Sequence[dict[str, Any]],
+    lengths: set[int],
+    question: str = "sparse",
+) -> str:
     """Over the prompts that every setting has answered."""
     names = [DENSE, *map(label, chosen)]
-    mine = [r for r in rows if r["protocol"] != "text" and r["length"] in lengths]
+    mine = [r for r in rows if r["protocol"] == question and r["length"] in lengths]
     found = whole_cases(mine, names[1:])
     if not found:
         return f"{NOT_YET.capitalize()}.\n\n"
-    tasks = [name for name in ("passkey", *HIDDEN) if name in found[0]["sparse"]["tasks"]]
+    tasks = [name for name in ("passkey", *HIDDEN) if name in found[0][question]["tasks"]]
     missing = [name for name in ("passkey", *HIDDEN) if name not in tasks]
     lines = []
     for row in found:
-        of = row["sparse"]
+        of = row[question]
         low, high = of["interval"]
         lines.append(
             [
@@ -286,10 +295,27 @@ def task_table(rows: Sequence[Row], chosen: Sequence[dict[str, Any]], lengths: s
             ]
         )
     titles = ["setting", "score", "prompts against dense", *tasks, "same tokens", "length"]
-    count = f"{found[0]['sparse']['prompts']} prompts that every setting has answered"
+    count = f"{found[0][question]['prompts']} prompts that every setting has answered"
     if missing and len(lengths) == 1:
         count += f"; {NOT_YET}: {', '.join(missing)}"
-    return f"{count}.\n\n" + table_of(titles, lines)
+    return f"{count}.\n\n" + table_of(titles, lines) + against_oracle(mine, names)
+
+
+def against_oracle(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """How many of the answers of exact ranking at its budget each setting gives too."""
+    (exact,) = (name for name in names if name.startswith("oracle"))
+    scores: dict[str, dict[str, float]] = {name: {} for name in names}
+    for row in rows:
+        if row["setting"] in scores:
+            scores[row["setting"]][row["case"]] = row["score"]
+    whole = set.intersection(*(set(of) for of in scores.values()))
+    found = [case for case in whole if scores[exact][case] == 1]
+    shares = [
+        f"{name}: {sum(scores[name][case] == 1 for case in found)}"
+        for name in names
+        if name not in (DENSE, exact)
+    ]
+    return f"Of {len(found)} prompts that {exact} answers in full: {'; '.join(shares)}.\n\n"
 
 
 def ratios(rows: Sequence[Row]) -> str:
@@ -302,13 +328,16 @@ def ratios(rows: Sequence[Row]) -> str:
     sentences = []
     for top_k in BUDGETS:
         shown = f"{top_k:.1%}" if isinstance(top_k, float) else f"{top_k} keys"
-        auto = missed_of(rows, top_k, "auto")
-        words = []
+        auto, words = missed_of(rows, top_k, "auto"), []
         for name, what in against.items():
             other = missed_of(rows, top_k, name)
-            ratio = NOT_YET if auto is None or other is None else f"{auto / other:.2f} times"
-            words.append(f"{ratio}: what {what}")
-        sentences.append(f"At {shown} and R = 16 the automatic basis misses: {'; '.join(words)}.")
+            if auto is None or other is None:
+                words.append(f"{NOT_YET} against what {what}")
+            else:
+                words.append(f"{auto / other:.2f} times what {what}")
+        if auto is None:
+            words = [f"{NOT_YET} on all texts"]
+        sentences.append(f"At {shown} and R = 16 the automatic basis misses {', '.join(words)}.")
     return "\n".join(sentences) + "\n\n"
 
 
@@ -328,20 +357,24 @@ def render(model: Path, out: Path) -> None:
     parts = [
         INTRODUCTION.format(model=model.name, torch=about["torch"], day=about["time"][:10]),
         "## Text\n\n",
-        f"One piece of {CONTEXT} tokens of each text, the last {STEPS} decoded: few, which tell\n"
-        "ways apart by missed mass and KL, hardly by perplexity.\n\n",
+        f"One piece of {CONTEXT} tokens of each text, of which the last {STEPS} are decoded: few,\n"
+        "which tell ways apart by missed mass and KL, hardly by perplexity.\n\n",
         text_table(rows, MAIN),
         ratios(rows),
         "Missed mass by budget and rank, the mean of the three texts:\n\n",
         grid_table(rows),
         f"## Tasks\n\n{CONTEXT} tokens. ",
         task_table(rows, ASKED, {CONTEXT}),
+        "The same with the question read in the dense prefill. ",
+        task_table(rows, ASKED, {CONTEXT}, "dense"),
         "The pass key alone, 4096 and 6144 tokens. ",
         task_table(rows, PARTS["lengths"][1], {4096, 6144}),
     ]
     parts += pictures(rows)
     parts.append(LAST)
     PAGE.write_text("".join(parts))
+    if rows:
+        shutil.copy(out / "results" / RECORDS, RESULTS / "quality.jsonl")
     print(f"wrote {PAGE}")
 
 
@@ -353,7 +386,8 @@ def pictures(rows: Sequence[Row]) -> list[str]:
     if draw_quality(whole_cases(text, list(known)), known, PICTURES / "quality.png"):
         lines.append("![quality against bytes and time, on text](quality.png)\n\n")
     asked = list(map(label, ASKED))
-    keys = [row for row in rows if row["task"] == "passkey" and row["setting"] in (DENSE, *asked)]
+    keys = [row for row in rows if row["task"] == "passkey" and row["protocol"] == "sparse"]
+    keys = [row for row in keys if row["setting"] in (DENSE, *asked)]
     if draw_depths(keys, asked, PICTURES / "quality_depths.png"):
         lines.append("![pass key by depth and length](quality_depths.png)\n\n")
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,8 @@ from loki_compile.commands.options import (
     MODEL_OPTIONS,
     NUMBER,
     check_basis,
+    dense_because,
     loki_options,
-    say_if_dense,
     with_options,
 )
 from loki_compile.commands.output import out, progress, say, show
@@ -132,8 +133,7 @@ def command(
     tokenizer = load_tokenizer(name)
     shapes = {"steps": steps, "pieces": pieces, "seeds": seeds, "depths": depths}
     cases = _cases(tokenizer, wanted, not tasks, files, lengths, shapes)
-    for setting in settings:
-        say_if_dense(setting.options, min(lengths))
+    _say_what_is_dense(settings, min(lengths))
     run = {
         "model": name,
         "config": f"{zlib.crc32(config.to_json_string().encode()):08x}",
@@ -186,7 +186,7 @@ def _settings(
     ]
     alone = named and not (policies or budgets or ranks or bases)
     made: dict[str, Setting] = {}
-    for given in [*([] if alone else combined), *map(_options_of, named)]:
+    for given in [*([] if alone else combined), *map(options_of, named)]:
         options = loki_options(**{**others, **given})
         check_basis(options.get("basis", "auto"))
         label = label_of(options)
@@ -194,14 +194,14 @@ def _settings(
     return list(made.values())
 
 
-def _options_of(words: str) -> dict[str, Any]:
+def options_of(words: str) -> dict[str, Any]:
     """The options that "NAME=VALUE,..." names.
 
     Raises:
         ValueError: a word without a value.
     """
     options: dict[str, Any] = {}
-    for word in words.split(","):
+    for word in re.split(r",(?=\s*[a-z_]+\s*(?:=|$))", words):  # spans of a policy hold commas
         option, given, value = word.partition("=")
         if not given:
             raise ValueError(f"--setting {words}: {word!r} needs a value, as in top_k=128.")
@@ -221,6 +221,18 @@ def label_of(options: dict[str, Any]) -> str:
     usual = {"policy", "top_k", "rank", "basis"}
     parts += [f"{n}={_shown(v)}" for n, v in config.to_options().items() if n not in usual]
     return ", ".join(parts)
+
+
+def _say_what_is_dense(settings: Sequence[Setting], context: int) -> None:
+    """A note where settings have nothing to measure."""
+    from loki_compile.config import LokiConfig
+
+    reasons: dict[str, list[str]] = {}
+    for setting in settings:
+        if why := dense_because(LokiConfig.from_options(setting.options), context):
+            reasons.setdefault(why, []).append(setting.label)
+    for why, labels in reasons.items():
+        say(f"note: behind {context} tokens every step of {'; '.join(labels)} runs dense ({why})")
 
 
 def _keeps_index(policy: str) -> bool:

@@ -53,13 +53,13 @@ class _Looking(fx.Interpreter):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             if n.target is select:
                 _note_ranking(seen, args, kwargs)
-            elif n.target is attention:
+            elif n.target is attention and kwargs.get("ranges") is None:
                 read = _all_bytes(args[1], args[2], args[3], kwargs.get("k_rest"))
                 seen.bytes += read
                 seen.dense_bytes += read
                 seen.dense += 1
             else:
-                _note_reading(seen, args, kwargs)
+                _note_reading(seen, n.target is attend, args, kwargs)
         return result
 
 
@@ -72,21 +72,43 @@ def _note_ranking(seen: Seen, args: Sequence[Any], kwargs: dict[str, Any]) -> No
             seen.bytes += part.numel() * part.element_size() * min(share, 1.0)
 
 
-def _note_reading(seen: Seen, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    q, k, v, positions, mask = args[:5]
-    rest = kwargs.get("k_rest")
+def _note_reading(
+    seen: Seen, by_positions: bool, args: Sequence[Any], kwargs: dict[str, Any]
+) -> None:
+    q, k, v, rest = *args[:3], kwargs.get("k_rest")
+    mask, slots = args[4 if by_positions else 3], k.shape[2]
+    if by_positions:
+        chosen = slots_at(args[3], slots)
+    else:
+        chosen = slots_in(kwargs["ranges"].expand(len(k), k.shape[1], q.shape[2], 4), slots)
     missed = missed_mass(
-        q, k if rest is None else torch.cat((k, rest), -1), positions, mask,
+        q, k if rest is None else torch.cat((k, rest), -1), chosen, mask,
         scale=kwargs["scale"], softcap=kwargs.get("softcap", 0.0),
         sink_logits=kwargs.get("sink_logits"),
     )  # fmt: skip
     seen.missed.append(float(missed))
-    chosen = (positions >= 0).sum(-1).double()  # (B, heads, S)
-    seen.keys.append(float(chosen.mean()))
+    keys = chosen.sum(-1).double()  # (B, heads, S)
+    seen.keys.append(float(keys.mean()))
     every = _all_bytes(k, v, mask, rest)
     seen.dense_bytes += every
-    row = every / max(_visible(mask, k.shape[2]), 1) / k.shape[1]
-    seen.bytes += float(chosen.mean(-1).sum()) * row
+    row = every / max(_visible(mask, slots), 1) / k.shape[1]
+    seen.bytes += float(keys.mean(-1).sum()) * row
+
+
+def slots_at(positions: Tensor, slots: int) -> Tensor:
+    """Which of the slots are read at positions (B, heads, S, K), -1 for none: bool
+    (B, heads, S, slots)."""
+    chosen = torch.zeros(*positions.shape[:3], slots + 1, dtype=torch.bool, device=positions.device)
+    chosen.scatter_(3, positions.long() % (slots + 1), True)  # -1 is one behind the last
+    return chosen[..., :-1]
+
+
+def slots_in(ranges: Tensor, slots: int) -> Tensor:
+    """The same of two ranges (B, heads, S, 4): from the first to before the second, from the third
+    to before the fourth."""
+    slot = torch.arange(slots, device=ranges.device)
+    first, stop, last, end = ranges[..., None].unbind(-2)
+    return ((slot >= first) & (slot < stop)) | ((slot >= last) & (slot < end))
 
 
 def _all_bytes(k: Tensor, v: Tensor, mask: Tensor | None, rest: Tensor | None) -> float:
@@ -109,7 +131,7 @@ def _visible(mask: Tensor | None, slots: int) -> int:
 def missed_mass(
     q: Tensor,
     k: Tensor,
-    positions: Tensor,
+    chosen: Tensor,
     mask: Tensor | None,
     *,
     scale: float,
@@ -118,7 +140,7 @@ def missed_mass(
 ) -> Tensor:
     """The share of each head's attention that lies on keys not chosen, the mean of all (0-d fp32).
 
-    Arguments as of `loki::attend`.
+    Arguments as of `loki::attend`; chosen: bool (B, Hkv or Hq, S, T).
     """
     group = q.shape[1] // k.shape[1]
     scores = scale * q.float() @ k.float().repeat_interleave(group, 1).mT
@@ -127,10 +149,7 @@ def missed_mass(
     if mask is not None:
         hidden = mask == 0 if mask.dtype in (torch.uint8, torch.bool) else None
         scores = scores + mask if hidden is None else scores.masked_fill(hidden, -torch.inf)
-    slots = k.shape[2]
-    chosen = torch.zeros(*positions.shape[:3], slots + 1, dtype=torch.bool, device=q.device)
-    chosen.scatter_(3, positions.long() % (slots + 1), True)  # -1 is one behind the last
-    chosen = chosen[..., :-1].repeat_interleave(q.shape[1] // positions.shape[1], 1)
+    chosen = chosen.repeat_interleave(q.shape[1] // chosen.shape[1], 1)
     if sink_logits is not None:
         sinks = sink_logits.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]

@@ -89,13 +89,13 @@ def draw_quality(found: Sequence[Row], policies: dict[str, str], path: Path) -> 
     for (up, up_label), line in zip(ups, axes, strict=True):
         for (over, over_label), place in zip(overs, line, strict=True):
             for number, name in enumerate(names):
-                points = sorted(
+                points = [
                     (row[over], _height(row, up))
-                    for row in found
+                    for row in sorted(found, key=lambda row: row.get("keys", 0))
                     if policies.get(row["setting"]) == name
                     and row.get(over) is not None
                     and _height(row, up) is not None
-                )
+                ]
                 if points:
                     marks = "o^sDvPX*"[number % 8] + "-"
                     place.plot(*zip(*points, strict=True), marks, label=name, markersize=4)
@@ -109,7 +109,7 @@ def draw_quality(found: Sequence[Row], policies: dict[str, str], path: Path) -> 
             if up == "kl":
                 place.set_yscale("log")
                 for which in (place.yaxis.set_major_formatter, place.yaxis.set_minor_formatter):
-                    which(lambda nats, _: f"{nats:.3g}")
+                    which(_nats)
             place.set_xlabel(over_label, fontsize=8)
             place.set_ylabel(up_label, fontsize=8)
             place.tick_params(labelsize=7, which="both")
@@ -119,6 +119,12 @@ def draw_quality(found: Sequence[Row], policies: dict[str, str], path: Path) -> 
         shown.legend(fontsize=7)
     figure.savefig(path, dpi=130)
     return True
+
+
+def _nats(value: float, _: Any) -> str:
+    """The label of a tick: 1, 2 and 5 of each decade."""
+    first = f"{value:e}"[0]
+    return f"{value:.3g}" if first in "125" else ""
 
 
 def _height(row: Row, up: str) -> float | None:

@@ -16,6 +16,7 @@ from loki_compile.pca_store.store import Store
 
 from loki_compile import observation, progress
 from loki_compile.commands import comparison
+from loki_compile.commands.evaluate import label_of, options_of
 from loki_compile.commands.main import main
 from loki_compile.commands.models import BUNDLED, load_model, load_tokenizer
 from loki_compile.commands.trials import Trials
@@ -186,6 +187,13 @@ def test_eval_with_the_whole_budget_is_dense(tiny, text, interpreted):
 
 SETTINGS = ("--setting", "policy=window,top_k=36", "--setting", "top_k=40,rank=4")
 SMALL = ("--context", "300", "--steps", "5", "--pieces", "1", "--min-context", "0", *SETTINGS)
+
+
+def test_a_setting_is_called_by_what_it_says():
+    words = "policy=moa:64:1024,0.25N,min_context=0"
+    assert label_of(options_of(words)) == "moa:64:1024,0.25N, 0.125, min_context=0"
+    words = "top_k=64, rank=0.5,basis=some/where.safetensors"
+    assert label_of(options_of(words)) == "loki, 64, R 0.5, where"
 
 
 def test_an_eval_that_was_stopped_goes_on(tiny, text, tmp_path, monkeypatch):

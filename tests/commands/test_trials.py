@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loki_compile import reports
-from loki_compile.commands.missed import missed_mass
+from loki_compile.commands.missed import missed_mass, slots_at, slots_in
 from loki_compile.commands.models import load_tokenizer
 from loki_compile.commands.tasks import Case
 from loki_compile.commands.trials import DENSE, Setting, Trials, copied
@@ -108,16 +108,20 @@ def test_a_question_is_read_by_sparse_steps_only_where_that_is_said(model):
 
 
 def test_bytes_are_those_of_the_index_and_of_the_chosen_rows(model):
-    runs = trials(
-        model, {"loki": {"top_k": 100, "rank": 4}, "window": {"top_k": 100, "policy": "window"}}
-    )
-    found = rows_of(runs, TEXT, "text", ["loki", "window"])
+    settings = {
+        "loki": {"top_k": 100, "rank": 4},
+        "window": {"top_k": 100, "policy": "window"},
+        "spans": {"policy": "moa:4:60,96"},
+    }
+    found = rows_of(trials(model, settings), TEXT, "text", list(settings))
     layers, heads, dim, size = 2, 2, 16, 4
     chosen = layers * heads * 100 * 2 * dim * size
     assert found["window"]["bytes"] == chosen
     seen = CONTEXT + 2  # behind the second of three steps, the mean
     assert found["loki"]["bytes"] == pytest.approx(chosen + layers * heads * seen * 4 * size)
     assert found["loki"]["dense_bytes"] == layers * heads * seen * 2 * dim * size
+    assert found["spans"]["keys"] == (64 + 100) / 2
+    assert 0 < found["spans"]["missed"] < 1
 
 
 def test_settings_decode_copies_of_one_prefill(model):
@@ -140,7 +144,7 @@ def test_missed_mass_is_the_attention_on_keys_that_are_not_read():
     mask = torch.ones(1, 1, 1, 9, dtype=torch.bool)
     mask[..., 5] = False
     sinks = torch.randn(4, generator=generator)
-    got = missed_mass(q, k, positions, mask, scale=0.4, softcap=2.0, sink_logits=sinks)
+    got = missed_mass(q, k, slots_at(positions, 9), mask, scale=0.4, softcap=2.0, sink_logits=sinks)
     shares = []
     for head in range(4):
         logits = 2 * torch.tanh(0.4 * (k[0, head // 2].double() @ q[0, head, 0].double()) / 2)
@@ -149,6 +153,26 @@ def test_missed_mass_is_the_attention_on_keys_that_are_not_read():
         read = [at for at in positions[0, head // 2, 0].tolist() if at >= 0]
         shares.append(float(weights.sum() - weights[read].sum()))
     assert float(got) == pytest.approx(sum(shares) / 4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_an_index_of_all_dims_chooses_as_the_keys_themselves(model):
+    settings = {"oracle": {"top_k": 60, "policy": "oracle"}, "loki": {"top_k": 60, "rank": 1.0}}
+    runs = trials(model, settings)
+    text = rows_of(runs, TEXT, "text", list(settings))
+    for name in ("missed", "kl", "nats"):
+        assert text["loki"][name] == pytest.approx(text["oracle"][name], rel=0.02, abs=1e-5)
+    answers = rows_of(runs, ASKED, "sparse", list(settings))
+    assert answers["loki"]["answer"] == answers["oracle"]["answer"]
+
+
+def test_slots_in_two_ranges_are_those_between_their_ends():
+    ranges = torch.tensor([[[[0, 2, 5, 7]], [[1, 1, 0, 3]]]], dtype=torch.int32)
+    chosen = slots_in(ranges, 8)
+    assert [row.nonzero().flatten().tolist() for row in chosen[0, :, 0]] == [
+        [0, 1, 5, 6],
+        [0, 1, 2],
+    ]
 
 
 @pytest.mark.slow
