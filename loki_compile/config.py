@@ -107,7 +107,7 @@ class LokiConfig:
                 f"min_context={self.min_context} is longer than any context: nothing will run "
                 "sparse. Lower min_context (the default is 1024)."
             )
-        elif self.min_context > 0 and self.budget.covers(_LONGEST) and not self._reads_spans:
+        elif self.min_context > 0 and self.budget.covers(_LONGEST) and not self.reads_spans:
             found.append(
                 f"top_k={self.top_k!r} covers every context: nothing will run sparse. Lower top_k "
                 "(the default is 0.125)."
@@ -136,7 +136,7 @@ class LokiConfig:
         return [kind_of(name) for name in names]
 
     @property
-    def _reads_spans(self) -> bool:
+    def reads_spans(self) -> bool:
         """Whether some layers read as many keys as a plan of spans says, and not `top_k`."""
         if isinstance(self.policy, str):
             return bool(self.plan_file) or self.policy.startswith(SPANS)

@@ -104,7 +104,8 @@ def runs_sparse(config: LokiConfig, context: int) -> bool:
     """As the runtime decides: `min_context=0` forces the sparse variant."""
     if config.min_context == 0:
         return True
-    return context >= config.min_context and not config.budget.covers(context)
+    covered = config.budget.covers(context) and not config.reads_spans
+    return context >= config.min_context and not covered
 
 
 def dense_because(config: LokiConfig, context: int) -> str:

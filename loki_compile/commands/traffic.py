@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loki_compile.config import LokiConfig
+from loki_compile.kernels.spans import Spans
+from loki_compile.policies.kinds import SPANS, kind_of
 from loki_compile.report import SiteReport
 
 
@@ -98,18 +100,28 @@ def cache_bytes(
             total += layer.whole(tokens) if site.policy != "oracle" else layer.value * tokens
             continue
         seen = layer.shown(tokens)
-        chosen = config.budget.keys(seen)
-        if config.share == "head" and site.query_heads and site.kv_heads:
+        chosen = keys_read(site, config, seen)
+        if not site.spans and config.share == "head" and site.query_heads and site.kv_heads:
             chosen = min(seen, chosen * (site.query_heads // site.kv_heads))
         total += chosen * (layer.key + layer.value)
     return int(total)
+
+
+def keys_read(site: SiteReport, config: LokiConfig, visible: int) -> int:
+    """Keys that a row which sees so many reads at a sparse site; where KV heads read spans, on
+    average of them."""
+    if not site.spans:
+        return config.budget.keys(visible)
+    kind = kind_of(site.spans)
+    spans = Spans(kind.spans, kind.sink, max(config.recent, 1), config.min_context)
+    return round(spans.share(visible) * visible)
 
 
 def _ranking_bytes(layer: Layer, tokens: int, site: SiteReport) -> float | None:
     """What is read to choose: what is kept beside the cache, the keys themselves, or nothing."""
     if site.policy in ("oracle", "unified"):
         return layer.key * layer.shown(tokens)
-    if not site.policy or site.policy.startswith("reuse"):
+    if not site.policy or site.policy == SPANS or site.policy.startswith("reuse"):
         return 0.0
     if site.index_bytes_per_token is None:
         return None

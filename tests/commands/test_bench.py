@@ -1,5 +1,6 @@
 """`loki bench`: each way is checked before it is timed, and its figures follow from one another."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -246,6 +247,9 @@ def test_bytes_of_each_policy_are_what_it_must_read():
     }
     for name, (one, expected) in cases.items():
         assert cache_bytes([layer], tokens, [one], config) == expected, name
+    spans = dataclasses.replace(site("moa", index=0.0), spans="moa:64:100,0.5N")
+    read = cache_bytes([layer], tokens, [spans], config)
+    assert read == (64 + (100 + 500) / 2) * 16  # on average of both KV heads, whatever top_k is
     each_head = LokiConfig(top_k=100, min_context=0, share="head")
     assert cache_bytes([layer], tokens, [site("window")], each_head) == 3 * 100 * 16
     assert cache_bytes([layer], 250, [site("window")], each_head) == 250 * 16
