@@ -44,7 +44,7 @@ WARM_S, SAMPLE_S = 0.1, 0.15
 
 
 def build(
-    dtype: torch.dtype, device: str, layers: int, attention: str = "sdpa"
+    dtype: torch.dtype, device: str, layers: int, attention: str = "sdpa", kv_heads: int = 2
 ) -> LlamaForCausalLM:
     """The model; its weights are the same at every call."""
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def build(
         intermediate_size=512,
         num_hidden_layers=layers,
         num_attention_heads=8,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         head_dim=128,
         vocab_size=1024,
         max_position_embeddings=1 << 20,

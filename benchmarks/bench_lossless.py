@@ -1,6 +1,7 @@
 """Cache correction and lossless decoding: what they are worth, and what they take.
 
     python benchmarks/bench_lossless.py correction     the bundled model, every = none, 8, 32, 128
+    python benchmarks/bench_lossless.py parting        tokens until greedy paths part
     python benchmarks/bench_lossless.py tokens         lossless tokens against dense ones
     python benchmarks/bench_lossless.py speed          the model of bench_decode.py, by context
 
@@ -9,9 +10,9 @@ it was. Times are CPU time of this process with one thread, so that others on th
 count; both sides of a ratio come from one process, in turn. "Dense" is loki's own dense variant.
 
 `correction` decodes a held-out text token by token behind a prompt, and compares each step's logits
-with those of dense decoding of the same tokens; then it decodes greedily, until the path parts from
-dense decoding's. `speed` takes keys as those of trained models are, with a spectrum that falls and
-queries that find few of them: behind random ones no draft is ever right (see `trained`).
+with those of dense decoding of the same tokens. `speed` takes keys as those of trained models are,
+with a spectrum that falls, and queries that find few of them: behind random ones hardly a draft is
+right (see `trained`).
 """
 
 from __future__ import annotations
@@ -77,16 +78,13 @@ def correction(args: argparse.Namespace) -> None:
     exact = model(input_ids=ids).logits[0, args.prompt - 1 :].log_softmax(-1)
     options = {"policy": args.policy, "top_k": args.top_k}
     model.compile(backend="loki", options=options)
-    dense = greedy_path(model, ids[:, : args.prompt], args.tokens, None)
     for every in todo:
         kl, same, seconds = along_text(model, ids, args.prompt, every, exact)
-        path = greedy_path(model, ids[:, : args.prompt], args.tokens, every, dense)
         third = len(kl) // 3
         values = {
             "kl": statistics.mean(kl),
             "kl_last_third": statistics.mean(kl[-third:]),
             "same_token": statistics.mean(same),
-            "parts_after": len(path),
             "cpu_ms_per_token": 1e3 * seconds / len(kl),
         }
         keep({**base, "every": every}, values)
@@ -113,26 +111,50 @@ def along_text(
     return kl, same, seconds / counted * len(kl)
 
 
-def greedy_path(
-    model: Any, ids: Tensor, tokens: int, every: int | None, dense: list[int] | None = None
-) -> list[int]:
-    """Greedy tokens, until they part from `dense`; `every` None: dense ones."""
+def dense_path(model: Any, ids: Tensor, tokens: int) -> list[int]:
+    """Greedy tokens of dense decoding."""
     cache, newest = prefilled(model, ids)
     path = [int(newest)]
-    fed: list[Tensor] = []
-    while len(path) < tokens and (dense is None or path[-1] == dense[len(path) - 1]):
-        if every is None:
-            with loki_compile.exact():
-                logits = model(input_ids=newest, past_key_values=cache, use_cache=True).logits
-        else:
+    with loki_compile.exact():
+        while len(path) < tokens:
             logits = model(input_ids=newest, past_key_values=cache, use_cache=True).logits
-            fed.append(newest)
-            if every and len(fed) == every:
-                loki_compile.correct(model, cache, torch.cat(fed, 1))
-                fed.clear()
-        newest = logits[:, -1:].argmax(-1)
-        path.append(int(newest))
+            newest = logits[:, -1:].argmax(-1)
+            path.append(int(newest))
     return path
+
+
+def parting(args: argparse.Namespace) -> None:
+    """Greedy tokens until a sparse path parts from the dense one, over some prompts."""
+    base = {"bench": "parting", "model": args.model, "policy": args.policy, "top_k": args.top_k}
+    base |= {"prompt": args.prompt, "paths": args.paths, "tokens": args.each}
+    if all(not missing({**base, "every": n}) for n in args.every):
+        return
+    model = load_model(args.model, device="cpu", dtype="float32")
+    model.compile(backend="loki", options={"policy": args.policy, "top_k": args.top_k})
+    ids, after = text_ids(args), {every: [] for every in args.every}
+    for path in range(args.paths):
+        prompt = ids[:, path * 256 : path * 256 + args.prompt]
+        dense_cache, newest = prefilled(model, prompt)
+        going = {every: (prefilled(model, prompt)[0], []) for every in args.every}
+        for made in range(1, args.each + 1):
+            with loki_compile.exact():
+                logits = model(input_ids=newest, past_key_values=dense_cache, use_cache=True).logits
+            following = logits[:, -1:].argmax(-1)
+            for every, (cache, fed) in list(going.items()):
+                logits = model(input_ids=newest, past_key_values=cache, use_cache=True).logits
+                fed.append(newest)
+                if every and len(fed) == every:
+                    loki_compile.correct(model, cache, torch.cat(fed, 1))
+                    fed.clear()
+                if logits[0, -1].argmax() != following or made == args.each:
+                    after[every].append(made)
+                    del going[every]
+            if not going:
+                break
+            newest = following
+    for every, lengths in after.items():
+        values = {"median": statistics.median(lengths), "mean": statistics.mean(lengths)}
+        keep({**base, "every": every}, values)
 
 
 # ---------------------------------------------------------------------------------------- tokens
@@ -163,7 +185,7 @@ def tokens(args: argparse.Namespace) -> None:
                 path += more[0].tolist()
                 accepted += more.shape[1] - 1
                 cycles += 1
-            truth = greedy_path(model, prompt, args.each, None)
+            truth = dense_path(model, prompt, args.each)
             wrong = [a != b for a, b in zip(path, truth, strict=True)]
             got, different = got + len(path), different + sum(wrong)
             parted += any(wrong)
@@ -189,11 +211,11 @@ class Eager(Pace):
 
 
 def speed(args: argparse.Namespace) -> None:
-    options: dict[str, Any] = {"top_k": args.top_k, "policy": json.loads(args.plan)}
+    options: dict[str, Any] = {"top_k": args.top_k, "policy": args.policy}
     for name in args.dtype:
         for context in args.context:
             base = {"bench": "speed", "dtype": name, "context": context, "layers": args.layers}
-            base |= {"kv_heads": args.kv_heads, "top_k": args.top_k, "policy": args.plan}
+            base |= {"kv_heads": args.kv_heads, "top_k": args.top_k, "policy": args.policy}
             base |= {"peak": args.peak}
             if missing(base):
                 torch._dynamo.reset()
@@ -201,12 +223,14 @@ def speed(args: argparse.Namespace) -> None:
 
 
 def trained(model: Any, cache: Any, peak: float) -> None:
-    """Keys whose variance falls along the dims, and queries whose scores have a standard deviation
-    of about `peak`: 0 leaves both random."""
+    """Keys whose variance falls along the dims, so that few rank them, and queries `peak` times
+    as long, so that few keys matter: at 8, scores have a standard deviation of 2.6 and the best
+    eighth of the keys misses 7 % of attention, as in trained models. 0 leaves both random."""
     if not peak:
         return
     with torch.no_grad():
         for number, layer in enumerate(model.model.layers):
+            layer.self_attn.q_proj.weight.mul_(peak)
             dims = torch.arange(layer.self_attn.head_dim, dtype=torch.float32)
             fall = torch.exp(-dims / 10)
             cache.layers[number].keys.mul_((fall / fall.square().mean().sqrt()).to(model.dtype))
@@ -218,9 +242,7 @@ def against_dense(
     """CPU milliseconds per token of both, tokens that differ, and how drafts fared."""
     ways = {}
     for way, given in (("lossless", options), ("dense", {"min_context": 1 << 30})):
-        model = build(dtype, "cpu", args.layers)
-        for layer in model.model.layers if args.peak else ():
-            layer.self_attn.q_proj.weight.data.mul_(args.peak)
+        model = build(dtype, "cpu", args.layers, kv_heads=args.kv_heads)
         cache = filled_cache(model, "static", context, seed=0)
         trained(model, cache, args.peak)
         model.compile(backend="loki", options=given)
@@ -266,7 +288,7 @@ def against_dense(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["correction", "tokens", "speed"])
+    parser.add_argument("what", choices=["correction", "parting", "tokens", "speed"])
     parser.add_argument("--model", default="reference")
     parser.add_argument("--text", nargs="*", default=[])
     parser.add_argument("--policy", default="loki")
@@ -274,19 +296,21 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--each", type=int, default=512, help="tokens of one path of `tokens`")
+    parser.add_argument("--paths", type=int, default=16, help="prompts of `parting`")
     parser.add_argument("--every", type=int, nargs="+", default=[0, 128, 32, 8])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     parser.add_argument("--context", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--plan", default='{"0": "loki", "*": "reuse"}')
-    parser.add_argument("--peak", type=float, default=0.0)
+    parser.add_argument("--peak", type=float, default=8.0, help="0: random keys and queries")
     parser.add_argument("--warm", type=int, default=96, help="tokens that are not timed")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64
     with torch.no_grad():
-        {"correction": correction, "tokens": tokens, "speed": speed}[args.what](args)
+        {"correction": correction, "parting": parting, "tokens": tokens, "speed": speed}[args.what](
+            args
+        )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 _LOGGER = logging.getLogger("loki_compile")
 
-_FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent
 _SOURCES = (
     "cpu_common.h", "cpu_rows.h", "cpu_score.h", "cpu_topk.h",
     "cpu_select.cpp", "cpu_attend.cpp", "cpu_pages.cpp",
@@ -64,7 +64,7 @@ def _built() -> Path:
 
 
 def _library(compiler: str) -> Path:
-    sources = {name: (_FOLDER / name).read_bytes() for name in _SOURCES}
+    sources = {name: (FOLDER / name).read_bytes() for name in _SOURCES}
     return _cache_folder() / f"{_key(sources, compiler)}.so"
 
 
@@ -149,7 +149,7 @@ def _compile(compiler: str, library: Path) -> None:
     """All units at once, then what links them; into place when it is whole."""
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        units = [_FOLDER / name for name in _SOURCES if name.endswith(".cpp")]
+        units = [FOLDER / name for name in _SOURCES if name.endswith(".cpp")]
         objects = [str(Path(folder) / f"{unit.stem}.o") for unit in units]
         made = str(Path(folder) / library.name)
         pairs = zip(units, objects, strict=True)

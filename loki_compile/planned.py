@@ -83,7 +83,7 @@ class PlanOfModel:
                 kinds.append(Kind("loki"))
                 layers.append(len(plan.layers) + number)
                 continue
-            kinds.append(_of_site(plan.layers[place], candidate.site.kv_heads, blocks[number]))
+            kinds.append(of_site(plan.layers[place], candidate.site.kv_heads, blocks[number]))
             layers.append(place)
         self.origin = f"as `loki tune` found {plan.created[:10]}"
         return Planned(tuple(kinds), tuple(layers))
@@ -129,7 +129,7 @@ class PlanOfModel:
         return weights, blocks
 
 
-def _of_site(layer: PlannedLayer, kv_heads: int, blocks: tuple[str, ...]) -> Kind:
+def of_site(layer: PlannedLayer, kv_heads: int, blocks: tuple[str, ...]) -> Kind:
     """What a layer does, for a process that may have some of its heads alone: a head that would
     read what another process' head chose reads what its own number did."""
     kind = kind_of(layer.word)

@@ -17,6 +17,7 @@ from torch._logging import trace_structured
 
 from loki_compile.kernels.kept import Keeps, PageLayout
 from loki_compile.passes.attention import Reason
+from loki_compile.policies.kinds import SPANS, Kind
 
 if TYPE_CHECKING:
     from loki_compile.caches import CacheBinding
@@ -49,7 +50,8 @@ class SiteReport:
     Heads and dims are counts; index_bytes_per_token is what the key index costs per cached token
     in the cache's own dtype (None where dense); basis tells where the projection comes from; note
     is what one should know of its policy and of the kernels that serve its device, mostly "";
-    policy chooses keys, or says whose choice is read; reads is the path of the site whose it is.
+    policy chooses keys, or says whose choice is read; reads is the path of the site whose it is;
+    spans is what KV heads read where that is spans, as a word of `policy=`.
     """
 
     path: str
@@ -66,6 +68,7 @@ class SiteReport:
     see: str = ""
     policy: str = ""
     reads: str = ""
+    spans: str = ""
 
 
 @dataclass(frozen=True)
@@ -351,6 +354,7 @@ def describe(
                     note=sparse.note,
                     policy=policy,
                     reads="" if sparse.source is None else plan.sparse[sparse.source].site.path,
+                    spans=_spans_text(sparse),
                 ),
             )
         )
@@ -389,6 +393,11 @@ def _policy_text(plan: Plan, sparse: SparseSite) -> str:
     source = plan.sparse[sparse.source].site
     number = next(n for n, site in enumerate(plan.sites) if site.node is source.node)
     return f"reuse of layer {source.layer(number)}" + ", heads mapped" * bool(sparse.choice.heads)
+
+
+def _spans_text(sparse: SparseSite) -> str:
+    spans = sparse.choice.spans
+    return "" if spans is None else str(Kind(SPANS, spans=spans.heads, sink=spans.sink))
 
 
 def _bytes_per_token(binding: CacheBinding, rank: int | None, config: LokiConfig) -> float | None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from loki_compile.config import LokiConfig
-    from loki_compile.report import Folded, GraphReport
+    from loki_compile.report import Folded, GraphReport, SiteReport
 
 
 @click.command(epilog=MODEL_HELP)
@@ -138,7 +138,7 @@ def _row(row: Folded, config: LokiConfig, context: int) -> list[str]:
         if not runs_sparse(config, context):
             outcome, keys = "dense here", f"all {context}"
         else:
-            keys = f"{config.budget.keys(context)} of {context}"
+            keys = f"{_keys_read(site, config, context)} of {context}"
     # Sites that share a cache share its index.
     each = {s.cache or s.path: s.index_bytes_per_token for s in row.sites}
     if None not in each.values():
@@ -147,6 +147,18 @@ def _row(row: Folded, config: LokiConfig, context: int) -> list[str]:
     served = "; ".join(part for part in (chooses, site.basis, site.note) if part)
     why = served if sparse else f"{site.reason} ({site.see})"
     return [row.where, outcome, row.heads, dims, keys, index, why]
+
+
+def _keys_read(site: SiteReport, config: LokiConfig, context: int) -> int:
+    """Of so many keys; where KV heads read spans, on average of them."""
+    from loki_compile.kernels.spans import Spans
+    from loki_compile.policies.kinds import kind_of
+
+    if not site.spans:
+        return config.budget.keys(context)
+    kind = kind_of(site.spans)
+    spans = Spans(kind.spans, kind.sink, max(config.recent, 1), config.min_context)
+    return round(spans.share(context) * context)
 
 
 def summary(reports: Sequence[GraphReport], config: LokiConfig, context: int) -> str:

@@ -115,7 +115,7 @@ def asked_prompts(
     question about all of it: the model's own answer counts.
 
     Raises:
-      ValueError: as there.
+      ValueError: as there, or prompts that the template fills.
     """
     made = []
     for pieces in text_prompts(ids, lengths, count):
@@ -130,6 +130,11 @@ def asked_prompts(
                     [{"role": "user", "content": text}],
                     add_generation_prompt=True,
                     return_dict=False,
+                )
+            if not 0 < len(shown) <= room:
+                raise ValueError(
+                    f"the chat template and the question leave no room for text in {room} tokens: "
+                    "needs a larger --length"
                 )
             asked.append(SpanPrompt(piece.length, torch.tensor(shown), len(shown), asked=True))
         made.append(asked)

@@ -67,7 +67,7 @@ def policy_of(config: LokiConfig, stored: Stored = lambda candidates, policy: No
             if found is not None:
                 return choices_of(candidates, found.kinds, found.layers, make, "loki")
             # Alone in its graph, nobody knows what layer it is of how many, and nobody reads of it.
-            of_sites = [REUSE]
+            of_sites = [REUSE] * len(candidates)
             if len(candidates) > 1:
                 of_layers = preset(name, max(layers) + 1)
                 of_sites = [of_layers[layer] for layer in layers]

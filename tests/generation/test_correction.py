@@ -7,11 +7,11 @@ import pytest
 import torch
 from toy_conversation import Conversation, tokens
 from toy_decoders import Spelling, ToyDecoder
+from toy_loops import Loop, far_from_dense, true_indexes
 from toy_masks import causal
 from toy_models import LONG, make_model, new_cache, prompt
 from toy_writes import cat_bhtd, index_copy_method
 from transformers import (
-    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -20,68 +20,26 @@ from transformers import (
 
 import loki_compile
 from loki_compile import stats
-from loki_compile.indexes import indexes_of
 
-KINDS = pytest.mark.parametrize("kind", ["growing", "static"])
+slow = pytest.mark.slow
 STEPS = 20
 
 
-class Loop:
-    """A decode loop by hand, rows padded on the left."""
-
-    def __init__(self, model, kind: str, rows: int) -> None:
-        self.ids = prompt(1, rows=rows)
-        self.mask = torch.ones_like(self.ids)
-        self.cache = new_cache(model, kind)
-        if rows > 1:
-            self.mask[1, :40] = 0
-        self.model = model
-        model.forward(self.ids, past_key_values=self.cache, **self.inputs(self.ids))
-
-    def inputs(self, new):
-        """Mask and positions of the last tokens."""
-        if self.ids.shape[0] == 1:
-            return {}
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
-        return {"attention_mask": self.mask, "position_ids": positions}
-
-    def step(self, new):
-        self.ids = torch.cat((self.ids, new), 1)
-        self.mask = torch.cat((self.mask, torch.ones_like(new)), 1)
-        return self.model(
-            input_ids=new, past_key_values=self.cache, use_cache=True, **self.inputs(new)
-        ).logits
-
-
-def far_from_dense(cache, ids, mask, uncompiled) -> float:
-    """The largest difference of visible keys and values from those of a dense prefill."""
-    truth = DynamicCache(config=uncompiled.config)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    uncompiled.forward(ids, attention_mask=mask, position_ids=positions, past_key_values=truth)
-    seen = mask[:, None, :, None].bool()
-    worst = 0.0
-    for layer, true in zip(cache.layers, truth.layers, strict=True):
-        for here, there in ((layer.keys, true.keys), (layer.values, true.values)):
-            off = (here[:, :, : ids.shape[1]] - there).masked_fill(~seen, 0)
-            worst = max(worst, off.abs().max().item())
-    return worst
-
-
-def true_indexes(cache, tokens: int) -> int:
-    """Layers with an index, which must mirror the cache."""
-    count = 0
-    for layer in cache.layers:
-        for index in indexes_of(layer.keys):
-            assert index.valid
-            rows = layer.keys[:, :, :tokens].float() @ index.basis.key
-            torch.testing.assert_close(index.tensors[0][:, :, :tokens].float(), rows)
-            count += 1
-    return count
-
-
-@KINDS
-@pytest.mark.parametrize("policy, indexes", [("loki", 3), ("tidal", 3), ("kascade", 0)])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    "rows, policy, indexes, kind",
+    [
+        (3, "loki", 3, "static"),
+        (1, "tidal", 3, "growing"),
+        pytest.param(1, "loki", 3, "static", marks=slow),
+        pytest.param(1, "loki", 3, "growing", marks=slow),
+        pytest.param(3, "loki", 3, "growing", marks=slow),
+        pytest.param(1, "tidal", 3, "static", marks=slow),
+        pytest.param(3, "tidal", 3, "static", marks=slow),
+        pytest.param(3, "tidal", 3, "growing", marks=slow),
+        pytest.param(3, "kascade", 0, "static", marks=slow),
+        pytest.param(1, "kascade", 0, "growing", marks=slow),
+    ],
+)
 @torch.no_grad()
 def test_a_corrected_cache_is_that_of_a_dense_prefill(
     rows, policy, indexes, kind, interpreted, fresh
@@ -105,8 +63,15 @@ def test_a_corrected_cache_is_that_of_a_dense_prefill(
     assert true_indexes(loop.cache, LONG + STEPS + 1) == indexes
 
 
-@KINDS
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    "kind, rows",
+    [
+        ("growing", 2),
+        pytest.param("growing", 1, marks=slow),
+        pytest.param("static", 1, marks=slow),
+        pytest.param("static", 2, marks=slow),
+    ],
+)
 @torch.no_grad()
 def test_generate_corrects_every_so_many_steps(rows, kind, interpreted, fresh):
     model, uncompiled = make_model(2), make_model(2)
@@ -171,9 +136,8 @@ def test_exact_steps_are_dense_and_keep_true_what_is_kept(
     module = ToyDecoder(spelling).eval()
     options = {"policy": policy, "min_context": 0, "top_k": 0.3, "sink": 1, "recent": 2}
     run = torch.compile(module, backend="loki", options=options)
-    here = Conversation.start(spelling, filled=40)
+    here = Conversation.start(spelling, filled=20)
     there = here.fork()
-    built = 0
     for n, x in enumerate(tokens(spelling, 9)):
         if n % 3 == 0:
             here.step(run, x)
@@ -186,7 +150,6 @@ def test_exact_steps_are_dense_and_keep_true_what_is_kept(
     assert ran["sparse_steps"] == 3
     assert ran["dense_because"] == {"exact": 6}
     assert ran["rebuilds"] == kept, "no exact step has made it old"
-    assert built == 0
 
 
 # --- what is refused
@@ -242,7 +205,7 @@ def tiny_window(window: int):
     return MistralForCausalLM(config).eval()
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["growing", pytest.param("static", marks=slow)])
 @torch.no_grad()
 def test_windows_that_wrap_are_refused(kind, interpreted, fresh):
     model = tiny_window(30)

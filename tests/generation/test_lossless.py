@@ -6,7 +6,7 @@ made at every cycle (`drafting`), but where the pace is what is tested.
 
 import pytest
 import torch
-from test_correction import Loop, far_from_dense, true_indexes
+from toy_loops import Loop, far_from_dense, true_indexes
 from toy_models import LONG, make_model, new_cache, prompt
 
 import loki_compile

@@ -1017,7 +1017,7 @@ def test_two_processes_may_build_at_once(tmp_path):
     write_stubs(tmp_path)
     code = (
         "from pathlib import Path; from loki_compile.kernels import cpu_build\n"
-        f"cpu_build._FOLDER = Path({str(tmp_path)!r})\n"
+        f"cpu_build.FOLDER = Path({str(tmp_path)!r})\n"
         "assert cpu_build.load().cpu_select_stub"
     )
     cache = tmp_path / "cache"
@@ -1037,7 +1037,7 @@ def slow_compiler(tmp_path, monkeypatch):
     script = f'#!/bin/sh\nif [ "$1" != --version ]; then echo x >> {calls}; {wait}; fi\n'
     slow.write_text(f'{script}exec g++ "$@"\n')
     slow.chmod(0o755)
-    monkeypatch.setattr(cpu_build, "_FOLDER", tmp_path)
+    monkeypatch.setattr(cpu_build, "FOLDER", tmp_path)
     monkeypatch.setattr(cpu_build, "_compiler", lambda: str(slow))
     monkeypatch.setattr(cpu_build, "_cache_folder", lambda: tmp_path / "cache")
     cpu_build.begin.cache_clear()
@@ -1067,7 +1067,7 @@ def test_a_process_that_ends_takes_its_compilers_with_it(tmp_path):
     slow.chmod(0o755)
     code = (
         "import time; from pathlib import Path; from loki_compile.kernels import cpu_build\n"
-        f"cpu_build._FOLDER = Path({str(tmp_path)!r})\n"
+        f"cpu_build.FOLDER = Path({str(tmp_path)!r})\n"
         f"cpu_build._compiler = lambda: {str(slow)!r}\n"
         "cpu_build.begin()\n"
         "while not cpu_build._compilers: time.sleep(0.01)\n"

@@ -5,6 +5,7 @@ import torch
 from loki_compile.kernels import fused
 from loki_compile.kernels.spans import Span, Spans, heads_from, heads_text, span_of
 from toy_attends import TILED, mqa_broadcast, plain
+from toy_capture import clear_runtime
 from toy_conversation import Conversation, tokens
 from toy_decoders import REWRITTEN, Spelling, ToyDecoder
 from toy_masks import alibi, causal, causal_float, left_padded, no_mask
@@ -87,6 +88,34 @@ def test_without_a_plan_every_head_reads_the_first_and_the_last_of_top_k(spellin
         guess = Kind("moa", spans=(Span.of((alpha, beta)),), sink=1)
         truth = DirectPolicy(str(guess), module.kv_heads, FEW)
         assert compare(module, "moa", truth, {**FEW, **options}) < 2e-5
+
+
+@interpreting
+@torch.no_grad()
+def test_as_many_graphs_as_for_loki_whatever_the_sizes(interpreted):
+    """A cache that grows, and batches that differ, with sizes as symbols."""
+    made = {}
+    for policy in ("loki", word_for(3)):
+        torch._dynamo.reset()
+        clear_runtime()
+        interpreted.graphs.clear()
+        module = ToyDecoder(_cat.but(kv_heads=3)).eval()
+        fast = torch.compile(
+            module, backend="loki", dynamic=True, options={**FEW, "top_k": 0.5, "policy": policy}
+        )
+        for batch, filled in ((2, 18), (3, 30), (2, 47)):
+            here = Conversation.start(module.spelling, filled=filled, batch=batch)
+            for x in tokens(module.spelling, 4, batch=batch):
+                torch._dynamo.mark_static(x, 1)
+                there = here.fork()
+                out = here.step(fast, x)
+                if policy != "loki":
+                    with DirectPolicy(policy, 3, FEW):
+                        expected = there.step(module, x)
+                    torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
+        assert stats()["sparse_steps"] == 12
+        made[policy] = len(interpreted.graphs)
+    assert made[word_for(3)] <= made["loki"]
 
 
 @interpreting

@@ -62,6 +62,7 @@ def test_a_stored_plan_is_used_at_default_options_and_said(home, caplog):
     sites = explained(model, "moa")
     assert [site.policy for site in sites] == ["moa", "moa", ""]
     kept = Spans((Span.of((128, 0)), Span.of((0, 0.5))), 64).share(8192)
+    assert [site.spans for site in sites] == [*WORDS[:2], ""]
     assert sites[0].note == f"{kept:.0%} of 8192 keys" and sites[2].outcome == "dense by plan"
     out = decode(model, "moa", ids)
     assert stats()["sparse_steps"] == 2 and stats()["rebuilds"] == 0
@@ -120,7 +121,7 @@ def test_spans_of_other_heads_are_refused(home):
 
 def test_rows_of_weights_have_the_spans_of_their_heads(home):
     """As under tensor parallelism, where a process has some of the heads."""
-    from loki_compile.planned import _of_site
+    from loki_compile.planned import of_site
 
     plan = plan_for(make_model(layers=3))
     save_plan(plan, suffix=SPANS_SUFFIX)
@@ -128,9 +129,9 @@ def test_rows_of_weights_have_the_spans_of_their_heads(home):
     found = find_plan(list(mine), mine, suffix=SPANS_SUFFIX)
     assert found == plan
     layer = plan.layers[0]
-    assert str(_of_site(layer, 1, layer.blocks[1:])) == "moa:64:0.5N"
-    assert str(_of_site(layer, 1, layer.blocks[:1])) == "moa:64:128"
-    assert str(_of_site(layer, 2, layer.blocks)) == layer.word
+    assert str(of_site(layer, 1, layer.blocks[1:])) == "moa:64:0.5N"
+    assert str(of_site(layer, 1, layer.blocks[:1])) == "moa:64:128"
+    assert str(of_site(layer, 2, layer.blocks)) == layer.word
 
 
 def published(tmp_path, alphas, betas, name="moa_alpha_beta.json", **more) -> str:
@@ -148,7 +149,7 @@ def test_a_published_plan_is_folded_to_kv_heads_and_says_what_that_costs(home, c
     found = published_spans(path)
     assert str(found.kind(0, 2)) == "moa:64:128|0.25N,2048"
     assert str(found.kind(1, 2)) == "moa:64:64|0.125N,1N|64"
-    assert str(found.kind(0, 4)) == "moa:64:128,64|0.25N,1024,2048"
+    assert str(found.kind(0, 4)) == "moa:64:128,0.25N|64,1024,2048"
     model = make_model(layers=3)
     decode(model, path, prompt(1, LONG + 2))
     assert stats()["sparse_steps"] == 2

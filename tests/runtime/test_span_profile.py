@@ -32,7 +32,7 @@ def eager_llama():
 
 
 MODELS = {
-    "llama": lambda: make_model(layers=3),
+    "llama": lambda: make_model(layers=2),
     "written out": eager_llama,
     "sliding": sliding_model,
 }
@@ -43,8 +43,6 @@ class Attention:
 
     def __init__(self, model, spans=None):
         self.calls, self.spans = [], spans
-        self.layers = list(model.model.layers)
-        self.old = transformers.AttentionInterface()["sdpa"]
         transformers.AttentionInterface.register("toy_spans", self)
         model.set_attn_implementation("toy_spans")
 
@@ -122,7 +120,7 @@ def test_effects_of_a_whole_prompt_are_those_of_autograd_over_the_model(name, of
 
 
 def test_effects_behind_a_cache_are_those_of_the_rows_that_are_decoded():
-    model, ids = make_model(layers=3), prompt(2, 90)
+    model, ids = make_model(layers=2), prompt(2, 90)
     labels = ids[0, 71:]
 
     def inputs(kind):

@@ -16,7 +16,7 @@ ROOMS = {
     "passes": (
         "torch",
         "loki_compile.passes",
-        *(f"loki_compile.kernels.{name}" for name in ("budget", "fused", "kept", "ops")),
+        *(f"loki_compile.kernels.{name}" for name in ("budget", "fused", "kept", "ops", "spans")),
     ),
     "loki_compile/policies": (
         "torch",
