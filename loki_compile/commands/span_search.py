@@ -102,7 +102,9 @@ def recall_prompts(tokenizer: Any, lengths: Sequence[int], count: int) -> list[l
     """As `calibration_prompts`, for a model whose own text is known."""
     made = []
     for length in lengths:
-        pieces, _ = calibration_prompts(tokenizer, length, length * (count + 1))
+        # Every second prompt asks for what it has shown; the one that is held out does.
+        pieces, _ = calibration_prompts(tokenizer, length, length * (count + 2))
+        pieces = [*pieces[:count], pieces[count + (count % 2 == 0)]]
         start = length - min(ROWS, length // 4)
         made.append([SpanPrompt(length, torch.tensor(piece), start) for piece in pieces])
     return made
