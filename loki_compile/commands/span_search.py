@@ -33,6 +33,8 @@ _BETAS = 8
 ROWS = 256
 _LEAST_ANSWER = 16
 EFFECTS = ("joint", "entrywise")
+# By plan, then by length: the divergence, and the change of the loss.
+Compared = dict[str, list[tuple[float, float] | None]]
 QUESTION = "\n\nSummarise the text above in detail, from its beginning to its end."
 
 
@@ -211,11 +213,15 @@ class SpanSearch:
             picked = refined(picked, self.rows, self.shares, self.settings.density)
         self.gap, self.picked = found.gap, picked
 
-    def compare(self, progress: Callable[[int], None]) -> dict[str, list[tuple[float, float]]]:
+    def compare(self, progress: Callable[[int], None]) -> Compared:
         """By length, of a held-out prompt, the divergence from dense logits and the change of the
-        loss, under the plan and where every head reads the same share; empty without one."""
-        found: dict[str, list[tuple[float, float]]] = {"plan": [], "one span for all": []}
+        loss, under the plan and where every head reads the same share: None of a length without
+        one, and empty where no length has one."""
+        found: Compared = {"plan": [], "one span for all": []}
         for each in self.held_out:
+            if not each:
+                for of_plan in found.values():
+                    of_plan.append(None)
             for prompt in each:
                 ids, start, again = self.ready(prompt, 3)
                 fed, labels = ids[start:-1], ids[start + 1 :]
@@ -279,6 +285,17 @@ class SpanSearch:
                 "versions": versions(),
             },
         )
+
+    def lacking(self, asked: int) -> list[str]:
+        """Sentences on what the text was too short for, of so many prompts of each length."""
+        said = []
+        fewer = [(m, len(x)) for m, x in zip(self.lengths, self.read_from, strict=True)]
+        if few := [f"{count} of {m} tokens" for m, count in fewer if count < asked]:
+            said.append(f"the text holds {', '.join(few)}, of the {asked} prompts asked for")
+        without = [str(m) for m, x in zip(self.lengths, self.held_out, strict=True) if not x]
+        if without:
+            said.append(f"no prompt of {', '.join(without)} tokens is left to compare plans on")
+        return said
 
     def forget(self) -> None:
         """What was kept for a run that is stopped."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from loki_compile.commands.plan_search import Tried
+    from loki_compile.commands.span_search import Compared
 
 
 POLICIES = ("tidal", "moa")
@@ -151,10 +152,10 @@ def _tune_layers(
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         raise
-    out.print(_table(tried))
     plan = search.plan_of(tried[0], name, source, tried)
     path = save_plan(plan, root)
     search.forget()
+    out.print(_table(tried))
     for line in plan_lines(plan):
         show(line)
     if picture is not None:
@@ -210,20 +211,24 @@ def _tune_spans(
     say(f"loading {name}; what counts in {source}: {what}")
     model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
     try:
-        with SpanSearch(model, settings, made) as search, progress() as bar:
+        search = SpanSearch(model, settings, made)
+        for lacking in search.lacking(prompts):
+            say(lacking)
+        held_out = sum(map(len, search.held_out))
+        with search, progress() as bar:
             reading = bar.add_task(f"profiling {name}", total=search.tokens)
-            comparing = bar.add_task("held-out text", total=len(lengths), visible=False)
+            comparing = bar.add_task("held-out text", total=held_out, visible=False)
             search.read(lambda done: bar.advance(reading, done))
             search.choose()
-            bar.update(comparing, visible=True)
+            bar.update(comparing, visible=held_out > 0)
             compared = search.compare(lambda done: bar.advance(comparing, done))
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         raise
-    out.print(_span_table(search.lengths, search.densities(), compared))
     plan = search.plan_of(name, f"{source}: {what}"[:4096], compared)
     path = save_plan(plan, root, SPANS_SUFFIX)
     search.forget()
+    out.print(_span_table(search.lengths, search.densities(), compared))
     for number, (layer, spans) in enumerate(search.plan.items()):
         share = f"{spans.share(longest):.0%} of {longest}"
         show(f"  layer {number} ({layer}) reads {share}: {', '.join(map(str, spans.heads))}")
@@ -236,7 +241,7 @@ def _tune_spans(
 def _span_table(
     lengths: tuple[int, ...],
     densities: dict[str, float],
-    compared: dict[str, list[tuple[float, float]]],
+    compared: Compared,
 ) -> Table:
     from rich.table import Table
 
@@ -246,7 +251,8 @@ def _span_table(
         table.add_column(column, justify="right")
     for number, length in enumerate(lengths):
         read = f"{densities[str(length)]:.1%}"
-        pairs = [f"{kl:.4f} {more:+.4f}" for kl, more in (x[number] for x in compared.values())]
+        of_length = [each[number] for each in compared.values()]
+        pairs = ["" if pair is None else f"{pair[0]:.4f} {pair[1]:+.4f}" for pair in of_length]
         table.add_row(str(length), read, *pairs)
     return table
 

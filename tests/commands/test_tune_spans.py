@@ -137,6 +137,23 @@ def test_a_stopped_profile_goes_on_where_it_was(tuning, monkeypatch):
     assert len(the_plan().layers) == 2
 
 
+def test_a_length_of_which_the_text_holds_one_prompt_is_profiled_and_not_compared(tuning, tmp_path):
+    words = (tmp_path / "words.txt").read_text()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED)
+    ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+    (tmp_path / "words.txt").write_text(tokenizer.decode(ids[:560]))
+    done = run(tuning())
+    assert done.exit_code == 0, done.output
+    assert (
+        "the text holds 1 of 200 tokens, 1 of 400 tokens, of the 2 prompts asked for" in done.output
+    )
+    assert "no prompt of 400 tokens is left to compare plans on" in done.output
+    scores = the_plan().scores
+    assert scores["prompts"] == [2, 1, 1]
+    compared = scores["held out, divergence and change of loss"]["plan"]
+    assert [pair is None for pair in compared] == [False, False, True]
+
+
 @pytest.mark.parametrize(
     "more, says",
     [
