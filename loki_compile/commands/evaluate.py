@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import re
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +29,10 @@ from loki_compile.commands.output import out, progress, say, show
 
 if TYPE_CHECKING:
     from loki_compile.commands.scores import Records
+    from loki_compile.commands.stored import Held
     from loki_compile.commands.tasks import Case
     from loki_compile.commands.trials import Setting
+    from loki_compile.config import LokiConfig
 
 _ALL = "all"
 
@@ -119,9 +124,11 @@ def command(
         check_writable,
         fitting_context,
         load_config,
+        load_model,
         load_tokenizer,
     )
     from loki_compile.commands.scores import Records
+    from loki_compile.commands.stored import weights_of
 
     settings = _settings(policies, budgets, ranks, bases, named, loki)
     check_placement(device, dtype)
@@ -146,10 +153,16 @@ def command(
     }
     records = Records(folder, run)
     protocols = ("sparse", "dense") if question == "both" else (question,)
-    work = _missing(cases, settings, protocols, records)
+
+    @functools.cache
+    def model() -> Any:
+        say(f"loading {name}")
+        return load_model(name, device=device, dtype=dtype, random_weights=random_weights)
+
     try:
-        _decode(name, work, settings, records, device=device, dtype=dtype,
-                random_weights=random_weights, tokenizer=tokenizer)  # fmt: skip
+        settings = _with_what_is_stored(settings, functools.cache(lambda: weights_of(model())))
+        work = _missing(cases, settings, protocols, records)
+        _decode(model, work, settings, records, tokenizer)
     except KeyboardInterrupt:
         _report(records, settings, cases, folder)
         kept = "; the same command goes on from there" if folder else "; --out would have kept them"
@@ -175,6 +188,7 @@ def _settings(
         ValueError: an option that cannot be, a basis that is not there.
     """
     from loki_compile.commands.trials import Setting
+    from loki_compile.config import LokiConfig
 
     none = {"rank": None, "basis": None}
     kept = [{"rank": r, "basis": b} for r in ranks or (None,) for b in bases or (None,)]
@@ -182,15 +196,49 @@ def _settings(
         {"policy": policy, "top_k": top_k, **each}
         for policy in policies or ("loki",)
         for top_k in budgets or (None,)
-        for each in (kept if _keeps_index(policy) else [none])
+        for each in (kept if _keeps_index(LokiConfig(policy=policy)) else [none])
     ]
     alone = named and not (policies or budgets or ranks or bases)
-    made: dict[str, Setting] = {}
+    made: list[LokiConfig] = []
     for given in [*([] if alone else combined), *map(options_of, named)]:
-        options = loki_options(**{**others, **given})
-        check_basis(options.get("basis", "auto"))
-        label = label_of(options)
-        made.setdefault(label, Setting(label, options))
+        config = LokiConfig.from_options(loki_options(**{**others, **given}))
+        check_basis(str(config.basis))
+        config = _what_counts(config)
+        if config not in made:
+            made.append(config)
+    short = Counter(label_of(config.to_options()) for config in made)
+    labels = [label_of(config.to_options()) for config in made]
+    return [
+        Setting(
+            label if short[label] == 1 else label_of(config.to_options(), whole=True),
+            config.to_options(),
+        )
+        for label, config in zip(labels, made, strict=True)
+    ]
+
+
+def _with_what_is_stored(settings: Sequence[Setting], held: Held) -> list[Setting]:
+    """The settings with fingerprints of the bases and plans that they use; `held` loads the model,
+    and is asked where something is stored. Under a plan of spans no budget counts.
+
+    Raises:
+        ValueError: a basis or a plan that is there no more.
+    """
+    from loki_compile.commands.stored import used_basis, used_plan
+    from loki_compile.config import LokiConfig
+    from loki_compile.policies.kinds import SPANS
+
+    made: dict[str, Setting] = {}
+    for setting in settings:
+        config = LokiConfig.from_options(setting.options)
+        plan = used_plan(config, held)
+        label, options = setting.label, setting.options
+        if plan and config.policy == SPANS:
+            options = {name: value for name, value in options.items() if name != "top_k"}
+            label = label_of(options, planned=True)
+        uses = {"basis": used_basis(config, held), "plan": plan}
+        words = ", ".join(f"{name} {digest}" for name, digest in uses.items() if digest)
+        made.setdefault(label, dataclasses.replace(setting, label=label, uses=words))
     return list(made.values())
 
 
@@ -209,18 +257,55 @@ def options_of(words: str) -> dict[str, Any]:
     return options
 
 
-def label_of(options: dict[str, Any]) -> str:
-    """What a setting is called: its policy, budget and, where it keeps an index, rank and basis;
-    then whatever else differs from the defaults."""
+def label_of(options: dict[str, Any], *, whole: bool = False, planned: bool = False) -> str:
+    """What a setting is called: its policy, its budget where that counts and, where it keeps an
+    index, rank and basis; then whatever else differs from the defaults.
+
+    Args:
+        whole: with all digits, and a basis by all of its path.
+        planned: a plan of spans is stored for the model.
+    """
     from loki_compile.config import LokiConfig
 
     config = LokiConfig.from_options(options)
-    parts = [str(config.policy), _shown(config.top_k)]
-    if _keeps_index(str(config.policy)):
-        parts += [f"R {_shown(config.rank)}", Path(str(config.basis)).stem]
+    shown = str if whole else _shown
+    parts = [str(config.policy)]
+    if not (planned or _has_spans(config)):
+        parts.append(shown(config.top_k))
+    if _keeps_index(config):
+        name = str(config.basis)
+        parts += [f"R {shown(config.rank)}", name if whole else Path(name).stem]
     usual = {"policy", "top_k", "rank", "basis"}
-    parts += [f"{n}={_shown(v)}" for n, v in config.to_options().items() if n not in usual]
+    parts += [f"{n}={shown(v)}" for n, v in config.to_options().items() if n not in usual]
     return ", ".join(parts)
+
+
+def _what_counts(config: LokiConfig) -> LokiConfig:
+    """The same without what its policy does not ask for.
+
+    Raises:
+        ValueError: a policy that is a file without a plan.
+    """
+    usual = type(config)()
+    if not _keeps_index(config):
+        config = dataclasses.replace(config, rank=usual.rank, basis=usual.basis)
+    if _has_spans(config):
+        config = dataclasses.replace(config, top_k=usual.top_k)
+    return config
+
+
+def _keeps_index(config: LokiConfig) -> bool:
+    from loki_compile.commands.stored import rankings_of
+
+    return "loki" in rankings_of(config)
+
+
+def _has_spans(config: LokiConfig) -> bool:
+    """Whether its own words or its file say how many keys each layer reads that chooses."""
+    from loki_compile.commands.stored import rankings_of
+    from loki_compile.policies.kinds import SPANS
+
+    return config.policy != SPANS and rankings_of(config) == {SPANS}
 
 
 def _say_what_is_dense(settings: Sequence[Setting], context: int) -> None:
@@ -233,12 +318,6 @@ def _say_what_is_dense(settings: Sequence[Setting], context: int) -> None:
             reasons.setdefault(why, []).append(setting.label)
     for why, labels in reasons.items():
         say(f"note: behind {context} tokens every step of {'; '.join(labels)} runs dense ({why})")
-
-
-def _keeps_index(policy: str) -> bool:
-    from loki_compile.policies.kinds import RANKINGS
-
-    return policy in ("loki", "tidal") or (policy not in RANKINGS and policy.endswith(".json"))
 
 
 def _shown(value: Any) -> str:
@@ -279,7 +358,10 @@ def _cases(
     from loki_compile.commands.reference_data import stdlib_text
     from loki_compile.commands.tasks import generated_case, recall_cases, text_cases
 
-    texts = {Path(file).name: read_text([file]) for file in files}
+    files = list(dict.fromkeys(files))
+    alike = Counter(Path(file).name for file in files)
+    names = [file if alike[Path(file).name] > 1 else Path(file).name for file in files]
+    texts = {name: read_text([file]) for name, file in zip(names, files, strict=True)}
     texts = texts or {"python": stdlib_text("held_out")}
     kinds: list[list[Case]] = []
     steps, seeds, depths = shapes["steps"], shapes["seeds"], shapes["depths"]
@@ -289,9 +371,16 @@ def _cases(
         for task in tasks:
             if task == "text":
                 for name, text in texts.items():
-                    kinds.append(text_cases(tokenizer, name, text, length, steps, shapes["pieces"]))
+                    pieces = text_cases(tokenizer, name, text, length, steps, shapes["pieces"])
+                    if len(pieces) < shapes["pieces"]:
+                        say(f"the text {name} holds {len(pieces)} pieces of {length} tokens, of "
+                            f"the {shapes['pieces']} asked for")  # fmt: skip
+                    kinds.append(pieces)
             elif task == "recall":
-                kinds.append(recall_cases(tokenizer, length, seeds))
+                try:
+                    kinds.append(recall_cases(tokenizer, length, seeds))
+                except ValueError as error:
+                    raise ValueError(f"--task recall --context {length}: {error}") from None
             elif task == "passkey":
                 for number in range(depths):
                     depth = number / (depths - 1)
@@ -322,12 +411,12 @@ def _missing(
     """The cases that lack a result, and of which settings, by protocol."""
     from loki_compile.commands.trials import DENSE
 
-    labels = [DENSE, *(setting.label for setting in settings)]
+    uses = {DENSE: "", **{setting.label: setting.uses for setting in settings}}
     work = []
     for case in cases:
         lacking = {}
         for protocol in ("text",) if case.is_text else protocols:
-            left = [label for label in labels if not records.has(case.key, protocol, label)]
+            left = [x for x, used in uses.items() if not records.has(case.key, protocol, x, used)]
             if left:
                 lacking[protocol] = left
         if lacking:
@@ -339,29 +428,24 @@ def _missing(
 
 
 def _decode(
-    name: str,
+    load: Callable[[], Any],
     work: Sequence[tuple[Case, dict[str, list[str]]]],
     settings: Sequence[Setting],
     records: Records,
-    *,
-    device: str | None,
-    dtype: str,
-    random_weights: bool,
     tokenizer: Any,
 ) -> None:
     if not work:
         say(f"all {len(records.rows)} results are there already")
         return
     from loki_compile.commands.measure import many_variants
-    from loki_compile.commands.models import load_model
     from loki_compile.commands.trials import Trials
 
     results = sum(len(labels) for _, lacking in work for labels in lacking.values())
     engine, cache = records.run["engine"], records.run["cache"]
     compiled = "compiled by Inductor at the first steps" if engine == "inductor" else "node by node"
-    say(f"loading {name}; {len(work)} cases prefill densely, {len(settings)} settings decode each, "
-        f"{compiled}")  # fmt: skip
-    model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
+    model = load()
+    say(f"{len(work)} cases prefill densely, {len(settings)} settings decode each, {compiled}")
+    uses = {setting.label: setting.uses for setting in settings}
     trials = Trials(
         model, tokenizer, settings,
         engine=engine, cache=cache, mass_steps=records.run["mass_steps"],
@@ -371,7 +455,8 @@ def _decode(
         for case, lacking in work:
             bar.update(task, description=f"{case.task}, {case.length} tokens")
             for row in trials.rows(case, lacking):
-                records.add(row)
+                used = uses.get(row["setting"], "")
+                records.add({**row, "uses": used} if used else row)
                 bar.advance(task)
 
 
@@ -383,8 +468,16 @@ def _report(
     from loki_compile.commands.scores import columns, summary, write_results
 
     keys = {case.key for case in cases}
-    rows = [row for row in records.rows if row["case"] in keys]
-    labels = [setting.label for setting in settings]
+    uses = {setting.label: setting.uses for setting in settings}
+    labels = list(uses)
+    rows = [
+        row
+        for row in records.rows
+        if row["case"] in keys
+        and row.get("uses", "") == uses.get(row["setting"], row.get("uses", ""))
+    ]
+    if older := sum(row["case"] in keys for row in records.rows) - len(rows):
+        say(f"note: {older} results are left out that were measured with another basis or plan")
     found = summary(rows, labels)
     if found:
         shown = columns(found)

@@ -28,27 +28,35 @@ class Records:
             run: what all rows have in common.
 
         Raises:
-            ValueError: the folder holds another run's, or a file of that name that is none.
+            ValueError: the folder holds another run's, or a file of that name that is none; or it
+                cannot be written to.
         """
         self.run = run
         self.rows: list[Row] = []
-        self._done: set[tuple[str, str, str]] = set()
+        self._done: set[tuple[str, str, str, str]] = set()
         self.path = None if folder is None else folder / RECORDS
         if self.path is None:
             return
         if self.path.exists():
             self._go_on(self.path)
         else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({"run": run}) + "\n")
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.write_text(json.dumps({"run": run}) + "\n")
+            except OSError as error:
+                raise ValueError(
+                    f"--out {folder}: cannot be written to ({error.strerror}); needs a folder that "
+                    "can be"
+                ) from None
 
     def _go_on(self, path: Path) -> None:
         lines = path.read_bytes().split(b"\n")
         whole = lines[:-1]  # an interrupted run may have left the beginning of a line
         try:
             before = dict(json.loads(whole[0])["run"])
-            rows = [json.loads(line) for line in whole[1:]]
-        except (ValueError, LookupError, TypeError):
+            for line in whole[1:]:
+                self._take(json.loads(line))
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(
                 f"{path} holds no results of `loki eval`; needed an empty --out folder, or one of "
                 "an interrupted run"
@@ -62,15 +70,14 @@ class Records:
             )
         if lines[-1]:
             path.write_bytes(b"\n".join(whole) + b"\n")
-        for row in rows:
-            self._take(row)
 
     def _take(self, row: Row) -> None:
         self.rows.append(row)
-        self._done.add((row["case"], row["protocol"], row["setting"]))
+        self._done.add((row["case"], row["protocol"], row["setting"], row.get("uses", "")))
 
-    def has(self, case: str, protocol: str, setting: str) -> bool:
-        return (case, protocol, setting) in self._done
+    def has(self, case: str, protocol: str, setting: str, uses: str = "") -> bool:
+        """Whether there is a row; `uses` as `Setting` has it."""
+        return (case, protocol, setting, uses) in self._done
 
     def add(self, row: Row) -> None:
         """Keeps a row, on disk before it returns."""

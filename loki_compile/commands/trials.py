@@ -32,10 +32,12 @@ Step = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to decode: its label and the options of the backend."""
+    """One way to decode: its label, the options of the backend, and fingerprints of what is stored
+    that these use."""
 
     label: str
     options: dict[str, Any]
+    uses: str = ""
 
 
 class Ways:

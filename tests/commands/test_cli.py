@@ -12,11 +12,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from loki_compile.pca_store import attention_fit
+from loki_compile.pca_store.basis import Basis, BasisSet
+from loki_compile.pca_store.fingerprint import weights_fingerprint
+from loki_compile.pca_store.layer_plan import SPANS_SUFFIX, LayerPlan, PlannedLayer, save_plan
 from loki_compile.pca_store.store import Store
 
 from loki_compile import observation, progress
 from loki_compile.commands import comparison
-from loki_compile.commands.evaluate import label_of, options_of
+from loki_compile.commands.evaluate import _cases, _settings, label_of, options_of
 from loki_compile.commands.main import main
 from loki_compile.commands.models import BUNDLED, load_model, load_tokenizer
 from loki_compile.commands.trials import Trials
@@ -191,7 +194,7 @@ SMALL = ("--context", "300", "--steps", "5", "--pieces", "1", "--min-context", "
 
 def test_a_setting_is_called_by_what_it_says():
     words = "policy=moa:64:1024,0.25N,min_context=0"
-    assert label_of(options_of(words)) == "moa:64:1024,0.25N, 0.125, min_context=0"
+    assert label_of(options_of(words)) == "moa:64:1024,0.25N, min_context=0"
     words = "top_k=64, rank=0.5,basis=some/where.safetensors"
     assert label_of(options_of(words)) == "loki, 64, R 0.5, where"
 
@@ -225,6 +228,53 @@ def test_an_eval_that_was_stopped_goes_on(tiny, text, tmp_path, monkeypatch):
         assert (folder / name).stat().st_size
     monkeypatch.setattr(Trials, "rows", lambda *_: pytest.fail("measured again"))
     assert "3 of 3 cases" in succeed(*command)
+
+
+def test_settings_and_texts_of_one_name_are_kept_apart(tmp_path):
+    """By all of the path where the name alone is another's."""
+    bases = [tmp_path / folder / "a.safetensors" for folder in ("one", "two")]
+    for path in bases:
+        eye = torch.eye(8).expand(2, 8, 8)
+        basis = Basis(eye, eye, torch.ones(2, 8), weights="0" * 32)
+        saved = Store(path.parent).save(BasisSet((basis,)))
+        saved.rename(path)
+    settings = _settings((), (0.12345, 0.123451), (), [str(path) for path in bases], (), {})
+    labels = [setting.label for setting in settings]
+    assert len(set(labels)) == 4 and all(str(path) in " ".join(labels) for path in bases)
+    files = [tmp_path / folder / "a.txt" for folder in ("one", "two")]
+    for number, file in enumerate(files):
+        file.write_text(f"{number} {WORDS}" * 40)
+    shapes = {"steps": 8, "pieces": 1, "seeds": 1, "depths": 2}
+    cases = _cases(
+        load_tokenizer("reference"), ["text"], False, list(map(str, files)), [90], shapes
+    )
+    assert [case.task for case in cases] == [f"text {file}" for file in files]
+
+
+def test_what_is_stored_meanwhile_is_measured_anew(tiny, text, tmp_path, own_store):
+    """A basis, and a plan of spans, under which no budget counts."""
+    folder = tmp_path / "out"
+    command = ("eval", tiny, "--text", text, "--context", "300", "--steps", "5", "--pieces", "1")
+    command += ("--min-context", "0", "--task", "text", "--policy", "loki", "--policy", "moa")
+    command += ("--engine", "nodes", "--out", folder)
+    before = succeed(*command)
+    assert "moa, " in before
+    succeed("calibrate", tiny, "--text", text, "--tokens", "200", "--kind", "pca")
+    model = load_model(tiny)
+    layers = [
+        PlannedLayer(f"layers.{n}", weights_fingerprint(layer.self_attn.k_proj.weight), (), 2, word)
+        for n, (layer, word) in enumerate(zip(model.model.layers, ["moa:4:9"] * 2, strict=True))
+    ]
+    save_plan(LayerPlan(tuple(layers), "tiny", 0.5, "", "2026-01-01"), own_store, SPANS_SUFFIX)
+    again = run(*command)
+    assert again.exit_code == 0, again.output
+    assert "were measured with another basis or plan" in again.stderr
+    lines = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()[1:]]
+    names = [row["setting"].split(",")[0] for row in lines]
+    assert sorted(names) == ["dense", "loki", "loki", "moa", "moa"]
+    new = {row["setting"].split(",")[0]: row for row in lines[3:]}
+    assert new["loki"]["uses"].startswith("basis ") and new["moa"]["uses"].startswith("plan ")
+    assert "0.125" not in new["moa"]["setting"] and "uses" not in lines[1]
 
 
 @pytest.mark.slow
@@ -424,6 +474,14 @@ MISTAKES = {
     "results that are none": (
         ("eval", "{tiny}", "--context", "200", "--out", "{junk}"),
         "holds no results of `loki eval`",
+    ),
+    "a folder that nobody can write to": (
+        ("eval", "{tiny}", "--context", "90", "--steps", "8", "--out", "/proc/x"),
+        "--out /proc/x: cannot be written to",
+    ),
+    "a context without room for recall": (
+        ("eval", "{tiny}", "--context", "64", "--task", "recall"),
+        "--task recall --context 64: ",
     ),
     "too little text": (
         ("eval", "{tiny}", "--text", "{few}", "--context", "690"),

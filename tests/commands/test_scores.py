@@ -16,6 +16,7 @@ from loki_compile.commands.scores import (
 )
 
 RUN = {"model": "m", "engine": "nodes"}
+DAMAGED = '{"run": {"model": "m", "engine": "nodes"}}\n{}\n'
 
 
 def text_row(setting, case="a", nats=2.0, **more):
@@ -41,7 +42,7 @@ def test_a_run_goes_on_where_it_was_stopped_in_the_middle_of_a_line(tmp_path):
     assert [json.loads(line) for line in (tmp_path / RECORDS).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("content", ["", "{}\n", "words\n", '{"run": 3}\n', "[1]\n"])
+@pytest.mark.parametrize("content", ["", "{}\n", "words\n", '{"run": 3}\n', "[1]\n", DAMAGED])
 def test_a_file_that_holds_no_results_is_refused(tmp_path, content):
     (tmp_path / RECORDS).write_text(content)
     with pytest.raises(ValueError, match="holds no results of `loki eval`; needed an empty --out"):
