@@ -139,7 +139,12 @@ def read_plan(path: str | Path) -> LayerPlan:
         return LayerPlan(layers=layers, mass=mass, **given)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = str(error).partition("\n")[0][:200]
-        raise PlanFileError(f"{path} is no plan of layers ({reason}): run `loki tune`") from None
+        what, policy = (
+            ("spans", " --policy moa") if path.name.endswith(SPANS_SUFFIX) else ("layers", "")
+        )
+        raise PlanFileError(
+            f"{path} is no plan of {what} ({reason}): run `loki tune{policy}`"
+        ) from None
 
 
 def find_plan(

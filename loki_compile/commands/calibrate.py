@@ -16,7 +16,7 @@ from loki_compile.commands.options import (
     text_of,
     with_options,
 )
-from loki_compile.commands.output import duration, out, progress, say, show
+from loki_compile.commands.output import duration, going_on, out, progress, say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,7 +44,17 @@ if TYPE_CHECKING:
               help='"post-rotary" or "pre-rotary".')  # fmt: skip
 @OUT_OPTION
 @with_options(MODEL_OPTIONS)
-def command(
+def command(**given: Any) -> None:
+    """Fit a basis for MODEL from text, and store it.
+
+    How long it takes is said after the first prompt. Ctrl-C loses nothing: the same command goes on
+    from there (it is kept beside the store, in `partial`).
+    """
+    with going_on():
+        _calibrate(**given)
+
+
+def _calibrate(
     name: str,
     more_text: tuple[str, ...],
     first_text: tuple[str, ...],
@@ -60,11 +70,6 @@ def command(
     dtype: str,
     random_weights: bool,
 ) -> None:
-    """Fit a basis for MODEL from text, and store it.
-
-    How long it takes is said after the first prompt. Ctrl-C loses nothing: the same command goes on
-    from there (it is kept beside the store, in `partial`).
-    """
     import torch
 
     from loki_compile.calibration import check_choices, check_lengths
@@ -128,33 +133,29 @@ def _watched_calibration(model: Any, batches: list[Tensor], **settings: Any) -> 
     from loki_compile.calibration import calibrate
 
     total = sum(batch.numel() for batch in batches)
-    try:
-        with progress(left=True) as bar:
-            task = bar.add_task(f"reading with {settings['name']}", total=total, left="")
-            fits = settings["kind"] == "attention"
-            fitting = bar.add_task("fitting", total=None, visible=fits, left="")
-            said = False
+    with progress(left=True) as bar:
+        task = bar.add_task(f"reading with {settings['name']}", total=total, left="")
+        fits = settings["kind"] == "attention"
+        fitting = bar.add_task("fitting", total=None, visible=fits, left="")
+        said = False
 
-            def expect(seconds: float) -> None:
-                nonlocal said
-                if not said:
-                    say(f"about {duration(seconds)} to go: the rest of the text, and the fit")
-                said = True
-                current = fitting if bar.tasks[0].finished else task
-                bar.update(task, left="")
-                bar.update(current, left=f"{duration(seconds)} left")
+        def expect(seconds: float) -> None:
+            nonlocal said
+            if not said:
+                say(f"about {duration(seconds)} to go: the rest of the text, and the fit")
+            said = True
+            current = fitting if bar.tasks[0].finished else task
+            bar.update(task, left="")
+            bar.update(current, left=f"{duration(seconds)} left")
 
-            return calibrate(
-                model,
-                batches,
-                progress=lambda done: bar.advance(task, done),
-                fit_progress=lambda done, steps: bar.update(fitting, completed=done, total=steps),
-                expect=expect,
-                **settings,
-            )
-    except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
-        raise
+        return calibrate(
+            model,
+            batches,
+            progress=lambda done: bar.advance(task, done),
+            fit_progress=lambda done, steps: bar.update(fitting, completed=done, total=steps),
+            expect=expect,
+            **settings,
+        )
 
 
 def missed(basis_set: BasisSet) -> str:

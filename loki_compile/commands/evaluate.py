@@ -25,7 +25,7 @@ from loki_compile.commands.options import (
     loki_options,
     with_options,
 )
-from loki_compile.commands.output import out, progress, say, show
+from loki_compile.commands.output import going_on, out, progress, say, show
 
 if TYPE_CHECKING:
     from loki_compile.commands.scores import Records
@@ -80,7 +80,36 @@ _ALL = "all"
               help="Folder for results.json, .csv, .md, pictures, and to go on from.")  # fmt: skip
 @with_options(EACH_OPTIONS)
 @with_options(MODEL_OPTIONS)
-def command(
+def command(folder: Path | None, **given: Any) -> None:
+    """Quality of decoding MODEL, sparse against dense: text, and tasks in the manner of RULER.
+
+    Each case's context is prefilled once, dense; every setting (each policy at each budget, rank
+    and basis) decodes behind a copy of that cache, through the compiled decode path. With --out a
+    run that was stopped goes on when the same command is given again, and more settings or cases
+    add to it.
+
+    Of text: perplexity, KL divergence and equal greedy tokens against dense, the attention on keys
+    that were not chosen, bytes read. Of tasks: the share of answers found, with 95 % intervals over
+    prompts; a question is read by sparse decode steps (with up to 15 tokens before it), unless
+    --question says otherwise.
+
+    Log-likelihood tasks (lm-eval's multiple choice and perplexity) never decode: they are prefills,
+    dense by plan, and their score says nothing of this backend.
+    """
+    kept: list[Records] = []
+
+    def rest() -> str:
+        if not kept:
+            return " before anything was measured"
+        how = "the same command goes on from there" if folder else "--out would have kept them"
+        return f" with {len(kept[0].rows)} results; {how}"
+
+    with going_on(rest):
+        _evaluate(kept, folder=folder, **given)
+
+
+def _evaluate(
+    kept: list[Records],
     name: str,
     files: tuple[str, ...],
     contexts: tuple[int, ...],
@@ -104,21 +133,6 @@ def command(
     random_weights: bool,
     **loki: Any,
 ) -> None:
-    """Quality of decoding MODEL, sparse against dense: text, and tasks in the manner of RULER.
-
-    Each case's context is prefilled once, dense; every setting (each policy at each budget, rank
-    and basis) decodes behind a copy of that cache, through the compiled decode path. With --out a
-    run that was stopped goes on when the same command is given again, and more settings or cases
-    add to it.
-
-    Of text: perplexity, KL divergence and equal greedy tokens against dense, the attention on keys
-    that were not chosen, bytes read. Of tasks: the share of answers found, with 95 % intervals over
-    prompts; a question is read by sparse decode steps (with up to 15 tokens before it), unless
-    --question says otherwise.
-
-    Log-likelihood tasks (lm-eval's multiple choice and perplexity) never decode: they are prefills,
-    dense by plan, and their score says nothing of this backend.
-    """
     from loki_compile.commands.models import (
         check_placement,
         check_writable,
@@ -152,6 +166,7 @@ def command(
         "options": {key: value for key, value in loki.items() if value is not None},
     }
     records = Records(folder, run)
+    kept.append(records)
     protocols = ("sparse", "dense") if question == "both" else (question,)
 
     @functools.cache
@@ -159,15 +174,13 @@ def command(
         say(f"loading {name}")
         return load_model(name, device=device, dtype=dtype, random_weights=random_weights)
 
+    settings = _with_what_is_stored(settings, functools.cache(lambda: weights_of(model())))
+    work = _missing(cases, settings, protocols, records)
     try:
-        settings = _with_what_is_stored(settings, functools.cache(lambda: weights_of(model())))
-        work = _missing(cases, settings, protocols, records)
         _decode(model, work, settings, records, tokenizer)
     except KeyboardInterrupt:
         _report(records, settings, cases, folder)
-        kept = "; the same command goes on from there" if folder else "; --out would have kept them"
-        say(f"stopped with {len(records.rows)} results{kept}")
-        raise SystemExit(130) from None
+        raise
     _report(records, settings, cases, folder)
 
 

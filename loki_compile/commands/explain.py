@@ -13,6 +13,7 @@ from loki_compile.commands.options import (
     MODEL_HELP,
     MODEL_OPTIONS,
     check_basis,
+    check_picture,
     dense_because,
     loki_options,
     runs_sparse,
@@ -60,6 +61,9 @@ def command(
     from loki_compile.report import given_up
 
     config = LokiConfig.from_options(loki_options(basis=basis, **loki))
+    if picture is not None and config.policy != "tidal":
+        raise ValueError("--picture: shows who reads what whom chose; needs --policy tidal")
+    check_picture(picture)
     check_placement(device, dtype)
     check_basis(basis or "auto")
     context = fitting_context("--context", context, 4096, load_config(name))
@@ -72,6 +76,27 @@ def command(
         out.print(sentence)
     if config.policy == "tidal":
         _show_plan(model, picture)
+    elif config.policy == "moa" or config.plan_file:
+        show(_plan_of_spans(model, config))
+
+
+def _plan_of_spans(model: Any, config: LokiConfig) -> str:
+    """Where what is read comes from, under "moa" or the plan of a file."""
+    from loki_compile.commands.stored import plan_in, stored_plan, weights_of
+    from loki_compile.published import PublishedSpans
+
+    plan = plan_in(config.plan_file) if config.plan_file else None
+    if isinstance(plan, PublishedSpans):
+        return f"the plan is as published in {plan.origin}"
+    plan = plan or stored_plan("moa", lambda: weights_of(model))
+    if plan is None:
+        return (
+            "no plan of spans is stored for this model, so that spans are a guess, as long for "
+            "every head as top_k: `loki tune --policy moa`"
+        )
+    return (
+        f"the plan is as `loki tune` found {plan.created[:10]}, from {plan.source or 'some text'}"
+    )
 
 
 def _show_plan(model: Any, picture: Path | None) -> None:
@@ -81,12 +106,9 @@ def _show_plan(model: Any, picture: Path | None) -> None:
         ValueError: a picture is asked for, and no plan is stored.
     """
     from loki_compile.commands.picture import draw_mass, mass_lines, plan_lines
-    from loki_compile.pca_store.fingerprint import weights_fingerprint
-    from loki_compile.pca_store.layer_plan import stored_plans
+    from loki_compile.commands.stored import stored_plan, weights_of
 
-    held = {weights_fingerprint(parameter) for parameter in model.parameters()}
-    fits = (p for p in stored_plans() if held.issuperset(layer.weights for layer in p.layers))
-    plan = next(fits, None)
+    plan = stored_plan("tidal", lambda: weights_of(model))
     if plan is None:
         if picture is not None:
             raise ValueError(

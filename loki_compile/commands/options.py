@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ class _FractionOrCount(click.ParamType):
         return value
 
 
+# What pictures are called.
+_PICTURES = (".png", ".pdf", ".svg")
 NUMBER = _FractionOrCount()
 
 # Of commands that read text with a model and store what they found: `text_of` takes the files.
@@ -79,12 +82,16 @@ def loki_options(**given: Any) -> dict[str, Any]:
     """The options that were given, checked; the names are `LokiConfig`'s.
 
     Raises:
-        ValueError: an impossible value.
+        ValueError: an impossible value, a policy that is a file without a plan.
     """
     from loki_compile.config import LokiConfig
 
     options = {name: value for name, value in given.items() if value is not None}
-    LokiConfig.from_options(options)
+    config = LokiConfig.from_options(options)
+    if config.plan_file:
+        from loki_compile.commands.stored import plan_in
+
+        plan_in(config.plan_file)
     return options
 
 
@@ -98,6 +105,33 @@ def check_basis(choice: str) -> None:
 
     if choice != "auto":
         load_basis(choice)
+
+
+def check_picture(picture: Path | None) -> None:
+    """Refuses a picture that could not be drawn or written, before what it is to show is measured.
+
+    Raises:
+        ValueError: as said.
+        ImportError: nothing is there to draw with.
+    """
+    from loki_compile.commands.models import check_writable
+
+    if picture is None:
+        return
+    check_writable("--picture", picture)
+    if picture.suffix.lower() not in _PICTURES:
+        raise ValueError(
+            f"--picture {picture}: needs a name that ends in one of {', '.join(_PICTURES)}"
+        )
+    check_installed("matplotlib")
+
+
+def check_installed(name: str) -> None:
+    """Raises:
+    ImportError: a package that a command needs is not there.
+    """
+    if find_spec(name) is None:
+        raise ImportError(f"{name} is not installed", name=name)
 
 
 def runs_sparse(config: LokiConfig, context: int) -> bool:

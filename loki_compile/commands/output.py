@@ -37,6 +37,22 @@ def show(line: str) -> None:
 
 
 @contextmanager
+def going_on(
+    rest: Callable[[], str] = lambda: "; the same command goes on from here",
+) -> Iterator[None]:
+    """For a command that keeps what it has done: Ctrl-C ends it with one line and exit code 130.
+
+    Args:
+        rest: what is said behind "stopped", asked for then.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"stopped{rest()}")
+        raise SystemExit(130) from None
+
+
+@contextmanager
 def phase(what: str, *, spinner: bool = True) -> Iterator[None]:
     """Says what begins, and behind it how long it took; no spinner where a bar is shown."""
     say(what)

@@ -68,7 +68,8 @@ def lengths_of(longest: int, settings: SpanSettings) -> tuple[int, ...]:
     """The lengths that are profiled.
 
     Raises:
-      ValueError: prompts that sinks and the newest keys fill.
+      ValueError: prompts that sinks and the newest keys fill, or of which these are more than the
+        density.
     """
     lengths = (longest // 4, longest // 2, longest)
     least = 2 * (settings.sink + settings.recent)
@@ -77,6 +78,13 @@ def lengths_of(longest: int, settings: SpanSettings) -> tuple[int, ...]:
             f"--length {longest}: a quarter of it is profiled too, of which {settings.sink} first "
             f"and {settings.recent} newest keys are always read; needs {4 * least + 4} or more, or "
             "a smaller --sink"
+        )
+    share = (settings.sink + settings.recent) / lengths[0]
+    if settings.density < share:
+        raise ValueError(
+            f"--density {settings.density:g}: {settings.sink} first and {settings.recent} newest "
+            f"keys are always read, {share:.3f} of the {lengths[0]} tokens of the shortest "
+            "prompts; needs a larger --density or --length, or a smaller --sink"
         )
     return lengths
 

@@ -46,8 +46,10 @@ def plan_in(path: str) -> PublishedSpans | LayerPlan:
 
 def stored_plan(policy: str, held: Held) -> LayerPlan | None:
     """The newest plan that is stored for a model, of "tidal" or "moa"."""
+    weights: frozenset[str] | None = None
     for plan in stored_plans(suffix=SUFFIXES[policy]):
-        if held().issuperset(layer.weights for layer in plan.layers):
+        weights = held() if weights is None else weights
+        if weights.issuperset(layer.weights for layer in plan.layers):
             return plan
     return None
 

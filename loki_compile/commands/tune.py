@@ -13,10 +13,13 @@ from loki_compile.commands.options import (
     NUMBER,
     OUT_OPTION,
     READING_OPTIONS,
+    check_installed,
+    check_picture,
+    loki_options,
     text_of,
     with_options,
 )
-from loki_compile.commands.output import out, progress, say, show
+from loki_compile.commands.output import going_on, out, progress, say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,7 +86,8 @@ def command(context: click.Context, policy: str, **given: Any) -> None:
                 )
     own = {name: given.pop(name) for name in OWN[policy]}
     common = {name: value for name, value in given.items() if name not in sum(OWN.values(), ())}
-    (_tune_layers if policy == "tidal" else _tune_spans)(**common, **own)
+    with going_on():
+        (_tune_layers if policy == "tidal" else _tune_spans)(**common, **own)
 
 
 def _tune_layers(
@@ -119,11 +123,11 @@ def _tune_layers(
     from loki_compile.pca_store.layer_plan import save_plan
     from loki_compile.pca_store.store import Store
 
+    loki_options(policy="tidal", top_k=top_k, rank=rank, group_choice=group_choice)
     root = Store(folder).root
     check_placement(device, dtype)
     check_writable("--out" if folder else "the store", root, folder=True)
-    if picture is not None:
-        check_writable("--picture", picture)
+    check_picture(picture)
     settings = Settings(top_k, rank, cost, cost_context, plans, steps, group_choice)
     length = fitting_context("--length", length, 2048, load_config(name), room=steps + 64)
     text, source = text_of((*first_text, *more_text), "train")
@@ -142,16 +146,12 @@ def _tune_layers(
     say(f"loading {name}; then it reads {count} prompts eagerly, {count * length} tokens")
     model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
     search = Search(model, tokenizer, settings, list(read[:, None]), held_out[: length + steps])
-    try:
-        with progress() as bar:
-            reading = bar.add_task(f"reading with {name}", total=count * length)
-            trying = bar.add_task("trying plans on held-out text", total=None, visible=False)
-            search.read(lambda done: bar.advance(reading, done))
-            bar.update(trying, visible=True, total=search.runs)
-            tried = search.compare(lambda done: bar.advance(trying, done))
-    except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
-        raise
+    with progress() as bar:
+        reading = bar.add_task(f"reading with {name}", total=count * length)
+        trying = bar.add_task("trying plans on held-out text", total=None, visible=False)
+        search.read(lambda done: bar.advance(reading, done))
+        bar.update(trying, visible=True, total=search.runs)
+        tried = search.compare(lambda done: bar.advance(trying, done))
     plan = search.plan_of(tried[0], name, source, tried)
     path = save_plan(plan, root)
     search.forget()
@@ -196,6 +196,7 @@ def _tune_spans(
     from loki_compile.pca_store.layer_plan import SPANS_SUFFIX, save_plan
     from loki_compile.pca_store.store import Store
 
+    check_installed("scipy")
     if effects not in EFFECTS:
         raise ValueError(f"--effects {effects}: needs one of {', '.join(EFFECTS)}")
     root = Store(folder).root
@@ -210,21 +211,17 @@ def _tune_spans(
     made, what = span_prompts(tokenizer, text, lengths, prompts, given=bool(files))
     say(f"loading {name}; what counts in {source}: {what}")
     model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
-    try:
-        search = SpanSearch(model, settings, made)
-        for lacking in search.lacking(prompts):
-            say(lacking)
-        held_out = sum(map(len, search.held_out))
-        with search, progress() as bar:
-            reading = bar.add_task(f"profiling {name}", total=search.tokens)
-            comparing = bar.add_task("held-out text", total=held_out, visible=False)
-            search.read(lambda done: bar.advance(reading, done))
-            search.choose()
-            bar.update(comparing, visible=held_out > 0)
-            compared = search.compare(lambda done: bar.advance(comparing, done))
-    except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
-        raise
+    search = SpanSearch(model, settings, made)
+    for lacking in search.lacking(prompts):
+        say(lacking)
+    held_out = sum(map(len, search.held_out))
+    with search, progress() as bar:
+        reading = bar.add_task(f"profiling {name}", total=search.tokens)
+        comparing = bar.add_task("held-out text", total=held_out, visible=False)
+        search.read(lambda done: bar.advance(reading, done))
+        search.choose()
+        bar.update(comparing, visible=held_out > 0)
+        compared = search.compare(lambda done: bar.advance(comparing, done))
     plan = search.plan_of(name, f"{source}: {what}"[:4096], compared)
     path = save_plan(plan, root, SPANS_SUFFIX)
     search.forget()

@@ -259,13 +259,17 @@ def test_what_is_stored_meanwhile_is_measured_anew(tiny, text, tmp_path, own_sto
     command += ("--engine", "nodes", "--out", folder)
     before = succeed(*command)
     assert "moa, " in before
+    assert "spans are a guess" in succeed("explain", tiny, "--policy", "moa")
     succeed("calibrate", tiny, "--text", text, "--tokens", "200", "--kind", "pca")
     model = load_model(tiny)
     layers = [
         PlannedLayer(f"layers.{n}", weights_fingerprint(layer.self_attn.k_proj.weight), (), 2, word)
         for n, (layer, word) in enumerate(zip(model.model.layers, ["moa:4:9"] * 2, strict=True))
     ]
-    save_plan(LayerPlan(tuple(layers), "tiny", 0.5, "", "2026-01-01"), own_store, SPANS_SUFFIX)
+    plan = LayerPlan(tuple(layers), "tiny", 0.5, "", "2026-01-01")
+    path = save_plan(plan, own_store, SPANS_SUFFIX)
+    assert label_of({"policy": str(path)}) == str(path)  # it keeps no index
+    assert "as `loki tune` found 2026-01-01" in succeed("explain", tiny, "--policy", "moa")
     again = run(*command)
     assert again.exit_code == 0, again.output
     assert "were measured with another basis or plan" in again.stderr
@@ -483,6 +487,36 @@ MISTAKES = {
         ("eval", "{tiny}", "--context", "64", "--task", "recall"),
         "--task recall --context 64: ",
     ),
+    "a policy that is no file": (
+        ("explain", "{tiny}", "--policy", "nope.json"),
+        "nope.json is no plan of spans",
+    ),
+    "a table with a share beyond one": (
+        ("explain", "{tiny}", "--policy", "{few}.tsv@2"),
+        "needed 0 to 1",
+    ),
+    "a picture of nothing": (
+        ("explain", "{tiny}", "--policy", "moa", "--picture", "x.png"),
+        "--picture: shows who reads what whom chose; needs --policy tidal",
+    ),
+    "a picture of another format, explain": (
+        ("explain", "{tiny}", "--policy", "tidal", "--picture", "x.txt"),
+        "--picture x.txt: needs a name that ends in",
+    ),
+    "an empty budget, tune": (("tune", "{tiny}", "--top-k", "0"), "top_k=0: needs"),
+    "an empty rank, tune": (("tune", "{tiny}", "--rank", "0"), "rank=0: needs"),
+    "a choice that is none, tune": (
+        ("tune", "{tiny}", "--group-choice", "foo"),
+        "group_choice='foo': needs",
+    ),
+    "a picture of another format, tune": (
+        ("tune", "{tiny}", "--picture", "x.txt"),
+        "--picture x.txt: needs a name that ends in",
+    ),
+    "a density that the first keys exceed": (
+        ("tune", "{tiny}", "--policy", "moa", "--length", "400", "--sink", "4", "--density", "0.3"),
+        "needs a larger --density",
+    ),
     "too little text": (
         ("eval", "{tiny}", "--text", "{few}", "--context", "690"),
         "needs 690: pass more text",
@@ -570,7 +604,8 @@ def test_a_stopped_calibration_goes_on(tiny, text, own_store, monkeypatch):
 
     monkeypatch.setattr(observation.Seen, "add", stopping)
     result = run(*command)
-    assert result.exit_code == 1 and "the same command goes on" in result.stderr
+    assert result.exit_code == 130 and "the same command goes on" in result.stderr
+    assert "Aborted" not in result.output
     assert (own_store.parent / "partial").exists() and not list(own_store.glob("*"))
     result = run(*command)
     assert result.exit_code == 0, result.output

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from loki_compile.kernels.spans import Spans
 from loki_compile.pca_store.layer_plan import SPANS_SUFFIX, find_plan, stored_plans
 
-from loki_compile.commands import span_search
+from loki_compile.commands import options, span_search
 from loki_compile.commands.main import main
 from loki_compile.commands.models import BUNDLED
 from loki_compile.policies.kinds import kind_of
@@ -130,7 +130,7 @@ def test_a_stopped_profile_goes_on_where_it_was(tuning, monkeypatch):
         return effects(self, inputs, labels, spans, **more)
 
     monkeypatch.setattr(SpanProfiler, "effects", until_stopped)
-    assert run(tuning()).exit_code != 0 and not list(stored_plans(suffix=SPANS_SUFFIX))
+    assert run(tuning()).exit_code == 130 and not list(stored_plans(suffix=SPANS_SUFFIX))
     done = run(tuning())
     assert done.exit_code == 0, done.output
     assert len(calls) == 7 and calls[3] == calls[4]  # what was stopped, and nothing before it
@@ -154,10 +154,18 @@ def test_a_length_of_which_the_text_holds_one_prompt_is_profiled_and_not_compare
     assert [pair is None for pair in compared] == [False, False, True]
 
 
+def test_without_scipy_nothing_is_profiled(tuning, monkeypatch):
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
+    monkeypatch.setattr(SpanProfiler, "effects", lambda *_, **__: pytest.fail("profiled"))
+    done = run(tuning())
+    assert done.exit_code == 2
+    assert "scipy is not installed; needed for this command" in done.output.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     "more, says",
     [
-        pytest.param(["--density", "0.01"], "needs a larger density", marks=pytest.mark.slow),
+        (["--density", "0.01"], "needs a larger --density"),
         (["--length", "5000"], "positions"),
         (["--length", "256", "--sink", "64"], "a smaller --sink"),
         (["--effects", "both"], "joint, entrywise"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
 from loki_compile.pca_store.layer_plan import (
+    SPANS_SUFFIX,
     LayerPlan,
     PlanFileError,
     PlannedLayer,
@@ -127,6 +128,13 @@ def test_a_damaged_file_is_refused_by_name_and_passed_over_in_the_store(home, da
     marks = {layer.weights: layer.blocks for layer in plan.layers}
     assert find_plan(list(marks), marks) is None
     assert "passed over" in caplog.text
+
+
+def test_a_damaged_plan_of_spans_says_what_finds_one(tmp_path):
+    path = tmp_path / f"bad{SPANS_SUFFIX}"
+    path.write_text("{}")
+    with pytest.raises(PlanFileError, match="no plan of spans .*run `loki tune --policy moa`"):
+        read_plan(path)
 
 
 def test_rows_of_weights_find_the_plan_of_the_whole(home):
