@@ -133,7 +133,7 @@ def test_a_damaged_file_is_refused_by_name_and_passed_over_in_the_store(home, da
 def test_a_damaged_plan_of_spans_says_what_finds_one(tmp_path):
     path = tmp_path / f"bad{SPANS_SUFFIX}"
     path.write_text("{}")
-    with pytest.raises(PlanFileError, match="no plan of spans .*run `loki tune --policy moa`"):
+    with pytest.raises(PlanFileError, match=r"no plan of spans .*run `loki tune --policy moa`"):
         read_plan(path)
 
 
