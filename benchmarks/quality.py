@@ -505,10 +505,10 @@ command, which goes on where it was stopped:
     python benchmarks/quality.py MODEL --out FOLDER
 
 *Missed* is the share of attention on keys that were not chosen, the mean over layers, heads and the
-first {mass_steps} decoded tokens. *KL* and *same token* are against dense attention on the same text,
-*perplexity* is the change. *Bytes* are those of keys, values and index that a step reads, against
-dense. *ms*: CPU time of a step, the median over texts of the median of the last {timed} steps (of
-dense: {dense_timed}), in the picture as well: few, on a busy machine, so differences of 10 % say
+first {mass_steps} decoded tokens. *KL* and *same token* are against dense attention on the same
+text, *perplexity* is the change. *Bytes* are those of keys, values and index that a step reads,
+against dense. *ms*: CPU time of a step, the median over texts of the median of the last {timed}
+steps (of dense: {dense_timed}), in the picture as well: few, on a busy machine, so differences of 10 % say
 nothing. Texts: the GPL (licence), standard library code that no basis was fitted to (code), facts
 among code that are asked again (recall). "auto": nothing stored; "calibrated": `loki calibrate`
 with its defaults, on other code; "pca": `--kind pca`, 12288 tokens.
