@@ -508,10 +508,10 @@ command, which goes on where it was stopped:
 first {mass_steps} decoded tokens. *KL* and *same token* are against dense attention on the same
 text, *perplexity* is the change. *Bytes* are those of keys, values and index that a step reads,
 against dense. *ms*: CPU time of a step, the median over texts of the median of the last {timed}
-steps (of dense: {dense_timed}), in the picture as well: few, on a busy machine, so differences of 10 % say
-nothing. Texts: the GPL (licence), standard library code that no basis was fitted to (code), facts
-among code that are asked again (recall). "auto": nothing stored; "calibrated": `loki calibrate`
-with its defaults, on other code; "pca": `--kind pca`, 12288 tokens.
+steps (of dense: {dense_timed}), in the picture as well: few, on a busy machine, so differences of
+10 % say nothing. Texts: the GPL (licence), standard library code that no basis was fitted to
+(code), facts among code that are asked again (recall). "auto": nothing stored; "calibrated":
+`loki calibrate` with its defaults, on other code; "pca": `--kind pca`, 12288 tokens.
 
 Tasks are made in the manner of RULER (Hsieh et al., 2024) with the model's chat template. Their
 question is read by sparse decode steps, with up to 15 tokens before it: nothing that a prompt asks
