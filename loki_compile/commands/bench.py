@@ -153,7 +153,7 @@ def command(
             model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
             _run(name, model, kept, left, beside, chosen, ids, prompt, rounds, seconds)
         except KeyboardInterrupt:
-            say(_stopped(kept, len(groups)))
+            say(_stopped(kept, groups))
             raise click.exceptions.Exit(STOPPED) from None
     _show(name, kept, KINDS[cache], picture)
 
@@ -190,14 +190,14 @@ def _words(option: str, parts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def _stopped(kept: Kept, groups: int) -> str:
+def _stopped(kept: Kept, groups: Sequence[tuple[str, int]]) -> str:
     """What an interrupted run leaves behind."""
     if kept.path is None:
         return "stopped: nothing is kept without --out"
-    whole = len({(row.cache, row.context) for row in kept.rows})
+    whole = sum(kept.has(*group) for group in groups)
     if not whole:
-        return f"stopped: no length was done, so {kept.path} was not written"
-    return f"stopped: {kept.path} holds {whole} of {groups} lengths; the same command goes on"
+        return f"stopped: no length was done, nothing new is in {kept.path}"
+    return f"stopped: {kept.path} holds {whole} of {len(groups)} lengths; the same command goes on"
 
 
 def _lengths(contexts: Sequence[int], every: bool, config: Any, rounds: int) -> list[int]:
