@@ -3,6 +3,7 @@
     python benchmarks/bench_policies.py MODEL --text FILE [--context 3000] [--steps 48]
     python benchmarks/bench_policies.py MODEL --text FILE --plans --top-k 0.125 512 128
          [--prefill compiled | eager] [--only "loki, max" ...] [--basis NAME] [--rank 0.25]
+    python benchmarks/bench_policies.py --draw policies policies_auto       results/policies.png
 
 Steps of a text are decoded behind a prefill of its first tokens, each policy at the same budget,
 each step fed the text's own next token. Of every layer it is noted what share of each query head's
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +55,9 @@ PLANS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--draw", nargs="+", metavar="NAME", help="of results: measure nothing")
     parser.add_argument("--context", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--top-k", type=number, nargs="+", default=[0.125])
@@ -65,6 +68,13 @@ def main() -> None:
     parser.add_argument("--prefill", choices=("compiled", "eager"), default="compiled")
     parser.add_argument("--name", default="policies", help="file under benchmarks/results/")
     args = parser.parse_args()
+    if args.draw:
+        recorded = [row for name in args.draw for row in rows_of(name)]
+        unlike = {label_of(row): row for row in recorded}  # the newest of each
+        draw(list(unlike.values()), recorded[0], RESULTS / f"{args.draw[0]}.png")
+        return
+    if args.model is None or args.text is None:
+        parser.error("needs MODEL and --text FILE, or --draw NAME")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     ids = tokenizer(args.text.read_text(), return_tensors="pt").input_ids
@@ -101,6 +111,8 @@ def main() -> None:
             share = sum(watch.seen.missed) / args.steps / model.config.num_hidden_layers
             row = {"setting": name, "top_k": top_k, "missed_mass": share}
             row |= {"kl": float(kl), "same_token": float(same)}
+            if args.basis == "auto" and settings[name]["policy"] == "loki":
+                row["fitted"] = "keys and queries" if ranked else "keys alone"
             rows.append(row)
             print(table([row], list(row)), flush=True)
     print(table(rows, list(rows[0])))
@@ -110,6 +122,14 @@ def main() -> None:
     write_rows(args.name, [{**row, **about} for row in rows])
     if len(args.top_k) == 1:
         draw(rows, about, RESULTS / f"{args.name}.png")
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    return list(map(json.loads, (RESULTS / f"{name}.jsonl").read_text().splitlines()))
+
+
+def label_of(row: dict[str, Any]) -> str:
+    return row["setting"] + (f" ({row['fitted']})" if "fitted" in row else "")
 
 
 def number(text: str) -> int | float:
@@ -139,12 +159,13 @@ def draw(rows: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 3.4), layout="constrained")
-    names = [row["setting"] for row in rows]
+    rows = sorted(rows, key=lambda row: row["missed_mass"])
+    names = list(map(label_of, rows))
     bars = axes.barh(names, [row["missed_mass"] for row in rows], color="#4878a8")
     axes.bar_label(bars, fmt="%.3f", padding=3)
     axes.invert_yaxis()
     axes.set_xlabel(
-        f"attention on keys that are not read: budget {rows[0]['top_k']} of {about['context']} keys"
+        f"attention on keys that are not read: {rows[0]['top_k']:g} of {about['context']} keys"
     )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

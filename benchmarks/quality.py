@@ -1,13 +1,14 @@
 """`docs/quality.md`: what ways to choose keys lose on a real model, measured and written here.
 
     python benchmarks/quality.py MODEL --out FOLDER            measure, go on with, and write
-    python benchmarks/quality.py MODEL --out FOLDER --render   write from what is measured already
-         [--only text tasks questions ranks lengths]
+         [--note WORDS] [--only text tasks questions ranks lengths]
+    python benchmarks/quality.py --render                      write from results/quality.jsonl
 
 MODEL is a transformers folder, FOLDER where bases, texts and results are kept: a run that is
-stopped goes on when it is started again, and its rows are copied to results/quality.jsonl. Each
-part is a `loki eval` of its own (`PARTS`), whose graphs run node by node. What was not measured
-stands in the page as such.
+stopped goes on when it is started again, and its rows are copied to results/quality.jsonl, behind
+a line that says of what model, when and with what they were measured. Each part is a `loki eval` of
+its own (`PARTS`), whose graphs run node by node. One sentence of the page names what was not
+measured.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 from harness import RESULTS, ROOT, stamp
 
 from loki_compile.commands.evaluate import label_of
+from loki_compile.commands.measure import WARM_UP_STEPS
 from loki_compile.commands.reference_data import RECALL_KEYS, RECALL_VALUES, stdlib_text
 from loki_compile.commands.score_pictures import draw_depths, draw_quality
 from loki_compile.commands.scores import RECORDS, summary
@@ -69,6 +71,8 @@ RANKS = [
 ]
 ASKED = [*settings((128,), EVERY), *settings((0.125,), ("auto",))]
 CONTEXT = 2048
+LENGTHS = (4096, 6144)
+RANKABLE = 30  # prompts: fewer leave 95 % intervals of 35 points and more
 TEXT = ("--task", "text", "--context", str(CONTEXT), "--pieces", "1", "--steps", str(STEPS))
 HIDDEN = ("single", "multi-key", "multi-value", "multi-query", "tracking", "common", "frequent")
 NEEDLES = ("--task", "passkey", *(word for task in HIDDEN for word in ("--task", task)))
@@ -80,8 +84,8 @@ PARTS: dict[str, tuple[tuple[str, ...], list[dict[str, Any]]]] = {
     "questions": ((*NEEDLES, "--context", str(CONTEXT), "--seeds", "2", "--depths", "3",
                    "--question", "dense"), ASKED),
     "lengths": (
-        ("--task", "passkey", "--context", "4096", "--context", "6144", "--seeds", "1",
-         "--depths", "3"),
+        ("--task", "passkey", *(word for n in LENGTHS for word in ("--context", str(n))),
+         "--seeds", "1", "--depths", "3"),
         settings((128,), EVERY),
     ),
 }  # fmt: skip
@@ -89,19 +93,23 @@ PARTS: dict[str, tuple[tuple[str, ...], list[dict[str, Any]]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="folder to keep all in")
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--out", type=Path, help="folder to keep all in")
+    parser.add_argument("--note", default="", help="of the model: what its files do not say")
     parser.add_argument("--render", action="store_true", help="measure nothing")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
     if not args.render:
+        if args.model is None or args.out is None:
+            parser.error("needs MODEL and --out FOLDER, or --render")
         args.out.mkdir(parents=True, exist_ok=True)
         for part in args.only:
             for name in CALIBRATED:
                 if any(setting.get("basis") == name for setting in PARTS[part][1]):
                     calibrate(args.model, args.out, name)
             evaluate(args.model, args.out, part)
-    render(args.model, args.out)
+            publish(args.out, about_of(args.model, args.note))
+    render()
 
 
 def run_loki(out: Path, words: Sequence[str]) -> None:
@@ -181,13 +189,37 @@ def evaluate(model: Path, out: Path, part: str) -> None:
 
 # ------------------------------------------------------------------------------------- the page
 
-NOT_YET = "not measured yet"
+PUBLISHED = RESULTS / "quality.jsonl"
 
 
-def measured(out: Path) -> list[Row]:
-    file = out / "results" / RECORDS
-    lines = file.read_bytes().split(b"\n") if file.exists() else []
-    return [json.loads(line) for line in lines[1:-1]]
+def about_of(model: Path, note: str) -> dict[str, Any]:
+    """What the page says of the model, of the machine and of the day of the measurement."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    heads = config.num_attention_heads
+    return {
+        "model": model.name,
+        "note": note,
+        "layers": config.num_hidden_layers,
+        "query_heads": heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        **stamp("cpu"),
+    }
+
+
+def publish(out: Path, about: dict[str, Any]) -> None:
+    """Copies the rows of a run; of its first line the model's place on this machine stays here."""
+    first, *rows = (out / "results" / RECORDS).read_text().splitlines(keepends=True)
+    run = json.loads(first)["run"] | {"model": about["model"]}
+    PUBLISHED.write_text(json.dumps({"run": run, "about": about}) + "\n" + "".join(rows))
+
+
+def measured() -> tuple[dict[str, Any], list[Row]]:
+    first, *rows = PUBLISHED.read_text().splitlines()
+    return json.loads(first), list(map(json.loads, rows))
 
 
 def label(setting: dict[str, Any]) -> str:
@@ -208,14 +240,15 @@ def table_of(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def mean_of(rows: Sequence[Row], name: str, digits: str) -> str:
     values = [row[name] for row in rows if row.get(name) is not None]
-    return format(statistics.fmean(values), digits) if values else NOT_YET
+    return format(statistics.fmean(values), digits) if values else ""
 
 
 def text_table(rows: Sequence[Row], chosen: Sequence[dict[str, Any]]) -> str:
     titles = ["setting", *(f"missed, {name}" for name in TEXTS)]
     of_text = [row for row in rows if row["task"].startswith("text ")]
     dense = {row["case"]: row for row in of_text if row["setting"] == DENSE}
-    names = [DENSE, *map(label, chosen)]
+    known = {row["setting"] for row in of_text}
+    names = [DENSE, *(name for name in map(label, chosen) if name in known)]
     common = set(dense).intersection(
         *({r["case"] for r in of_text if r["setting"] == name} for name in names)
     )
@@ -227,7 +260,7 @@ def text_table(rows: Sequence[Row], chosen: Sequence[dict[str, Any]]) -> str:
         mine = [row for row in of_text if row["setting"] == name]
         each = [[r for r in mine if r["task"] == f"text {text}.txt"] for text in TEXTS]
         whole = [row for row in mine if row["case"] in common]
-        change = NOT_YET
+        change = ""
         if whole:
             nats = [row["nats"] - dense[row["case"]]["nats"] for row in whole]
             change = f"{math.expm1(statistics.fmean(nats)):+.2%}"
@@ -240,46 +273,95 @@ def text_table(rows: Sequence[Row], chosen: Sequence[dict[str, Any]]) -> str:
                 mean_of(whole, "same", ".1%"),
                 change,
                 "all" if name == DENSE else mean_of(whole, "keys", ".0f"),
-                "100%" if name == DENSE else f"{statistics.fmean(share):.1%}" if share else NOT_YET,
-                mean_of(whole, "step_ms", ".0f"),
+                "100%" if name == DENSE else f"{statistics.fmean(share):.1%}" if share else "",
+                f"{statistics.median(row['step_ms'] for row in whole):.0f}" if whole else "",
             ]
         )
-    of = ", ".join(over) or f"{NOT_YET}"
+    of = ", ".join(over)
     said = f"All columns behind the missed mass are of the texts that every setting has: {of}."
     return f"{said}\n\n" + table_of(titles, lines)
 
 
 def grid_table(rows: Sequence[Row]) -> str:
-    """Missed mass, the mean of the texts, by budget and by rank."""
-    budgets = (64, 128, 256, 512, 1024, 0.125)
+    """Missed mass, the mean of the texts, by budget and by rank, as far as it was measured."""
     ways: list[tuple[str, int]] = [(name, 16) for name in (*EVERY, "pca")]
     ways += [(name, rank) for rank in (8, 32) for name in ("auto", "calibrated")]
-    lines = []
-    for name, rank in ways:
-        cells = [name if name not in ("auto", *CALIBRATED) else f"loki, {name}, R = {rank}"]
-        for top_k in budgets:
-            share = missed_of(rows, top_k, name, rank)
-            planned = settings((top_k,), (name,), rank)[0] in [*MAIN, *PAPER, *LARGE, *RANKS]
-            none = NOT_YET if planned else "not planned"
-            cells.append(none if share is None else f"{share:.3f}")
-        lines.append(cells)
-    return table_of(["way", *(str(b) if b != 0.125 else "12.5 %" for b in budgets)], lines)
+    shares = {
+        (way, top_k): share
+        for way in ways
+        for top_k in GRID
+        if (share := missed_of(rows, top_k, *way)) is not None
+    }
+    budgets = [top_k for top_k in GRID if any(at == top_k for _, at in shares)]
+    lines = [
+        [way_name(*way), *(_shown(shares.get((way, top_k))) for top_k in budgets)]
+        for way in ways
+        if any(other == way for other, _ in shares)
+    ]
+    return table_of(["way", *map(budget_name, budgets)], lines)
+
+
+GRID: tuple[Any, ...] = (64, 128, 256, 512, 1024, 0.125)
+
+
+def _shown(share: float | None) -> str:
+    return "" if share is None else f"{share:.3f}"
+
+
+def way_name(name: str, rank: int) -> str:
+    return f"loki, {name}, R = {rank}" if name in ("auto", *CALIBRATED) else name
+
+
+def budget_name(top_k: Any) -> str:
+    return f"{top_k:.1%}" if isinstance(top_k, float) else f"{top_k} keys"
+
+
+def left_out(rows: Sequence[Row]) -> str:
+    """One sentence that names what is planned and was not measured; "" where all was."""
+    parts = []
+    nothing = []  # budgets at which no way was measured
+    for top_k in GRID:
+        planned = [s for s in [*MAIN, *LARGE] if s["top_k"] == top_k]
+        names = list(dict.fromkeys(way_of(setting) for setting in planned))
+        gone = [name for name in names if missed_of(rows, top_k, name) is None]
+        if gone == names:
+            nothing.append(str(top_k))
+        elif gone:
+            parts.append(f"{', '.join(gone)} at {budget_name(top_k)}")
+    if nothing:
+        parts.insert(0, f"budgets of {', '.join(nothing)} keys")
+    others = [(way_of(s), s["rank"], s["top_k"]) for s in [*PAPER, *RANKS]]
+    gone = [f"{way_name(n, r)}" for n, r, top_k in others if missed_of(rows, top_k, n, r) is None]
+    parts += dict.fromkeys(gone)
+    done = {(row["task"], row["protocol"], row["length"]) for row in rows}
+    tasks = [name for name in ("passkey", *HIDDEN) if (name, "sparse", CONTEXT) not in done]
+    if tasks:
+        parts.append(f"the tasks {', '.join(tasks)}")
+    if not any(protocol == "dense" for _, protocol, _ in done):
+        parts.append("questions read in the dense prefill")
+    if not any(length in LENGTHS for *_, length in done):
+        parts.append(f"the pass key among {among_lengths()}")
+    return f"Not measured yet: {'; '.join(parts)}.\n\n" if parts else ""
+
+
+def way_of(setting: dict[str, Any]) -> str:
+    return str(setting.get("basis", setting["policy"]))
 
 
 def task_table(
     rows: Sequence[Row],
     chosen: Sequence[dict[str, Any]],
-    lengths: set[int],
+    lengths: Sequence[int],
+    said: str,
     question: str = "sparse",
 ) -> str:
-    """Over the prompts that every setting has answered."""
+    """Over the prompts that every setting has answered; "" where there are none."""
     names = [DENSE, *map(label, chosen)]
     mine = [r for r in rows if r["protocol"] == question and r["length"] in lengths]
     found = whole_cases(mine, names[1:])
     if not found:
-        return f"{NOT_YET.capitalize()}.\n\n"
+        return ""
     tasks = [name for name in ("passkey", *HIDDEN) if name in found[0][question]["tasks"]]
-    missing = [name for name in ("passkey", *HIDDEN) if name not in tasks]
     lines = []
     for row in found:
         of = row[question]
@@ -296,9 +378,9 @@ def task_table(
         )
     titles = ["setting", "score", "prompts against dense", *tasks, "same tokens", "length"]
     count = f"{found[0][question]['prompts']} prompts that every setting has answered"
-    if missing and len(lengths) == 1:
-        count += f"; {NOT_YET}: {', '.join(missing)}"
-    return f"{count}.\n\n" + table_of(titles, lines) + against_oracle(mine, names)
+    if found[0][question]["prompts"] < RANKABLE:
+        count += ": too few to rank settings whose intervals overlap"
+    return f"{said} {count}.\n\n" + table_of(titles, lines) + against_oracle(mine, names)
 
 
 def against_oracle(rows: Sequence[Row], names: Sequence[str]) -> str:
@@ -327,17 +409,15 @@ def ratios(rows: Sequence[Row]) -> str:
     }
     sentences = []
     for top_k in BUDGETS:
-        shown = f"{top_k:.1%}" if isinstance(top_k, float) else f"{top_k} keys"
+        shown = budget_name(top_k)
         auto, words = missed_of(rows, top_k, "auto"), []
         for name, what in against.items():
             other = missed_of(rows, top_k, name)
-            if auto is None or other is None:
-                words.append(f"{NOT_YET} against what {what}")
-            else:
+            if auto is not None and other is not None:
                 words.append(f"{auto / other:.2f} times what {what}")
-        if auto is None:
-            words = [f"{NOT_YET} on all texts"]
-        sentences.append(f"At {shown} and R = 16 the automatic basis misses {', '.join(words)}.")
+        if words:
+            said = ", ".join(words)
+            sentences.append(f"At {shown} and R = 16 the automatic basis misses {said}.")
     return "\n".join(sentences) + "\n\n"
 
 
@@ -350,12 +430,27 @@ def missed_of(rows: Sequence[Row], top_k: Any, name: str, rank: int = 16) -> flo
     return None if None in shares else statistics.fmean(share for share in shares if share)
 
 
-def render(model: Path, out: Path) -> None:
-    """Writes the page and its pictures from what is there."""
-    rows = measured(out)
-    about = stamp("cpu")
+def among_lengths() -> str:
+    return f"{' and '.join(map(str, LENGTHS))} tokens"
+
+
+def render() -> None:
+    """Writes the page and its pictures from what is published."""
+    first, rows = measured()
+    run, about = first["run"], first["about"]
+    timed = STEPS - run["mass_steps"] - WARM_UP_STEPS
+    values = {**about, "mass_steps": run["mass_steps"], "timed": timed, "day": about["time"][:10]}
+    values["name"] = f"{about['model']} ({about['note']})" if about["note"] else about["model"]
+    values["threads"] = "one thread" if about["threads"] == 1 else f"{about['threads']} threads"
+    values["dense_timed"] = STEPS - WARM_UP_STEPS
+    tasks = [
+        task_table(rows, ASKED, (CONTEXT,), f"{CONTEXT} tokens."),
+        task_table(rows, ASKED, (CONTEXT,), "The question read in the dense prefill.", "dense"),
+        task_table(rows, PARTS["lengths"][1], LENGTHS, f"The pass key, {among_lengths()}."),
+    ]
     parts = [
-        INTRODUCTION.format(model=model.name, torch=about["torch"], day=about["time"][:10]),
+        INTRODUCTION.format(**values),
+        left_out(rows),
         "## Text\n\n",
         f"One piece of {CONTEXT} tokens of each text, of which the last {STEPS} are decoded: few,\n"
         "which tell ways apart by missed mass and KL, hardly by perplexity.\n\n",
@@ -363,18 +458,12 @@ def render(model: Path, out: Path) -> None:
         ratios(rows),
         "Missed mass by budget and rank, the mean of the three texts:\n\n",
         grid_table(rows),
-        f"## Tasks\n\n{CONTEXT} tokens. ",
-        task_table(rows, ASKED, {CONTEXT}),
-        "The same with the question read in the dense prefill. ",
-        task_table(rows, ASKED, {CONTEXT}, "dense"),
-        "The pass key alone, 4096 and 6144 tokens. ",
-        task_table(rows, PARTS["lengths"][1], {4096, 6144}),
+        "## Tasks\n\n" if any(tasks) else "",
+        *tasks,
+        *pictures(rows),
+        LAST,
     ]
-    parts += pictures(rows)
-    parts.append(LAST)
     PAGE.write_text("".join(parts))
-    if rows:
-        shutil.copy(out / "results" / RECORDS, RESULTS / "quality.jsonl")
     print(f"wrote {PAGE}")
 
 
@@ -388,7 +477,8 @@ def pictures(rows: Sequence[Row]) -> list[str]:
     asked = list(map(label, ASKED))
     keys = [row for row in rows if row["task"] == "passkey" and row["protocol"] == "sparse"]
     keys = [row for row in keys if row["setting"] in (DENSE, *asked)]
-    if draw_depths(keys, asked, PICTURES / "quality_depths.png"):
+    several = len({row["length"] for row in keys}) > 1  # else the table says the same
+    if several and draw_depths(keys, asked, PICTURES / "quality_depths.png"):
         lines.append("![pass key by depth and length](quality_depths.png)\n\n")
     return lines
 
@@ -406,20 +496,22 @@ def whole_cases(rows: Sequence[Row], labels: Sequence[str]) -> list[Row]:
 INTRODUCTION = """\
 # Quality of decoding on a real model
 
-{model} (SmolLM2-135M-Instruct: 30 layers, 9 query and 3 KV heads x 64; weights of its 4-bit file,
-in fp32), torch {torch}, {day}, one CPU thread. All of it was decoded through the compiled decode
+{name}: {layers} layers, {query_heads} query and {kv_heads} KV heads x {head_dim}, {dtype};
+torch {torch}, {day}, {threads} of a CPU. All of it was decoded through the compiled decode
 path, graphs run node by node (`--engine nodes`: the graphs and kernels that Inductor gets, so that
 times compare rows alone), with static caches whose contexts were prefilled once, dense. Made by one
-command, which goes on where it was stopped; what it had no time for says so:
+command, which goes on where it was stopped:
 
     python benchmarks/quality.py MODEL --out FOLDER
 
 *Missed* is the share of attention on keys that were not chosen, the mean over layers, heads and the
-first 8 decoded tokens. *KL* and *same token* are against dense attention on the same text,
-*perplexity* is the change. *Bytes* are those of keys, values and index that a step reads, against
-dense. *ms*: CPU time of a step. Texts: the GPL (licence), standard library code that no basis was
-fitted to (code), facts among code that are asked again (recall). "auto": nothing stored;
-"calibrated": `loki calibrate` with its defaults, on other code; "pca": `--kind pca`, 12288 tokens.
+first {mass_steps} decoded tokens. *KL* and *same token* are against dense attention on the same
+text, *perplexity* is the change. *Bytes* are those of keys, values and index that a step reads,
+against dense. *ms*: CPU time of a step, the median over texts of the median of the last {timed}
+steps (of dense: {dense_timed}), in the picture as well: few, on a busy machine, so differences of
+10 % say nothing. Texts: the GPL (licence), standard library code that no basis was fitted to
+(code), facts among code that are asked again (recall). "auto": nothing stored; "calibrated":
+`loki calibrate` with its defaults, on other code; "pca": `--kind pca`, 12288 tokens.
 
 Tasks are made in the manner of RULER (Hsieh et al., 2024) with the model's chat template. Their
 question is read by sparse decode steps, with up to 15 tokens before it: nothing that a prompt asks

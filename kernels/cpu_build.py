@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ _SECONDS = 300
 
 _one_at_a_time = threading.Lock()
 _compilers: set[subprocess.Popen[bytes]] = set()
+_ends = False  # the process does: what is started from now on is killed by who starts it
 
 
 class KernelsUnavailable(RuntimeError):
@@ -49,7 +51,7 @@ def load() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(_built()))
     except OSError as error:
-        raise KernelsUnavailable(str(error)) from error
+        raise KernelsUnavailable(_quoted(str(error))) from error
 
 
 def _built() -> Path:
@@ -89,9 +91,24 @@ def begin() -> None:
 
 def _give_up(thread: threading.Thread) -> None:
     """Ends the compilers, and lets what waits for them clean up."""
+    global _ends
+    _ends = True
     for process in list(_compilers):
         process.kill()
     thread.join(timeout=5)
+
+
+def _forget_the_parents() -> None:
+    """In a forked child: the thread that builds, and would free the lock, is the parent's alone,
+    and so are its compilers. What the child needs it builds itself."""
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()
+    _compilers.clear()
+    begin.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_the_parents)
 
 
 def obstacle() -> str:
@@ -148,7 +165,9 @@ def _processor() -> bytes:
 def _compile(compiler: str, library: Path) -> None:
     """All units at once, then what links them; into place when it is whole."""
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+    # No TemporaryDirectory: a forked child that ends would remove its parent's.
+    folder = tempfile.mkdtemp(dir=library.parent)
+    try:
         units = [FOLDER / name for name in _SOURCES if name.endswith(".cpp")]
         objects = [str(Path(folder) / f"{unit.stem}.o") for unit in units]
         made = str(Path(folder) / library.name)
@@ -156,21 +175,26 @@ def _compile(compiler: str, library: Path) -> None:
         _run([[compiler, *_FLAGS, "-c", str(unit), "-o", to] for unit, to in pairs])
         _run([[compiler, *_FLAGS, *objects, *_LINK, "-o", made]])
         os.replace(made, library)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(commands: Sequence[Sequence[str]]) -> None:
     """Runs commands beside each other, to the end of all or to the first that fails."""
-    running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for command in commands
-    ]
-    _compilers.update(running)
+    running: list[subprocess.Popen[bytes]] = []
     try:
+        for command in commands:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            running.append(process)
+            _compilers.add(process)
+            if _ends:  # `_give_up` may have looked before this one was there
+                raise KernelsUnavailable("the process ends")
         for process in running:
             output, _ = process.communicate(timeout=_SECONDS)
             if process.returncode:
-                said = output.decode(errors="replace").strip()
-                raise KernelsUnavailable(f"{commands[0][0]} failed: {said[-500:]}")
+                said = _quoted(output.decode(errors="replace"))
+                said = said or f"exit status {process.returncode}"
+                raise KernelsUnavailable(f"{commands[0][0]} failed: {said}")
     except subprocess.TimeoutExpired as error:
         raise KernelsUnavailable(f"{commands[0][0]} took over {_SECONDS} s") from error
     finally:
@@ -178,3 +202,10 @@ def _run(commands: Sequence[Sequence[str]]) -> None:
             process.kill()
             process.wait()
         _compilers.difference_update(running)
+
+
+def _quoted(said: str) -> str:
+    """One line of it: the first that tells of an error, else the last."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = (line for line in lines if "error" in line.lower())
+    return next(errors, lines[-1] if lines else "")[:500]

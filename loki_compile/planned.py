@@ -92,18 +92,24 @@ class PlanOfModel:
         self, published: PublishedSpans, candidates: Sequence[Candidate]
     ) -> Planned | None:
         layers = [candidate.site.layer(number) for number, candidate in enumerate(candidates)]
-        most = max(layers, default=0) + 1
+        unnumbered = [each.site.path for each in candidates if each.site.layer(-1) < 0]
         try:
-            if len(candidates) > 1 and most != len(published.layers):
-                raise ValueError(f"it has {len(published.layers)} layers, and the model {most}")
-            heads = [candidate.site.kv_heads for candidate in candidates]
-            kinds = tuple(map(published.kind, layers, heads))
+            if unnumbered and len(candidates) != len(published.layers):
+                raise ValueError(
+                    f"it has {len(published.layers)} layers, and which of them "
+                    f"{unnumbered[0] or 'a site'} is cannot be told in a graph of "
+                    f"{len(candidates)} (a graph break in a layer?)"
+                )
+            kinds = tuple(
+                published.kind(layer, site.query_heads, site.kv_heads, tiled=site.tiled)
+                for layer, site in zip(layers, (each.site for each in candidates), strict=True)
+            )
         except ValueError as error:
             raise ValueError(
                 f"policy={self.config.plan_file!r}: {error}: needs a plan of this very model, or "
                 '`loki tune --policy moa` and policy="moa".'
             ) from None
-        own = published.share(SHARE_AT)
+        own = published.share(SHARE_AT, layers)
         folded = [Spans(kind.spans, kind.sink).share(SHARE_AT) for kind in kinds]
         more = math.fsum(folded) / max(len(folded), 1)
         self.origin = f"as published in {published.origin}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loki_compile.kernels.spans import Span, Spans
+from loki_compile.kernels.spans import MOST_KEYS, Span, Spans
 from loki_compile.pca_store.layer_plan import PlanFileError
 from loki_compile.policies.kinds import SPANS, Kind
 
@@ -31,31 +31,40 @@ _WHOLE = Span.of((0, 1.0))
 
 @dataclass(frozen=True)
 class PublishedSpans:
-    """Of each layer the span of each query head or KV head, behind the `sink` first keys."""
+    """Of each layer the span of each query head, or KV head where `of_kv_heads`, behind the `sink`
+    first keys."""
 
     origin: str
     layers: tuple[tuple[Span, ...], ...]
     sink: int
+    of_kv_heads: bool = False
 
-    def kind(self, layer: int, kv_heads: int) -> Kind:
-        """What a layer does, for its KV heads.
+    def kind(self, layer: int, query_heads: int, kv_heads: int, *, tiled: bool = False) -> Kind:
+        """What a layer does, for its KV heads; `tiled` as `AttentionSite` has it.
 
         Raises:
-          ValueError: another number of layers or heads.
+          ValueError: fewer layers, or another number of heads. A process that has some of a
+            model's heads cannot tell which: a file that counts them all is none for it.
         """
         if layer >= len(self.layers):
             raise ValueError(f"it has {len(self.layers)} layers, and the model a layer {layer}")
         heads = self.layers[layer]
-        if len(heads) % kv_heads:
-            raise ValueError(f"it has {len(heads)} heads in layer {layer}, the model {kv_heads}")
+        here, what = (kv_heads, "KV heads") if self.of_kv_heads else (query_heads, "query heads")
+        if len(heads) != here:
+            raise ValueError(
+                f"it has {len(heads)} {what} in layer {layer}, the model {here} in this process"
+            )
         group = len(heads) // kv_heads
-        groups = [heads[first : first + group] for first in range(0, len(heads), group)]
+        if tiled:
+            groups = [heads[first::kv_heads] for first in range(kv_heads)]
+        else:
+            groups = [heads[first : first + group] for first in range(0, len(heads), group)]
         return Kind(SPANS, spans=tuple(map(_widest, groups)), sink=self.sink)
 
-    def share(self, visible: int) -> float:
-        """Of so many keys the share that its own heads would read on average."""
-        read = [Spans(heads, self.sink).share(visible) for heads in self.layers]
-        return math.fsum(read) / len(read)
+    def share(self, visible: int, layers: Sequence[int]) -> float:
+        """Of so many keys the share that its own heads would read in these layers on average."""
+        read = [Spans(self.layers[layer], self.sink).share(visible) for layer in layers]
+        return math.fsum(read) / max(len(read), 1)
 
 
 def _widest(heads: Sequence[Span]) -> Span:
@@ -63,7 +72,8 @@ def _widest(heads: Sequence[Span]) -> Span:
 
 
 def published_spans(path: str) -> PublishedSpans | None:
-    """What a file holds that others published; None where it is a plan of ours, or none at all.
+    """What a file holds that others published; None where it is a plan of ours, or nothing that
+    names spans, which is `read_plan`'s to tell.
 
     path: of MoA's JSON, or of DuoAttention's `full_attention_heads.tsv`: half of its heads read all
     keys, or, with "FILE.tsv@0.25", a quarter.
@@ -75,19 +85,22 @@ def published_spans(path: str) -> PublishedSpans | None:
     try:
         if share or path.endswith(TABLE):
             return _duo(_path(name + TABLE if share else path), float(share or _DUO_FULL))
-        file = _path(path)
-        if file.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-        given = json.loads(file.read_bytes())
-        if not isinstance(given, dict) or "alphas" not in given:
-            return None
-        return _moa(file, given)
+        given = _json(_path(path))
+        return _moa(_path(path), given) if isinstance(given, dict) and "alphas" in given else None
     except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise PlanFileError(
             f"{path} is no plan of spans ({reason}): needs MoA's JSON with alphas and betas, "
             "DuoAttention's full_attention_heads.tsv, or a plan by `loki tune --policy moa`"
         ) from None
+
+
+def _json(file: Path) -> Any:
+    """What it holds; None where it cannot be read, or is too large."""
+    try:
+        return None if file.stat().st_size > _MAX_BYTES else json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _path(path: str) -> Path:
@@ -116,12 +129,16 @@ def _duo(file: Path, full: float) -> PublishedSpans:
     gates = [[float(gate) for gate in row] for row in rows]
     if not gates or any(len(row) != len(gates[0]) for row in gates):
         raise ValueError("its rows are not all as long, a gate for each KV head")
-    sizes: dict[str, Any] = {}
+    if not all(math.isfinite(gate) for row in gates for gate in row):
+        raise ValueError("a gate of it is no number")
+    sizes: Any = {}
     beside = file.with_name("config.json")
     if beside.exists():
         sizes = json.loads(beside.read_bytes())
-    sink = sizes.get("deploy_sink_size") or _DUO_SINK
-    recent = sizes.get("deploy_recent_size") or _DUO_RECENT
+    if not isinstance(sizes, dict):
+        raise ValueError(f"config.json beside it holds a {type(sizes).__name__}; needed an object")
+    sink = _size(sizes, "deploy_sink_size", _DUO_SINK)
+    recent = _size(sizes, "deploy_recent_size", _DUO_RECENT)
     order = sorted((gate, -layer, -head) for layer, row in enumerate(gates)
                    for head, gate in enumerate(row))  # fmt: skip
     whole = {(-layer, -head) for _, layer, head in order[len(order) - round(full * len(order)) :]}
@@ -130,4 +147,13 @@ def _duo(file: Path, full: float) -> PublishedSpans:
         tuple(_WHOLE if (layer, head) in whole else streaming for head in range(len(row)))
         for layer, row in enumerate(gates)
     )
-    return PublishedSpans(f"{file.parent.name}/{file.name}", layers, sink)
+    return PublishedSpans(f"{file.parent.name}/{file.name}", layers, sink, of_kv_heads=True)
+
+
+def _size(sizes: dict[str, Any], name: str, unsaid: int) -> int:
+    size = sizes.get(name)
+    if size is None:
+        return unsaid
+    if type(size) is not int or not 0 <= size <= MOST_KEYS:
+        raise ValueError(f"config.json beside it has {name} {size!r:.40}; needed a count of keys")
+    return size

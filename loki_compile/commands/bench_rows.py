@@ -124,6 +124,28 @@ class Judged:
                 )
         return found
 
+    def verdict(self) -> list[str]:
+        """In words: what is slower, or that nothing is of what was timed sparse, and what was
+        not."""
+        slower = self.exceptions()
+        lines = [f"slower than the fastest dense way: {line}" for line in slower]
+        policies = [row for row in self.rows if not row.dense]
+        missing = [row for row in policies if not row.sparse or self.against_dense(row) is None]
+        timed = len(policies) - len(missing)
+        if timed and not slower:
+            lines.append(
+                f"no policy is over {ALLOWED:.0%} slower than the fastest dense way: {timed} of "
+                f"{len(policies)} rows of policies were timed sparse"
+            )
+        elif policies and not timed:
+            reasons = (f"{row.way} behind {row.context} tokens {_why_not(row)}" for row in missing)
+            lines.append(f"no policy was timed sparse: {'; '.join(dict.fromkeys(reasons))}")
+        return lines
+
+
+def _why_not(row: Row) -> str:
+    return f"({row.note})" if row.note else "ran dense"
+
 
 # ---------------------------------------------------------------------------------------- file
 

@@ -19,6 +19,26 @@ SHAPE_CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 SHAPE_TOP_K = 1024
 
 
+def check_picture(option: str, picture: Path) -> None:
+    """Refuses a picture that could not be written, before what it shows is measured.
+
+    Raises:
+        ValueError: matplotlib is missing, or does not write files of this kind.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:
+        raise ValueError(
+            "matplotlib is not installed; needed for the picture: pip install 'loki-compile[eval]'"
+        ) from None
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if picture.suffix[1:].lower() not in known:
+        raise ValueError(
+            f"{option} {picture}: found the ending {picture.suffix!r}; needs one of "
+            f"{', '.join(sorted(known))}."
+        )
+
+
 def draw(model: Any, name: str, config: LokiConfig, picture: Path) -> None:
     """Measures a model at several contexts, and writes the picture.
 

@@ -51,7 +51,8 @@ def draw_depths(rows: Sequence[Row], labels: Sequence[str], path: Path) -> bool:
         for y, line in enumerate(grid):
             for x, share in enumerate(line):
                 text = "?" if math.isnan(share) else f"{share:.0%}"
-                place.text(x, y, text, ha="center", va="center", fontsize=6)
+                color = "white" if share < 0.2 or share > 0.8 else "black"
+                place.text(x, y, text, ha="center", va="center", fontsize=6, color=color)
         place.set_title(shown[number], fontsize=7)
         place.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=6)
         left = number % across == 0
@@ -104,6 +105,8 @@ def draw_quality(found: Sequence[Row], policies: dict[str, str], path: Path) -> 
                 place.axhline(level, color="black", linestyle="--", linewidth=1, label="dense")
             if over == "step_ms" and dense.get(over) is not None:
                 place.axvline(dense[over], color="black", linestyle=":", linewidth=1)
+                at = {"xycoords": place.get_xaxis_transform(), "rotation": 90, "fontsize": 7}
+                place.annotate("dense", (dense[over], 0.98), ha="right", va="top", **at)
             if over == "bytes_share":
                 place.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
             if up == "kl":

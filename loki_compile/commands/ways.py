@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loki_compile.commands.measure import Step
 from loki_compile.config import LokiConfig
+from loki_compile.published import TABLE
 
 # No context is as long: attention stays dense, as fast as it can be.
 NEVER_SPARSE = (1 << 30) - 1
@@ -45,9 +46,11 @@ def policy_options(word: str, options: dict[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: no such policy, or a budget that there cannot be.
     """
-    name, _, budget = word.partition("@")
+    name, at, budget = word.partition("@")
+    if name.endswith(TABLE):  # there it says how many heads read all, and is part of the name
+        name, at = word, ""
     chosen = {**options, "policy": name}
-    if budget:
+    if at:
         try:
             chosen["top_k"] = float(budget) if "." in budget else int(budget)
         except ValueError:

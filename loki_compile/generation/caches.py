@@ -43,11 +43,11 @@ def _why_not(layer: Any, tokens: int) -> str:
     if hasattr(layer, "_quantize"):
         return "its keys are stored quantised, those of several tokens together."
     if getattr(layer, "is_sliding", False):
-        window = _window(layer)
-        if tokens >= window:
+        most = _most_unwrapped(layer)
+        if tokens > most:
             return (
-                f"with {tokens} tokens its window of {window} has wrapped, and what it held "
-                "before is gone."
+                f"with {tokens} tokens its window, which holds {most} of them, has wrapped, and "
+                "what it held before is gone."
             )
     elif not (getattr(layer, "is_croppable", False) or isinstance(_counter(layer), Tensor)):
         return "it has no crop(), and no count of its tokens that could be set back."
@@ -56,9 +56,10 @@ def _why_not(layer: Any, tokens: int) -> str:
     return ""
 
 
-def _window(layer: Any) -> int:
+def _most_unwrapped(layer: Any) -> int:
+    """Tokens that a window holds before the first is written over, or falls out."""
     window = getattr(layer, "sliding_window", None)
-    return int(window if isinstance(window, int) else layer.max_cache_len)
+    return window - 1 if isinstance(window, int) else int(layer.max_cache_len)
 
 
 def _counter(layer: Any) -> Any:
@@ -73,6 +74,12 @@ def room_of(cache: Any) -> int | None:
         if hasattr(layer, "max_cache_len") and not getattr(layer, "is_sliding", False)
     ]
     return min(slots) if slots else None
+
+
+def most_rewindable(cache: Any) -> int | None:
+    """Tokens up to which a cache can be rewound, if it can at all; None: any number."""
+    most = [_most_unwrapped(layer) for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    return min(most, default=None)
 
 
 def rewind(cache: Any, tokens: int) -> None:

@@ -83,6 +83,7 @@ def corrected(every: int = 32, *, streamer: Any = None) -> Callable[..., Any]:
         corrector = _Corrector(model, every, input_ids.shape[1], generation_config, model_kwargs)
         watching = type(stopping_criteria)([*stopping_criteria, corrector])
         if streamer is not None:
+            streamer.put(input_ids.cpu())  # as `generate` does with one that it was given
             model_kwargs["streamer"] = streamer
         # As `generate` itself: the loop of the class.
         return type(model)._sample(
@@ -99,9 +100,11 @@ class _Corrector:
         self, model: Any, every: int, prompt: int, config: Any, inputs: dict[str, Any]
     ) -> None:
         self.every = every
-        self.exact_until = prompt  # tokens that are as dense decoding leaves them
+        self.exact_until = prompt  # tokens of `input_ids` that are as dense decoding leaves them
         self.prompt = prompt
-        self.longest = config.max_length - 1
+        self.most = config.max_length - 1 - prompt
+        # Tokens of the cache that came otherwise than by `input_ids`: as embeddings, or before.
+        self.before = 0
         self.model = model
         self.cache = inputs["past_key_values"]
         self.inputs = {k: v for k, v in inputs.items() if k not in ("streamer", "synced_gpus")}
@@ -111,13 +114,14 @@ class _Corrector:
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         cached = input_ids.shape[1] - 1  # the newest is not in the cache yet
         if self.feed is None:  # behind the prompt: now the cache has its layers
-            self.feed = Feed(self.model, self.cache, self.inputs, known=self.prompt, prepared=True)
+            self.feed = Feed(self.model, self.cache, self.inputs, prepared=True)
+            self.before = self.feed.length - self.prompt
             self.sparse_steps = self.feed.tally().counts["sparse_steps"]
-            self.feed.require_rewinding(self.longest)
+            self.feed.require_rewinding(self.feed.length + self.most)
         if cached - self.exact_until >= self.every:
             ran = self.feed.tally().counts["sparse_steps"]
             if ran != self.sparse_steps:
-                self.feed.length = cached
+                self.feed.length = self.before + cached
                 _again(self.feed, input_ids[:, self.exact_until : cached])
                 self.sparse_steps = ran
             self.exact_until = cached

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from loki_compile.counts import Tally, tally_for
-from loki_compile.generation.caches import length_of, rewind, room_of, why_not
+from loki_compile.generation.caches import (
+    length_of,
+    most_rewindable,
+    rewind,
+    room_of,
+    why_not,
+)
 
 # What comes for each token, (..., tokens), and how it goes on: counting, as the last, or with 0.
 _COUNT, _SAME, _ZERO = 1, 2, 3
@@ -24,10 +30,10 @@ _EACH_TOKEN = {
 class Feed:
     """A model and a cache that holds `length` tokens, a number that calls and `rewind` change.
 
-    `inputs` go to the model beside tokens and cache: a mask (B, known) of the tokens so far,
-    positions (..., any) the last of which is that of token `known` - 1, and whatever else. Mask and
-    positions go on by themselves. With `prepared`, what the model gets is made by its own
-    `prepare_inputs_for_generation`, as `generate` does.
+    `inputs` go to the model beside tokens and cache: a mask (B, known) of the tokens that the cache
+    holds now, positions (..., any) the last of which is that of token `known` - 1, and whatever
+    else. Mask and positions go on by themselves. With `prepared`, what the model gets is made by
+    its own `prepare_inputs_for_generation`, as `generate` does.
     """
 
     def __init__(
@@ -36,7 +42,6 @@ class Feed:
         cache: Any,
         inputs: Mapping[str, Any],
         *,
-        known: int | None = None,
         prepared: bool = False,
     ) -> None:
         """
@@ -46,7 +51,7 @@ class Feed:
         self.model = model
         self.cache = cache
         self.length = length_of(cache)
-        self.known = self.length if known is None else known
+        self.known = self.length
         self.inputs = {k: v for k, v in inputs.items() if k != "past_key_values"}
         self.mask = self.inputs.pop("attention_mask", None)
         self.prepared = prepared
@@ -93,6 +98,11 @@ class Feed:
         """Tokens that the cache still takes."""
         slots = room_of(self.cache)
         return (1 << 40 if slots is None else slots) - self.length
+
+    def drafts(self, wanted: int) -> int:
+        """So many drafts or fewer, which with the token before them can be taken off again."""
+        most = most_rewindable(self.cache)
+        return wanted if most is None else max(0, min(wanted, most - self.length - 1))
 
     def tally(self) -> Tally:
         """The model's counts.

@@ -61,9 +61,11 @@ class LosslessDecoder:
             cached token. Both go on by themselves.
 
         Raises:
-          ValueError: `drafts` out of range, or a cache that cannot be rewound.
+          ValueError: `drafts` out of range, a cache that cannot be rewound, or a model that several
+            processes share.
         """
         check_drafts(drafts)
+        _require_one_process(model)
         self.sample = sample
         self.feed = Feed(model, cache, inputs)
         self.pace = Pace(drafts)
@@ -96,6 +98,7 @@ class LosslessDecoder:
                 f"found a cache that is full with {self.feed.length} tokens; needed one with room."
             )
         limit = min(room, most if most is not None else room) - 1
+        limit = self.feed.drafts(limit)  # none where a window would wrap: dense from there on
         made = None if scores is None else lambda _, logits: scores(logits)
         tokens, _ = cycle(self.feed, self.pace, newest, limit, self.sample, made)
         self.feed.tally()
@@ -112,7 +115,9 @@ def lossless(drafts: int = MOST_DRAFTS, *, streamer: Any = None) -> Callable[...
 
     Raises:
       ValueError: `drafts` out of range; in `generate`: the model is not compiled by backend="loki",
-        its cache cannot be rewound, or beams, attentions or hidden states are asked for.
+        its cache cannot be rewound, several processes share it, or what is asked for are beams,
+        attentions, hidden states, or scores that depend on how often they were asked for (guidance,
+        SynthID's watermark). Processors of one's own must be functions of tokens and scores.
     """
     check_drafts(drafts)
     return functools.partial(_generate, Pace(drafts), streamer)
@@ -175,6 +180,35 @@ def cycle(
     return tokens, (logits[:, :taken], made[:, :taken])
 
 
+def _require_one_process(model: Any, synced: bool = False) -> None:
+    """
+    Raises:
+      ValueError: processes, each of which would draft as many tokens as its own clock says, have
+        parts of one model.
+    """
+    parts = getattr(model, "tp_size", None) or 1
+    if parts > 1 or synced:
+        found = f"a model that {parts} processes share" if parts > 1 else "synced_gpus=True"
+        raise ValueError(f"loki_compile.lossless: found {found}; needed a model of one process.")
+
+
+def _require_pure_scores(config: Any) -> None:
+    """
+    Raises:
+      ValueError: processors that keep a state would be asked for drafts that are not taken.
+    """
+    found = ""
+    if getattr(config, "guidance_scale", None) not in (None, 1):
+        found = f"guidance_scale={config.guidance_scale}"
+    watermark = getattr(config, "watermarking_config", None)
+    if hasattr(watermark, "ngram_len"):  # SynthID's
+        found = f"watermarking_config of type {type(watermark).__name__}"
+    if found:
+        raise ValueError(
+            f"loki_compile.lossless: found {found}; needed scores that depend on tokens alone."
+        )
+
+
 def _scored(scores: Scores | None, path: Tensor, logits: Tensor) -> Tensor:
     logits = logits.to(torch.float32, copy=True)
     return logits if scores is None else scores(path, logits)
@@ -200,8 +234,12 @@ def _generate(
     """The loop of `generate`, with its own prompt, scores and criteria."""
     config = generation_config
     require_one_path(model, config, model_kwargs, "lossless")
-    streamer = model_kwargs.pop("streamer", streamer)
-    model_kwargs.pop("synced_gpus", None)
+    _require_one_process(model, model_kwargs.pop("synced_gpus", False))
+    _require_pure_scores(config)
+    if streamer is not None:
+        streamer.put(input_ids.cpu())  # as `generate` does with one that it was given
+    else:
+        streamer = model_kwargs.pop("streamer", None)
     wanted = config.return_dict_in_generate
     for name in ("output_attentions", "output_hidden_states"):
         if wanted and getattr(config, name, False):
@@ -212,9 +250,9 @@ def _generate(
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     going = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     logits = model._prefill(input_ids, config, model_kwargs).logits[:, -1:]
-    feed = Feed(model, model_kwargs["past_key_values"], model_kwargs, known=prompt, prepared=True)
+    feed = Feed(model, model_kwargs["past_key_values"], model_kwargs, prepared=True)
     feed.tally()
-    feed.require_rewinding(config.max_length - 1)
+    feed.require_rewinding(feed.length + config.max_length - 1 - prompt)
     scores: Any = logits_processor if len(logits_processor) else None
     made = _scored(scores, input_ids, logits[:, -1]).unsqueeze(1)
     tokens = _choose(made[:, 0], config.do_sample)

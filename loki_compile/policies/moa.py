@@ -11,6 +11,8 @@ from __future__ import annotations
 from torch import fx
 
 from loki_compile.kernels.fused import span_ranges, visible_slots
+from loki_compile.passes.attention import AttentionSite, MaskTerm
+from loki_compile.passes.caches import KeyCache
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.graphs import call
 from loki_compile.passes.policy import Asked, Ranking
@@ -36,4 +38,22 @@ def ranges(asked: Asked) -> fx.Node:
     return asked.shared[read]
 
 
-MOA = Ranking("moa", ranges, ranges=True)
+def refuses(site: AttentionSite, cache: KeyCache) -> str:
+    """Ranges are of a KV head: where its query heads see other keys each, those of one may hold
+    none that another sees."""
+    if any(_differs_in_groups(term, site) for term in site.masks):
+        return "query heads of one KV head see keys by masks of their own"
+    return ""
+
+
+def _differs_in_groups(term: MaskTerm, site: AttentionSite) -> bool:
+    group = site.query_heads // site.kv_heads
+    if group == 1 or term.per_row:  # what is the same for all keys of a row hides none of them
+        return False
+    if term.rule is not None:
+        return term.rule.per_head
+    of_kv_heads = site.group_dim == group and not site.tiled  # what "h" counts in its layout
+    return term.varies("g") or (term.varies("h") and not of_kv_heads)
+
+
+MOA = Ranking("moa", ranges, refuses=refuses, ranges=True)

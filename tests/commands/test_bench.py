@@ -10,14 +10,16 @@ import torch
 from click.testing import CliRunner
 from torch.nn import functional as F
 
+from loki_compile.commands import bench as bench_command
 from loki_compile.commands import rounds as rounds_of
 from loki_compile.commands import ways as ways_known
+from loki_compile.commands.bench import _policy_words as policy_words
 from loki_compile.commands.bench_rows import Judged, Row
 from loki_compile.commands.clock import Reader, timed
 from loki_compile.commands.main import main
 from loki_compile.commands.measure import filled_cache, new_cache
 from loki_compile.commands.traffic import Layer, cache_bytes, layers_of, weight_bytes
-from loki_compile.commands.ways import packed_attention, with_packed_attention
+from loki_compile.commands.ways import packed_attention, policy_options, with_packed_attention
 from loki_compile.config import LokiConfig
 from loki_compile.report import SiteReport
 
@@ -139,7 +141,9 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, interpreted, monkeypatch):
 
     monkeypatch.setattr(rounds_of, "measured", stopping)
     command = ("--context", "40", "--context", "50", *FEW, "--out", file)
-    assert bench(*command).exit_code == 1
+    stopped = bench(*command)
+    assert stopped.exit_code == 130
+    assert f"stopped: {file} holds 1 of 2 lengths; the same command goes on" in stopped.stderr
     first = rows_in(file)
     assert {row["context"] for row in first} == {40}
     monkeypatch.setattr(rounds_of, "measured", real)
@@ -150,6 +154,42 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, interpreted, monkeypatch):
     succeed(*command)
     refused = bench(*command, "--rank", "7")
     assert refused.exit_code == 2 and "holds rows of a run with options" in refused.stderr
+
+
+def test_a_run_that_is_stopped_without_out_says_that_nothing_is_kept(monkeypatch):
+    def stopping(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounds_of, "measured", stopping)
+    stopped = bench("--context", "40", *FEW)
+    assert stopped.exit_code == 130
+    assert "stopped: nothing is kept without --out" in stopped.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("loki,loki@1024,window", ["loki", "loki@1024", "window"]),
+        ("moa:4:64,128", ["moa:4:64,128"]),
+        ("window,moa:4:64|-10+1N,0.25N,loki", ["window", "moa:4:64|-10+1N,0.25N", "loki"]),
+        ("moa:4:64;loki", ["moa:4:64", "loki"]),
+        ("loki,128", ["loki", "128"]),  # which no policy is called
+    ],
+)
+def test_a_comma_between_the_spans_of_a_word_belongs_to_the_word(text, words):
+    assert policy_words(text) == words
+
+
+def test_policies_may_be_repeated(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(bench_command, "_run", lambda *of: taken.extend(of[5]))
+    monkeypatch.setattr(bench_command, "_show", lambda *_: None)
+    succeed("--context", "40", "--policies", "moa:4:64,128", "--policies", "loki,window")
+    assert taken == ["moa:4:64,128", "loki", "window"]
+
+
+def test_a_share_of_full_heads_is_no_budget():
+    assert policy_options("heads.tsv@0.25", {})["policy"] == "heads.tsv@0.25"
 
 
 def test_what_gives_other_logits_is_not_timed(tmp_path, interpreted, monkeypatch):
@@ -213,6 +253,23 @@ def test_what_is_over_3_percent_slower_than_a_dense_way_is_named():
     assert "+3%" in line or "+4%" in line
     (line,) = Judged(rows, "cpu").exceptions()
     assert line.startswith("loki behind 64 tokens") and "eager takes 1.00 (+10%)" in line
+
+
+def test_nothing_is_said_of_policies_that_were_not_timed_sparse():
+    """Neither of one that ran dense, nor of one that was too far off."""
+    dense = row("exact", 1024, 10.0, dense=True)
+    failed = dataclasses.replace(row("window", 1024, None), note="not timed: 3.0 nats from eager")
+    ran_dense = row("loki", 1024, 10.0)
+    assert Judged([dense, ran_dense, failed]).verdict() == [
+        "no policy was timed sparse: loki behind 1024 tokens ran dense; window behind 1024 tokens "
+        "(not timed: 3.0 nats from eager)"
+    ]
+    sparse = dataclasses.replace(row("oracle", 1024, 9.0), sparse=True)
+    (line,) = Judged([dense, ran_dense, failed, sparse]).verdict()
+    assert line.startswith("no policy is over 3%") and "1 of 3 rows" in line
+    (line,) = Judged([dense, dataclasses.replace(sparse, ms=11.0)]).verdict()
+    assert line.startswith("slower than the fastest dense way: oracle behind 1024")
+    assert Judged([dense]).verdict() == []
 
 
 def test_slopes_reach_back_to_the_next_shorter_context_that_was_timed():

@@ -427,6 +427,22 @@ MISTAKES = {
         "--policies loki@much: found top_k 'much'",
     ),
     "a budget too small, bench": (("bench", "{tiny}", "--policies", "loki@9"), "top_k=9 does not"),
+    "a budget that is empty, bench": (
+        ("bench", "{tiny}", "--policies", "loki@"),
+        "--policies loki@: found top_k ''",
+    ),
+    "more rounds than a model has room for, bench": (
+        ("bench", "{tiny}", "--rounds", "5000"),
+        "--rounds 5000: needs 20004 tokens behind each context, this model has 700 positions",
+    ),
+    "a picture of no known kind, bench": (
+        ("bench", "{tiny}", "--picture", "/tmp/rows.xyz"),
+        "--picture /tmp/rows.xyz: found the ending '.xyz'; needs one of",
+    ),
+    "text for a model without a tokenizer, bench": (
+        ("bench", "random:4", "--text", "{text}"),
+        "random:4 has no tokenizer; needs no text: leave out --text",
+    ),
     "no policy, bench": (("bench", "{tiny}", "--policies", " ,"), "--policies ' ,': names nothing"),
     "an unknown dense way, bench": (
         ("bench", "{tiny}", "--dense", "eager,flash"),

@@ -146,25 +146,6 @@ def test_a_compiled_model_gives_dense_decodings_tokens(drafting, fresh):
     assert far_from_dense(out.past_key_values, out.sequences[:, :-1], mask, uncompiled) < 5e-5
 
 
-@torch.no_grad()
-def test_a_streamer_gets_each_token(drafting, interpreted, fresh):
-    class Streamer:
-        got, ended = (), False
-
-        def put(self, token):
-            self.got = (*self.got, *token.tolist())
-
-        def end(self):
-            self.ended = True
-
-    model, streamer = make_model(), Streamer()
-    model.compile(backend="loki")
-    loop = loki_compile.lossless(streamer=streamer)
-    out, _ = generated(model, "growing", 1, custom_generate=loop)
-    assert list(streamer.got) == out.sequences[0, LONG:].tolist()
-    assert streamer.ended
-
-
 # --- what is accepted
 
 

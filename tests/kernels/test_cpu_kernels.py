@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
@@ -1080,6 +1081,133 @@ def test_a_process_that_ends_takes_its_compilers_with_it(tmp_path):
     for pid in done.stdout.split():
         assert not Path(f"/proc/{pid}/cmdline").exists()
     assert list((tmp_path / "cache" / "loki_compile").iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_process_that_forks_while_it_builds_has_children_that_build_for_themselves(tmp_path):
+    """One child ends at once, and leaves the parent's build alone. The other needs the kernels
+    while the parent's compilers wait, and has a compiler of its own."""
+    write_stubs(tmp_path)
+    go, slow = tmp_path / "go", tmp_path / "g++"
+    wait = f'[ "$1" = --version ] || while [ ! -e {go} ]; do sleep 0.02; done'
+    slow.write_text(f'#!/bin/sh\n{wait}\nexec g++ "$@"\n')
+    slow.chmod(0o755)
+    cache = tmp_path / "cache" / "loki_compile"
+    code = f"""
+import os, signal, sys, time
+from pathlib import Path
+from loki_compile.kernels import cpu_build
+def child(run):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(60)
+        run()
+        sys.exit(0)  # with what is to be done at exit
+    return os.waitpid(pid, 0)[1]
+def ends():
+    assert not cpu_build._compilers
+def builds():
+    cpu_build._compiler = lambda: "g++"
+    cpu_build.begin()
+    assert cpu_build.load().cpu_pages_stub
+cpu_build.FOLDER = Path({str(tmp_path)!r})
+cpu_build._compiler = lambda: {str(slow)!r}
+cpu_build.begin()
+units = sum(name.endswith(".cpp") for name in cpu_build._SOURCES)
+while len(cpu_build._compilers) < units: time.sleep(0.01)
+before = set(cpu_build._compilers)
+for run in (ends, builds):
+    status = child(run)
+    if status: os._exit(status % 255 or 1)
+assert cpu_build._compilers == before and all(each.poll() is None for each in before)
+folders = [each for each in Path({str(cache)!r}).iterdir() if each.is_dir()]
+assert len(folders) == 1, folders
+Path({str(go)!r}).touch()
+assert cpu_build.load().cpu_select_stub
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(each.suffix for each in cache.iterdir()) == [".so", ".so"]
+
+
+def test_a_compiler_that_starts_while_the_process_ends_is_ended_too(tmp_path):
+    write_stubs(tmp_path)
+    slow = tmp_path / "g++"
+    slow.write_text('#!/bin/sh\n[ "$1" = --version ] || exec sleep 1000\n')
+    slow.chmod(0o755)
+    code = f"""
+import subprocess, threading, time
+from pathlib import Path
+from loki_compile.kernels import cpu_build
+class Late(subprocess.Popen):
+    def __init__(self, command, **more):
+        if "-c" in command and started.is_set():  # the second unit
+            second.set()
+            time.sleep(1)
+        super().__init__(command, **more)
+        if "-c" in command:
+            started.set()
+            print(self.pid, flush=True)
+started, second = threading.Event(), threading.Event()
+subprocess.Popen = Late
+cpu_build.FOLDER = Path({str(tmp_path)!r})
+cpu_build._compiler = lambda: {str(slow)!r}
+cpu_build.begin()
+second.wait()
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", code]
+    with (tmp_path / "pids").open("w+") as pids:  # no pipe, which those that are left would hold
+        done = subprocess.run(command, env=environment, stdout=pids, timeout=120, check=False)
+        pids.seek(0)
+        started = pids.read().split()
+    left = [pid for pid in started if Path(f"/proc/{pid}/cmdline").exists()]
+    for pid in left:
+        os.kill(int(pid), signal.SIGKILL)
+    assert done.returncode == 0 and len(started) == 2 and not left
+    assert list((tmp_path / "cache" / "loki_compile").iterdir()) == []
+
+
+def test_compilers_are_ended_where_a_later_one_cannot_be_started(slow_compiler, monkeypatch):
+    started = []
+
+    class Last(subprocess.Popen):
+        def __init__(self, command, **more):
+            if "-c" in command and started:
+                raise OSError(12, "Cannot allocate memory")
+            super().__init__(command, **more)
+            if "-c" in command:
+                started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Last)
+    with pytest.raises(cpu_build.KernelsUnavailable, match="Cannot allocate memory"):
+        cpu_build.load()
+    assert [each.returncode for each in started] == [-signal.SIGKILL]
+
+
+@pytest.mark.parametrize(
+    "lines, quoted",
+    [
+        (
+            ["a.cpp: In function f:", "a.cpp:3:5: error: no such name", "   3 | f()"],
+            "a.cpp:3:5: error: no such name",
+        ),
+        (["note: the first", "cc1plus: out of memory"], "cc1plus: out of memory"),
+        ([], "exit status 3"),
+    ],
+)
+def test_of_what_a_compiler_says_one_line_is_quoted(lines, quoted, monkeypatch, tmp_path):
+    broken = tmp_path / "g++"
+    said = "".join(f"echo '{line}' >&2\n" for line in lines)
+    broken.write_text(f"#!/bin/sh\n{said}exit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(cpu_build, "_compiler", lambda: str(broken))
+    monkeypatch.setattr(cpu_build, "_cache_folder", lambda: tmp_path / "cache")
+    with pytest.raises(cpu_build.KernelsUnavailable) as caught:
+        cpu_build.load()
+    assert str(caught.value) == f"{broken} failed: {quoted}"
 
 
 def test_a_build_that_fails_in_the_background_is_told_when_it_is_needed(monkeypatch, tmp_path):

@@ -4,12 +4,14 @@ import pytest
 import torch
 from loki_compile.kernels import fused
 from loki_compile.kernels.spans import Span, Spans, heads_from, heads_text, span_of
-from toy_attends import TILED, mqa_broadcast, plain
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from toy_attends import TILED, gqa_flag, gqa_repeat_kv, mqa_broadcast, plain, tiled
 from toy_capture import clear_runtime
 from toy_conversation import Conversation, tokens
 from toy_decoders import REWRITTEN, Spelling, ToyDecoder
 from toy_masks import alibi, causal, causal_float, left_padded, no_mask
 from toy_models import LONG, make_model, prompt, started, tiny_deepseek, tiny_llama
+from toy_options import HEADS, KV_HEADS
 from toy_policies import DirectPolicy, in_spans
 from toy_writes import cat_bhtd, cat_folded, index_copy_method, ring, roll_window, slice_assignment
 from transformers import DynamicCache
@@ -28,11 +30,13 @@ QUICK = [
     _static.but(new_tokens=2, mask=left_padded),
     _static.but(mask=causal_float, attend=plain, kv_heads=6),
     _static.but(write=slice_assignment, position="int", attend=mqa_broadcast, kv_heads=1),
-    _static.but(mask=alibi),
+    _static.but(mask=alibi, attend=plain, kv_heads=HEADS),
     _static.but(write=ring),
     _static.but(write=roll_window),
 ]
-SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in REWRITTEN if s not in QUICK]
+# Query heads of one KV head have masks of their own there: dense.
+_refused = [s for s in REWRITTEN if s.mask is alibi and s.kv_heads < HEADS]
+SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in REWRITTEN if s not in [*QUICK, *_refused]]
 interpreting = pytest.mark.usefixtures("interpreted")
 
 
@@ -228,6 +232,78 @@ def test_what_a_model_cannot_do_is_refused_in_one_line(policy, says):
     with pytest.raises(ValueError) as caught:
         fast(torch.randint(64, (1, 1)), past_key_values=cache)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def by_head(heads: int):
+    """bool (1, heads, S, T): even heads see early keys alone, odd ones the first and the last."""
+
+    def mask(batch, new, slots, at):
+        key = torch.arange(slots)
+        early, ends = (key > 4) & (key < 11), (key < 2) | (key > 12)
+        odd = (torch.arange(heads) % 2 == 1).view(1, heads, 1, 1)
+        return causal(batch, new, slots, at) & torch.where(odd, ends, early)
+
+    return mask
+
+
+def in_groups(q, keys, values, mask):
+    """Scores (B, Hkv, G, S, T), the mask the same for all G."""
+    scores = q.unflatten(1, (KV_HEADS, -1)) @ keys[:, :, None].transpose(-1, -2)
+    scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
+    return (scores.softmax(-1) @ values[:, :, None]).flatten(1, 2)
+
+
+def with_row_sinks(q, keys, values, mask):
+    """Each query head has a sink logit, which hides nothing."""
+    sinks = torch.linspace(-1, 1, HEADS).view(1, HEADS, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
+    keys, values = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (keys, values))
+    scores = (q @ keys.transpose(-1, -2) * 0.3).masked_fill(~mask, -torch.inf)
+    return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1] @ values
+
+
+def flexible(differ: bool):
+    def attend(q, keys, values, mask):
+        def visible(b, h, i, k):
+            return mask[b, 0, i, k] & ((k + h) % 3 != 0 if differ else k != 3)
+
+        shape = (mask.shape[0], q.shape[1] if differ else None, *mask.shape[2:])
+        blocks = create_block_mask(visible, *shape, device="cpu")
+        return flex_attention(q, keys, values, block_mask=blocks, enable_gqa=True)
+
+    return attend
+
+
+@interpreting
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    "changes, sparse",
+    [
+        ({"attend": gqa_flag, "mask": by_head(HEADS)}, False),
+        ({"attend": mqa_broadcast, "mask": by_head(HEADS), "kv_heads": 1}, False),
+        ({"attend": gqa_repeat_kv, "mask": alibi}, False),  # what is added may hide as well
+        ({"attend": tiled, "mask": by_head(HEADS)}, False),
+        ({"attend": flexible(True), "mask": left_padded}, False),
+        ({"attend": flexible(False), "mask": left_padded}, True),
+        ({"attend": in_groups, "mask": by_head(KV_HEADS)}, True),
+        ({"attend": plain, "mask": by_head(HEADS), "kv_heads": HEADS}, True),
+        ({"attend": with_row_sinks, "mask": causal}, True),
+    ],
+)
+@torch.no_grad()
+def test_heads_of_a_group_that_see_keys_of_their_own_are_dense(changes, sparse):
+    """Of two such heads one could read none of the keys that it sees, and give zeros."""
+    module = ToyDecoder(_static.but(**changes)).eval()
+    difference = compare(module, "moa:2:3", None)
+    (site,) = reports()[-1].sites
+    assert site.outcome == ("sparse" if sparse else "dense")
+    if sparse:
+        assert difference > 1e-3
+        torch._dynamo.reset()
+        assert compare(module, "moa:2:3", None, {**FEW, "recent": 40}) < 2e-5
+    else:
+        assert difference < 2e-5
+        assert "'moa' cannot serve it: query heads of one KV head see" in site.reason
+        assert "\n" not in site.reason
 
 
 @interpreting
