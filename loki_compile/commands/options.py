@@ -31,8 +31,6 @@ class _FractionOrCount(click.ParamType):
         return value
 
 
-# What pictures are called.
-_PICTURES = (".png", ".pdf", ".svg")
 NUMBER = _FractionOrCount()
 
 # Of commands that read text with a model and store what they found: `text_of` takes the files.
@@ -112,23 +110,20 @@ def check_picture(picture: Path | None) -> None:
 
     Raises:
         ValueError: as said.
-        ImportError: nothing is there to draw with.
     """
+    from loki_compile.commands import picture as drawing
     from loki_compile.commands.models import check_writable
 
-    if picture is None:
-        return
-    check_writable("--picture", picture)
-    if picture.suffix.lower() not in _PICTURES:
-        raise ValueError(
-            f"--picture {picture}: needs a name that ends in one of {', '.join(_PICTURES)}"
-        )
-    check_installed("matplotlib")
+    if picture is not None:
+        check_writable("--picture", picture)
+        drawing.check_picture("--picture", picture)
 
 
 def check_installed(name: str) -> None:
-    """Raises:
-    ImportError: a package that a command needs is not there.
+    """Refuses to begin without a package that is needed later.
+
+    Raises:
+        ImportError: as said.
     """
     if find_spec(name) is None:
         raise ImportError(f"{name} is not installed", name=name)

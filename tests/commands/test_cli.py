@@ -505,7 +505,7 @@ MISTAKES = {
     ),
     "a policy that is no file": (
         ("explain", "{tiny}", "--policy", "nope.json"),
-        "nope.json is no plan of spans",
+        "nope.json is no plan of layers",
     ),
     "a table with a share beyond one": (
         ("explain", "{tiny}", "--policy", "{few}.tsv@2"),
@@ -517,7 +517,7 @@ MISTAKES = {
     ),
     "a picture of another format, explain": (
         ("explain", "{tiny}", "--policy", "tidal", "--picture", "x.txt"),
-        "--picture x.txt: needs a name that ends in",
+        "--picture x.txt: found the ending '.txt'; needs one of",
     ),
     "an empty budget, tune": (("tune", "{tiny}", "--top-k", "0"), "top_k=0: needs"),
     "an empty rank, tune": (("tune", "{tiny}", "--rank", "0"), "rank=0: needs"),
@@ -527,7 +527,7 @@ MISTAKES = {
     ),
     "a picture of another format, tune": (
         ("tune", "{tiny}", "--picture", "x.txt"),
-        "--picture x.txt: needs a name that ends in",
+        "--picture x.txt: found the ending '.txt'; needs one of",
     ),
     "a density that the first keys exceed": (
         ("tune", "{tiny}", "--policy", "moa", "--length", "400", "--sink", "4", "--density", "0.3"),
