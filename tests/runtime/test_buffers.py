@@ -277,18 +277,20 @@ def test_a_saved_tensor_is_read_back():
 
 
 def test_windows_stay_as_they_were_written():
+    before = set(map(id, all_buffers()))  # what other tests hold yet
     with torch.no_grad():
         pair = Pair(EVERYTHING, Spelling(cat_cropped, mask=no_mask, growing=True))
         here, there = pair.start()
         for x in tokens(pair.spelling, 4):
             out, expected = here.step(pair.fast, x), there.step(pair.module, x)
             torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
-    assert not all_buffers()
+    assert set(map(id, all_buffers())) <= before
 
 
 def test_no_cache_grows_in_place_where_cuda_graphs_keep_addresses():
+    before = set(map(id, all_buffers()))
     with torch.no_grad():
         pair = Pair({**EVERYTHING, "inductor": {"triton.cudagraphs": True}})
         here, there = pair.start()
         pair.step(here, there, 3)
-    assert not all_buffers() and stats()["sparse_steps"] == 3
+    assert set(map(id, all_buffers())) <= before and stats()["sparse_steps"] == 3

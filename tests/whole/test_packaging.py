@@ -14,6 +14,7 @@ INSTALLED = {
     "loki_compile": "loki_compile",
     "loki_compile/commands": "loki_compile/commands",
     "loki_compile/policies": "loki_compile/policies",
+    "loki_compile/generation": "loki_compile/generation",
     "passes": "loki_compile/passes",
     "kernels": "loki_compile/kernels",
     "pca_store": "loki_compile/pca_store",
