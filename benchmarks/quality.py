@@ -28,11 +28,11 @@ from typing import Any
 
 from harness import RESULTS, ROOT, stamp
 
-from loki_compile.commands.evaluate import label_of
 from loki_compile.commands.measure import WARM_UP_STEPS
 from loki_compile.commands.reference_data import RECALL_KEYS, RECALL_VALUES, stdlib_text
 from loki_compile.commands.score_pictures import draw_depths, draw_quality
 from loki_compile.commands.scores import RECORDS, summary
+from loki_compile.commands.settings import label_of
 from loki_compile.commands.trials import DENSE, Row
 
 PAGE = ROOT / "docs" / "quality.md"

@@ -108,7 +108,7 @@ def command(
     from loki_compile.commands.ways import policy_options
 
     options = loki_options(**loki)
-    words = [word for each in policies for word in _policy_words(each)]
+    words = [word for each in policies for word in policy_words(each)]
     chosen = {word: policy_options(word, options) for word in words}
     beside = _words("--dense", dense.split(","))
     if unknown := [word for word in beside if word not in KNOWN]:
@@ -151,14 +151,14 @@ def command(
         try:
             say(f"loading {name}")
             model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
-            _run(name, model, kept, left, beside, chosen, ids, prompt, rounds, seconds)
+            run_all(name, model, kept, left, beside, chosen, ids, prompt, rounds, seconds)
         except KeyboardInterrupt:
             say(_stopped(kept, groups))
             raise click.exceptions.Exit(STOPPED) from None
-    _show(name, kept, KINDS[cache], picture)
+    show_all(name, kept, KINDS[cache], picture)
 
 
-def _policy_words(text: str) -> list[str]:
+def policy_words(text: str) -> list[str]:
     """The policies that one `--policies` names: a comma between the spans of "moa:SINK:SPAN,SPAN"
     belongs to the word, a semicolon never does.
 
@@ -246,7 +246,7 @@ def _token_ids(name: str, files: Sequence[str], count: int) -> Tensor | None:
     return ids[:count]
 
 
-def _run(
+def run_all(
     name: str,
     model: Any,
     kept: Kept,
@@ -335,7 +335,7 @@ def _processor() -> str:
     return next(named, "") or platform.processor() or platform.machine()
 
 
-def _show(name: str, kept: Kept, kinds: Sequence[str], picture: Path | None) -> None:
+def show_all(name: str, kept: Kept, kinds: Sequence[str], picture: Path | None) -> None:
     """The tables, what is slower than it may be, the picture."""
     by = {"wall": "on the clock", "cpu": "in CPU time"}[kept.clock]
     for kind in kinds:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,19 +18,16 @@ from loki_compile.commands.options import (
     MODEL_HELP,
     MODEL_OPTIONS,
     NUMBER,
-    check_basis,
     dense_because,
-    loki_options,
     with_options,
 )
 from loki_compile.commands.output import going_on, out, progress, say, show
+from loki_compile.commands.settings import label_of, settings_of, with_what_is_stored
 
 if TYPE_CHECKING:
     from loki_compile.commands.scores import Records
-    from loki_compile.commands.stored import Held
     from loki_compile.commands.tasks import Case
     from loki_compile.commands.trials import Setting
-    from loki_compile.config import LokiConfig
 
 _ALL = "all"
 
@@ -144,7 +139,7 @@ def _evaluate(
     from loki_compile.commands.scores import Records
     from loki_compile.commands.stored import weights_of
 
-    settings = _settings(policies, budgets, ranks, bases, named, loki)
+    settings = settings_of(policies, budgets, ranks, bases, named, loki)
     check_placement(device, dtype)
     if folder is not None:
         check_writable("--out", folder, folder=True)
@@ -153,7 +148,7 @@ def _evaluate(
     lengths = [fitting_context("--context", given, 4096, config) for given in contexts or (None,)]
     tokenizer = load_tokenizer(name)
     shapes = {"steps": steps, "pieces": pieces, "seeds": seeds, "depths": depths}
-    cases = _cases(tokenizer, wanted, not tasks, files, lengths, shapes)
+    cases = cases_of(tokenizer, wanted, not tasks, files, lengths, shapes)
     _say_what_is_dense(settings, min(lengths))
     run = {
         "model": name,
@@ -174,7 +169,7 @@ def _evaluate(
         say(f"loading {name}")
         return load_model(name, device=device, dtype=dtype, random_weights=random_weights)
 
-    settings = _with_what_is_stored(settings, functools.cache(lambda: weights_of(model())))
+    settings = with_what_is_stored(settings, functools.cache(lambda: weights_of(model())))
     work = _missing(cases, settings, protocols, records)
     try:
         _decode(model, work, settings, records, tokenizer)
@@ -187,140 +182,6 @@ def _evaluate(
 # --------------------------------------------------------------------------- before any model
 
 
-def _settings(
-    policies: Sequence[str],
-    budgets: Sequence[Any],
-    ranks: Sequence[Any],
-    bases: Sequence[str],
-    named: Sequence[str],
-    others: dict[str, Any],
-) -> list[Setting]:
-    """Each combination, once (what keeps no index has neither rank nor basis), and those named.
-
-    Raises:
-        ValueError: an option that cannot be, a basis that is not there.
-    """
-    from loki_compile.commands.trials import Setting
-    from loki_compile.config import LokiConfig
-
-    none = {"rank": None, "basis": None}
-    kept = [{"rank": r, "basis": b} for r in ranks or (None,) for b in bases or (None,)]
-    combined = [
-        {"policy": policy, "top_k": top_k, **each}
-        for policy in policies or ("loki",)
-        for top_k in budgets or (None,)
-        for each in (kept if _keeps_index(LokiConfig(policy=policy)) else [none])
-    ]
-    alone = named and not (policies or budgets or ranks or bases)
-    made: list[LokiConfig] = []
-    for given in [*([] if alone else combined), *map(options_of, named)]:
-        config = LokiConfig.from_options(loki_options(**{**others, **given}))
-        check_basis(str(config.basis))
-        config = _what_counts(config)
-        if config not in made:
-            made.append(config)
-    short = Counter(label_of(config.to_options()) for config in made)
-    labels = [label_of(config.to_options()) for config in made]
-    return [
-        Setting(
-            label if short[label] == 1 else label_of(config.to_options(), whole=True),
-            config.to_options(),
-        )
-        for label, config in zip(labels, made, strict=True)
-    ]
-
-
-def _with_what_is_stored(settings: Sequence[Setting], held: Held) -> list[Setting]:
-    """The settings with fingerprints of the bases and plans that they use; `held` loads the model,
-    and is asked where something is stored. Under a plan of spans no budget counts.
-
-    Raises:
-        ValueError: a basis or a plan that is there no more.
-    """
-    from loki_compile.commands.stored import used_basis, used_plan
-    from loki_compile.config import LokiConfig
-    from loki_compile.policies.kinds import SPANS
-
-    made: dict[str, Setting] = {}
-    for setting in settings:
-        config = LokiConfig.from_options(setting.options)
-        plan = used_plan(config, held)
-        label, options = setting.label, setting.options
-        if plan and config.policy == SPANS:
-            options = {name: value for name, value in options.items() if name != "top_k"}
-            label = label_of(options, planned=True)
-        uses = {"basis": used_basis(config, held), "plan": plan}
-        words = ", ".join(f"{name} {digest}" for name, digest in uses.items() if digest)
-        made.setdefault(label, dataclasses.replace(setting, label=label, uses=words))
-    return list(made.values())
-
-
-def options_of(words: str) -> dict[str, Any]:
-    """The options that "NAME=VALUE,..." names.
-
-    Raises:
-        ValueError: a word without a value.
-    """
-    options: dict[str, Any] = {}
-    for word in re.split(r",(?=\s*[a-z_]+\s*(?:=|$))", words):  # spans of a policy hold commas
-        option, given, value = word.partition("=")
-        if not given:
-            raise ValueError(f"--setting {words}: {word!r} needs a value, as in top_k=128.")
-        options[option.strip()] = NUMBER.convert(value.strip(), None, None)
-    return options
-
-
-def label_of(options: dict[str, Any], *, whole: bool = False, planned: bool = False) -> str:
-    """What a setting is called: its policy, its budget where that counts and, where it keeps an
-    index, rank and basis; then whatever else differs from the defaults.
-
-    Args:
-        whole: with all digits, and a basis by all of its path.
-        planned: a plan of spans is stored for the model.
-    """
-    from loki_compile.config import LokiConfig
-
-    config = LokiConfig.from_options(options)
-    shown = str if whole else _shown
-    parts = [str(config.policy)]
-    if not (planned or _has_spans(config)):
-        parts.append(shown(config.top_k))
-    if _keeps_index(config):
-        name = str(config.basis)
-        parts += [f"R {shown(config.rank)}", name if whole else Path(name).stem]
-    usual = {"policy", "top_k", "rank", "basis"}
-    parts += [f"{n}={shown(v)}" for n, v in config.to_options().items() if n not in usual]
-    return ", ".join(parts)
-
-
-def _what_counts(config: LokiConfig) -> LokiConfig:
-    """The same without what its policy does not ask for.
-
-    Raises:
-        ValueError: a policy that is a file without a plan.
-    """
-    usual = type(config)()
-    if not _keeps_index(config):
-        config = dataclasses.replace(config, rank=usual.rank, basis=usual.basis)
-    if _has_spans(config):
-        config = dataclasses.replace(config, top_k=usual.top_k)
-    return config
-
-
-def _keeps_index(config: LokiConfig) -> bool:
-    from loki_compile.commands.stored import rankings_of
-
-    return "loki" in rankings_of(config)
-
-
-def _has_spans(config: LokiConfig) -> bool:
-    """Whether its own words or its file say how many keys each layer reads that chooses."""
-    from loki_compile.commands.stored import rankings_of
-    from loki_compile.policies.kinds import SPANS
-
-    return config.policy != SPANS and rankings_of(config) == {SPANS}
-
-
 def _say_what_is_dense(settings: Sequence[Setting], context: int) -> None:
     """A note where settings have nothing to measure."""
     from loki_compile.config import LokiConfig
@@ -331,10 +192,6 @@ def _say_what_is_dense(settings: Sequence[Setting], context: int) -> None:
             reasons.setdefault(why, []).append(setting.label)
     for why, labels in reasons.items():
         say(f"note: behind {context} tokens every step of {'; '.join(labels)} runs dense ({why})")
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _tasks(given: Sequence[str]) -> list[str]:
@@ -353,7 +210,7 @@ def _tasks(given: Sequence[str]) -> list[str]:
     return list(named)
 
 
-def _cases(
+def cases_of(
     tokenizer: Any,
     tasks: Sequence[str],
     by_default: bool,

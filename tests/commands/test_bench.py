@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from loki_compile.commands import bench as bench_command
 from loki_compile.commands import rounds as rounds_of
 from loki_compile.commands import ways as ways_known
-from loki_compile.commands.bench import _policy_words as policy_words
+from loki_compile.commands.bench import policy_words
 from loki_compile.commands.bench_rows import Judged, Row
 from loki_compile.commands.clock import Reader, timed
 from loki_compile.commands.main import main
@@ -182,8 +182,8 @@ def test_a_comma_between_the_spans_of_a_word_belongs_to_the_word(text, words):
 
 def test_policies_may_be_repeated(tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setattr(bench_command, "_run", lambda *of: taken.extend(of[5]))
-    monkeypatch.setattr(bench_command, "_show", lambda *_: None)
+    monkeypatch.setattr(bench_command, "run_all", lambda *of: taken.extend(of[5]))
+    monkeypatch.setattr(bench_command, "show_all", lambda *_: None)
     succeed("--context", "40", "--policies", "moa:4:64,128", "--policies", "loki,window")
     assert taken == ["moa:4:64,128", "loki", "window"]
 

@@ -19,9 +19,10 @@ from loki_compile.pca_store.store import Store
 
 from loki_compile import observation, progress
 from loki_compile.commands import comparison
-from loki_compile.commands.evaluate import _cases, _settings, label_of, options_of
+from loki_compile.commands.evaluate import cases_of
 from loki_compile.commands.main import main
 from loki_compile.commands.models import BUNDLED, load_model, load_tokenizer
+from loki_compile.commands.settings import label_of, options_of, settings_of
 from loki_compile.commands.trials import Trials
 
 transformers = pytest.importorskip("transformers")
@@ -238,14 +239,14 @@ def test_settings_and_texts_of_one_name_are_kept_apart(tmp_path):
         basis = Basis(eye, eye, torch.ones(2, 8), weights="0" * 32)
         saved = Store(path.parent).save(BasisSet((basis,)))
         saved.rename(path)
-    settings = _settings((), (0.12345, 0.123451), (), [str(path) for path in bases], (), {})
+    settings = settings_of((), (0.12345, 0.123451), (), [str(path) for path in bases], (), {})
     labels = [setting.label for setting in settings]
     assert len(set(labels)) == 4 and all(str(path) in " ".join(labels) for path in bases)
     files = [tmp_path / folder / "a.txt" for folder in ("one", "two")]
     for number, file in enumerate(files):
         file.write_text(f"{number} {WORDS}" * 40)
     shapes = {"steps": 8, "pieces": 1, "seeds": 1, "depths": 2}
-    cases = _cases(
+    cases = cases_of(
         load_tokenizer("reference"), ["text"], False, list(map(str, files)), [90], shapes
     )
     assert [case.task for case in cases] == [f"text {file}" for file in files]
