@@ -10,7 +10,8 @@ else holds goes on where it is.
 Who holds what: a storage counts the tensors that lie in it, exactly. How many hold one tensor is
 its reference count, of which a call itself takes some; the fewest that were found at one are taken
 for those. A caller who is not counted would still find his rows as they were, since rows are only
-written behind them: he would see what is written into the longer tensor later.
+written behind them: he would see what is written into the longer tensor later. Threads that begin
+with one tensor ask in turn, and the first one's longer view is there when the next one asks.
 
 The memory lives as long as a view of it; so does what is kept beside it. It is no larger than the
 rows at first use by more than the room that `capacity_for` says.
@@ -146,6 +147,10 @@ class Growing:
 
     def take(self, args: Sequence[Any], holders: Sequence[int]) -> Grown | None:
         """The longer tensors, new rows not written yet; None where there is no memory for them."""
+        with _lock:  # a view that is made is seen by whoever asks next whether there are others
+            return self._take(args, holders)
+
+    def _take(self, args: Sequence[Any], holders: Sequence[int]) -> Grown | None:
         alone = self._alone(holders)
         pasts = [args[place] for place in self.places]
         lengths = []
@@ -194,6 +199,12 @@ class Growing:
     ) -> Grown | None:
         """The same for pasts that are known to begin memory with so much room; None where they are
         held by others, or there is too little room."""
+        with _lock:
+            return self._take_again(pasts, holders, args, capacity)
+
+    def _take_again(
+        self, pasts: Sequence[Tensor], holders: Sequence[int], args: Sequence[Any], capacity: int
+    ) -> Grown | None:
         if max(holders) > self._alone(holders):
             return None
         for past in pasts:
