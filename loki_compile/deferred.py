@@ -9,14 +9,13 @@ Whoever rents until the rent equals the price never pays more than twice the lea
 from __future__ import annotations
 
 import functools
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from torch import fx
 
-Run = Callable[..., Any]
+from loki_compile.engines import Variant, in_turn
 
 # Seconds per node of a graph, until compilations in this process tell. Decode graphs of 30 layers
 # have 2200 nodes; one took 26 s of a quiet machine, and 90 to 120 s of a very busy one.
@@ -38,10 +37,10 @@ class Price:
         each = self.seconds / self.nodes if self.nodes else _FIRST_GUESS
         return each * nodes
 
-    def timed(self, compile_graph: Callable[..., Run]) -> Callable[..., Run]:
+    def timed(self, compile_graph: Callable[..., Variant]) -> Callable[..., Variant]:
         """The same engine, watched."""
 
-        def timed(gm: fx.GraphModule, *args: Any) -> Run:
+        def timed(gm: fx.GraphModule, *args: Any) -> Variant:
             nodes, began = len(gm.graph.nodes), time.perf_counter()
             run = compile_graph(gm, *args)
             self.seconds += time.perf_counter() - began
@@ -61,7 +60,7 @@ class Deferred:
 
     def __init__(
         self,
-        compile_now: Callable[[fx.GraphModule, str, Callable[[], None]], Run],
+        compile_now: Callable[[fx.GraphModule, str, Callable[[], None]], Variant],
         gm: fx.GraphModule,
         what: str,
         missed: Callable[[], None],
@@ -73,14 +72,13 @@ class Deferred:
         """
         self.gm = gm
         self.price = functools.partial(PRICE.of, len(gm.graph.nodes))
-        self.compile_now: Callable[[], Run] = lambda: compile_now(gm, what, missed)
-        self.run: Run | None = None
+        self.compile_now: Callable[[], Variant] = lambda: compile_now(gm, what, missed)
+        self.run: Variant | None = None
         self.spent = 0.0  # seconds that compiled calls would have been faster by, estimated
-        self.building = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
         if self.run is None and self.spent > 0 and self.spent >= self.price():
-            with self.building:
+            with in_turn():
                 if self.run is None:
                     self.run = self.compile_now()
         if self.run is not None:

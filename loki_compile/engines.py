@@ -15,10 +15,11 @@ from loki_compile.counts import Tally, say_compiling
 from loki_compile.floats import RestartAnalysis
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.graphs import copy_of, fake_mode_of
-from loki_compile.variants import Variant
 
 log = logging.getLogger("loki_compile")
 
+# One compiled form of a graph.
+Variant = Callable[..., Any]
 # Compiles a graph: (gm, inputs, *, mode, options) -> a function of the same inputs.
 Engine = Callable[..., Callable[..., Any]]
 
@@ -71,6 +72,27 @@ def default_engine(engine: Engine) -> Iterator[None]:
         yield
     finally:
         _engine = before
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Where a thread makes graphs behind Dynamo's back: Dynamo and other threads wait for it.
+
+    One graph's values share a fake mode, which serves one thread at a time, and while `torch.fx`
+    traces, it patches modules for the whole process. Never to be asked for by who holds a lock that
+    Dynamo's thread may want.
+
+    Private API, checked on torch 2.11 and 2.13: Dynamo's lock, and the flag that it sets as well.
+    Without the flag, what other threads call meanwhile raises that `torch.fx` is tracing it.
+    """
+    from torch._dynamo.convert_frame import compile_lock
+
+    with compile_lock:
+        before, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
+        try:
+            yield
+        finally:
+            torch.compiler._is_compiling_flag = before
 
 
 def autocast_now(gm: fx.GraphModule) -> list[tuple[str, torch.dtype, bool]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from loki_compile.caches import CacheBinding, Cached, tokens_before, version_of
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Because, say_once
 from loki_compile.deferred import Deferred
+from loki_compile.engines import Variant, in_turn
 from loki_compile.exact_steps import exact_now
 from loki_compile.indexes import IndexRecord
 from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
@@ -34,7 +34,7 @@ from loki_compile.passes.shared_caches import Part, with_parts
 from loki_compile.recovery import Rollback, Saved, is_shortage, ordinary_tensors
 from loki_compile.steps import Served, Step
 from loki_compile.trails import Trail, Trails, settle_all
-from loki_compile.variants import FillGraph, Variant, Variants
+from loki_compile.variants import FillGraph, Variants
 from loki_compile.witness import Witness
 
 log = logging.getLogger("loki_compile")
@@ -88,7 +88,6 @@ class DecodeGraph:
         self.watch = Watch()
         self.short_of_memory = 0  # calls that will be dense
         self.shortages = 0
-        self.building = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
         holders = () if self.growing is None else self.growing.holders(args)
@@ -295,7 +294,7 @@ class DecodeGraph:
             self._come_off(step)
             indexes.forget(step.served.bindings, step.caches)
         if self.dense is None:
-            with self.building:
+            with in_turn():
                 if self.dense is None:
                     self.dense = self.variants.dense(self._missed)
         asked = []
@@ -330,7 +329,7 @@ class DecodeGraph:
             "are copied at each step, as the model says, and decoding is dense until there is.",
         )
         if self.copying is None:
-            with self.building:
+            with in_turn():
                 if self.copying is None:
                     self.copying = self.variants.dense(self._missed, copying=True)
         outputs = self.copying(*step.args, UNLIMITED)
@@ -540,7 +539,7 @@ class DecodeGraph:
         if key in self.sparse:
             return self.sparse[key]
         make = self.variants.exact if exact else self.variants.sparse
-        with self.building:
+        with in_turn():
             if self.gave_up is None and key not in self.sparse:
                 try:
                     # What is made here outlives the call, and the mode it came in.

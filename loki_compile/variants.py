@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from loki_compile.caches import GivenSize
+from loki_compile.engines import Variant, in_turn
 from loki_compile.kernels.kept import Layout
 from loki_compile.passes.appends import Append
 from loki_compile.passes.attention import MaskTerm
@@ -31,9 +32,6 @@ from loki_compile.passes.rollback import what_to_save
 from loki_compile.passes.sparse import keep_true, rewrite_sparse
 
 log = logging.getLogger("loki_compile")
-
-# One compiled form of the graph.
-Variant = Callable[..., Any]
 
 
 @dataclass
@@ -180,7 +178,8 @@ class Variants:
         masks = next(s.site.masks for s in self.plan.sparse if s.cache == place)
         if masks not in known:
             if masks not in self.seen_graphs:
-                self.seen_graphs[masks] = what_is_seen(self.gm, self.plan, place)
+                with in_turn():
+                    self.seen_graphs[masks] = what_is_seen(self.gm, self.plan, place)
             graph = self.seen_graphs[masks]
             known[masks] = None if graph is None else graph(*args)[0]
         return known[masks]

@@ -11,6 +11,7 @@ import gc
 import itertools
 import logging
 import os
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,6 +51,7 @@ from loki_compile import (
     stats,
     steps,
     trails,
+    variants,
     witness,
 )
 from loki_compile.engines import interpreter
@@ -611,6 +613,19 @@ def greedy(model, past, ids: torch.Tensor, steps: int) -> list[int]:
     return out
 
 
+def own_conversation(model, number: int):
+    """A filled cache, growing or static by turns, and its next token."""
+    if number % 2:
+        past = StaticCache(model.config, max_cache_len=40)
+    else:
+        past = DynamicCache(config=model.config)
+    generator = torch.Generator().manual_seed(number)
+    prompt = torch.randint(64, (1, 10 + number), generator=generator)
+    with torch.no_grad():
+        ids = model(prompt, past_key_values=past).logits[:, -1:].argmax(-1)
+    return past, ids
+
+
 @pytest.mark.parametrize("options", [EVERYTHING, FEW], ids=["everything", "few"])
 def test_threads_decode_their_own_conversations_as_serial_runs_do(options):
     model = tiny_llama()
@@ -618,17 +633,9 @@ def test_threads_decode_their_own_conversations_as_serial_runs_do(options):
     threads, steps = 6, 12
 
     def start(number: int):
-        if number % 2:
-            past = StaticCache(model.config, max_cache_len=40)
-        else:
-            past = DynamicCache(config=model.config)
-        generator = torch.Generator().manual_seed(number)
-        prompt = torch.randint(64, (1, 10 + number), generator=generator)
-        with torch.no_grad():
-            ids = model(prompt, past_key_values=past).logits[:, -1:].argmax(-1)
-        return past, ids
+        return own_conversation(model, number)
 
-    # Warm: the first conversation fits the basis, and graphs are compiled.
+    # Warm: graphs are compiled.
     serial = [greedy(fast, *start(number), steps) for number in range(threads)]
     before = stats()
     rounds = 4
@@ -643,6 +650,31 @@ def test_threads_decode_their_own_conversations_as_serial_runs_do(options):
     if options is EVERYTHING:
         assert serial == [greedy(model, *start(number), steps) for number in range(threads)]
     assert len({tuple(tokens) for tokens in serial}) > 1
+
+
+@pytest.mark.parametrize("work", ["what_is_seen", "rewrite_sparse", "rewrite_dense"])
+def test_one_thread_at_a_time_works_on_the_graphs_of_a_model(work, interpreted, monkeypatch):
+    """The values in them share a fake mode, which is in one thread's kernel or in another's."""
+    inside, most = 0, 0
+    here = getattr(variants, work)
+
+    def watched(*args, **kwargs):
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.2)  # for others to come in, where they may
+        made = here(*args, **kwargs)
+        inside -= 1
+        return made
+
+    monkeypatch.setattr(variants, work, watched)
+    model = tiny_llama()
+    fast = compiled(model, **{**FEW, "min_context": 20 if work == "rewrite_dense" else 0})
+    with ThreadPoolExecutor(4) as pool:
+        talks = [own_conversation(model, number) for number in (1, 3, 1, 3)]
+        found = list(pool.map(lambda talk: greedy(fast, *talk, 2), talks))
+    assert found[:2] == found[2:]
+    assert most == 1
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_deepseek])
