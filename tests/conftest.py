@@ -76,6 +76,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.config.workeroutput["generated"] = dict(tally.counts)
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what is never collected is told as a leak by those who made it
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error) -> None:
     tally.counts.update(getattr(node, "workeroutput", {}).get("generated", {}))
