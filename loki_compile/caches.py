@@ -105,6 +105,11 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def reading_waits(tensor: Tensor) -> bool:
+    """Whether who reads its numbers waits for a device, which then waits for the next step."""
+    return tensor.device.type != "cpu"
+
+
 @dataclass(eq=False)
 class Cached:
     """One cache as one call brings it: everything below is looked up once.

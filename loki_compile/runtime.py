@@ -9,33 +9,30 @@ and there are true indexes, a third one runs: dense attention, with the sparse o
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from loki_compile import fits, indexes, prompts
+from loki_compile import indexes, prompts
 from loki_compile.buffers import UNLIMITED, Growing, Growth
-from loki_compile.builds import Build, Watch
-from loki_compile.caches import CacheBinding, Cached, tokens_before, version_of
+from loki_compile.caches import version_of
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Because, say_once
 from loki_compile.deferred import Deferred
 from loki_compile.engines import Variant, in_turn
 from loki_compile.exact_steps import exact_now
 from loki_compile.indexes import IndexRecord
-from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
+from loki_compile.kernels.kept import Layout
+from loki_compile.mirrors import Mirrors
 from loki_compile.passes.attention import MAX_QUERY_TOKENS
 from loki_compile.passes.shared_caches import Part, with_parts
 from loki_compile.recovery import Rollback, Saved, is_shortage, ordinary_tensors
 from loki_compile.steps import Served, Step
-from loki_compile.trails import Trail, Trails, settle_all
-from loki_compile.variants import FillGraph, Variants
-from loki_compile.witness import Witness
+from loki_compile.trails import Trail, settle_all, trails_of
+from loki_compile.variants import Variants
 
 log = logging.getLogger("loki_compile")
 
@@ -71,10 +68,12 @@ class DecodeGraph:
         self.token_counts = variants.token_counts
         self.outputs = variants.outputs
         self.rollback = Rollback(variants.undo)
-        self.fill_graph = variants.fill
+        self.mirrors = Mirrors(variants, config)
         self.growing = Growing(growths) if growths else None
         self.copying: Variant | None = None
-        self.spots, self.trails = self._trails(served)
+        self.spots, self.trails = trails_of(
+            served, () if self.growing is None else self.growing.places, variants.positions_wait
+        )
         # A weight that tells models apart; its version tells whether it is what it was.
         self.owner = next((b.weight for b in served.bindings if b.weight is not None), None)
         self.known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -84,8 +83,6 @@ class DecodeGraph:
         self.gave_up: str | None = None
         self.sparse_ran = False
         self.interpreted = 0
-        self.turn = 0
-        self.watch = Watch()
         self.short_of_memory = 0  # calls that will be dense
         self.shortages = 0
 
@@ -99,7 +96,7 @@ class DecodeGraph:
             settle_all()
             grown = None if self.growing is None else self.growing.take(args, holders)
             step = Step(args, served, [], grown)
-            step.filled = self._filled_after(args, served.bindings, step.caches)
+            step.filled = self.mirrors.filled_after(args, served.bindings, step.caches)
             if grown is None and self.growing is not None:
                 return self.run_copying(step)
         why = self.why_dense(step)
@@ -124,28 +121,10 @@ class DecodeGraph:
             grown = self.growing.take_again(pasts, holders, args, trail.capacity)
             if grown is None:
                 return None
-        filled = self._filled_on(trail, args, served.bindings)
+        filled = self.mirrors.filled_on(trail, self.spots, args, served.bindings)
         if max(filled) >= max(trail.again_at, self.config.min_context):
             return None
         return Step(args, served, filled, grown, trail, trail.held() if trail.counts else None)
-
-    def _filled_on(
-        self, trail: Trail, args: Sequence[Any], bindings: Sequence[CacheBinding]
-    ) -> list[int]:
-        """As `_filled_after`."""
-        written = 0
-        if self.fill_graph is not None:
-            written = int(self.fill_graph.read(args))
-        filled = []
-        for binding, (spot, *_) in zip(bindings, self.spots, strict=True):
-            form, slots = binding.form, trail.shapes[spot][binding.form.token_axis]
-            if form.grows:
-                count = binding.new_tokens
-                slots += count if isinstance(count, int) else count.of(args)
-            elif form.written and written > 0:
-                slots = min(slots, written)
-            filled.append(slots)
-        return filled
 
     def _watched(self, step: Step) -> list[Tensor]:
         """The tensors that a trail tells, as the step leaves them."""
@@ -170,29 +149,10 @@ class DecodeGraph:
         if step.trail is not None and (records is None) == (step.trail.records is None):
             step.trail.go_on(step, tensors)
             return
-        layouts = None if records is None else self._layouts(step)
+        layouts = None if records is None else self.mirrors.layouts(step)
         trail = Trail(step, tensors, records, layouts, self.trails.spots)
         trail.asked = list(asked)
         self.trails.add(trail)
-
-    def _trails(self, served: Served) -> tuple[list[tuple[int, ...]], Trails | None]:
-        """Where a trail has each cache's tensors; None where steps leave others than they found,
-        and where a position must not be read from a device at each step."""
-        places = [] if self.growing is None else list(self.growing.places)
-        for binding in served.bindings:
-            for place in (binding.argument, binding.rest):
-                if place is not None and place not in places:
-                    places.append(place)
-        spots = [
-            tuple(places.index(p) for p in (b.argument, b.rest) if p is not None)
-            for b in served.bindings
-        ]
-        forms = [binding.form for binding in served.bindings]
-        if any(form.replaced and not form.in_place for form in forms):
-            return spots, None
-        if self.fill_graph is not None and not self.variants.on_cpu:
-            return spots, None
-        return spots, Trails(places, [spots[cache] for cache in served.kept])
 
     def remember(self, args: Sequence[Any]) -> None:
         """`served` is for the model whose call this is."""
@@ -224,7 +184,7 @@ class DecodeGraph:
         if self.interpreted:
             return f"interpreted in {self.interpreted} calls: sizes that Inductor had fixed changed"
         late = [run.state() for run in self.variants.runs if isinstance(run, Deferred)]
-        return self.watch.state() or "; ".join(filter(None, late))
+        return self.mirrors.watch.state() or "; ".join(filter(None, late))
 
     def fitted_bases(self) -> dict[str, str]:
         """Of each site whose cache has an automatic basis, by its path: what that was fitted from
@@ -261,32 +221,6 @@ class DecodeGraph:
             return Because.SHORTAGE
         return None
 
-    def _filled_after(
-        self, args: Sequence[Any], bindings: Sequence[CacheBinding], caches: Sequence[Cached]
-    ) -> list[int]:
-        """Tokens in each cache behind this step; no device sync in steady state."""
-        written: list[int] = []  # what the fill graph says, asked once
-
-        def after(binding: CacheBinding, cached: Cached) -> int:
-            slots = cached.slots
-            if binding.form.grows:
-                return slots + cached.stored
-            if not binding.form.written:
-                return slots
-            # Counting costs nothing; reading a position costs a sync where it lies on a device.
-            if cached.holder.device.type != "cpu":
-                before = indexes.filled_before(cached)
-                if before is not None:
-                    return min(slots, before + cached.stored)
-            if self.fill_graph is None:
-                return slots
-            if not written:
-                written.append(int(self.fill_graph.read(args)))
-            # Positions that are counted from the end are no number of tokens.
-            return min(slots, written[0]) if written[0] > 0 else slots
-
-        return [after(*pair) for pair in zip(bindings, caches, strict=True)]
-
     # -- the dense variant
 
     def run_dense(self, step: Step, why: Because) -> Any:
@@ -303,7 +237,7 @@ class DecodeGraph:
         outputs = self._with_rooms(self.dense(*step.inputs), step)
         step.served.tally.dense(why)
         if self.trails is None:
-            self._remember_filled(step, outputs)
+            self.mirrors.remember_filled(step, outputs)
             for cache, place, said in asked:
                 left = step.served.bindings[cache].left_by(outputs, step.caches[cache])
                 prompts.keep(left.past, place, said)
@@ -349,7 +283,7 @@ class DecodeGraph:
             return self.run_dense(step, Because.EXACT)
         if step.held is None:
             self._come_off(step)
-            layouts, held = self._layouts(step), self._true_indexes(step)
+            layouts, held = self.mirrors.layouts(step), self.mirrors.true_indexes(step)
             if layouts is None or None in held:
                 return self.run_dense(step, Because.EXACT)
         return self.run_sparse(step, exact=True)
@@ -359,11 +293,11 @@ class DecodeGraph:
             if step.held is not None:
                 return self._run_on(step, step.trail, step.held, exact)
             self._come_off(step)
-        layouts = self._layouts(step)  # what an index is found by
-        held = self._true_indexes(step)
-        if self._lacks_keys(step, held):
+        layouts = self.mirrors.layouts(step)  # what an index is found by
+        held = self.mirrors.true_indexes(step)
+        if self.mirrors.lack_keys(step, held):
             return self.run_dense(step, Because.EMPTY)
-        if self._hold_back(step, held):
+        if self.mirrors.held_back(step, held):
             return self.run_dense(step, Because.HELD_BACK)
         # Compiled first where that is possible: no keys are read for an index that nothing uses.
         if layouts is not None and self._variant(layouts, exact) is None:
@@ -372,7 +306,7 @@ class DecodeGraph:
         try:
             with ordinary_tensors():
                 saved = self.rollback.save(step.args, whole)
-                records = self._build_missing(step, held)
+                records = self.mirrors.build_missing(step, held)
         except Exception as error:  # out of memory, most likely; nothing is written yet
             return self._after(error, step, "a key index could not be built")
         variant = self._variant(tuple(b.layout for b in step.served.bindings), exact)
@@ -394,7 +328,11 @@ class DecodeGraph:
         if not exact:
             self._say_it_ran(step, records)
         try:
-            self._adopt(step, outputs, records)
+            self.mirrors.adopt(step, outputs, records)
+            if self.trails is None:
+                self.mirrors.remember_filled(step, outputs)
+            else:
+                self._leave_a_trail(step, records)
         except Exception as error:  # out of memory: the step is right, its index is built anew
             if not self.config.strict:
                 self._set_back("a key index could not be kept", error)
@@ -452,87 +390,6 @@ class DecodeGraph:
         self._count(step, exact)
         return outputs
 
-    def _true_indexes(self, step: Step) -> list[IndexRecord | None]:
-        """What is kept of each cache, in order; None where nothing is known to mirror it."""
-        held: list[IndexRecord | None] = []
-        unwatched = []
-        for place in step.served.kept:
-            binding, cached, filled = (
-                step.served.bindings[place],
-                step.caches[place],
-                step.filled[place],
-            )
-            record = indexes.find(binding, cached)
-            if record is not None and (
-                not indexes.is_true(binding, cached, record, filled)
-                or fits.is_outgrown(record.fit, cached, filled, self.config.min_context)
-            ):
-                record = None
-            held.append(record)
-            if record is not None and not cached.counts_writes:
-                unwatched.append((record, cached))
-        if unwatched and not self._agree(step, unwatched):
-            wrong = {id(record) for record, _ in unwatched}
-            held = [None if id(record) in wrong else record for record in held]
-        return held
-
-    def _agree(self, step: Step, unwatched: Sequence[tuple[IndexRecord, Cached]]) -> bool:
-        """Whether caches that count no writes are as the last step left them."""
-        witness = unwatched[0][0].witness
-        if witness is not None and witness.was_wrong():
-            return False
-        moved = None
-        if self.fill_graph is not None and unwatched[0][1].past.device.type != "cpu":
-            moved = self._has_moved(step, self.fill_graph)
-        return indexes.agree_all(unwatched, moved)
-
-    def _has_moved(self, step: Step, graph: FillGraph) -> Tensor | None:
-        """Whether positions on a device are not those that were counted, 0-d, without waiting."""
-        cached, counted = step.caches[graph.place], step.filled[graph.place]
-        filled = graph.read(step.args)
-        if not isinstance(filled, Tensor):
-            return None  # the host has read it
-        return (filled > 0) & (filled.clamp(max=cached.slots) != counted)
-
-    def _lacks_keys(self, step: Step, held: Sequence[IndexRecord | None]) -> bool:
-        """Whether a basis is to be fitted where nothing is cached yet."""
-        return any(
-            record is None
-            and step.served.bindings[place].needs_basis
-            and tokens_before(step.caches[place], step.filled[place]) < 1
-            for place, record in zip(step.served.kept, held, strict=True)
-        )
-
-    def _hold_back(self, step: Step, held: Sequence[IndexRecord | None]) -> bool:
-        """Whether this call needs a build that is held back; see `builds.Watch`."""
-        if None not in held:
-            for build in {id(r.build): r.build for r in held if r is not None}.values():
-                build.use()
-            return False
-        dropped = None
-        if self.config.min_context:
-            bindings, caches = step.served.bindings, step.caches
-            records = [indexes.find(bindings[at], caches[at]) for at in step.served.kept]
-            dropped = [record.build for record in records if record is not None]
-        before = tokens_before(step.caches[0], step.filled[0])
-        return self.watch.holds_back(before, step.filled[0], dropped)
-
-    def _layouts(self, step: Step) -> tuple[Layout | None, ...] | None:
-        """Of what is kept of each cache; None where a spectrum decides that is not known yet."""
-        by_spectrum = isinstance(self.config.rank, str)
-        for binding, cached in zip(step.served.bindings, step.caches, strict=True):
-            if binding.keeps is not Keeps.INDEX:
-                continue
-            if by_spectrum and binding.basis is None:
-                indexes.take_highest_rank(binding, cached)
-            if binding.layout is None:
-                rank = binding.rank(self.config.rank)
-                if rank is None:
-                    return None
-                dtype, own = self._index_dtype or cached.past.dtype, binding.basis is None
-                binding.layout = IndexLayout(rank, dtype, own and binding.form.rows_apart)
-        return tuple(binding.layout for binding in step.served.bindings)
-
     def _variant(self, layouts: tuple[Layout | None, ...], exact: bool) -> Variant | None:
         """The variant that takes these indexes, compiled at its first use. None: stay dense."""
         key = layouts, exact
@@ -550,34 +407,6 @@ class DecodeGraph:
                         raise
                     self.give_up("the sparse variant could not be built", error)
             return self.sparse.get(key)
-
-    @property
-    def _index_dtype(self) -> torch.dtype | None:
-        return torch.int8 if self.config.index_dtype == "int8" else None
-
-    def _build_missing(self, step: Step, held: Sequence[IndexRecord | None]) -> list[IndexRecord]:
-        if None not in held and not step.grown:
-            return list(held)  # type: ignore[arg-type]
-        made = Build(self.watch, step.filled[0])
-        records = []
-        for place, record in zip(step.served.kept, held, strict=True):
-            binding, cached = step.served.bindings[place], step.caches[place]
-            if record is None:
-                record = indexes.build(
-                    binding,
-                    cached,
-                    indexes.find(binding, cached),
-                    made,
-                    filled=step.filled[place],
-                    rank=self.config.rank,
-                    dtype=self._index_dtype,
-                    seen=functools.partial(self.variants.seen, step.args, place, step.seen),
-                    tally=step.served.tally,
-                )
-            elif binding.form.in_place:
-                record = indexes.carry_over(binding, cached, record)
-            records.append(record)
-        return records
 
     def _say_it_ran(self, step: Step, records: Sequence[IndexRecord]) -> None:
         if self.sparse_ran:
@@ -620,7 +449,7 @@ class DecodeGraph:
             return self.give_up(what, error)
         self.short_of_memory = min(SHORTAGE_CALLS << self.shortages, SHORTAGE_CALLS_MOST)
         self.shortages += 1
-        indexes.forget_all(self.watch)
+        indexes.forget_all(self.mirrors.watch)
         log.warning(
             "%s for want of memory: decoding is dense for %d steps, then it is tried again (%s).",
             what,
@@ -636,45 +465,10 @@ class DecodeGraph:
         failure = f"{type(error).__name__}: {error}"
         self.gave_up = f"{what}: {failure}"
         self.sparse.clear()
-        indexes.forget_all(self.watch)
+        indexes.forget_all(self.mirrors.watch)
         log.warning(
             "%s and decoding stays dense: %s. Set strict=True to raise instead.",
             what,
             failure,
             exc_info=log.isEnabledFor(logging.DEBUG),
         )
-
-    # -- behind a step
-
-    def _adopt(self, step: Step, outputs: Sequence[Any], records: Sequence[IndexRecord]) -> None:
-        """Ties each index to the cache tensor that the step has left behind."""
-        out = self.outputs
-        unwatched = []
-        for place, record in zip(step.served.kept, records, strict=True):
-            binding, filled = step.served.bindings[place], step.filled[place]
-            after = binding.left_by(outputs, step.caches[place])
-            tensors = []
-            if binding.form.replaced and not binding.form.in_place:
-                parts = record.layout.parts
-                # A full window's index is what is left of a longer one: rows apart in memory, where
-                # the compiled graph takes them to be next to each other.
-                tensors = [x.contiguous() for x in outputs[out : out + parts]]
-                out += parts
-            record = indexes.adopt(binding, after, tensors, record, filled)
-            if not after.counts_writes:
-                unwatched.append((record, after))
-        if unwatched:
-            self.turn += 1
-            witness = Witness([(cached, record.filled) for record, cached in unwatched], self.turn)
-            for record, _ in unwatched:
-                record.witness = witness
-        if self.trails is None:
-            self._remember_filled(step, outputs)
-        else:
-            self._leave_a_trail(step, records)
-
-    def _remember_filled(self, step: Step, outputs: Sequence[Any]) -> None:
-        for place, binding in enumerate(step.served.bindings):
-            before = step.caches[place]
-            if not binding.form.grows and before.holder.device.type != "cpu":
-                indexes.remember_filled(binding.left_by(outputs, before), step.filled[place])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from loki_compile.caches import GivenSize
+from loki_compile.caches import GivenSize, reading_waits
 from loki_compile.engines import Variant, in_turn
 from loki_compile.kernels.kept import Layout
 from loki_compile.passes.appends import Append
@@ -90,7 +90,9 @@ class Variants:
         self.undo = what_to_save(gm.graph)
         self.fill = _fill_graph(gm, plan)
         self.runs: list[Variant] = []  # what was made of the variants
-        self.on_cpu = all(fake_value(c.past).device.type == "cpu" for c in plan.caches)
+        self.positions_wait = self.fill is not None and any(
+            reading_waits(fake_value(cache.past)) for cache in plan.caches
+        )
         self.seen_graphs: dict[tuple[MaskTerm, ...], fx.GraphModule | None] = {}
 
     @property
