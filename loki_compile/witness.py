@@ -48,7 +48,7 @@ class Witness:
         differ = [(a != b).any() for a, b in zip(now, self.held, strict=True)]
         if moved is not None:
             differ.append(moved)
-        self.late.append(_without_waiting(torch.stack(differ).any()))
+        self.late.append(without_waiting(torch.stack(differ).any()))
         return True
 
     def was_wrong(self) -> bool:
@@ -71,7 +71,7 @@ class Witness:
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _without_waiting(answer: Tensor) -> tuple[Tensor, Any]:
+def without_waiting(answer: Tensor) -> tuple[Tensor, Any]:
     """A copy of `answer` on the host, and the event behind which it holds."""
     host = torch.empty((), dtype=answer.dtype, pin_memory=True)
     host.copy_(answer, non_blocking=True)
