@@ -124,6 +124,13 @@ class LokiConfig:
                 return kind_of(name)
         return kind_of("loki")
 
+    def kind_of_layer(self, layer: int) -> Kind:
+        """What the policy has a layer do that is known by its number alone; "*" names all."""
+        if isinstance(self.policy, str):
+            return kind_of(self.policy)
+        named = (name for key, name in self.policy.items() if {layer, "*"} & {*_picks(key)})
+        return kind_of(next(named, "loki"))
+
     @property
     def plan_file(self) -> str:
         """The path of the plan that `policy` names; "" where it names none."""
