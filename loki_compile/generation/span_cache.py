@@ -100,15 +100,18 @@ class SpanLayer(CacheLayerMixin):
 
     is_sliding = False
     why_not_rewound = DROPPED
+    # From the first tokens on. A length that is a tensor makes one graph for all lengths; `hidden`
+    # (B,) are the tokens of the prompt that its last one does not see.
+    keys: Any
+    values: Any
+    cumulative_length: Tensor
+    hidden: Tensor
+    rings: Rings
 
     def __init__(self, spans: Spans, max_length: int) -> None:
         super().__init__()
         self.spans = spans
         self.max_length = max_length
-        # A tensor, for one graph at all lengths; the tokens of each row before its first one.
-        self.cumulative_length: Tensor | None = None
-        self.hidden: Tensor | None = None
-        self.rings: Rings | None = None
 
     @property
     def nbytes(self) -> int:
@@ -170,7 +173,7 @@ class SpanLayer(CacheLayerMixin):
             )
 
     def reset(self) -> None:
-        self.keys = self.values = self.cumulative_length = self.hidden = self.rings = None
+        self.keys = self.values = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
