@@ -41,6 +41,7 @@ class LokiConfig:
     index_dtype: str = "auto"
     layers: str | tuple[int | str, ...] = "all"
     policy: str | Mapping[Any, str] = "loki"
+    prefill: str = "dense"
     strict: bool = False
     inductor: dict[str, Any] = field(default_factory=dict)
 
@@ -77,6 +78,7 @@ class LokiConfig:
         _one_of("index_dtype", self.index_dtype, ("auto", "int8"))
         _one_of("group_choice", self.group_choice, ("max", "probability"))
         _policies(self.policy)
+        _one_of("prefill", self.prefill, ("dense", "spans"))
         for name in ("pack_gqa", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: needs True or False.")
