@@ -58,7 +58,7 @@ def prefill(
     if able and pays(spans, q.shape[2]) and (plain is None or bool(plain)):
         blocks = block_mask(spans, q.shape[1], q.shape[2], q.device)
         try:
-            out = _compiled()(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped)
+            out = compiled_attention()(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped)
             return out.contiguous()
         except TorchDynamoException as error:
             _failed.add(which)
@@ -149,7 +149,7 @@ def visible_by(spans: Spans, group: int, device: torch.device) -> Callable[..., 
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
+def compiled_attention() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)

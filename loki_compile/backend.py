@@ -51,9 +51,10 @@ from loki_compile.passes.normalize import normalize
 from loki_compile.passes.plan import Plan, make_plan, with_prefills
 from loki_compile.passes.policy import Candidate
 from loki_compile.passes.prompts import AskedCache, find_asked
+from loki_compile.passes.prompts_by_spans import rewrite_prefills
 from loki_compile.passes.shared_caches import Part, take_parts
 from loki_compile.passes.sites import find_sites
-from loki_compile.passes.span_prefills import find_prefills, rewrite_prefills
+from loki_compile.passes.span_prefills import find_prefills
 from loki_compile.planned import PlanOfModel
 from loki_compile.policies.kinds import PLANS, SPANS, Kind
 from loki_compile.policies.table import SHARE_AT, Stored, policy_of

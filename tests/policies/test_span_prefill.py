@@ -7,6 +7,7 @@ from loki_compile.kernels.ops import prefill
 from loki_compile.kernels.spans import Spans, heads_from
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
 from loki_compile.pca_store.layer_plan import SPANS_SUFFIX, LayerPlan, PlannedLayer, save_plan
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.overrides import TorchFunctionMode
 from toy_models import make_model, new_cache, prompt, started
@@ -87,7 +88,7 @@ def inputs(tokens, heads=4, kv_heads=2, dims=16, dtype=torch.float32):
         pytest.param(4, 64, torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
-def test_prompts_of_any_length_read_spans(heads, dims, dtype, fresh):
+def test_prompts_of_any_length_read_spans(heads, dims, dtype, fresh, caplog):
     for tokens in (700, 901, 1024):
         q, k, v = inputs(tokens, heads, 2, dims, dtype)
         group = heads // 2
@@ -97,7 +98,7 @@ def test_prompts_of_any_length_read_spans(heads, dims, dtype, fresh):
         found = by_op(q, k, v)
         assert found.is_contiguous() and found.dtype == dtype
         assert (found.double() - truth).abs().max() < 40 * torch.finfo(dtype).eps
-    assert not span_prefill._failed
+    assert not any("prompts are dense" in message for message in caplog.messages)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
@@ -117,6 +118,21 @@ def test_dense_where_a_mask_hides_more_or_spans_leave_too_little_out():
     torch.testing.assert_close(
         by_op(q, k, v, padded, plain(padded)), hidden, rtol=0, atol=0, equal_nan=True
     )
+
+
+def test_where_flex_attention_does_not_compile_prompts_are_dense_and_that_is_said(
+    monkeypatch, caplog
+):
+    def fails(*_, **__):
+        raise TorchDynamoException("no such template\nand more")
+
+    monkeypatch.setattr(span_prefill, "compiled_attention", lambda: fails)
+    q, k, v = inputs(700, dims=24)
+    for _ in range(2):
+        dense = sdpa(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+        assert torch.equal(by_op(q, k, v), dense)
+    (said,) = caplog.messages
+    assert said.endswith("no such template") and "prompts are dense" in said
 
 
 @torch.no_grad()

@@ -16,7 +16,10 @@ ROOMS = {
     "passes": (
         "torch",
         "loki_compile.passes",
-        *(f"loki_compile.kernels.{name}" for name in ("budget", "fused", "kept", "ops", "spans")),
+        *(
+            f"loki_compile.kernels.{name}"
+            for name in ("budget", "fused", "kept", "ops", "span_prefill", "spans")
+        ),
     ),
     "loki_compile/policies": (
         "torch",
