@@ -84,9 +84,11 @@ def model(path: str, text: str, tokens: int, rounds: int) -> None:
             logits = one(ids, past_key_values=DynamicCache(), logits_to_keep=keep).logits
             if number:  # the first call traces and compiles
                 seconds[name].append(time.process_time() - began)
+                print(f"round {number}, {name}: {seconds[name][-1]:.2f} s", flush=True)
                 continue
             targets = ids[0, first + 1 :]
             losses[name] = torch.nn.functional.cross_entropy(logits[0, first:-1], targets).item()
+            print(f"{name}: loss {losses[name]:.4f}", flush=True)
     best = {name: min(taken) for name, taken in seconds.items()}
     for name in ways:
         print(
