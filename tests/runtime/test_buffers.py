@@ -87,10 +87,11 @@ def test_memory_that_is_full_is_laid_out_anew_and_the_index_goes_along(write, mo
     with torch.no_grad():
         pair = Pair(EVERYTHING, Spelling(write, layout=layout, mask=no_mask, growing=True))
         here, there = pair.start()
-        places = set()
+        places = {}  # by id, and alive, lest another gets it
         for _ in range(12):
             pair.step(here, there)
-            places.add(id(buffer_of(here.keys)))
+            buffer = buffer_of(here.keys)
+            places[id(buffer)] = buffer
     assert len(places) > 2 and stats()["rebuilds"] == 1 and stats()["sparse_steps"] == 12
 
 
