@@ -8,7 +8,7 @@ from loki_compile.kernels.spans import Spans, heads_from
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
 from loki_compile.pca_store.layer_plan import SPANS_SUFFIX, LayerPlan, PlannedLayer, save_plan
 from torch._dynamo.exc import TorchDynamoException
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.overrides import TorchFunctionMode
 from toy_models import make_model, new_cache, prompt, started
 from transformers import DynamicCache
@@ -136,7 +136,8 @@ def test_where_flex_attention_does_not_compile_prompts_are_dense_and_that_is_sai
 
 
 @torch.no_grad()
-def test_a_model_reads_its_prompt_by_spans_and_says_so(interpreted, fresh):
+def test_a_model_reads_its_prompt_by_spans_and_says_so(interpreted, fresh, monkeypatch):
+    monkeypatch.setattr(span_prefill, "compiled_attention", lambda: flex_attention)  # sooner so
     ids = prompt(1, 900)
     with InSpans():
         expected = make_model(2)(ids).logits
