@@ -36,5 +36,5 @@ written broadcastable to (B,Hkv,T,1), positions (B,Hkv or Hq,S,K), ranges (B,Hkv
 how many of the last ones a KV head reads, `kept` what is kept beside a cache, `fused` the plain
 torch that Inductor fuses around the ops; `cpu` (C++, in cpu_*.cpp, or the PyTorch ops of
 `cpu_torch`) and `triton_select` (scores in `triton_score`, the choice in `triton_choose`),
-`triton_attend` and `triton_pages` implement it.
+`triton_attend` and `triton_pages` implement it. `span_prefill` is of prompts, by FlexAttention.
 """

@@ -1,10 +1,11 @@
 """The public door of the kernels: the ops.
 
 `loki::select` chooses keys, `loki::attend` reads them, `loki::attention` reads all keys, or two
-ranges of them for each row; `loki::update_pages` and `loki::extend_pages` keep the bounds of pages
-of keys. All are opaque to the compiler, and functional but for `update_pages`, which writes the
-pages it is given; `fused` has the plain torch around them. `loki_compile.kernels` has the algorithm
-and the legend of the letters; `checks` has what is refused.
+ranges of them for each row; `loki::prefill` reads spans of a prompt; `loki::update_pages` and
+`loki::extend_pages` keep the bounds of pages of keys. All are opaque to the compiler, and
+functional but for `update_pages`, which writes the pages it is given; `fused` has the plain torch
+around them. `loki_compile.kernels` has the algorithm and the legend of the letters; `checks` has
+what is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from loki_compile.kernels import cpu, cpu_build
+from loki_compile.kernels import cpu, cpu_build, span_prefill
 from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.checks import (
     KEEP_ALL_Q16,
@@ -45,6 +46,7 @@ __all__ = [
     "check_select",
     "extend_pages",
     "hidden_below",
+    "prefill",
     "select",
     "unserved",
     "update_pages",
@@ -136,6 +138,8 @@ SCHEMAS = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask,"
     " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_rest=None,"
     " Tensor? ranges=None) -> Tensor",
+    "prefill(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? plain, *, float scale,"
+    " int[] lines, int sink, int recent, int min_keys) -> Tensor",
 )
 for _schema in SCHEMAS:
     _LIBRARY.define(_schema, tags=_TAGS)
@@ -163,6 +167,11 @@ def _attend_fake(q, k, v, positions, mask, **_):
 
 @torch.library.register_fake("loki::attention", lib=_LIBRARY)
 def _attention_fake(q, k, v, mask, **_):
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
+
+
+@torch.library.register_fake("loki::prefill", lib=_LIBRARY)
+def _prefill_fake(q, k, v, mask, plain, **_):
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
 
@@ -230,6 +239,8 @@ _LIBRARY.impl("select", with_bool_mask(_select_cuda), "CUDA")
 _LIBRARY.impl("attend", with_bool_mask(_attend_cuda), "CUDA")
 _LIBRARY.impl("attention", over_all_keys(with_bool_mask(cpu.attend)), "CPU")
 _LIBRARY.impl("attention", over_all_keys(with_bool_mask(_attend_cuda)), "CUDA")
+_LIBRARY.impl("prefill", span_prefill.prefill, "CPU")
+_LIBRARY.impl("prefill", span_prefill.prefill, "CUDA")
 _LIBRARY.impl("update_pages", cpu.update_pages, "CPU")
 _LIBRARY.impl("extend_pages", cpu.extend_pages, "CPU")
 _LIBRARY.impl("update_pages", _update_pages_cuda, "CUDA")
@@ -238,5 +249,6 @@ _LIBRARY.impl("extend_pages", _extend_pages_cuda, "CUDA")
 select = torch.ops.loki.select.default
 attend = torch.ops.loki.attend.default
 attention = torch.ops.loki.attention.default
+prefill = torch.ops.loki.prefill.default
 update_pages = torch.ops.loki.update_pages.default
 extend_pages = torch.ops.loki.extend_pages.default

@@ -4,7 +4,8 @@ Importing is not needed to use the backend (it is an entry point); this module h
 it: fit a basis (`calibrate`), what would become of each attention site (`explain`), what became
 of it (`reports`), what Dynamo did not compile (`given_up`), what ran (`stats`); and around decode
 loops: steps that are dense (`exact`), caches that are corrected (`correct`, `corrected`), dense
-decoding's tokens from sparse drafts (`lossless`, `LosslessDecoder`).
+decoding's tokens from sparse drafts (`lossless`, `LosslessDecoder`), and a cache that keeps no keys
+but those that spans read (`SpanCache`).
 """
 
 from importlib import import_module
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from loki_compile.explanation import explain
     from loki_compile.generation.correction import correct, corrected
     from loki_compile.generation.lossless import LosslessDecoder, lossless
+    from loki_compile.generation.span_cache import SpanCache
     from loki_compile.report import GraphReport, SiteReport, given_up, reports
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "LokiConfig",
     "LosslessDecoder",
     "SiteReport",
+    "SpanCache",
     "calibrate",
     "correct",
     "corrected",
@@ -43,6 +46,7 @@ _HOME = {
     "LokiConfig": "config",
     "LosslessDecoder": "generation.lossless",
     "SiteReport": "report",
+    "SpanCache": "generation.span_cache",
     "calibrate": "calibration",
     "correct": "generation.correction",
     "corrected": "generation.correction",

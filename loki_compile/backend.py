@@ -37,7 +37,7 @@ from loki_compile.floats import ask_for_values, ask_what_inductor_asks
 from loki_compile.kernels.kept import Keeps
 from loki_compile.kernels.ops import begin_building
 from loki_compile.passes.appends import find_appends
-from loki_compile.passes.attention import Reason, Skipped
+from loki_compile.passes.attention import PREFILLS, Reason, Skipped
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.dense import (
     first_keys,
@@ -48,11 +48,13 @@ from loki_compile.passes.dense import (
 from loki_compile.passes.graphs import copy_of, fake_mode_of, log_change, ops_of, remap
 from loki_compile.passes.moments import add_query_moments
 from loki_compile.passes.normalize import normalize
-from loki_compile.passes.plan import Plan, make_plan
+from loki_compile.passes.plan import Plan, make_plan, with_prefills
 from loki_compile.passes.policy import Candidate
 from loki_compile.passes.prompts import AskedCache, find_asked
+from loki_compile.passes.prompts_by_spans import rewrite_prefills
 from loki_compile.passes.shared_caches import Part, take_parts
 from loki_compile.passes.sites import find_sites
+from loki_compile.passes.span_prefills import find_prefills
 from loki_compile.planned import PlanOfModel
 from loki_compile.policies.kinds import PLANS, SPANS, Kind
 from loki_compile.policies.table import SHARE_AT, Stored, policy_of
@@ -97,7 +99,7 @@ def loki(
     )
     normal, parts = _in_one_form(gm)
     of_model = PlanOfModel(normal, example_inputs, parts, config)
-    plan = plainly(plan_graph, normal, config, of_model)
+    plan = plainly(plan_graph, normal, config, of_model, parts)
     refusal = _refusal(plan) if config.strict else ""
     # What is promised to be Inductor's to the bit goes to Inductor.
     once = config.pack_gqa and is_called_once(plan, normal.graph)
@@ -185,7 +187,7 @@ def is_called_once(plan: Plan, graph: fx.Graph) -> bool:
         return any(cache.serves_one_length for cache in plan.caches)
     if plan.sites or not plan.dense:
         return False
-    return all(skip.reason is Reason.PREFILL for skip in plan.dense)
+    return all(skip.reason in PREFILLS for skip in plan.dense)
 
 
 def _checked(options: dict[str, Any], mode: str | None) -> LokiConfig:
@@ -262,7 +264,8 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfi
       ValueError: a basis that does not belong to the model.
     """
     normal, parts = _in_one_form(gm)
-    plan = plan_graph(normal, config, PlanOfModel(normal, example_inputs, parts, config))
+    of_model = PlanOfModel(normal, example_inputs, parts, config)
+    plan = plan_graph(normal, config, of_model, parts)
     bindings = bind_caches(normal, plan, example_inputs, parts, config)
     return describe(plan, config, bindings, adapters(normal, bindings, example_inputs, parts))
 
@@ -280,7 +283,10 @@ def _in_one_form(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Part]]:
 
 
 def plan_graph(
-    normal: fx.GraphModule, config: LokiConfig, stored: Stored = lambda candidates, policy: None
+    normal: fx.GraphModule,
+    config: LokiConfig,
+    stored: Stored = lambda candidates, policy: None,
+    parts: Sequence[Part] = (),
 ) -> Plan:
     """The analysis half of the compiler: what would become of each attention core. `stored` finds
     the plan of layers that is stored for the model.
@@ -292,12 +298,19 @@ def plan_graph(
     if _records_gradients(normal):
         skipped += [Skipped(site.node, Reason.GRAD, (), site.path) for site in sites]
         sites = []
-    return make_plan(
-        sites,
-        skipped,
-        policy=policy_of(config, stored),
-        layers=config.layers,
-    )
+    policy = policy_of(config, stored)
+    plan = make_plan(sites, skipped, policy=policy, layers=config.layers)
+    if config.prefill != "spans" or parts or _records_gradients(normal):
+        return plan
+    prompts = [
+        site
+        for number, site in enumerate(find_prefills(normal.graph))
+        if config.layers == "all" or site.is_among(config.layers, number)
+    ]
+    if not prompts:
+        return plan
+    candidates = [Candidate(site, None, None, (site.key.base,)) for site in prompts]
+    return with_prefills(plan, prompts, policy(candidates))
 
 
 def _dense_form(
@@ -312,13 +325,15 @@ def _dense_form(
     behind them say what its caches are asked."""
     own = len(normal.graph.output_node().args[0])  # type: ignore[arg-type]
     faster = config.pack_gqa and any(x.group > 1 or served_by_attention(x) for x in plan.sites)
-    if parts or not (asked or faster):
+    if parts or not (asked or faster or plan.prefills):
         return gm, own
     form, mapping = copy_of(normal)
     if asked:
         form = add_query_moments(form, remap(asked, mapping))
     if faster:
         form = rewrite_dense(form, plan.on(mapping).sites)
+    if plan.prefills:
+        form = rewrite_prefills(form, plan.on(mapping).prefills)
     return form, own
 
 
@@ -375,7 +390,7 @@ def _refusal(plan: Plan) -> str:
 
 def _say_compiling_dense(tally: Tally, plan: Plan) -> None:
     if plan.dense:
-        prefill = all(skip.reason is Reason.PREFILL for skip in plan.dense)
+        prefill = all(skip.reason in PREFILLS for skip in plan.dense)
         what = _A_PREFILL if prefill else "a graph that stays dense"
         say_compiling(tally, what, len(plan.dense))
 
@@ -395,7 +410,7 @@ def _say_what_stays_dense(plan: Plan, config: LokiConfig, tally: Tally) -> None:
             f"{tally.model}: nothing is sparse: {skip.sentence()}. Lower min_context, or decode "
             "with a longer cache.",
         )
-    elif Reason.PREFILL not in why and not all(skip.by_plan for skip in plan.dense):
+    elif why.isdisjoint(PREFILLS) and not all(skip.by_plan for skip in plan.dense):
         skip = next(skip for skip in plan.dense if not skip.by_plan)
         say_once(
             (tally.model, "dense"),

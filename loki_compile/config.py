@@ -41,6 +41,7 @@ class LokiConfig:
     index_dtype: str = "auto"
     layers: str | tuple[int | str, ...] = "all"
     policy: str | Mapping[Any, str] = "loki"
+    prefill: str = "dense"
     strict: bool = False
     inductor: dict[str, Any] = field(default_factory=dict)
 
@@ -77,6 +78,7 @@ class LokiConfig:
         _one_of("index_dtype", self.index_dtype, ("auto", "int8"))
         _one_of("group_choice", self.group_choice, ("max", "probability"))
         _policies(self.policy)
+        _one_of("prefill", self.prefill, ("dense", "spans"))
         for name in ("pack_gqa", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: needs True or False.")
@@ -123,6 +125,13 @@ class LokiConfig:
             if site.is_among(_picks(layers), number):
                 return kind_of(name)
         return kind_of("loki")
+
+    def kind_of_layer(self, layer: int) -> Kind:
+        """What the policy has a layer do that is known by its number alone; "*" names all."""
+        if isinstance(self.policy, str):
+            return kind_of(self.policy)
+        named = (name for key, name in self.policy.items() if {layer, "*"} & {*_picks(key)})
+        return kind_of(next(named, "loki"))
 
     @property
     def plan_file(self) -> str:

@@ -127,7 +127,8 @@ class PlanOfModel:
         weights, blocks = [], []
         for candidate in candidates:
             cache = candidate.cache
-            weight = None if cache is None else nearest_matrix(cache.new_keys, is_parameter)
+            keys = candidate.keys if cache is None else cache.new_keys
+            weight = nearest_matrix(keys, is_parameter) if keys else None
             matrix = None if weight is None else self.inputs[places[weight]]
             weights.append("" if matrix is None else weights_fingerprint(matrix))
             dims = candidate.site.head_dim

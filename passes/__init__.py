@@ -28,6 +28,7 @@ what reads it (decides, never edits),
     latent         attention over a cached latent, where each step expands keys and values from one
     rotary         keys and queries before their rotation, and which dims of theirs turn together
     prompts        the caches that a prefill asks queries of
+    span_prefills  the cores of a prefill that a plan of spans can serve
     slots          which sites number their keys alike: what one chose, another may read
     policy         what a policy may say: a choice per site, by a ranking
     plan           per site: sparse, or dense with a reason
@@ -39,6 +40,7 @@ and what rewrites it (edits, never decides):
     emit           nodes that several edits add: views, calls like the model's, layouts
     moments        what a prefill's queries are like, as outputs beside its own
     dense          the dense variant: our exact attention, or query groups packed
+    prompts_by_spans  attention of a prompt over spans
     in_place       new rows written behind their past, instead of a `cat` of both
     mirror         each write into a cache, repeated on the index that is kept beside it
     masks          the masks of a site as one

@@ -29,6 +29,8 @@ class Reason(enum.Enum):
     LAYOUT = "which dimensions are batch, heads, tokens and head_dim cannot be told: {}"
     GROUPS = "query heads do not map onto KV heads in groups: {}"
     PREFILL = "prefill ({} query tokens; up to 8 are rewritten): dense by plan"
+    PREFILL_SPANS = "prefill ({} query tokens), which reads spans where its mask is causal: {}"
+    PREFILL_DENSE = 'prefill ({} query tokens), dense under prefill="spans": {}'
     DTYPE = "queries, keys, values and result are not all float32, bfloat16 or float16: {}"
     DEVICE = "its cache lies on a device of type {}, which none of the kernels runs on: {}"
     SCALE = "the scale is a computed value ({})"
@@ -52,6 +54,9 @@ class Reason(enum.Enum):
     NON_CONTIGUOUS_HEAD_DIM = "head_dim is not the last dimension of the cache: {}"
 
 
+PREFILLS = (Reason.PREFILL, Reason.PREFILL_SPANS, Reason.PREFILL_DENSE)
+
+
 @dataclass(frozen=True)
 class Skipped:
     """An attention core that stays as it was, and why."""
@@ -65,7 +70,7 @@ class Skipped:
     def by_plan(self) -> bool:
         """Dense because that is the better choice, not because something was not understood."""
         return self.reason in (
-            Reason.PREFILL,
+            *PREFILLS,
             Reason.SHORT_CACHE,
             Reason.LAYER_OFF,
             Reason.READS_ALL,

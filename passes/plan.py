@@ -26,6 +26,7 @@ from loki_compile.passes.graphs import input_of, remap
 from loki_compile.passes.latent import absorb
 from loki_compile.passes.policy import Candidate, Choice, Policy
 from loki_compile.passes.slots import hold_to, masks_at, slot_classes
+from loki_compile.passes.span_prefills import SpanPrefill, why_not
 from loki_compile.passes.trace_caches import trace_cache
 from torch import fx
 
@@ -59,7 +60,7 @@ class Plan:
     """What becomes of each attention core of one graph.
 
     `keeps` says of each of `caches` what is kept beside it: a cache that sites rank in two ways is
-    there twice.
+    there twice. `prefills` are those of `dense` that read spans.
     """
 
     sparse: tuple[SparseSite, ...]
@@ -67,6 +68,7 @@ class Plan:
     sites: tuple[AttentionSite, ...]
     caches: tuple[KeyCache, ...] = ()
     keeps: tuple[Keeps, ...] = ()
+    prefills: tuple[SpanPrefill, ...] = ()
 
     def on(self, mapping: dict[fx.Node, fx.Node]) -> Plan:
         """The same plan for a copy of its graph, given the map from old nodes to new."""
@@ -151,6 +153,34 @@ def make_plan(
         tuple(cache for cache, _ in caches),
         tuple(keeps for _, keeps in caches),
     )
+
+
+def with_prefills(plan: Plan, sites: Sequence[AttentionSite], choices: Sequence[Choice]) -> Plan:
+    """The plan, with prompts that read the spans which `choices` have for them.
+
+    sites: of `find_prefills`.
+    """
+    found: dict[fx.Node, Skipped] = {}
+    prefills = []
+    for site, choice in zip(sites, choices, strict=True):
+        reason = why_not(site)
+        if choice.spans is None or choice.spans.whole:
+            reason = "its policy has no spans for it"
+        if reason:
+            found[site.node] = Skipped(
+                site.node, Reason.PREFILL_DENSE, (site.tokens, reason), site.path
+            )
+            continue
+        assert choice.spans is not None
+        prefills.append(SpanPrefill(site, choice.spans))
+        details = (site.tokens, choice.note)
+        found[site.node] = Skipped(site.node, Reason.PREFILL_SPANS, details, site.path)
+    dense = tuple(
+        found.get(skip.node, skip) if skip.reason is Reason.PREFILL else skip for skip in plan.dense
+    )
+    served = {skip.node for skip in dense if skip.reason is Reason.PREFILL_SPANS}
+    prefills = [each for each in prefills if each.site.node in served]
+    return dataclasses.replace(plan, dense=dense, prefills=tuple(prefills))
 
 
 def _found(

@@ -39,11 +39,13 @@ class Ranking:
 class Candidate:
     """A site as a policy sees it. `slots` is the number of its class of slots (`passes.slots`): of
     the sites of one class each may read what another chose. `cache` is None where the site cannot
-    be sparse, `slots` then too, and where its keys move."""
+    be sparse, `slots` then too, and where its keys move. `keys` are those of a prompt, which has no
+    cache yet."""
 
     site: AttentionSite
     cache: KeyCache | None
     slots: int | None
+    keys: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ def why_not(cache: Any, tokens: int) -> str:
 
 
 def _why_not(layer: Any, tokens: int) -> str:
+    if reason := getattr(layer, "why_not_rewound", ""):
+        return str(reason)
     if hasattr(layer, "recurrent_states"):
         return "it carries a recurrent state, of which only the newest is there."
     if hasattr(layer, "_quantize"):

@@ -51,7 +51,9 @@ def policy_of(config: LokiConfig, stored: Stored = lambda candidates, policy: No
         if budget.recent == 0 and reuses:
             budget = dataclasses.replace(budget, recent=1)  # a reader's newest key is no other's
         ranking = RANKINGS[kind.ranking] if kind.ranking else None
-        spans = spans_of(kind, candidate, config) if kind.ranking == SPANS else None
+        site, spans = candidate.site, None
+        if kind.ranking == SPANS:
+            spans = spans_of(kind, site.kv_heads, site.path or "a site", config)
         if spans is not None and kind.spans and spans.whole:
             ranking = spans = None
         note = "" if spans is None else f"{spans.share(SHARE_AT):.0%} of {SHARE_AT} keys"
@@ -88,23 +90,24 @@ def policy_of(config: LokiConfig, stored: Stored = lambda candidates, policy: No
     return choose
 
 
-def spans_of(kind: Kind, candidate: Candidate, config: LokiConfig) -> Spans:
-    """The spans of a kind for the KV heads of a site; of all heads one as long as `top_k` where the
-    kind has none. `sink`, `recent` and `min_context` of the options hold as for every policy.
+def spans_of(kind: Kind, kv_heads: int, where: str, config: LokiConfig) -> Spans:
+    """The spans of a kind for so many KV heads, of the site `where`; of all heads one as long as
+    `top_k` where the kind has none. `sink`, `recent` and `min_context` of the options hold as for
+    every policy.
 
     Raises:
       ValueError: spans of another number of heads.
     """
-    budget, site = config.budget, candidate.site
+    budget = config.budget
     heads, sink = kind.spans, max(kind.sink, budget.sink)
     if not heads:
         lines = [(1 - sink, budget.keep_q16 / ONE_Q16)]
         if budget.top_k is not None:
             lines = [(budget.top_k - sink, 0.0)]
         heads = (Span.of(*lines),)
-    if len(heads) not in (1, site.kv_heads):
+    if len(heads) not in (1, kv_heads):
         raise ValueError(
-            f"policy: {site.path or 'a site'} has {site.kv_heads} KV heads, and is to read "
+            f"policy: {where} has {kv_heads} KV heads, and is to read "
             f"{len(heads)} spans: needs one for each of its KV heads, or one for all."
         )
     return Spans(heads, sink, max(budget.recent, 1), budget.min_keys)

@@ -762,6 +762,15 @@ def test_attention_in_ranges_of_keys_is_as_defined(implementation, mask_kind, to
         torch.testing.assert_close(found.double(), truth, rtol=0, atol=2e-2)
 
 
+def test_heads_may_share_one_run_of_slots_and_have_ranges_of_their_own_there(implementation):
+    q, k, v, _ = attend_inputs((2, 10, 1, 1, 1000, 72, 40, 16, 9), torch.float32)
+    k, v = (x.expand(-1, 5, -1, -1) for x in (k, v))
+    options = dict(scale=0.2, ranges=RANGES.view(1, 5, 1, 4))
+    truth = reference.attend(q.double(), k.double(), v.double(), None, None, **options)
+    found = implementation.attend(q, k, v, None, None, **options)
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_between_ranges_nothing_is_read(implementation, tokens):
     q, k, v, _ = attend_inputs((1, 4, 2, tokens, 4000, 64, 64, 16, 9), torch.float32)

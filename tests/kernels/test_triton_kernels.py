@@ -617,6 +617,15 @@ def test_attention_in_ranges_of_keys(dtype, b, hq, hkv, s, d, dv, programs):
         assert error <= 8 * torch.finfo(dtype).eps * float(truth.abs().max() + 1)
 
 
+@here
+def test_heads_may_share_one_run_of_slots_and_have_ranges_of_their_own_there():
+    q, k, v = attention_inputs(2, 10, 1, 1, 150, 32, 24, torch.float32)
+    tensors = [q, k.expand(-1, 5, -1, -1), v.expand(-1, 5, -1, -1)]
+    ranges, launch = RANGES.view(1, 5, 1, 4), small_tiles(tensors, 3)
+    error, _ = attend_error(tensors, None, None, launch, scale=0.2, ranges=ranges)
+    assert error < 1e-5
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="compiled kernels keep what they were compiled with")
 def test_ranges_of_more_rows_than_are_counted_at_a_time(monkeypatch):
     monkeypatch.setattr(triton_attend, "ROWS_BLOCK", triton_attend.tl.constexpr(4))

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.covers
 def test_defaults_are_the_documented_ones():
     assert LokiConfig() == LokiConfig(
         top_k=0.125, rank=0.25, basis="auto", min_context=1024, sink=4, recent=32, share="group",
-        pack_gqa=True, index_dtype="auto", layers="all", policy="loki", strict=False, inductor={},
+        pack_gqa=True, index_dtype="auto", layers="all", policy="loki", prefill="dense",
+        strict=False, inductor={},
     )  # fmt: skip
     assert LokiConfig.from_options(None) == LokiConfig.from_options({}) == LokiConfig()
 
