@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from loki_compile import fits, indexes, prompts
+from loki_compile import fits, indexes, lengths, prompts
 from loki_compile.buffers import UNLIMITED, Growing, Growth
 from loki_compile.builds import Build, Watch
 from loki_compile.caches import CacheBinding, Cached, tokens_before, version_of
@@ -27,7 +27,7 @@ from loki_compile.counts import Because, say_once
 from loki_compile.deferred import Deferred
 from loki_compile.engines import Variant, in_turn
 from loki_compile.exact_steps import exact_now
-from loki_compile.indexes import IndexRecord
+from loki_compile.index_record import IndexRecord
 from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
 from loki_compile.passes.attention import MAX_QUERY_TOKENS
 from loki_compile.passes.shared_caches import Part, with_parts
@@ -275,7 +275,7 @@ class DecodeGraph:
                 return slots
             # Counting costs nothing; reading a position costs a sync where it lies on a device.
             if cached.holder.device.type != "cpu":
-                before = indexes.filled_before(cached)
+                before = lengths.filled_before(cached)
                 if before is not None:
                     return min(slots, before + cached.stored)
             if self.fill_graph is None:
@@ -677,4 +677,4 @@ class DecodeGraph:
         for place, binding in enumerate(step.served.bindings):
             before = step.caches[place]
             if not binding.form.grows and before.holder.device.type != "cpu":
-                indexes.remember_filled(binding.left_by(outputs, before), step.filled[place])
+                lengths.remember_filled(binding.left_by(outputs, before), step.filled[place])

@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from loki_compile.kernels.kept import Layout
 
 if TYPE_CHECKING:
-    from loki_compile.indexes import IndexRecord
+    from loki_compile.index_record import IndexRecord
     from loki_compile.prompts import Asked
     from loki_compile.steps import Served, Step
 
