@@ -9,40 +9,33 @@ and there are true indexes, a third one runs: dense attention, with the sparse o
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from loki_compile import fits, indexes, lengths, prompts
+from loki_compile import indexes, lengths, prompts
 from loki_compile.buffers import UNLIMITED, Growing, Growth
-from loki_compile.builds import Build, Watch
-from loki_compile.caches import CacheBinding, Cached, tokens_before, version_of
+from loki_compile.builds import Watch
+from loki_compile.caches import CacheBinding, Cached, version_of
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Because, say_once
 from loki_compile.deferred import Deferred
 from loki_compile.engines import Variant, in_turn
 from loki_compile.exact_steps import exact_now
+from loki_compile.fast_path import FastPath
 from loki_compile.index_record import IndexRecord
-from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
+from loki_compile.kernels.kept import Layout
 from loki_compile.passes.attention import MAX_QUERY_TOKENS
 from loki_compile.passes.shared_caches import Part, with_parts
 from loki_compile.recovery import Rollback, Saved, is_shortage, ordinary_tensors
+from loki_compile.setbacks import Setbacks
+from loki_compile.step_indexes import StepIndexes
 from loki_compile.steps import Served, Step
-from loki_compile.trails import Trail, Trails, settle_all
-from loki_compile.variants import FillGraph, Variants
+from loki_compile.trails import Trail, settle_all
+from loki_compile.variants import Variants
 from loki_compile.witness import Witness
-
-log = logging.getLogger("loki_compile")
-
-# Dense steps after a first shortage of memory, before an index is tried again; twice as many after
-# each further one, up to the second number.
-SHORTAGE_CALLS = 64
-SHORTAGE_CALLS_MOST = 1 << 14
 
 
 class DecodeGraph:
@@ -74,27 +67,26 @@ class DecodeGraph:
         self.fill_graph = variants.fill
         self.growing = Growing(growths) if growths else None
         self.copying: Variant | None = None
-        self.spots, self.trails = self._trails(served)
         # A weight that tells models apart; its version tells whether it is what it was.
         self.owner = next((b.weight for b in served.bindings if b.weight is not None), None)
         self.known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.dense: Variant | None = None
         # By what is kept of each cache, and whether attention is dense all the same.
         self.sparse: dict[tuple[tuple[Layout | None, ...], bool], Variant] = {}
-        self.gave_up: str | None = None
         self.sparse_ran = False
         self.interpreted = 0
         self.turn = 0
         self.watch = Watch()
-        self.short_of_memory = 0  # calls that will be dense
-        self.shortages = 0
+        self.own = StepIndexes(variants, config, self.watch)
+        self.setbacks = Setbacks(self.watch, self.sparse)
+        self.fast = FastPath(served, variants, self.growing, self.own.layouts, config.min_context)
 
     def __call__(self, *args: Any) -> Any:
         holders = () if self.growing is None else self.growing.holders(args)
         served = self.served_to(args)
         if self.parts:
             args = with_parts(args, self.parts)
-        step = self._on_a_trail(args, served, holders)
+        step = self.fast.step(args, served, holders)
         if step is None:
             settle_all()
             grown = None if self.growing is None else self.growing.take(args, holders)
@@ -106,93 +98,6 @@ class DecodeGraph:
         if why is not None:
             return self.run_dense(step, why)
         return self.run_exact(step) if exact_now() else self.run_sparse(step)
-
-    # -- a step that finds all as the last one left it
-
-    def _on_a_trail(
-        self, args: Sequence[Any], served: Served, holders: Sequence[int]
-    ) -> Step | None:
-        if self.trails is None:
-            return None
-        tensors = self.trails.tensors(args)
-        trail = self.trails.find(tensors, served)
-        if trail is None:
-            return None
-        grown = None
-        if self.growing is not None:
-            pasts = tensors[: len(holders)]
-            grown = self.growing.take_again(pasts, holders, args, trail.capacity)
-            if grown is None:
-                return None
-        filled = self._filled_on(trail, args, served.bindings)
-        if max(filled) >= max(trail.again_at, self.config.min_context):
-            return None
-        return Step(args, served, filled, grown, trail, trail.held() if trail.counts else None)
-
-    def _filled_on(
-        self, trail: Trail, args: Sequence[Any], bindings: Sequence[CacheBinding]
-    ) -> list[int]:
-        """As `_filled_after`."""
-        written = 0
-        if self.fill_graph is not None:
-            written = int(self.fill_graph.read(args))
-        filled = []
-        for binding, (spot, *_) in zip(bindings, self.spots, strict=True):
-            form, slots = binding.form, trail.shapes[spot][binding.form.token_axis]
-            if form.grows:
-                count = binding.new_tokens
-                slots += count if isinstance(count, int) else count.of(args)
-            elif form.written and written > 0:
-                slots = min(slots, written)
-            filled.append(slots)
-        return filled
-
-    def _watched(self, step: Step) -> list[Tensor]:
-        """The tensors that a trail tells, as the step leaves them."""
-        assert self.trails is not None
-        tensors = self.trails.tensors(step.args)
-        if step.grown is not None:
-            tensors[: len(step.grown.rooms)] = step.grown.rooms
-        return tensors
-
-    def _leave_a_trail(
-        self,
-        step: Step,
-        records: Sequence[IndexRecord] | None = None,
-        asked: Sequence[tuple[int, tuple[int, ...], prompts.Asked]] = (),
-    ) -> None:
-        """For the next step."""
-        if self.trails is None:
-            return
-        tensors = self._watched(step)
-        for cache, place, said in asked:
-            prompts.keep(tensors[self.spots[cache][0]], place, said)
-        if step.trail is not None and (records is None) == (step.trail.records is None):
-            step.trail.go_on(step, tensors)
-            return
-        layouts = None if records is None else self._layouts(step)
-        trail = Trail(step, tensors, records, layouts, self.trails.spots)
-        trail.asked = list(asked)
-        self.trails.add(trail)
-
-    def _trails(self, served: Served) -> tuple[list[tuple[int, ...]], Trails | None]:
-        """Where a trail has each cache's tensors; None where steps leave others than they found,
-        and where a position must not be read from a device at each step."""
-        places = [] if self.growing is None else list(self.growing.places)
-        for binding in served.bindings:
-            for place in (binding.argument, binding.rest):
-                if place is not None and place not in places:
-                    places.append(place)
-        spots = [
-            tuple(places.index(p) for p in (b.argument, b.rest) if p is not None)
-            for b in served.bindings
-        ]
-        forms = [binding.form for binding in served.bindings]
-        if any(form.replaced and not form.in_place for form in forms):
-            return spots, None
-        if self.fill_graph is not None and not self.variants.on_cpu:
-            return spots, None
-        return spots, Trails(places, [spots[cache] for cache in served.kept])
 
     def remember(self, args: Sequence[Any]) -> None:
         """`served` is for the model whose call this is."""
@@ -215,12 +120,17 @@ class DecodeGraph:
             self.known[weight] = (version_of(weight), served)
         return served
 
+    @property
+    def gave_up(self) -> str | None:
+        """Why it is dense from now on; None while it is not."""
+        return self.setbacks.gave_up
+
     def state(self) -> str:
         """What differs now from the plan, in words: "" if nothing does."""
-        if self.gave_up is not None:
-            return f"{Because.GAVE_UP.value}: {self.gave_up}"
-        if self.short_of_memory:
-            return f"no memory for an index: tried again in {self.short_of_memory} steps"
+        if self.setbacks.gave_up is not None:
+            return f"{Because.GAVE_UP.value}: {self.setbacks.gave_up}"
+        if self.setbacks.short_of_memory:
+            return f"no memory for an index: tried again in {self.setbacks.short_of_memory} steps"
         if self.interpreted:
             return f"interpreted in {self.interpreted} calls: sizes that Inductor had fixed changed"
         late = [run.state() for run in self.variants.runs if isinstance(run, Deferred)]
@@ -249,15 +159,15 @@ class DecodeGraph:
         """
         if any(count.of(step.args) > MAX_QUERY_TOKENS for count in self.token_counts):
             return Because.PREFILL
-        if self.gave_up is not None:
+        if self.setbacks.gave_up is not None:
             return Because.GAVE_UP
         if self.config.min_context:
             if step.visible < self.config.min_context:
                 return Because.SHORT
             if all(rule.covers(step.visible) for rule in self.variants.rules):
                 return Because.COVERED
-        if self.short_of_memory:
-            self.short_of_memory -= 1
+        if self.setbacks.short_of_memory:
+            self.setbacks.short_of_memory -= 1
             return Because.SHORTAGE
         return None
 
@@ -302,13 +212,13 @@ class DecodeGraph:
             asked = self._asked(step) if step.trail is None else step.trail.asked
         outputs = self._with_rooms(self.dense(*step.inputs), step)
         step.served.tally.dense(why)
-        if self.trails is None:
+        if self.fast.trails is None:
             self._remember_filled(step, outputs)
             for cache, place, said in asked:
                 left = step.served.bindings[cache].left_by(outputs, step.caches[cache])
                 prompts.keep(left.past, place, said)
         else:
-            self._leave_a_trail(step, asked=asked)
+            self.fast.leave(step, asked=asked)
         return outputs
 
     def _asked(self, step: Step) -> list[tuple[int, tuple[int, ...], prompts.Asked]]:
@@ -349,7 +259,7 @@ class DecodeGraph:
             return self.run_dense(step, Because.EXACT)
         if step.held is None:
             self._come_off(step)
-            layouts, held = self._layouts(step), self._true_indexes(step)
+            layouts, held = self.own.layouts(step), self.own.true_ones(step)
             if layouts is None or None in held:
                 return self.run_dense(step, Because.EXACT)
         return self.run_sparse(step, exact=True)
@@ -359,11 +269,11 @@ class DecodeGraph:
             if step.held is not None:
                 return self._run_on(step, step.trail, step.held, exact)
             self._come_off(step)
-        layouts = self._layouts(step)  # what an index is found by
-        held = self._true_indexes(step)
-        if self._lacks_keys(step, held):
+        layouts = self.own.layouts(step)  # what an index is found by
+        held = self.own.true_ones(step)
+        if self.own.lacks_keys(step, held):
             return self.run_dense(step, Because.EMPTY)
-        if self._hold_back(step, held):
+        if self.own.hold_back(step, held):
             return self.run_dense(step, Because.HELD_BACK)
         # Compiled first where that is possible: no keys are read for an index that nothing uses.
         if layouts is not None and self._variant(layouts, exact) is None:
@@ -372,7 +282,7 @@ class DecodeGraph:
         try:
             with ordinary_tensors():
                 saved = self.rollback.save(step.args, whole)
-                records = self._build_missing(step, held)
+                records = self.own.build_missing(step, held)
         except Exception as error:  # out of memory, most likely; nothing is written yet
             return self._after(error, step, "a key index could not be built")
         variant = self._variant(tuple(b.layout for b in step.served.bindings), exact)
@@ -397,7 +307,7 @@ class DecodeGraph:
             self._adopt(step, outputs, records)
         except Exception as error:  # out of memory: the step is right, its index is built anew
             if not self.config.strict:
-                self._set_back("a key index could not be kept", error)
+                self.setbacks.set_back("a key index could not be kept", error)
         self._count(step, exact)
         del outputs[self.outputs :]
         return outputs
@@ -413,7 +323,7 @@ class DecodeGraph:
 
     def _count(self, step: Step, exact: bool) -> None:
         """A step that ended well and left its indexes true."""
-        self.shortages = 0
+        self.setbacks.shortages = 0
         if exact:
             step.served.tally.dense(Because.EXACT)
         else:
@@ -447,91 +357,10 @@ class DecodeGraph:
                 raise  # what the first attempt has written cannot be taken back
             saved.put_back()
             return self._after(error, step, "the sparse variant failed", saved)
-        trail.go_on(step, self._watched(step))
+        trail.go_on(step, self.fast.watched(step))
         trail.unsettle()
         self._count(step, exact)
         return outputs
-
-    def _true_indexes(self, step: Step) -> list[IndexRecord | None]:
-        """What is kept of each cache, in order; None where nothing is known to mirror it."""
-        held: list[IndexRecord | None] = []
-        unwatched = []
-        for place in step.served.kept:
-            binding, cached, filled = (
-                step.served.bindings[place],
-                step.caches[place],
-                step.filled[place],
-            )
-            record = indexes.find(binding, cached)
-            if record is not None and (
-                not indexes.is_true(binding, cached, record, filled)
-                or fits.is_outgrown(record.fit, cached, filled, self.config.min_context)
-            ):
-                record = None
-            held.append(record)
-            if record is not None and not cached.counts_writes:
-                unwatched.append((record, cached))
-        if unwatched and not self._agree(step, unwatched):
-            wrong = {id(record) for record, _ in unwatched}
-            held = [None if id(record) in wrong else record for record in held]
-        return held
-
-    def _agree(self, step: Step, unwatched: Sequence[tuple[IndexRecord, Cached]]) -> bool:
-        """Whether caches that count no writes are as the last step left them."""
-        witness = unwatched[0][0].witness
-        if witness is not None and witness.was_wrong():
-            return False
-        moved = None
-        if self.fill_graph is not None and unwatched[0][1].past.device.type != "cpu":
-            moved = self._has_moved(step, self.fill_graph)
-        return indexes.agree_all(unwatched, moved)
-
-    def _has_moved(self, step: Step, graph: FillGraph) -> Tensor | None:
-        """Whether positions on a device are not those that were counted, 0-d, without waiting."""
-        cached, counted = step.caches[graph.place], step.filled[graph.place]
-        filled = graph.read(step.args)
-        if not isinstance(filled, Tensor):
-            return None  # the host has read it
-        return (filled > 0) & (filled.clamp(max=cached.slots) != counted)
-
-    def _lacks_keys(self, step: Step, held: Sequence[IndexRecord | None]) -> bool:
-        """Whether a basis is to be fitted where nothing is cached yet."""
-        return any(
-            record is None
-            and step.served.bindings[place].needs_basis
-            and tokens_before(step.caches[place], step.filled[place]) < 1
-            for place, record in zip(step.served.kept, held, strict=True)
-        )
-
-    def _hold_back(self, step: Step, held: Sequence[IndexRecord | None]) -> bool:
-        """Whether this call needs a build that is held back; see `builds.Watch`."""
-        if None not in held:
-            for build in {id(r.build): r.build for r in held if r is not None}.values():
-                build.use()
-            return False
-        dropped = None
-        if self.config.min_context:
-            bindings, caches = step.served.bindings, step.caches
-            records = [indexes.find(bindings[at], caches[at]) for at in step.served.kept]
-            dropped = [record.build for record in records if record is not None]
-        before = tokens_before(step.caches[0], step.filled[0])
-        return self.watch.holds_back(before, step.filled[0], dropped)
-
-    def _layouts(self, step: Step) -> tuple[Layout | None, ...] | None:
-        """Of what is kept of each cache; None where a spectrum decides that is not known yet."""
-        by_spectrum = isinstance(self.config.rank, str)
-        for binding, cached in zip(step.served.bindings, step.caches, strict=True):
-            if binding.keeps is not Keeps.INDEX:
-                continue
-            if by_spectrum and binding.basis is None:
-                indexes.take_highest_rank(binding, cached)
-            if binding.layout is None:
-                rank = binding.rank(self.config.rank)
-                if rank is None:
-                    return None
-                dtype, own = self._index_dtype or cached.past.dtype, binding.basis is None
-                binding.layout = IndexLayout(rank, dtype, own and binding.form.rows_apart)
-        return tuple(binding.layout for binding in step.served.bindings)
 
     def _variant(self, layouts: tuple[Layout | None, ...], exact: bool) -> Variant | None:
         """The variant that takes these indexes, compiled at its first use. None: stay dense."""
@@ -540,7 +369,7 @@ class DecodeGraph:
             return self.sparse[key]
         make = self.variants.exact if exact else self.variants.sparse
         with in_turn():
-            if self.gave_up is None and key not in self.sparse:
+            if self.setbacks.gave_up is None and key not in self.sparse:
                 try:
                     # What is made here outlives the call, and the mode it came in.
                     with ordinary_tensors():
@@ -548,36 +377,8 @@ class DecodeGraph:
                 except Exception as error:
                     if self.config.strict:
                         raise
-                    self.give_up("the sparse variant could not be built", error)
+                    self.setbacks.give_up("the sparse variant could not be built", error)
             return self.sparse.get(key)
-
-    @property
-    def _index_dtype(self) -> torch.dtype | None:
-        return torch.int8 if self.config.index_dtype == "int8" else None
-
-    def _build_missing(self, step: Step, held: Sequence[IndexRecord | None]) -> list[IndexRecord]:
-        if None not in held and not step.grown:
-            return list(held)  # type: ignore[arg-type]
-        made = Build(self.watch, step.filled[0])
-        records = []
-        for place, record in zip(step.served.kept, held, strict=True):
-            binding, cached = step.served.bindings[place], step.caches[place]
-            if record is None:
-                record = indexes.build(
-                    binding,
-                    cached,
-                    indexes.find(binding, cached),
-                    made,
-                    filled=step.filled[place],
-                    rank=self.config.rank,
-                    dtype=self._index_dtype,
-                    seen=functools.partial(self.variants.seen, step.args, place, step.seen),
-                    tally=step.served.tally,
-                )
-            elif binding.form.in_place:
-                record = indexes.carry_over(binding, cached, record)
-            records.append(record)
-        return records
 
     def _say_it_ran(self, step: Step, records: Sequence[IndexRecord]) -> None:
         if self.sparse_ran:
@@ -611,38 +412,8 @@ class DecodeGraph:
             if saved is not None:
                 saved.put_back()  # the step can be taken again
             raise
-        self._set_back(what, error)
+        self.setbacks.set_back(what, error)
         return outputs
-
-    def _set_back(self, what: str, error: Exception) -> None:
-        """Dense: for a while where memory was short, which may pass, else from now on."""
-        if not is_shortage(error):
-            return self.give_up(what, error)
-        self.short_of_memory = min(SHORTAGE_CALLS << self.shortages, SHORTAGE_CALLS_MOST)
-        self.shortages += 1
-        indexes.forget_all(self.watch)
-        log.warning(
-            "%s for want of memory: decoding is dense for %d steps, then it is tried again (%s).",
-            what,
-            self.short_of_memory,
-            f"{type(error).__name__}: {error}",
-        )
-        return None
-
-    def give_up(self, what: str, error: Exception) -> None:
-        """Dense from now on, which is said once; what was held is given back."""
-        if self.gave_up is not None:
-            return
-        failure = f"{type(error).__name__}: {error}"
-        self.gave_up = f"{what}: {failure}"
-        self.sparse.clear()
-        indexes.forget_all(self.watch)
-        log.warning(
-            "%s and decoding stays dense: %s. Set strict=True to raise instead.",
-            what,
-            failure,
-            exc_info=log.isEnabledFor(logging.DEBUG),
-        )
 
     # -- behind a step
 
@@ -668,10 +439,10 @@ class DecodeGraph:
             witness = Witness([(cached, record.filled) for record, cached in unwatched], self.turn)
             for record, _ in unwatched:
                 record.witness = witness
-        if self.trails is None:
+        if self.fast.trails is None:
             self._remember_filled(step, outputs)
         else:
-            self._leave_a_trail(step, records)
+            self.fast.leave(step, records)
 
     def _remember_filled(self, step: Step, outputs: Sequence[Any]) -> None:
         for place, binding in enumerate(step.served.bindings):
