@@ -83,6 +83,7 @@ ORACLES = {
     "loki_compile/fast_path.py": ("runtime", "faults"),
     "loki_compile/step_indexes.py": ("runtime", "faults"),
     "loki_compile/setbacks.py": ("faults",),
+    "kernels/masks.py": ("masks", "ops"),
     "kernels/fused.py": ("masks", "ops", LATENT_ROWS, LATENT_BASES, "rewrite"),
     "kernels/reference.py": ("ops", "rewrite"),
     "pca_store/attention_fit.py": ("attention_fit",),
