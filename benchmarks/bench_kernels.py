@@ -56,8 +56,9 @@ from harness import (
     write_rows,
 )
 from loki_compile.kernels import reference
-from loki_compile.kernels.fused import index_rows, span_ranges, visible_slots
+from loki_compile.kernels.fused import index_rows
 from loki_compile.kernels.ops import attend, attention, select, update_pages
+from loki_compile.kernels.positions import span_ranges, visible_slots
 from loki_compile.kernels.spans import Spans, heads_from
 from torch import Tensor
 

@@ -33,8 +33,10 @@ q (B,Hq,S,D), k (B,Hkv,T,D), v (B,Hkv,T,Dv), basis (Hkv,D,R) or (B,Hkv,D,R), ind
 written broadcastable to (B,Hkv,T,1), positions (B,Hkv or Hq,S,K), ranges (B,Hkv,S,4) or broadcast.
 
 `ops` is the public door, `reference` the definition, `budget` how many keys a row chooses, `spans`
-how many of the last ones a KV head reads, `kept` what is kept beside a cache, `fused` the plain
-torch that Inductor fuses around the ops; `cpu` (C++, in cpu_*.cpp, or the PyTorch ops of
-`cpu_torch`) and `triton_select` (scores in `triton_score`, the choice in `triton_choose`),
-`triton_attend` and `triton_pages` implement it. `span_prefill` is of prompts, by FlexAttention.
+how many of the last ones a KV head reads, `kept` what is kept beside a cache. The plain torch that
+Inductor fuses around the ops is in `fused` (rows, layouts, maps), `masks`, `positions` (without a
+ranking of scores) and `moments` (of a prompt's queries). `cpu` (C++, in cpu_*.cpp, or the PyTorch
+ops of `cpu_torch`) and `triton_select` (scores in `triton_score`, the choice in `triton_choose`),
+`triton_attend` (shares of ranges in `triton_ranges`) and `triton_pages` implement the ops.
+`span_prefill` is of prompts, by FlexAttention.
 """

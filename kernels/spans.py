@@ -1,7 +1,7 @@
 """How many of the last keys each KV head reads, where that is a span alpha + beta N of the N keys
 that a row sees (MoA, arXiv 2406.14909): the one formula, and its text. Needs no PyTorch.
 
-`fused.span_ranges` has the same for tensors.
+`positions.span_ranges` has the same for tensors.
 """
 
 from __future__ import annotations

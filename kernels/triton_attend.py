@@ -51,13 +51,13 @@ from loki_compile.kernels.triton_launch import (
     programs_per_row,
     row_coordinates,
 )
+from loki_compile.kernels.triton_ranges import parts_of_row, ranges_at, row_of_part, tiles_of_part
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SPLITS_MAX = tl.constexpr(64)
 FIRSTS_BLOCK = tl.constexpr(128)
 COMBINE_DV = tl.constexpr(64)
-ROWS_BLOCK = tl.constexpr(256)
 
 
 @triton.jit
@@ -83,68 +83,6 @@ def _used_tiles(p_positions, K, T, BLOCK_N: tl.constexpr):
         at = tl.load(p_positions + o.to(tl.int64) * BLOCK_N, mask=o < tiles, other=-1)
         used = tl.maximum(used, tl.max(tl.where((at >= 0) & (at < T), o + 1, 0), 0))
     return used
-
-
-@triton.jit
-def _ranges_at(p, m, T):
-    """Keys [first, stop) and [last, end) of rows; all T where both are empty."""
-    first = tl.minimum(tl.maximum(tl.load(p, mask=m, other=0), 0), T)
-    stop = tl.minimum(tl.maximum(tl.load(p + 1, mask=m, other=0), first), T)
-    last = tl.minimum(tl.maximum(tl.load(p + 2, mask=m, other=0), stop), T)
-    end = tl.minimum(tl.maximum(tl.load(p + 3, mask=m, other=0), last), T)
-    none = (first == stop) & (last == end)
-    first, last = tl.where(none, 0, first), tl.where(none, T, last)
-    return first, tl.where(none, T, stop), last, tl.where(none, T, end)
-
-
-@triton.jit
-def _tiles_of_rows(p_ranges, o, rows, H, S, T, sb, sh, ss, BLOCK_N: tl.constexpr):
-    """Tiles that rows `o` read, 0 where there is no such row."""
-    m = o < rows
-    at = (o // (S * H)).to(tl.int64) * sb + (o // S % H).to(tl.int64) * sh + (o % S) * ss
-    first, stop, last, end = _ranges_at(p_ranges + at, m, T)
-    return tl.where(m, tl.cdiv(stop - first + end - last, BLOCK_N), 0)
-
-
-@triton.jit
-def _tiles_of_part(p_ranges, rows, parts, H, S, T, sb, sh, ss, BLOCK_N: tl.constexpr):
-    """Tiles that a part reads, so that about `parts` of them are those of all rows."""
-    total = 0
-    for i in range(0, rows, ROWS_BLOCK):
-        o = i + tl.arange(0, ROWS_BLOCK)
-        total += tl.sum(_tiles_of_rows(p_ranges, o, rows, H, S, T, sb, sh, ss, BLOCK_N), 0)
-    return tl.maximum(tl.cdiv(total, parts), 1)
-
-
-@triton.jit
-def _row_of_part(p_ranges, i_part, each, rows, H, S, T, sb, sh, ss, BLOCK_N: tl.constexpr):
-    """The row that part `i_part` is of, and the parts before that row's first; `rows` where there
-    are fewer parts."""
-    row = 0
-    before = 0
-    parts = 0
-    for i in range(0, rows, ROWS_BLOCK):
-        o = i + tl.arange(0, ROWS_BLOCK)
-        of_rows = tl.cdiv(_tiles_of_rows(p_ranges, o, rows, H, S, T, sb, sh, ss, BLOCK_N), each)
-        ends = parts + tl.cumsum(of_rows, 0)
-        behind = (ends <= i_part) & (o < rows)
-        row += tl.sum(behind.to(tl.int32), 0)
-        before = tl.maximum(before, tl.max(tl.where(behind, ends, 0), 0))
-        parts += tl.sum(of_rows, 0)
-    return row, before
-
-
-@triton.jit
-def _parts_of_row(p_ranges, i_row, each, rows, H, S, T, sb, sh, ss, BLOCK_N: tl.constexpr):
-    """The parts before a row's first, and how many it has."""
-    before = 0
-    own = 0
-    for i in range(0, rows, ROWS_BLOCK):
-        o = i + tl.arange(0, ROWS_BLOCK)
-        of_rows = tl.cdiv(_tiles_of_rows(p_ranges, o, rows, H, S, T, sb, sh, ss, BLOCK_N), each)
-        before += tl.sum(tl.where(o < i_row, of_rows, 0), 0)
-        own += tl.sum(tl.where(o == i_row, of_rows, 0), 0)
-    return before, own
 
 
 @triton.jit
@@ -191,10 +129,10 @@ def attend_kernel(
     i_of_grid = i // HEAD_BLOCKS
     if RANGES:
         i_part = i_of_grid
-        tiles_each = _tiles_of_part(
+        tiles_each = tiles_of_part(
             p_positions, rows, parts, H, S, T, pos_sb, pos_sh, pos_ss, BLOCK_N
         )
-        i_of_grid, parts_before = _row_of_part(
+        i_of_grid, parts_before = row_of_part(
             p_positions, i_part, tiles_each, rows, H, S, T, pos_sb, pos_sh, pos_ss, BLOCK_N
         )
         if i_of_grid >= rows:
@@ -228,7 +166,7 @@ def attend_kernel(
         tiles = tl.cdiv(T, BLOCK_N)
     elif RANGES:
         p_positions += i_b * pos_sb + i_h * pos_sh + i_s * pos_ss
-        first, stop, last, end = _ranges_at(p_positions, True, T)
+        first, stop, last, end = ranges_at(p_positions, True, T)
         gap_at = stop - first
         slots = gap_at + end - last
         first_tile, tile_step = (i_part - parts_before) * tiles_each, 1
@@ -341,8 +279,8 @@ def combine_kernel(
         i_head = i_h * GROUP + i % GROUP
     o_dv = tl.program_id(1) * COMBINE_DV + tl.arange(0, COMBINE_DV)
     if RANGES:
-        each = _tiles_of_part(p_ranges, rows, parts, H, S, T, pos_sb, pos_sh, pos_ss, BLOCK_N)
-        before, count = _parts_of_row(
+        each = tiles_of_part(p_ranges, rows, parts, H, S, T, pos_sb, pos_sh, pos_ss, BLOCK_N)
+        before, count = parts_of_row(
             p_ranges, i // GROUP, each, rows, H, S, T, pos_sb, pos_sh, pos_ss, BLOCK_N
         )
         start, step = before.to(tl.int64) * GROUP + i % GROUP, GROUP

@@ -33,7 +33,7 @@ from loki_compile.caches import GivenSize
 from loki_compile.recovery import is_shortage
 
 if TYPE_CHECKING:
-    from loki_compile.indexes import IndexRecord
+    from loki_compile.index_record import IndexRecord
 
 # Room is a share of the rows, and at least so many. What is not used of it takes addresses on a
 # CPU, and memory elsewhere.

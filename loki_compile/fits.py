@@ -27,7 +27,7 @@ from loki_compile.pca_store.covariance import KeyCovariance
 from loki_compile.prompts import Asked, asked_of
 
 if TYPE_CHECKING:
-    from loki_compile.indexes import IndexRecord
+    from loki_compile.index_record import IndexRecord
 
 # Keys that an automatic basis is fitted from, evenly spread: PCA of D dims needs no more.
 FIT_TOKENS = 16384

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from loki_compile.kernels.fused import joint_mask, plain_mask, queries_by_head
+from loki_compile.kernels.fused import queries_by_head
+from loki_compile.kernels.masks import joint_mask, plain_mask
 from loki_compile.passes.attention import AttentionSite, Heads
 
 # What a site's core returned and computed it from, and the gradient of the loss there.

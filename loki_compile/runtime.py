@@ -9,37 +9,33 @@ and there are true indexes, a third one runs: dense attention, with the sparse o
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from loki_compile import indexes, prompts
+from loki_compile import indexes, lengths, prompts
 from loki_compile.buffers import UNLIMITED, Growing, Growth
-from loki_compile.caches import version_of
+from loki_compile.builds import Watch
+from loki_compile.caches import CacheBinding, Cached, reading_waits, version_of
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Because, say_once
 from loki_compile.deferred import Deferred
 from loki_compile.engines import Variant, in_turn
 from loki_compile.exact_steps import exact_now
-from loki_compile.indexes import IndexRecord
+from loki_compile.fast_path import FastPath
+from loki_compile.index_record import IndexRecord
 from loki_compile.kernels.kept import Layout
-from loki_compile.mirrors import Mirrors
 from loki_compile.passes.attention import MAX_QUERY_TOKENS
 from loki_compile.passes.shared_caches import Part, with_parts
 from loki_compile.recovery import Rollback, Saved, is_shortage, ordinary_tensors
+from loki_compile.setbacks import Setbacks
+from loki_compile.step_indexes import StepIndexes
 from loki_compile.steps import Served, Step
-from loki_compile.trails import Trail, settle_all, trails_of
+from loki_compile.trails import Trail, settle_all
 from loki_compile.variants import Variants
-
-log = logging.getLogger("loki_compile")
-
-# Dense steps after a first shortage of memory, before an index is tried again; twice as many after
-# each further one, up to the second number.
-SHORTAGE_CALLS = 64
-SHORTAGE_CALLS_MOST = 1 << 14
+from loki_compile.witness import Witness
 
 
 class DecodeGraph:
@@ -68,91 +64,40 @@ class DecodeGraph:
         self.token_counts = variants.token_counts
         self.outputs = variants.outputs
         self.rollback = Rollback(variants.undo)
-        self.mirrors = Mirrors(variants, config)
+        self.fill_graph = variants.fill
         self.growing = Growing(growths) if growths else None
         self.copying: Variant | None = None
-        self.spots, self.trails = trails_of(
-            served, () if self.growing is None else self.growing.places, variants.positions_wait
-        )
         # A weight that tells models apart; its version tells whether it is what it was.
         self.owner = next((b.weight for b in served.bindings if b.weight is not None), None)
         self.known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.dense: Variant | None = None
         # By what is kept of each cache, and whether attention is dense all the same.
         self.sparse: dict[tuple[tuple[Layout | None, ...], bool], Variant] = {}
-        self.gave_up: str | None = None
         self.sparse_ran = False
         self.interpreted = 0
-        self.short_of_memory = 0  # calls that will be dense
-        self.shortages = 0
+        self.turn = 0
+        self.watch = Watch()
+        self.own = StepIndexes(variants, config, self.watch)
+        self.setbacks = Setbacks(self.watch, self.sparse)
+        self.fast = FastPath(served, variants, self.growing, self.own.layouts, config.min_context)
 
     def __call__(self, *args: Any) -> Any:
         holders = () if self.growing is None else self.growing.holders(args)
         served = self.served_to(args)
         if self.parts:
             args = with_parts(args, self.parts)
-        step = self._on_a_trail(args, served, holders)
+        step = self.fast.step(args, served, holders)
         if step is None:
             settle_all()
             grown = None if self.growing is None else self.growing.take(args, holders)
             step = Step(args, served, [], grown)
-            step.filled = self.mirrors.filled_after(args, served.bindings, step.caches)
+            step.filled = self._filled_after(args, served.bindings, step.caches)
             if grown is None and self.growing is not None:
                 return self.run_copying(step)
         why = self.why_dense(step)
         if why is not None:
             return self.run_dense(step, why)
         return self.run_exact(step) if exact_now() else self.run_sparse(step)
-
-    # -- a step that finds all as the last one left it
-
-    def _on_a_trail(
-        self, args: Sequence[Any], served: Served, holders: Sequence[int]
-    ) -> Step | None:
-        if self.trails is None:
-            return None
-        tensors = self.trails.tensors(args)
-        trail = self.trails.find(tensors, served)
-        if trail is None:
-            return None
-        grown = None
-        if self.growing is not None:
-            pasts = tensors[: len(holders)]
-            grown = self.growing.take_again(pasts, holders, args, trail.capacity)
-            if grown is None:
-                return None
-        filled = self.mirrors.filled_on(trail, self.spots, args, served.bindings)
-        if max(filled) >= max(trail.again_at, self.config.min_context):
-            return None
-        return Step(args, served, filled, grown, trail, trail.held() if trail.counts else None)
-
-    def _watched(self, step: Step) -> list[Tensor]:
-        """The tensors that a trail tells, as the step leaves them."""
-        assert self.trails is not None
-        tensors = self.trails.tensors(step.args)
-        if step.grown is not None:
-            tensors[: len(step.grown.rooms)] = step.grown.rooms
-        return tensors
-
-    def _leave_a_trail(
-        self,
-        step: Step,
-        records: Sequence[IndexRecord] | None = None,
-        asked: Sequence[tuple[int, tuple[int, ...], prompts.Asked]] = (),
-    ) -> None:
-        """For the next step."""
-        if self.trails is None:
-            return
-        tensors = self._watched(step)
-        for cache, place, said in asked:
-            prompts.keep(tensors[self.spots[cache][0]], place, said)
-        if step.trail is not None and (records is None) == (step.trail.records is None):
-            step.trail.go_on(step, tensors)
-            return
-        layouts = None if records is None else self.mirrors.layouts(step)
-        trail = Trail(step, tensors, records, layouts, self.trails.spots)
-        trail.asked = list(asked)
-        self.trails.add(trail)
 
     def remember(self, args: Sequence[Any]) -> None:
         """`served` is for the model whose call this is."""
@@ -175,16 +120,21 @@ class DecodeGraph:
             self.known[weight] = (version_of(weight), served)
         return served
 
+    @property
+    def gave_up(self) -> str | None:
+        """Why it is dense from now on; None while it is not."""
+        return self.setbacks.gave_up
+
     def state(self) -> str:
         """What differs now from the plan, in words: "" if nothing does."""
-        if self.gave_up is not None:
-            return f"{Because.GAVE_UP.value}: {self.gave_up}"
-        if self.short_of_memory:
-            return f"no memory for an index: tried again in {self.short_of_memory} steps"
+        if self.setbacks.gave_up is not None:
+            return f"{Because.GAVE_UP.value}: {self.setbacks.gave_up}"
+        if self.setbacks.short_of_memory:
+            return f"no memory for an index: tried again in {self.setbacks.short_of_memory} steps"
         if self.interpreted:
             return f"interpreted in {self.interpreted} calls: sizes that Inductor had fixed changed"
         late = [run.state() for run in self.variants.runs if isinstance(run, Deferred)]
-        return self.mirrors.watch.state() or "; ".join(filter(None, late))
+        return self.watch.state() or "; ".join(filter(None, late))
 
     def fitted_bases(self) -> dict[str, str]:
         """Of each site whose cache has an automatic basis, by its path: what that was fitted from
@@ -209,17 +159,43 @@ class DecodeGraph:
         """
         if any(count.of(step.args) > MAX_QUERY_TOKENS for count in self.token_counts):
             return Because.PREFILL
-        if self.gave_up is not None:
+        if self.setbacks.gave_up is not None:
             return Because.GAVE_UP
         if self.config.min_context:
             if step.visible < self.config.min_context:
                 return Because.SHORT
             if all(rule.covers(step.visible) for rule in self.variants.rules):
                 return Because.COVERED
-        if self.short_of_memory:
-            self.short_of_memory -= 1
+        if self.setbacks.short_of_memory:
+            self.setbacks.short_of_memory -= 1
             return Because.SHORTAGE
         return None
+
+    def _filled_after(
+        self, args: Sequence[Any], bindings: Sequence[CacheBinding], caches: Sequence[Cached]
+    ) -> list[int]:
+        """Tokens in each cache behind this step; no device sync in steady state."""
+        written: list[int] = []  # what the fill graph says, asked once
+
+        def after(binding: CacheBinding, cached: Cached) -> int:
+            slots = cached.slots
+            if binding.form.grows:
+                return slots + cached.stored
+            if not binding.form.written:
+                return slots
+            # Counting costs nothing; reading a position costs a sync where it lies on a device.
+            if reading_waits(cached.holder):
+                before = lengths.filled_before(cached)
+                if before is not None:
+                    return min(slots, before + cached.stored)
+            if self.fill_graph is None:
+                return slots
+            if not written:
+                written.append(int(self.fill_graph.read(args)))
+            # Positions that are counted from the end are no number of tokens.
+            return min(slots, written[0]) if written[0] > 0 else slots
+
+        return [after(*pair) for pair in zip(bindings, caches, strict=True)]
 
     # -- the dense variant
 
@@ -236,13 +212,13 @@ class DecodeGraph:
             asked = self._asked(step) if step.trail is None else step.trail.asked
         outputs = self._with_rooms(self.dense(*step.inputs), step)
         step.served.tally.dense(why)
-        if self.trails is None:
-            self.mirrors.remember_filled(step, outputs)
+        if self.fast.trails is None:
+            self._remember_filled(step, outputs)
             for cache, place, said in asked:
                 left = step.served.bindings[cache].left_by(outputs, step.caches[cache])
                 prompts.keep(left.past, place, said)
         else:
-            self._leave_a_trail(step, asked=asked)
+            self.fast.leave(step, asked=asked)
         return outputs
 
     def _asked(self, step: Step) -> list[tuple[int, tuple[int, ...], prompts.Asked]]:
@@ -283,7 +259,7 @@ class DecodeGraph:
             return self.run_dense(step, Because.EXACT)
         if step.held is None:
             self._come_off(step)
-            layouts, held = self.mirrors.layouts(step), self.mirrors.true_indexes(step)
+            layouts, held = self.own.layouts(step), self.own.true_ones(step)
             if layouts is None or None in held:
                 return self.run_dense(step, Because.EXACT)
         return self.run_sparse(step, exact=True)
@@ -293,11 +269,11 @@ class DecodeGraph:
             if step.held is not None:
                 return self._run_on(step, step.trail, step.held, exact)
             self._come_off(step)
-        layouts = self.mirrors.layouts(step)  # what an index is found by
-        held = self.mirrors.true_indexes(step)
-        if self.mirrors.lack_keys(step, held):
+        layouts = self.own.layouts(step)  # what an index is found by
+        held = self.own.true_ones(step)
+        if self.own.lacks_keys(step, held):
             return self.run_dense(step, Because.EMPTY)
-        if self.mirrors.held_back(step, held):
+        if self.own.hold_back(step, held):
             return self.run_dense(step, Because.HELD_BACK)
         # Compiled first where that is possible: no keys are read for an index that nothing uses.
         if layouts is not None and self._variant(layouts, exact) is None:
@@ -306,7 +282,7 @@ class DecodeGraph:
         try:
             with ordinary_tensors():
                 saved = self.rollback.save(step.args, whole)
-                records = self.mirrors.build_missing(step, held)
+                records = self.own.build_missing(step, held)
         except Exception as error:  # out of memory, most likely; nothing is written yet
             return self._after(error, step, "a key index could not be built")
         variant = self._variant(tuple(b.layout for b in step.served.bindings), exact)
@@ -328,14 +304,10 @@ class DecodeGraph:
         if not exact:
             self._say_it_ran(step, records)
         try:
-            self.mirrors.adopt(step, outputs, records)
-            if self.trails is None:
-                self.mirrors.remember_filled(step, outputs)
-            else:
-                self._leave_a_trail(step, records)
+            self._adopt(step, outputs, records)
         except Exception as error:  # out of memory: the step is right, its index is built anew
             if not self.config.strict:
-                self._set_back("a key index could not be kept", error)
+                self.setbacks.set_back("a key index could not be kept", error)
         self._count(step, exact)
         del outputs[self.outputs :]
         return outputs
@@ -351,7 +323,7 @@ class DecodeGraph:
 
     def _count(self, step: Step, exact: bool) -> None:
         """A step that ended well and left its indexes true."""
-        self.shortages = 0
+        self.setbacks.shortages = 0
         if exact:
             step.served.tally.dense(Because.EXACT)
         else:
@@ -385,7 +357,7 @@ class DecodeGraph:
                 raise  # what the first attempt has written cannot be taken back
             saved.put_back()
             return self._after(error, step, "the sparse variant failed", saved)
-        trail.go_on(step, self._watched(step))
+        trail.go_on(step, self.fast.watched(step))
         trail.unsettle()
         self._count(step, exact)
         return outputs
@@ -397,7 +369,7 @@ class DecodeGraph:
             return self.sparse[key]
         make = self.variants.exact if exact else self.variants.sparse
         with in_turn():
-            if self.gave_up is None and key not in self.sparse:
+            if self.setbacks.gave_up is None and key not in self.sparse:
                 try:
                     # What is made here outlives the call, and the mode it came in.
                     with ordinary_tensors():
@@ -405,7 +377,7 @@ class DecodeGraph:
                 except Exception as error:
                     if self.config.strict:
                         raise
-                    self.give_up("the sparse variant could not be built", error)
+                    self.setbacks.give_up("the sparse variant could not be built", error)
             return self.sparse.get(key)
 
     def _say_it_ran(self, step: Step, records: Sequence[IndexRecord]) -> None:
@@ -440,35 +412,40 @@ class DecodeGraph:
             if saved is not None:
                 saved.put_back()  # the step can be taken again
             raise
-        self._set_back(what, error)
+        self.setbacks.set_back(what, error)
         return outputs
 
-    def _set_back(self, what: str, error: Exception) -> None:
-        """Dense: for a while where memory was short, which may pass, else from now on."""
-        if not is_shortage(error):
-            return self.give_up(what, error)
-        self.short_of_memory = min(SHORTAGE_CALLS << self.shortages, SHORTAGE_CALLS_MOST)
-        self.shortages += 1
-        indexes.forget_all(self.mirrors.watch)
-        log.warning(
-            "%s for want of memory: decoding is dense for %d steps, then it is tried again (%s).",
-            what,
-            self.short_of_memory,
-            f"{type(error).__name__}: {error}",
-        )
-        return None
+    # -- behind a step
 
-    def give_up(self, what: str, error: Exception) -> None:
-        """Dense from now on, which is said once; what was held is given back."""
-        if self.gave_up is not None:
-            return
-        failure = f"{type(error).__name__}: {error}"
-        self.gave_up = f"{what}: {failure}"
-        self.sparse.clear()
-        indexes.forget_all(self.mirrors.watch)
-        log.warning(
-            "%s and decoding stays dense: %s. Set strict=True to raise instead.",
-            what,
-            failure,
-            exc_info=log.isEnabledFor(logging.DEBUG),
-        )
+    def _adopt(self, step: Step, outputs: Sequence[Any], records: Sequence[IndexRecord]) -> None:
+        """Ties each index to the cache tensor that the step has left behind."""
+        out = self.outputs
+        unwatched = []
+        for place, record in zip(step.served.kept, records, strict=True):
+            binding, filled = step.served.bindings[place], step.filled[place]
+            after = binding.left_by(outputs, step.caches[place])
+            tensors = []
+            if binding.form.replaced and not binding.form.in_place:
+                parts = record.layout.parts
+                # A full window's index is what is left of a longer one: rows apart in memory, where
+                # the compiled graph takes them to be next to each other.
+                tensors = [x.contiguous() for x in outputs[out : out + parts]]
+                out += parts
+            record = indexes.adopt(binding, after, tensors, record, filled)
+            if not after.counts_writes:
+                unwatched.append((record, after))
+        if unwatched:
+            self.turn += 1
+            witness = Witness([(cached, record.filled) for record, cached in unwatched], self.turn)
+            for record, _ in unwatched:
+                record.witness = witness
+        if self.fast.trails is None:
+            self._remember_filled(step, outputs)
+        else:
+            self.fast.leave(step, records)
+
+    def _remember_filled(self, step: Step, outputs: Sequence[Any]) -> None:
+        for place, binding in enumerate(step.served.bindings):
+            before = step.caches[place]
+            if not binding.form.grows and reading_waits(before.holder):
+                lengths.remember_filled(binding.left_by(outputs, before), step.filled[place])

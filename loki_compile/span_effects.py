@@ -64,7 +64,7 @@ def span_effects(
       query: (Hq, S, D). key (Hkv, T, D), value (Hkv, T, Dv); query head h reads KV head h // G.
       out, grad: (Hq, S, Dv), what attention returned and the gradient of the loss there.
       spans: the R spans to judge in the place of heads, each of them for every KV head.
-      mask: of a model's own, broadcastable to (Hq, S, T), as `kernels.fused.joint_mask` makes it;
+      mask: of a model's own, broadcastable to (Hq, S, T), as `kernels.masks.joint_mask` makes it;
         no row sees keys behind its own in any case.
       softcap, sink_logits (Hq,): as `kernels.ops.attention` has them.
 

@@ -16,7 +16,7 @@ from loki_compile.kernels.kept import Keeps
 from loki_compile.passes.attention import MaskTerm
 
 if TYPE_CHECKING:
-    from loki_compile.indexes import IndexRecord
+    from loki_compile.index_record import IndexRecord
     from loki_compile.trails import Trail
 
 

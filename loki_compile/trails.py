@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from loki_compile.kernels.kept import Layout
 
 if TYPE_CHECKING:
-    from loki_compile.indexes import IndexRecord
+    from loki_compile.index_record import IndexRecord
     from loki_compile.prompts import Asked
     from loki_compile.steps import Served, Step
 
@@ -153,28 +153,3 @@ class Trails:
         if len(self.of) > MOST:
             with _lock:
                 self.of.pop(next(iter(self.of)), None)
-
-
-def trails_of(
-    served: Served, growing: Sequence[int], positions_wait: bool
-) -> tuple[list[tuple[int, ...]], Trails | None]:
-    """Where a trail has each cache's tensors, and a graph's trails: None where steps leave other
-    tensors than they found, and where each step would wait for positions on a device.
-
-    growing: the arguments that grow in place.
-    """
-    places = list(growing)
-    for binding in served.bindings:
-        for place in (binding.argument, binding.rest):
-            if place is not None and place not in places:
-                places.append(place)
-    spots = [
-        tuple(places.index(p) for p in (b.argument, b.rest) if p is not None)
-        for b in served.bindings
-    ]
-    forms = [binding.form for binding in served.bindings]
-    if any(form.replaced and not form.in_place for form in forms):
-        return spots, None
-    if positions_wait:
-        return spots, None
-    return spots, Trails(places, [spots[cache] for cache in served.kept])

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from loki_compile.kernels.fused import joint_mask, mask_of_group, rows_of_group, rows_of_heads
+from loki_compile.kernels.fused import rows_of_group, rows_of_heads
+from loki_compile.kernels.masks import joint_mask, mask_of_group
 from loki_compile.kernels.ops import attention, attention_pays
 from loki_compile.passes.attention import MAX_QUERY_TOKENS, AttentionSite, MaskTerm
 from loki_compile.passes.calls import concrete, fake_value, op_name, operand, shape_of, writes_of

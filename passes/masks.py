@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from loki_compile.kernels.fused import (
-    SCORES,
+from loki_compile.kernels.fused import SCORES
+from loki_compile.kernels.masks import (
     blind_rows,
     joint_mask,
     mask_bounds,

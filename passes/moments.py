@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from loki_compile.kernels.fused import query_moment, real_rows
+from loki_compile.kernels.moments import query_moment, real_rows
 from loki_compile.passes.attention import AttentionSite, MaskTerm
 from loki_compile.passes.emit import whole_queries
 from loki_compile.passes.graphs import call, finish

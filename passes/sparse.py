@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from loki_compile.kernels.fused import expanded_values, positions_of_heads, tiles_to_blocks
+from loki_compile.kernels.fused import expanded_values, tiles_to_blocks
 from loki_compile.kernels.kept import Layout
 from loki_compile.kernels.ops import attend, attention
+from loki_compile.kernels.positions import positions_of_heads
 from loki_compile.passes.attention import AttentionSite
 from loki_compile.passes.calls import concrete, fake_value
 from loki_compile.passes.emit import absorbed, canonical, cast, replay, strided_like, whole_queries

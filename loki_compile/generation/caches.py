@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loki_compile.indexes import forget_filled
+from loki_compile.lengths import forget_filled
 
 
 def length_of(cache: Any) -> int:

@@ -22,8 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from loki_compile.config import LokiConfig
 from loki_compile.generation.rings import Rings, slots_of_heads
 from loki_compile.generation.span_plans import spans_of_layers
-from loki_compile.kernels.fused import visible_slots
 from loki_compile.kernels.ops import attention, unserved
+from loki_compile.kernels.positions import visible_slots
 from loki_compile.kernels.spans import Spans
 
 ATTENTION = "loki_spans"

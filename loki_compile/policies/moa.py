@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from loki_compile.kernels.fused import span_ranges, visible_slots
+from loki_compile.kernels.positions import span_ranges, visible_slots
 from loki_compile.passes.attention import AttentionSite, MaskTerm
 from loki_compile.passes.caches import KeyCache
 from loki_compile.passes.calls import fake_value

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from loki_compile.kernels.fused import unified_positions
+from loki_compile.kernels.positions import unified_positions
 from loki_compile.passes.attention import AttentionSite
 from loki_compile.passes.caches import KeyCache
 from loki_compile.passes.calls import fake_value

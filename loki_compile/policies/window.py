@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from loki_compile.kernels.fused import window_positions
+from loki_compile.kernels.positions import window_positions
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.graphs import call
 from loki_compile.passes.policy import Asked, Ranking

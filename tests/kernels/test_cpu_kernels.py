@@ -22,8 +22,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loki_compile.kernels import cpu, cpu_build, reference
-from loki_compile.kernels.fused import index_rows, mask_bounds
+from loki_compile.kernels.fused import index_rows
 from loki_compile.kernels.kept import page_bounds
+from loki_compile.kernels.masks import mask_bounds
 from loki_compile.kernels.ops import KEEP_ALL_Q16
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loki_compile.kernels.fused import MOMENT_ROWS, query_moment, real_rows
+from loki_compile.kernels.moments import MOMENT_ROWS, query_moment, real_rows
 
 LOWEST = torch.finfo(torch.float32).min
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loki_compile.kernels import cpu, cpu_torch, reference
-from loki_compile.kernels.fused import index_rows, mask_bounds
+from loki_compile.kernels.fused import index_rows
+from loki_compile.kernels.masks import mask_bounds
 from loki_compile.kernels.ops import (
     KEEP_ALL_Q16,
     SCHEMAS,

@@ -21,7 +21,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from loki_compile.kernels import cpu, cpu_torch, reference
 from loki_compile.kernels.checks import hidden_below
-from loki_compile.kernels.fused import index_rows, mask_bounds
+from loki_compile.kernels.fused import index_rows
+from loki_compile.kernels.masks import mask_bounds
 from loki_compile.kernels.ops import KEEP_ALL_Q16
 from loki_compile.pca_store.covariance import KeyCovariance
 from tally import cases, count

@@ -27,10 +27,12 @@ gpu_only = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU"
 
 from loki_compile.kernels import (  # noqa: E402
     fused,
+    masks,
     ops,
     reference,
     triton_attend,
     triton_pages,
+    triton_ranges,
     triton_select,
 )
 from loki_compile.kernels.checks import hidden_below  # noqa: E402
@@ -125,7 +127,7 @@ def small_launch(case: Case, **changes) -> SelectLaunch:
 
 def select_both(case, tensors, mask=None, launch=None):
     """Positions of the kernels, and of the reference."""
-    bounds = None if mask is None else fused.mask_bounds(mask)
+    bounds = None if mask is None else masks.mask_bounds(mask)
     moved = [None if x is None else x.to(DEVICE) for x in (*tensors, mask, bounds)]
     got = triton_select.select(*moved, **case.options, launch=launch or small_launch(case))
     want = reference.select(*tensors, mask, bounds, **case.options)
@@ -291,7 +293,7 @@ def scored(scorer, dtype, case, mask=None):
     """Inputs of select, and the options that the scorer needs; the cache as (B, T, H, D)."""
     keys = torch.randn(case.b, case.t, case.hkv, case.d).to(dtype).transpose(1, 2)
     q = torch.randn(case.b, case.hq, case.s, case.d).to(case.q_dtype)
-    bounds = None if mask is None else fused.mask_bounds(mask)
+    bounds = None if mask is None else masks.mask_bounds(mask)
     if scorer == "exact":
         return [q, None, keys, None, mask, bounds], {}
     if scorer == "pages":
@@ -628,7 +630,7 @@ def test_heads_may_share_one_run_of_slots_and_have_ranges_of_their_own_there():
 
 @pytest.mark.skipif(not INTERPRETED, reason="compiled kernels keep what they were compiled with")
 def test_ranges_of_more_rows_than_are_counted_at_a_time(monkeypatch):
-    monkeypatch.setattr(triton_attend, "ROWS_BLOCK", triton_attend.tl.constexpr(4))
+    monkeypatch.setattr(triton_ranges, "ROWS_BLOCK", triton_ranges.tl.constexpr(4))
     tensors = attention_inputs(2, 5, 5, 1, 150, 16, 16, torch.float32)
     ranges = RANGES[torch.arange(10) % 5].view(2, 5, 1, 4).contiguous()
     error, _ = attend_error(tensors, None, None, small_tiles(tensors, 2), scale=0.2, ranges=ranges)

@@ -2,14 +2,8 @@
 
 import pytest
 import torch
-from loki_compile.kernels.fused import (
-    SCORES,
-    blind_rows,
-    joint_mask,
-    mask_bounds,
-    plain_mask,
-    visible_by,
-)
+from loki_compile.kernels.fused import SCORES
+from loki_compile.kernels.masks import blind_rows, joint_mask, mask_bounds, plain_mask, visible_by
 from torch import nn
 
 pytestmark = pytest.mark.covers

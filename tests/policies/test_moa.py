@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loki_compile.kernels import fused
+from loki_compile.kernels import positions
 from loki_compile.kernels.spans import Span, Spans, heads_from, heads_text, span_of
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from toy_attends import TILED, gqa_flag, gqa_repeat_kv, mqa_broadcast, plain, tiled
@@ -163,8 +163,8 @@ def test_ranges_are_what_the_rule_says_of_what_each_row_sees(kv_heads, sink, rec
     for mask in masks:
         added = None if mask is None else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
         for form in {id(m): m for m in (mask, added)}.values():
-            slots = fused.visible_slots(q, k, form)
-            found = fused.span_ranges(slots, kv_heads, *spans.numbers).expand(3, kv_heads, 4, 4)
+            slots = positions.visible_slots(q, k, form)
+            found = positions.span_ranges(slots, kv_heads, *spans.numbers).expand(3, kv_heads, 4, 4)
             seen = torch.ones(3, 2 * kv_heads, 4, cached, dtype=torch.bool)
             seen = seen if mask is None else seen & mask
             wanted = in_spans(seen, kv_heads, kind, config)

@@ -44,7 +44,7 @@ from transformers import (
     StaticCache,
 )
 
-from loki_compile import builds, runtime, stats
+from loki_compile import builds, setbacks, stats
 from loki_compile.caches import Cached
 from loki_compile.engines import default_engine
 from loki_compile.indexes import indexes_of
@@ -615,7 +615,7 @@ def interpreted():
         interpret(lambda engine: stack.enter_context(default_engine(breakable(engine))))
         # What broke once would stay dense, and the machine would drive no sparse step any more.
         patch.setattr(
-            runtime.DecodeGraph, "give_up", lambda *_: count("state machine: kernels that broke")
+            setbacks.Setbacks, "give_up", lambda *_: count("state machine: kernels that broke")
         )
         yield patch
     torch._dynamo.reset()

@@ -42,13 +42,18 @@ from loki_compile import (
     buffers,
     builds,
     caches,
+    fast_path,
     fits,
+    index_record,
     indexes,
+    lengths,
     prompts,
     recovery,
     reports,
     runtime,
+    setbacks,
     stats,
+    step_indexes,
     steps,
     trails,
     variants,
@@ -750,7 +755,10 @@ def converse(fast, spelling: Spelling, steps: int = 2) -> None:
 
 def bytes_of_the_runtime() -> int:
     """What the runtime's own lines have allocated in Python, and the lines that it leans on."""
-    ours = (runtime, builds, indexes, caches, fits, witness, trails, buffers, prompts, steps)
+    ours = (
+        runtime, fast_path, step_indexes, setbacks, builds, indexes, index_record, lengths, caches,
+        fits, witness, trails, buffers, prompts, steps,
+    )  # fmt: skip
     files = (*(module.__file__ for module in ours), torch.utils.weak.__file__, reductions.__file__)
     traces = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, f) for f in files])
     return sum(trace.size for trace in traces.traces)
@@ -843,7 +851,7 @@ def test_the_report_states_the_bytes_of_the_indexes_alive():
 @MODES
 def test_a_shortage_of_memory_passes(spelling, mode, monkeypatch, caplog):
     """Dense for a while, then the index is tried again; each further shortage lasts longer."""
-    monkeypatch.setattr(runtime, "SHORTAGE_CALLS", 2)
+    monkeypatch.setattr(setbacks, "SHORTAGE_CALLS", 2)
     with mode():
         module = ToyDecoder(spelling).eval()
         fast = compiled(module, basis=basis_for(module), **EVERYTHING)

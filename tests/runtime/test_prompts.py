@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from loki_compile.kernels.fused import MOMENT_ROWS
+from loki_compile.kernels.moments import MOMENT_ROWS
 from loki_compile.pca_store.covariance import KeyCovariance
 from torch import nn
 from toy_models import LONG, make_model, new_cache, prompt

@@ -18,7 +18,17 @@ ROOMS = {
         "loki_compile.passes",
         *(
             f"loki_compile.kernels.{name}"
-            for name in ("budget", "fused", "kept", "ops", "span_prefill", "spans")
+            for name in (
+                "budget",
+                "fused",
+                "kept",
+                "masks",
+                "moments",
+                "ops",
+                "positions",
+                "span_prefill",
+                "spans",
+            )
         ),
     ),
     "loki_compile/policies": (
@@ -345,6 +355,14 @@ def test_the_readme_lists_every_option_with_its_default():
     assert dict(rows) == shown
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / COMMANDS).glob("*.py")), ids=named)
-def test_a_command_is_no_long_file(path):
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_no_file_is_long(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) < 480
+
+
+def test_what_runs_at_each_step_knows_no_graph():
+    for name in ("runtime", "fast_path", "step_indexes", "setbacks", "indexes", "index_record"):
+        path = ROOT / "loki_compile" / f"{name}.py"
+        for module, line, _ in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not is_within(module, ("torch.fx",)), f"{named(path)}:{line} imports {module}"
+            assert module != "torch" or "fx." not in path.read_text(encoding="utf-8"), named(path)
