@@ -519,7 +519,7 @@ class DecodeGraph:
 
     def _layouts(self, step: Step) -> tuple[Layout | None, ...] | None:
         """Of what is kept of each cache; None where a spectrum decides that is not known yet."""
-        by_spectrum = isinstance(self.config.rank, str)
+        by_spectrum = self.config.rank_by_spectrum
         for binding, cached in zip(step.served.bindings, step.caches, strict=True):
             if binding.keeps is not Keeps.INDEX:
                 continue

@@ -180,7 +180,7 @@ def test_answers_of_one_step_hold_no_other_conversation_back(kind, interpreted):
 
 
 @CACHES
-@pytest.mark.parametrize("index_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("index_dtype", ["cache", "int8"])
 @pytest.mark.parametrize(
     "dtype",
     [
