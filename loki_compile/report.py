@@ -47,8 +47,8 @@ class SiteReport:
 
     outcome: "sparse", "dense by plan" or "dense". reason: why it is dense, "" where sparse; see:
     the section of this project's documents that says what would have to change.
-    Heads and dims are counts; index_bytes_per_token is what the key index costs per cached token
-    in the cache's own dtype (None where dense); basis tells where the projection comes from; note
+    Heads and dims are counts; index_bytes_per_token is what the key index costs per cached token,
+    its scales with it (None where dense); basis tells where the projection comes from; note
     is what one should know of its policy and of the kernels that serve its device, mostly "";
     policy chooses keys, or says whose choice is read; reads is the path of the site whose it is;
     spans is what KV heads read where that is spans, as a word of `policy=`.
