@@ -278,12 +278,12 @@ def bench_conversations(args: argparse.Namespace) -> Iterator[Rows]:
 def bench_inference(_args: argparse.Namespace) -> Iterator[Rows]:
     layers, steps = 2, 50
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    for dtype, index_dtype, kind in itertools.product(dtypes, ("auto", "int8"), KINDS):
+    for dtype, index_dtype, kind in itertools.product(dtypes, ("cache", "int8"), KINDS):
         row: dict[str, Any] = {"cache": kind, "dtype": dtype, "index_dtype": index_dtype}
         for name, mode in MODES.items():
             torch._dynamo.reset()
             model = build(layers, dtypes[dtype])
-            options = {} if index_dtype == "auto" else {"index_dtype": index_dtype}
+            options = {"index_dtype": index_dtype}
             fast = torch.compile(model.forward, backend="loki", options=options)
             times: list[float] = []
             with mode(), default_engine(inductor):

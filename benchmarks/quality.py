@@ -47,29 +47,50 @@ CALIBRATED = {
 BUDGETS: tuple[Any, ...] = (0.125, 128)
 
 
-def settings(budgets: Sequence[Any], names: Sequence[str], rank: int = 16) -> list[dict[str, Any]]:
+# Dims of an index, and what they are stored in: the default of 64 dims, and what takes its bytes
+# where a cache is bf16. This model's is float32: two of its bytes more.
+Index = tuple[int, str]
+USUAL: Index = (32, "int8")
+HALF: Index = (16, "cache")
+
+
+def settings(
+    budgets: Sequence[Any], names: Sequence[str], index: Index = USUAL
+) -> list[dict[str, Any]]:
     """Each named way at each budget: a policy, or a basis of "loki"."""
+    rank, dtype = index
+    of_index: dict[str, Any] = {"rank": rank}
+    if dtype != "int8":
+        of_index["index_dtype"] = dtype
     made = []
     for top_k in budgets:
         for name in names:
             if name in ("auto", *CALIBRATED):
-                made.append({"policy": "loki", "top_k": top_k, "rank": rank, "basis": name})
+                made.append({"policy": "loki", "top_k": top_k, **of_index, "basis": name})
             elif name == "tidal":
-                made.append({"policy": name, "top_k": top_k, "rank": rank})
+                made.append({"policy": name, "top_k": top_k, **of_index})
             else:
                 made.append({"policy": name, "top_k": top_k})
     return made
 
 
 EVERY = ("auto", "calibrated", "oracle", "quest", "window", "tidal")
-MAIN = [*settings(BUDGETS, EVERY), *settings((512,), ("auto", "oracle"))]
+MAIN = [
+    *settings(BUDGETS, EVERY),
+    *settings(BUDGETS, ("auto", "calibrated"), HALF),
+    *settings((512,), ("auto", "oracle")),
+]
 PAPER = settings(BUDGETS, ("pca",))
 LARGE = settings((64, 256, 512, 1024), EVERY)
+OTHERS: tuple[Index, ...] = ((8, "cache"), (16, "int8"), (32, "cache"))
 RANKS = [
-    *settings(BUDGETS, ("auto", "calibrated"), 8),
-    *settings(BUDGETS, ("auto", "calibrated"), 32),
+    setting for index in OTHERS for setting in settings(BUDGETS, ("auto", "calibrated"), index)
 ]
-ASKED = [*settings((128,), EVERY), *settings((0.125,), ("auto",))]
+ASKED = [
+    *settings((128,), EVERY),
+    *settings((128,), ("auto", "calibrated"), HALF),
+    *settings((0.125,), ("auto",)),
+]
 CONTEXT = 2048
 LENGTHS = (4096, 6144)
 RANKABLE = 30  # prompts: fewer leave 95 % intervals of 35 points and more
@@ -284,8 +305,8 @@ def text_table(rows: Sequence[Row], chosen: Sequence[dict[str, Any]]) -> str:
 
 def grid_table(rows: Sequence[Row]) -> str:
     """Missed mass, the mean of the texts, by budget and by rank, as far as it was measured."""
-    ways: list[tuple[str, int]] = [(name, 16) for name in (*EVERY, "pca")]
-    ways += [(name, rank) for rank in (8, 32) for name in ("auto", "calibrated")]
+    ways: list[tuple[str, Index]] = [(name, USUAL) for name in (*EVERY, "pca")]
+    ways += [(name, index) for index in (HALF, *OTHERS) for name in ("auto", "calibrated")]
     shares = {
         (way, top_k): share
         for way in ways
@@ -308,8 +329,15 @@ def _shown(share: float | None) -> str:
     return "" if share is None else f"{share:.3f}"
 
 
-def way_name(name: str, rank: int) -> str:
-    return f"loki, {name}, R = {rank}" if name in ("auto", *CALIBRATED) else name
+def way_name(name: str, index: Index) -> str:
+    if name not in ("auto", *CALIBRATED):
+        return name
+    return f"loki, {name}, {shown_index(index)}"
+
+
+def shown_index(index: Index) -> str:
+    rank, dtype = index
+    return f"R = {rank} in {'the dtype of the cache' if dtype == 'cache' else dtype}"
 
 
 def budget_name(top_k: Any) -> str:
@@ -330,8 +358,10 @@ def left_out(rows: Sequence[Row]) -> str:
             parts.append(f"{', '.join(gone)} at {budget_name(top_k)}")
     if nothing:
         parts.insert(0, f"budgets of {', '.join(nothing)} keys")
-    others = [(way_of(s), s["rank"], s["top_k"]) for s in [*PAPER, *RANKS]]
-    gone = [f"{way_name(n, r)}" for n, r, top_k in others if missed_of(rows, top_k, n, r) is None]
+    others = [
+        (way_of(s), (s["rank"], s.get("index_dtype", "int8")), s["top_k"]) for s in [*PAPER, *RANKS]
+    ]
+    gone = [way_name(n, x) for n, x, top_k in others if missed_of(rows, top_k, n, x) is None]
     parts += dict.fromkeys(gone)
     done = {(row["task"], row["protocol"], row["length"]) for row in rows}
     tasks = [name for name in ("passkey", *HIDDEN) if (name, "sparse", CONTEXT) not in done]
@@ -416,14 +446,14 @@ def ratios(rows: Sequence[Row]) -> str:
             if auto is not None and other is not None:
                 words.append(f"{auto / other:.2f} times what {what}")
         if words:
-            said = ", ".join(words)
-            sentences.append(f"At {shown} and R = 16 the automatic basis misses {said}.")
+            said, usual = ", ".join(words), shown_index(USUAL)
+            sentences.append(f"At {shown} and {usual} the automatic basis misses {said}.")
     return "\n".join(sentences) + "\n\n"
 
 
-def missed_of(rows: Sequence[Row], top_k: Any, name: str, rank: int = 16) -> float | None:
+def missed_of(rows: Sequence[Row], top_k: Any, name: str, index: Index = USUAL) -> float | None:
     """The mean of the texts; None where it was not measured on all of them."""
-    (setting,) = settings((top_k,), (name,), rank)
+    (setting,) = settings((top_k,), (name,), index)
     mine = [row for row in rows if row["setting"] == label(setting) and "missed" in row]
     by_text = {row["task"]: row["missed"] for row in mine}
     shares = [by_text.get(f"text {text}.txt") for text in TEXTS]
@@ -507,7 +537,9 @@ command, which goes on where it was stopped:
 *Missed* is the share of attention on keys that were not chosen, the mean over layers, heads and the
 first {mass_steps} decoded tokens. *KL* and *same token* are against dense attention on the same
 text, *perplexity* is the change. *Bytes* are those of keys, values and index that a step reads,
-against dense. *ms*: CPU time of a step, the median over texts of the median of the last {timed}
+against dense. R dims of an index are int8, with a float32 scale for each key: 36 bytes at the
+default of 32 dims, where 16 in bfloat16 are 32 bytes; "index_dtype=cache": in the cache's dtype,
+float32 here. *ms*: CPU time of a step, the median over texts of the median of the last {timed}
 steps (of dense: {dense_timed}), in the picture as well: few, on a busy machine, so differences of
 10 % say nothing. Texts: the GPL (licence), standard library code that no basis was fitted to
 (code), facts among code that are asked again (recall). "auto": nothing stored; "calibrated":

@@ -199,7 +199,7 @@ def _choose_bases(
                 f"the weights that make the keys of {binding.layer} cannot be read, so basis="
                 f"{config.basis!r} cannot be told to be theirs: one is fitted from each cache.",
             )
-        if binding.basis is not None and not isinstance(config.rank, str):
+        if binding.basis is not None and not config.rank_by_spectrum:
             binding.basis.rank_for(config.rank)
     if isinstance(config.rank, int):
         for binding in bindings:

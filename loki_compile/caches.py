@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from loki_compile.kernels.fused import keys_by_head
 from loki_compile.kernels.kept import IndexLayout, Keeps, Layout
 from loki_compile.passes.shared_caches import Part
-from loki_compile.pca_store.basis import Basis
+from loki_compile.pca_store.basis import AUTO, AUTO_SHARE, Basis, dims_of
 
 if TYPE_CHECKING:
     from loki_compile.buffers import Buffer, Grown
@@ -260,9 +259,11 @@ class CacheBinding:
         """Dims of the index, or None where they depend on a basis that is not fitted yet."""
         if self.basis is not None:
             return self.basis.rank_for(spec)
+        if spec == AUTO:
+            return dims_of(AUTO_SHARE, self.head_dim)
         if isinstance(spec, str):
             return self.layout.rank if isinstance(self.layout, IndexLayout) else None
-        return spec if isinstance(spec, int) else max(1, math.ceil(round(spec * self.head_dim, 6)))
+        return spec if isinstance(spec, int) else dims_of(spec, self.head_dim)
 
     def basis_name(self) -> str:
         """Where the basis comes from, for reports; "" where none is needed."""

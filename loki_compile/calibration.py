@@ -39,7 +39,7 @@ def calibrate(
     *,
     calibration: str = "post-rotary",
     kind: str = "score-optimal",
-    rank: int | float = 0.25,
+    rank: int | float = 0.5,
     name: str = "",
     source: str = "",
     progress: Callable[[int], None] | None = None,

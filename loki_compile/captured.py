@@ -128,7 +128,7 @@ def captured_mass(
     model: nn.Module,
     prompts: Sequence[Tensor],
     budget: Budget,
-    rank: int | float,
+    rank: int | float | str,
     bases: BasisSet | None = None,
     progress: Callable[[int], None] | None = None,
     *,

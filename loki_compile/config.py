@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loki_compile.kernels.ops import KEEP_ALL_Q16, Budget
-from loki_compile.pca_store.basis import BasisSet
+from loki_compile.pca_store.basis import AUTO, BasisSet
 from loki_compile.policies.kinds import PLANS, RANKINGS, SPANS, Kind, kind_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class LokiConfig:
     """
 
     top_k: int | float = 0.125
-    rank: int | float | str = 0.25
+    rank: int | float | str = AUTO
     basis: str | Path | BasisSet = "auto"
     min_context: int = 1024
     sink: int = 4
@@ -61,7 +61,9 @@ class LokiConfig:
 
     def __post_init__(self) -> None:
         _fraction_or_count("top_k", self.top_k, "keys each query reads")
-        if isinstance(self.rank, str):
+        if self.rank == AUTO:
+            pass
+        elif isinstance(self.rank, str):
             _variance(self.rank)
         else:
             _fraction_or_count("rank", self.rank, "dims of the key index")
@@ -75,7 +77,7 @@ class LokiConfig:
                 "that are always kept: raise top_k, or lower sink or recent."
             )
         _one_of("share", self.share, ("group", "head"))
-        _one_of("index_dtype", self.index_dtype, ("auto", "int8"))
+        _one_of("index_dtype", self.index_dtype, ("auto", "int8", "cache"))
         _one_of("group_choice", self.group_choice, ("max", "probability"))
         _policies(self.policy)
         _one_of("prefill", self.prefill, ("dense", "spans"))
@@ -161,6 +163,11 @@ class LokiConfig:
         return named
 
     @property
+    def rank_by_spectrum(self) -> bool:
+        """Whether a basis' spectrum decides how many dims the index has."""
+        return isinstance(self.rank, str) and self.rank != AUTO
+
+    @property
     def budget(self) -> Budget:
         """`top_k`, `sink`, `recent` and `min_context` as the passes and kernels take them."""
         cap, keep = None, KEEP_ALL_Q16
@@ -199,7 +206,7 @@ def _variance(value: str) -> None:
         ok = False
     if not ok:
         raise ValueError(
-            f'rank={value!r}: needs a count, a fraction of head_dim, or "variance:0.9" '
+            f'rank={value!r}: needs "auto", a count, a fraction of head_dim, or "variance:0.9" '
             "(the share of the keys' variance that the index must hold)."
         )
 

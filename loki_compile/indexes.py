@@ -33,6 +33,7 @@ from loki_compile.fits import BoundBasis, Fit
 from loki_compile.index_record import IndexRecord
 from loki_compile.kernels.fused import project_new_keys
 from loki_compile.kernels.kept import IndexLayout, Layout, PageLayout, page_bounds
+from loki_compile.pca_store.basis import AUTO
 from loki_compile.trails import settle_all
 
 # Tokens projected at a time when an index is rebuilt: bounds the fp32 copy of the keys.
@@ -223,9 +224,9 @@ def build(
         record = IndexRecord(tensors, cached.stamps(), filled, binding.layout, made, bound, fit)
     with _lock:
         held = cached.after[0].kept if form.in_place else _indexes.setdefault(cached.holder, {})
-        if isinstance(rank, str) and isinstance(
-            binding.layout, IndexLayout
-        ):  # of lower rank than this one, and never looked for again
+        by_spectrum = isinstance(rank, str) and rank != AUTO
+        if by_spectrum and isinstance(binding.layout, IndexLayout):
+            # Those of lower rank than this one, and never looked for again.
             for identity in [key for key in held if key[::2] == binding.identity[::2]]:
                 other = identity[1]
                 if isinstance(other, IndexLayout) and other.dtype == binding.layout.dtype:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from loki_compile.passes.rotary import Unrotated, before_rotation, rotated_pairs
 from loki_compile.passes.sites import find_sites
 from loki_compile.pca_store import attention_fit
 from loki_compile.pca_store.attention_fit import AttentionSamples
-from loki_compile.pca_store.basis import Basis
+from loki_compile.pca_store.basis import AUTO, AUTO_SHARE, Basis, dims_of
 from loki_compile.pca_store.covariance import KeyCovariance
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
 from loki_compile.pca_store.score_fit import ScoreSamples
@@ -81,7 +80,7 @@ class Seen:
 
     pre_rotary: bool
     kind: str
-    rank: int | float
+    rank: int | float | str
     steps: int = field(default_factory=lambda: attention_fit.STEPS)  # of each "attention" fit
     held: dict[tuple[str, int], Samples] = field(default_factory=dict)
     pairs: dict[tuple[str, int], tuple[tuple[int, int], ...]] = field(default_factory=dict)
@@ -302,11 +301,11 @@ class Seen:
         )
 
 
-def columns_of(rank: int | float, head_dim: int) -> int:
-    """As `Basis.rank_for`; a count above head_dim is head_dim, for layers may differ."""
-    if isinstance(rank, float):
-        return max(1, math.ceil(round(rank * head_dim, 6)))
-    return min(rank, head_dim)
+def columns_of(rank: int | float | str, head_dim: int) -> int:
+    """As `Basis.rank_for`, but of no spectrum; a count above head_dim is head_dim, for layers may
+    differ."""
+    share = AUTO_SHARE if rank == AUTO else rank
+    return min(share, head_dim) if isinstance(share, int) else dims_of(float(share), head_dim)
 
 
 class LookingOn(fx.Interpreter):

@@ -47,8 +47,8 @@ class SiteReport:
 
     outcome: "sparse", "dense by plan" or "dense". reason: why it is dense, "" where sparse; see:
     the section of this project's documents that says what would have to change.
-    Heads and dims are counts; index_bytes_per_token is what the key index costs per cached token
-    in the cache's own dtype (None where dense); basis tells where the projection comes from; note
+    Heads and dims are counts; index_bytes_per_token is what the key index costs per cached token,
+    its scales with it (None where dense); basis tells where the projection comes from; note
     is what one should know of its policy and of the kernels that serve its device, mostly "";
     policy chooses keys, or says whose choice is read; reads is the path of the site whose it is;
     spans is what KV heads read where that is spans, as a word of `policy=`.
@@ -409,7 +409,7 @@ def _bytes_per_token(binding: CacheBinding, rank: int | None, config: LokiConfig
         return 0.0
     if rank is None:
         return None
-    return heads * (rank + 4 if config.index_dtype == "int8" else rank * item)
+    return heads * (rank + 4 if config.index_dtype != "cache" else rank * item)
 
 
 def _basis_text(binding: CacheBinding, adapters: int) -> str:

@@ -34,7 +34,7 @@ class Simulation:
     def __init__(
         self,
         budget: Budget,
-        rank: int | float,
+        rank: int | float | str,
         bases: Mapping[str, Basis],
         *,
         by_probability: bool = False,

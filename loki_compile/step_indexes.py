@@ -96,7 +96,7 @@ class StepIndexes:
 
     def layouts(self, step: Step) -> tuple[Layout | None, ...] | None:
         """Of what is kept of each cache; None where a spectrum decides that is not known yet."""
-        by_spectrum = isinstance(self.config.rank, str)
+        by_spectrum = self.config.rank_by_spectrum
         for binding, cached in zip(step.served.bindings, step.caches, strict=True):
             if binding.keeps is not Keeps.INDEX:
                 continue
@@ -112,7 +112,7 @@ class StepIndexes:
 
     @property
     def _index_dtype(self) -> torch.dtype | None:
-        return torch.int8 if self.config.index_dtype == "int8" else None
+        return None if self.config.index_dtype == "cache" else torch.int8
 
     def build_missing(self, step: Step, held: Sequence[IndexRecord | None]) -> list[IndexRecord]:
         if None not in held and not step.grown:

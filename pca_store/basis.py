@@ -30,6 +30,10 @@ from loki_compile.pca_store.metadata import (
 )
 from torch import Tensor
 
+# A rank that nobody has chosen: this share of head_dim, or all columns of a basis that holds fewer.
+# An int8 index of so many dims takes the bytes of one of half as many in 16 bits, and ranks better.
+AUTO, AUTO_SHARE = "auto", 0.5
+
 
 class BasisMismatch(ValueError):
     """A basis does not belong to the attention site it was given for."""
@@ -166,16 +170,18 @@ class Basis:
             spec: an int is a count; a float a fraction of head_dim in (0, 1], rounded up;
                 "variance:0.9" the smallest count at which every KV head's spectrum reaches that
                 share. The published code keeps `(cumsum < share).sum(-1).max()` dims, which is one
-                fewer: the last count that is still short of the share.
+                fewer: the last count that is still short of the share. "auto" is half of head_dim,
+                or all columns where they are fewer.
 
         Raises:
             ValueError: the setting is none of these, or asks for more dims than there are.
         """
-        if isinstance(spec, str):
+        if spec == AUTO:
+            rank = min(dims_of(AUTO_SHARE, self.head_dim), self.columns)
+        elif isinstance(spec, str):
             rank = self._rank_for_variance(_variance_share(spec))
         elif isinstance(spec, float) and 0 < spec <= 1:
-            # Rounded first, so that 0.07 * 100 dims = 7.000000000000001 asks for 7.
-            rank = max(1, math.ceil(round(spec * self.head_dim, 6)))
+            rank = dims_of(spec, self.head_dim)
         elif isinstance(spec, int) and not isinstance(spec, bool):
             rank = spec
         else:
@@ -205,6 +211,12 @@ class Basis:
             )
 
 
+def dims_of(share: float, head_dim: int) -> int:
+    """So many dims are a share of head_dim in (0, 1], rounded up."""
+    # Rounded first, so that 0.07 * 100 dims = 7.000000000000001 asks for 7.
+    return max(1, math.ceil(round(share * head_dim, 6)))
+
+
 def _ordinary(tensor: Tensor) -> Tensor:
     """Detached, and not an inference tensor: a basis outlives the mode it was fitted in."""
     if not tensor.is_inference():
@@ -214,7 +226,7 @@ def _ordinary(tensor: Tensor) -> Tensor:
 
 
 _RANK_FORMS = (
-    "needed a count (int), a fraction of head_dim in (0, 1] (float), "
+    "needed a count (int), a fraction of head_dim in (0, 1] (float), 'auto' "
     "or 'variance:S' with S in (0, 1]"
 )
 

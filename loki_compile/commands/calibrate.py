@@ -38,8 +38,8 @@ if TYPE_CHECKING:
               help='--kind attention: trained to find attended keys, for --minutes.')  # fmt: skip
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=30.0,
               show_default=True, help="How long --refine may train.")  # fmt: skip
-@click.option("--rank", default="0.25", show_default=True,
-              help='Dims to measure at, all of "attention": 16, or 0.25 of head_dim.')  # fmt: skip
+@click.option("--rank", default="0.5", show_default=True,
+              help='Dims to measure at, all of "attention": 32, or 0.5 of head_dim.')  # fmt: skip
 @click.option("--calibration", default="post-rotary", show_default=True,
               help='"post-rotary" or "pre-rotary".')  # fmt: skip
 @OUT_OPTION

@@ -36,7 +36,7 @@ from loki_compile.commands.reference_data import (
     stdlib_text,
 )
 from loki_compile.config import LokiConfig
-from loki_compile.pca_store.basis import BasisSet
+from loki_compile.pca_store.basis import AUTO, AUTO_SHARE, BasisSet
 from loki_compile.pca_store.basis_header import BasisFileError
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from loki_compile.pca_store.store import HUB_FILE, Store, StoredBasis, entry_of
@@ -171,6 +171,7 @@ def fitted_basis(
     rank = options.get("rank", LokiConfig().rank)
     length = min(max(context, 64), longest_context(model))
     prompts, source = calibration_prompts(tokenizer, length, CALIBRATION_TOKENS)
+    rank = AUTO_SHARE if rank == AUTO else rank
     every = isinstance(rank, str)  # "variance:0.9" needs all columns
     said = False
     begin = time.perf_counter()
@@ -188,7 +189,7 @@ def fitted_basis(
             model,
             [torch.tensor([prompt]) for prompt in prompts],
             kind=kind,
-            rank=0.25 if every else rank,
+            rank=AUTO_SHARE if every else rank,
             name=name,
             source=source,
             **more,

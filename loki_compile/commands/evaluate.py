@@ -58,7 +58,7 @@ _ALL = "all"
 @click.option("--top-k", "budgets", type=NUMBER, multiple=True,
               help="Keys each query reads: 0.125 or 1024; may be repeated.")  # fmt: skip
 @click.option("--rank", "ranks", type=NUMBER, multiple=True,
-              help="Dims of the index: 0.25, 32 or variance:0.9; may be repeated.")  # fmt: skip
+              help="Dims of the index: 0.5, 32 or variance:0.9; may be repeated.")  # fmt: skip
 @click.option("--basis", "bases", multiple=True,
               help="Store name, path, hub id; may be repeated. [auto]")  # fmt: skip
 @click.option("--setting", "named", multiple=True, metavar="NAME=VALUE,...",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from loki_compile.kernels.budget import Budget
-from loki_compile.kernels.fused import rows_of_group, rows_of_heads
+from loki_compile.kernels.fused import index_rows, rows_of_group, rows_of_heads
 from loki_compile.kernels.ops import attend, select
+from loki_compile.observation import columns_of
 from loki_compile.planning import Costs
 
 
@@ -22,7 +23,7 @@ def measured_costs(
     device: torch.device,
     *,
     tokens: int,
-    rank: int | float,
+    rank: int | float | str,
     budget: Budget,
     by_probability: bool,
 ) -> tuple[Costs, float]:
@@ -32,18 +33,19 @@ def measured_costs(
     Args:
       of_model: query heads, KV heads and head_dim.
       tokens: cached ones; noise stands for them.
-      rank: dims of the index, or a fraction of head_dim.
+      rank: dims of the index (int8), a fraction of head_dim, or "auto".
       by_probability: how layers choose that choose for others.
     """
     heads, kv_heads, dims = of_model
-    rank = min(rank, dims) if isinstance(rank, int) else max(1, round(rank * dims))
+    rank = columns_of(rank, dims)
 
     def noise(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, device=device).to(kind)
 
     query, keys = noise(1, heads, 1, dims), noise(1, kv_heads, tokens, dims)
-    values, index = noise(1, kv_heads, tokens, dims), noise(1, kv_heads, tokens, rank)
+    values = noise(1, kv_heads, tokens, dims)
     basis = noise(kv_heads, dims, rank, kind=torch.float32)
+    index, scales = index_rows(keys, basis, torch.int8)
     words: dict[str, Any] = {
         "scale": dims**-0.5,
         "top_k": budget.top_k,
@@ -55,7 +57,8 @@ def measured_costs(
     }
 
     def choose(low: Tensor | None, rows: Tensor, summed: bool) -> Tensor:
-        return select(query, low, rows, None, None, None, by_probability=summed, **words)
+        of_rows = None if low is None else scales
+        return select(query, low, rows, of_rows, None, None, by_probability=summed, **words)
 
     positions = choose(basis, index, False)
 

@@ -45,13 +45,13 @@ OUT_OPTION = click.option(
 # Those of which a command that compares settings takes one value for all of them.
 EACH_OPTIONS = [
     click.option("--min-context", type=int, help="Fewer visible keys than this run dense."),
-    click.option("--index-dtype", help='"auto" or "int8".'),
+    click.option("--index-dtype", help='"int8" or "cache".'),
     click.option("--share", help='"group" or "head".'),
 ]
 # All but which policy, for a command that runs several.
 CHOICE_OPTIONS = [
     click.option("--top-k", type=NUMBER, help="Keys each query reads: 0.125 or 1024."),
-    click.option("--rank", type=NUMBER, help="Dims of the index: 0.25, 32 or variance:0.9."),
+    click.option("--rank", type=NUMBER, help="Dims of the index: 0.5, 32 or variance:0.9."),
     *EACH_OPTIONS,
 ]
 LOKI_OPTIONS = [

@@ -52,7 +52,7 @@ class Settings:
     """As `loki tune` takes them."""
 
     top_k: int | float
-    rank: int | float
+    rank: int | float | str
     cost: float
     cost_context: int
     plans: int

@@ -53,7 +53,7 @@ OWN = {
               help='moa: of all that a span leaves out, or "entrywise", as published.')  # fmt: skip
 @click.option("--top-k", type=NUMBER, default="0.125", show_default=True,
               help="tidal: budget that the plan is for: 0.125 or 1024.")  # fmt: skip
-@click.option("--rank", type=NUMBER, default="0.25", show_default=True,
+@click.option("--rank", type=NUMBER, default="auto", show_default=True,
               help="tidal: dims of the index.")  # fmt: skip
 @click.option("--group-choice", default="max", show_default=True,
               help='tidal: "max" or "probability".')  # fmt: skip

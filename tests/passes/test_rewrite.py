@@ -117,7 +117,7 @@ def test_packing_what_is_not_understood_changes_rounding_alone(spelling, interpr
 @torch.no_grad()
 def test_int8_index_with_the_whole_budget_is_dense_attention(spelling, interpreted):
     module = ToyDecoder(spelling).eval()
-    fast = compiled(module, index_dtype="int8", **EVERYTHING)
+    fast = compiled(module, **{**EVERYTHING, "index_dtype": "int8"})
     assert compare(module, fast, spelling) < 2e-5
     assert stats()["sparse_steps"] == STEPS
 

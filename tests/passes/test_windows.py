@@ -99,7 +99,7 @@ def test_a_window_that_fills_and_moves_decodes_like_the_model(build, prompt, kin
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize(("prompt", "index_dtype"), [(12, "auto"), (30, "int8")])
+@pytest.mark.parametrize(("prompt", "index_dtype"), [(12, "cache"), (30, "int8")])
 def test_the_index_of_a_moving_window_stays_the_projection_of_its_keys(prompt, kind, index_dtype):
     _, cache = decode(
         every_layer_windowed(), kind, prompt, top_k=8, sink=1, recent=2, index_dtype=index_dtype

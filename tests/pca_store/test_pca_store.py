@@ -467,6 +467,16 @@ class TestBasis:
         assert basis.rank_for("variance:0.91") == 4
         assert basis.rank_for("variance:1.0") == 4
 
+    def test_a_rank_that_nobody_chose_is_half_of_the_dims_or_all_columns_that_there_are(self):
+        eye = torch.eye(9).expand(2, 9, 9)
+        spectrum = torch.ones(2, 9)
+        for columns, rank in ((9, 5), (5, 5), (4, 4), (1, 1)):
+            kept = eye[..., :columns].contiguous()
+            basis = Basis(kept, kept, spectrum, kind="attention")
+            assert basis.rank_for("auto") == rank
+        with pytest.raises(ValueError, match="holds 1 of 9 dims"):
+            basis.rank_for(0.5)
+
     def test_a_fraction_is_not_rounded_up_by_float_noise(self):
         basis = random_basis(1, 100, seed=0)
         assert 0.07 * 100 > 7

@@ -12,7 +12,9 @@ from toy_writes import cat_bhtd, index_copy_method
 
 from loki_compile import stats
 
-FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
+FEW = {
+    "min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4, "index_dtype": "cache"
+}  # fmt: skip
 GROWING = Spelling(cat_bhtd, mask=no_mask, growing=True)
 STATIC = Spelling(index_copy_method, mask=left_padded)
 slow = pytest.mark.slow

@@ -34,8 +34,10 @@ from transformers import DynamicCache
 from loki_compile import reports, stats
 
 STEPS = 3
-EVERYTHING = {"min_context": 0, "top_k": 1.0}
-FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
+EVERYTHING = {"min_context": 0, "top_k": 1.0, "index_dtype": "cache"}
+FEW = {
+    "min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4, "index_dtype": "cache"
+}  # fmt: skip
 # Loki in every spelling, with the greatest score: `test_rewrite.py`.
 NEW = [name for name in POLICIES if name != "loki"]
 # Keys that move from page to page, or that are written over where rows still see their neighbours.

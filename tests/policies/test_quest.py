@@ -25,7 +25,9 @@ from toy_writes import (
 from loki_compile import reports, stats
 from loki_compile.indexes import indexes_of
 
-FEW = {"min_context": 0, "top_k": 0.3, "sink": 1, "recent": 1, "rank": 4}
+FEW = {
+    "min_context": 0, "top_k": 0.3, "sink": 1, "recent": 1, "rank": 4, "index_dtype": "cache"
+}  # fmt: skip
 QUEST = {**FEW, "policy": "quest"}
 pytestmark = pytest.mark.usefixtures("interpreted")
 

@@ -24,7 +24,9 @@ from loki_compile import LokiConfig, explain, reports, stats
 
 STEPS = 3
 # An index of all dims ranks as the keys do.
-FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": HEAD_DIM}
+FEW = {
+    "min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": HEAD_DIM, "index_dtype": "cache"
+}  # fmt: skip
 EVERYTHING = {**FEW, "top_k": 1.0}
 GROWING = Spelling(cat_bhtd, mask=no_mask, growing=True)
 STATIC = Spelling(index_copy_method)

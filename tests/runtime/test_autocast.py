@@ -112,7 +112,7 @@ def read_in_own_dtype(k, v, ck, cv, pos):
 
 
 @pytest.mark.parametrize("cached", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("index_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("index_dtype", ["cache", "int8"])
 @torch.no_grad()
 def test_a_static_cache_of_any_dtype(cached, index_dtype, interpreted):
     spelling = STATIC.but(write=static_into_own_dtype, cache_dtype=cached, slots=PROMPT + 50)

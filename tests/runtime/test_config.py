@@ -14,7 +14,7 @@ pytestmark = pytest.mark.covers
 
 def test_defaults_are_the_documented_ones():
     assert LokiConfig() == LokiConfig(
-        top_k=0.125, rank=0.25, basis="auto", min_context=1024, sink=4, recent=32, share="group",
+        top_k=0.125, rank="auto", basis="auto", min_context=1024, sink=4, recent=32, share="group",
         pack_gqa=True, index_dtype="auto", layers="all", policy="loki", prefill="dense",
         strict=False, inductor={},
     )  # fmt: skip
@@ -49,7 +49,7 @@ def test_defaults_are_the_documented_ones():
         ({"sink": -1}, "sink=-1", ">= 0"),
         ({"recent": 1.5}, "recent=1.5", ">= 0"),
         ({"share": "all"}, "share='all'", "'group', 'head'"),
-        ({"index_dtype": "int4"}, "index_dtype='int4'", "'auto', 'int8'"),
+        ({"index_dtype": "int4"}, "index_dtype='int4'", "'int8', 'cache'"),
         ({"policy": "magic"}, "policy='magic'", "'loki'"),
         ({"pack_gqa": 1}, "pack_gqa=1", "True or False"),
         ({"strict": "yes"}, "strict='yes'", "True or False"),

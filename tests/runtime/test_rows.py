@@ -143,7 +143,7 @@ def test_a_short_row_beside_a_long_one_is_what_it_is_alone(lengths, layers, kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("index_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("index_dtype", ["cache", "int8"])
 def test_long_rows_rank_by_what_they_see_themselves(kind, index_dtype, interpreted):
     """Neither the padding in front of a row nor its neighbours' keys are in its basis."""
     model, prompt = llama(), left_padded(2000, 1400)

@@ -56,6 +56,8 @@ def true_indexes(cache, tokens: int) -> int:
         for index in indexes_of(layer.keys):
             assert index.valid
             rows = layer.keys[:, :, :tokens].float() @ index.basis.key
-            torch.testing.assert_close(index.tensors[0][:, :, :tokens].float(), rows)
+            held, scale = (tensor[:, :, :tokens].float() for tensor in index.tensors)  # of int8
+            near = 0.51 * scale + 1e-5 + 1.3e-6 * rows.abs()
+            assert ((held * scale - rows).abs() <= near).all()
             count += 1
     return count

@@ -11,7 +11,10 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 12, 6, 3, 10
 SLOTS, FILLED, BATCH = 41, 17, 2
 
 # Forced sparse: every key is chosen, so that what comes out is dense attention; and a few of them.
-EVERYTHING = {"min_context": 0, "top_k": 1.0}
-FEW = {"min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4}
+# The index is in the cache's dtype: it is compared with plain projections, which int8 rounds.
+EVERYTHING = {"min_context": 0, "top_k": 1.0, "index_dtype": "cache"}
+FEW = {
+    "min_context": 0, "top_k": 0.4, "sink": 1, "recent": 2, "rank": 4, "index_dtype": "cache"
+}  # fmt: skip
 
 MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
