@@ -14,7 +14,6 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from loki_compile.passes.calls import fake_value, hint_of, memory_of, op_name, written_operands
 from loki_compile.passes.graphs import ancestors
@@ -247,7 +246,7 @@ def _size_in_words(size: Any, named: dict[Any, str]) -> Hashable:
     if not isinstance(size, torch.SymInt):
         return type(size), repr(size)
     node = size.node
-    words = str(node.expr.xreplace({s: sympy.Symbol(name) for s, name in named.items()}))
+    words = str(node.expr.xreplace({s: type(s)(name) for s, name in named.items()}))
     return words, hint_of(size), str(node.shape_env.bound_sympy(node.expr))
 
 
