@@ -32,7 +32,7 @@ from loki_compile.counts import (
     tally_of,
 )
 from loki_compile.deferred import PRICE, Deferred
-from loki_compile.engines import Engine, autocast_now, compile_late, default
+from loki_compile.engines import Engine, autocast_now, compile_late, default, in_blocks
 from loki_compile.floats import ask_for_values, ask_what_inductor_asks
 from loki_compile.kernels.kept import Keeps
 from loki_compile.kernels.ops import begin_building
@@ -94,8 +94,10 @@ def loki(
       RuntimeError: under `strict=True`, listing every site that could not be rewritten.
     """
     config = plainly(_checked, {**(options or {}), **unknown}, mode)
-    compile_graph = PRICE.timed(
-        functools.partial(engine or default(), mode=mode, options=config.inductor)
+    engine = engine or default()
+    at_once, later = (
+        PRICE.timed(functools.partial(each, mode=mode, options=config.inductor))
+        for each in (engine, in_blocks(engine))
     )
     normal, parts = _in_one_form(gm)
     of_model = PlanOfModel(normal, example_inputs, parts, config)
@@ -114,7 +116,7 @@ def loki(
     appends = find_appends(normal.graph) if in_place else ()
     bindings = plainly(bind_caches, normal, plan, example_inputs, parts, config, appends)
     tally = tally_of(gm, example_inputs)
-    late = functools.partial(_late, normal, plan, compile_graph, tally, once)
+    late = functools.partial(_late, normal, plan, later, tally, once)
     compiled: Callable[..., Any]
     running: Any = None  # what tells how it fares
     if plan.sparse:
@@ -137,7 +139,7 @@ def loki(
             compiled = running = late()(form, _A_PREFILL, missed)
         else:
             _say_compiling_dense(tally, plan)
-            compiled = compile_graph(form, example_inputs)
+            compiled = at_once(form, example_inputs)
         # A prompt in parts leaves what steps leave, lest these are traced for two layouts.
         longer = [(append.output, append.axis) for append in appends]
         if in_place and (left := [*first_keys(normal.graph), *longer]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import fx
 
 from loki_compile.counts import Tally, say_compiling
 from loki_compile.floats import RestartAnalysis
+from loki_compile.passes.blocks import Piece, find_blocks
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.graphs import copy_of, fake_mode_of
 
@@ -49,6 +50,102 @@ def inductor(
     """
     patches = torch._inductor.list_mode_options(mode) if mode and mode != "default" else {}
     return torch._inductor.compile(gm, list(inputs), options={**patches, **options})
+
+
+def inductor_by_blocks(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None, options: dict[str, Any]
+) -> Callable[..., Any]:
+    """`inductor` for graphs that are compiled behind Dynamo's back and record no gradients: of
+    equal blocks, one is compiled.
+
+    A graph is compiled whole where it is one CUDA graph, where weights become constants
+    (`freezing`), and where few of its blocks are equal; on a device as well, which would wait for
+    the host to call each block (0.1 ms on a CPU, not measured elsewhere).
+    """
+    patches = torch._inductor.list_mode_options(mode) if mode and mode != "default" else {}
+    patches = {**patches, **options}
+    with torch._inductor.config.patch(patches):
+        whole = torch._inductor.config.triton.cudagraphs or torch._inductor.config.freezing
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    if any(value.device.type != "cpu" for value in tensors):
+        whole = True
+    pieces = None if whole else find_blocks(gm.graph)
+    if pieces is None:
+        return inductor(gm, inputs, mode=mode, options=options)
+    runs: dict[Hashable, Callable[..., Any]] = {}
+    compiled: dict[Hashable, Piece] = {}
+    for piece in pieces:
+        if piece.kind not in runs:
+            compiled[piece.kind] = piece
+            values = [fake_value(node) for node in piece.inputs]
+            # What AOTAutograd notes of one graph is none of another's.
+            with torch._guards.tracing(torch._guards.TracingContext(fake_mode_of(gm.graph))):
+                runs[piece.kind] = inductor(
+                    piece.graph_module(gm), values, mode=mode, options=options
+                )
+    for piece in pieces:
+        _guard_as(compiled[piece.kind], piece, fake_mode_of(gm.graph).shape_env)
+    log.debug("%d pieces of a graph, %d compiled", len(pieces), len(runs))
+    return _in_a_row(gm.graph, pieces, [runs[piece.kind] for piece in pieces])
+
+
+def _guard_as(compiled: Piece, piece: Piece, shape_env: Any) -> None:
+    """Adds guards: what is known of the sizes of the piece that was compiled, of another's.
+
+    Each cache's length is a symbol of its own, and what was compiled may rely on a guard on one.
+
+    Private API, checked on torch 2.11 and 2.13: the fields of a `ShapeGuard`.
+    """
+    symbols = dict(zip(compiled.symbols, piece.symbols, strict=True))
+    own = {symbol for symbol, other in symbols.items() if symbol != other}
+    if not own:
+        return
+    there = {guard.expr for guard in shape_env.guards}
+    for guard in list(shape_env.guards):
+        free = guard.expr.free_symbols
+        if free & own and free <= symbols.keys():
+            expr = guard.expr.xreplace(symbols)
+            if expr not in there:
+                there.add(expr)
+                shape_env.guards.append(guard._replace(expr=expr))
+
+
+def _in_a_row(
+    graph: fx.Graph, pieces: Sequence[Piece], runs: Sequence[Callable[..., Any]]
+) -> Callable[..., Any]:
+    """A function of the graph's inputs that calls one piece's function after the other."""
+    given = list(graph.find_nodes(op="placeholder"))  # not all of them come first in the graph
+    calls = [node for piece in pieces for node in piece.calls]
+    place = {node: number for number, node in enumerate((*given, *calls))}
+    results = graph.output_node().args[0]
+    assert isinstance(results, (tuple, list))
+    last: dict[fx.Node, int] = {}
+    for number, piece in enumerate(pieces):
+        last.update(dict.fromkeys((*piece.inputs, *piece.outputs), number))
+    kept = {node for node in results if isinstance(node, fx.Node)}
+    steps = []
+    for number, (piece, run) in enumerate(zip(pieces, runs, strict=True)):
+        done = [place[n] for n, when in last.items() if when == number and n not in kept]
+        reads = tuple(place[node] for node in piece.inputs)
+        steps.append((run, reads, [place[node] for node in piece.outputs], done))
+    fixed = [(place.get(r), r) if isinstance(r, fx.Node) else (None, r) for r in results]
+    room = [None] * len(calls)
+
+    def run_all(*args: Any) -> list[Any]:
+        values = [*args, *room]
+        for run, reads, outputs, done in steps:
+            for at, value in zip(outputs, run(*[values[i] for i in reads]), strict=True):
+                values[at] = value
+            for at in done:  # an intermediate result lives as long as it is read
+                values[at] = None
+        return [constant if at is None else values[at] for at, constant in fixed]
+
+    return run_all
+
+
+def in_blocks(engine: Engine) -> Engine:
+    """The engine for graphs that are compiled behind Dynamo's back: another is left as it is."""
+    return inductor_by_blocks if engine is inductor else engine
 
 
 def interpreter(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

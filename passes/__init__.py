@@ -34,6 +34,7 @@ what reads it (decides, never edits),
     plan           per site: sparse, or dense with a reason
     appends        tensors that a graph makes longer, and whether that can be done in their memory
     rollback       what to save so that a graph that failed half-way can be run again
+    blocks         a graph as a row of pieces, of which equal ones are compiled once
 
 and what rewrites it (edits, never decides):
 
