@@ -216,7 +216,7 @@ def parameter_test(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callabl
 
 
 def nearest_matrix(
-    starts: list[fx.Node], is_parameter: Callable[[fx.Node], bool]
+    starts: Sequence[fx.Node], is_parameter: Callable[[fx.Node], bool]
 ) -> fx.Node | None:
     """The nearest placeholder of two or more dimensions for which `is_parameter` holds.
 
