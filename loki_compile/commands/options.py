@@ -45,7 +45,7 @@ OUT_OPTION = click.option(
 # Those of which a command that compares settings takes one value for all of them.
 EACH_OPTIONS = [
     click.option("--min-context", type=int, help="Fewer visible keys than this run dense."),
-    click.option("--index-dtype", help='"int8" or "cache".'),
+    click.option("--index-dtype", help='"auto" (int8), "int8" or "cache".'),
     click.option("--share", help='"group" or "head".'),
 ]
 # All but which policy, for a command that runs several.

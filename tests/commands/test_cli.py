@@ -152,11 +152,11 @@ def test_explain_tells_heads_dims_budget_and_memory(tiny, cache):
     )
     (row,) = [line for line in shown.splitlines() if "self_attn" in line]
     cells = [cell.strip() for cell in re.split("[│┃]", row)[1:-1]]
-    # 2 layers x 2 KV heads x 7 dims x 4 bytes x 600 tokens
+    # 2 layers x 2 KV heads x (7 dims of a byte and a scale of 4) x 600 tokens
     assert cells[:2] == ["layers 0-1: model.layers.*.self_attn", "sparse"]
-    assert cells[2:6] == ["6/2", "7 of 20", "75 of 600", "65.6 KiB"]
+    assert cells[2:6] == ["6/2", "7 of 20", "75 of 600", "25.8 KiB"]
     assert "2 of 2 sites sparse" in shown
-    assert "65.6 KiB" in shown
+    assert "25.8 KiB" in shown
 
 
 def test_explain_says_where_a_short_context_runs_dense(tiny):
