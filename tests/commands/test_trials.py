@@ -118,7 +118,8 @@ def test_bytes_are_those_of_the_index_and_of_the_chosen_rows(model):
     chosen = layers * heads * 100 * 2 * dim * size
     assert found["window"]["bytes"] == chosen
     seen = CONTEXT + 2  # behind the second of three steps, the mean
-    assert found["loki"]["bytes"] == pytest.approx(chosen + layers * heads * seen * 4 * size)
+    index = layers * heads * seen * (4 + 4)  # dims of a byte, and a scale
+    assert found["loki"]["bytes"] == pytest.approx(chosen + index)
     assert found["loki"]["dense_bytes"] == layers * heads * seen * 2 * dim * size
     assert found["spans"]["keys"] == (64 + 100) / 2
     assert 0 < found["spans"]["missed"] < 1
