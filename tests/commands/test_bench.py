@@ -100,8 +100,8 @@ def test_only_what_was_read_has_a_first_token(measured):
 
 
 def test_bytes_and_rates_follow_from_shapes_and_times(measured):
-    """random:1: 2 KV heads x 128 in float32; an index of half the dims in bytes, and scales; all weights
-    but the embedding table."""
+    """random:1: 2 KV heads x 128 in float32; an index of half the dims in bytes, and scales; all
+    weights but the embedding table."""
     weights = 4 * (256 * (1024 + 2 * 256 + 1024) + 3 * 256 * 512 + 3 * 256 + 1024 * 256)
     each = 2 * 128 * 4
     for row in rows_in(measured[0]):
