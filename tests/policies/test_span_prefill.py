@@ -89,6 +89,7 @@ def inputs(tokens, heads=4, kv_heads=2, dims=16, dtype=torch.float32):
     ],
 )
 def test_prompts_of_any_length_read_spans(heads, dims, dtype, fresh, caplog):
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for tokens in (700, 901, 1024):
         q, k, v = inputs(tokens, heads, 2, dims, dtype)
         group = heads // 2
@@ -99,7 +100,7 @@ def test_prompts_of_any_length_read_spans(heads, dims, dtype, fresh, caplog):
         assert found.is_contiguous() and found.dtype == dtype
         assert (found.double() - truth).abs().max() < 40 * torch.finfo(dtype).eps
     assert not any("prompts are dense" in message for message in caplog.messages)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 2
 
 
 def test_dense_where_a_mask_hides_more_or_spans_leave_too_little_out():
