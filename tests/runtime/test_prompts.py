@@ -18,6 +18,7 @@ from loki_compile.indexes import indexes_of
 CACHES = pytest.mark.parametrize("kind", ["static", "growing"])
 PAIRS = [(d, d + 8) for d in range(8)]
 ASKED = "from the prompt's queries and the keys, over rotations"
+RANK = 8  # of 16, the default
 ALONE = "from the keys alone, over rotations"
 
 
@@ -68,7 +69,7 @@ def expected(keys, queries, real=None):
     kept = rows if real is None else rows[real[rows]]
     picked = queries[0, :, kept].double().unflatten(0, (2, -1)).flatten(1, 2)
     moments.add_query_moment(picked.mT @ picked, picked.shape[1])
-    query, key = moments.over_rotations(PAIRS).score_optimal().truncate(4)
+    query, key = moments.over_rotations(PAIRS).score_optimal().truncate(RANK)
     return query @ key.mT
 
 
@@ -151,7 +152,7 @@ def test_a_prompt_that_was_read_eagerly_is_fitted_from_its_keys(kind, interprete
     (index,) = indexes_of(layer.keys)
     moments = KeyCovariance(2, 16)
     moments.update(layer.keys[:, :, :LONG])
-    key = moments.over_rotations(PAIRS).pca().truncate(4)[1]
+    key = moments.over_rotations(PAIRS).pca().truncate(RANK)[1]
     close(index, 0, key @ key.mT)
 
 
