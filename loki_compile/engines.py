@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from loki_compile.counts import Tally, say_compiling
-from loki_compile.floats import RestartAnalysis
+from loki_compile.floats import RestartAnalysis, float_inputs
 from loki_compile.passes.blocks import Piece, find_blocks
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.graphs import copy_of, fake_mode_of
@@ -59,15 +59,16 @@ def inductor_by_blocks(
     equal blocks, one is compiled.
 
     A graph is compiled whole where it is one CUDA graph, where weights become constants
-    (`freezing`), and where few of its blocks are equal; on a device as well, which would wait for
-    the host to call each block (0.1 ms on a CPU, not measured elsewhere).
+    (`freezing`), where a float comes in as an input (Inductor would ask for its value as often as a
+    block does without it), and where few of its blocks are equal; on a device as well, which would
+    wait for the host to call each block (0.1 ms on a CPU, not measured elsewhere).
     """
     patches = torch._inductor.list_mode_options(mode) if mode and mode != "default" else {}
     patches = {**patches, **options}
     with torch._inductor.config.patch(patches):
         whole = torch._inductor.config.triton.cudagraphs or torch._inductor.config.freezing
     tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
-    if any(value.device.type != "cpu" for value in tensors):
+    if any(value.device.type != "cpu" for value in tensors) or float_inputs(gm.graph):
         whole = True
     pieces = None if whole else find_blocks(gm.graph)
     if pieces is None:

@@ -28,13 +28,13 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from loki_compile.passes.calls import fake_value, op_name
 from loki_compile.passes.graphs import copy_of, fake_mode_of
 
-__all__ = ["RestartAnalysis", "ask_for_values", "ask_what_inductor_asks"]
+__all__ = ["RestartAnalysis", "ask_for_values", "ask_what_inductor_asks", "float_inputs"]
 
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "linear"})
 _CORES = frozenset({"scaled_dot_product_attention", "flex_attention", "softmax"})
 
 
-def _float_inputs(graph: fx.Graph) -> dict[str, torch.SymFloat]:
+def float_inputs(graph: fx.Graph) -> dict[str, torch.SymFloat]:
     """The symbols of the floats that come in as inputs, by name."""
     found = {}
     for node in graph.find_nodes(op="placeholder"):
@@ -55,7 +55,7 @@ def ask_for_values(graph: fx.Graph) -> None:
       TensorifyScalarRestartAnalysis: Dynamo's own, to be let through. Nothing is raised twice for
         one float.
     """
-    inputs = _float_inputs(graph)
+    inputs = float_inputs(graph)
     if not inputs:
         return
     fixed = {name for name, number in inputs.items() if number.node.expr.is_number}
@@ -75,7 +75,7 @@ def ask_what_inductor_asks(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     Raises:
       TensorifyScalarRestartAnalysis: Dynamo's own, to be let through.
     """
-    if not _float_inputs(gm.graph):
+    if not float_inputs(gm.graph):
         return
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor.compile_fx import compile_fx

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from loki_compile import engines
 from loki_compile.backend import loki
+from loki_compile.floats import float_inputs
 
 PROMPT, NEW = 1103, 5  # above the default min_context
 
@@ -115,6 +116,37 @@ def test_equal_blocks_are_compiled_once_and_what_differs_apart(pieces, scales, c
 def test_one_cuda_graph_or_frozen_weights_are_compiled_whole(pieces, how):
     gm, _ = captured(Stack([0.5] * 5), torch.rand(1, 1, 6), caches([5] * 5))
     by_blocks(gm, **how)
+    assert len(pieces) == 1
+
+
+class Scaled(nn.Module):
+    """A stack whose input is multiplied by a number that changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack, self.number = Stack([0.5] * 5), 0.5
+
+    def forward(self, x: Tensor, caches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        return self.stack(x * self.number, caches)
+
+
+def test_a_graph_with_a_float_as_an_input_is_compiled_whole(pieces):
+    """Inductor would have a piece without it ask Dynamo for its value, too late."""
+    x, scaled = torch.rand(1, 1, 6), Scaled()
+    found = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    step = torch.compile(scaled, backend=backend)
+    with torch.no_grad():
+        for number in (0.5, 0.25):  # from the second on, Dynamo has it as an input
+            scaled.number = number
+            step(x, caches([5] * 5))
+    assert [len(float_inputs(gm.graph)) for gm in found] == [0, 1]
+    by_blocks(found[1])
     assert len(pieces) == 1
 
 
