@@ -27,12 +27,7 @@ def window_positions(
     rule = Budget(*budget)
     batch, tokens, cached = query.shape[0], query.shape[2], key.shape[2]
     at = torch.arange(cached, device=key.device, dtype=torch.int32)
-    if mask is None:
-        visible = torch.ones((1, 1, 1, cached), dtype=torch.bool, device=key.device)
-    elif mask.is_floating_point():
-        visible = mask > hidden_below(mask.dtype)
-    else:
-        visible = mask != 0
+    visible = _visible(key, mask)
     if visible.shape[1] not in (1, heads):
         visible = visible[:, :: visible.shape[1] // heads]
     number = visible.cumsum(-1, dtype=torch.int32)  # of each visible key in its row, from 1
@@ -63,7 +58,7 @@ def visible_slots(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         whole = torch.cat((at[:1] * 0 + cached, at, at[:1] * 0))
         return whole.view(1, 1, 1, -1)
-    visible = mask > hidden_below(mask.dtype) if mask.is_floating_point() else mask != 0
+    visible = _visible(key, mask)
     if visible.shape[1] not in (1, heads):
         visible = visible.unflatten(1, (heads, -1)).any(2)
     number = visible.cumsum(-1, dtype=torch.int32)
@@ -138,12 +133,7 @@ def unified_positions(
     """
     rule = Budget(*budget)
     (batch, query_heads, tokens, _), cached = query.shape, key.shape[2]
-    if mask is None:
-        visible = torch.ones((1, 1, 1, cached), dtype=torch.bool, device=key.device)
-    elif mask.is_floating_point():
-        visible = mask > hidden_below(mask.dtype)
-    else:
-        visible = mask != 0
+    visible = _visible(key, mask)
     visible = visible[:, :1]
     number = visible.cumsum(-1, dtype=torch.int32)  # of each visible key in its row, from 1
     count = number[..., -1:]
@@ -177,3 +167,11 @@ def unified_positions(
     out = chosen.new_full((batch, tokens, slots), -1)
     out[..., :most] = chosen
     return out[:, None].expand(batch, heads, tokens, slots).contiguous()
+
+
+def _visible(key: Tensor, mask: Tensor | None) -> Tensor:
+    """Which keys (B, Hkv, T, ...) rows see by a mask that broadcasts to (B, Hq, S, T): bool, of its
+    shape; (1, 1, 1, T) without one."""
+    if mask is None:
+        return torch.ones((1, 1, 1, key.shape[2]), dtype=torch.bool, device=key.device)
+    return mask > hidden_below(mask.dtype) if mask.is_floating_point() else mask != 0
