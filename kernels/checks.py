@@ -182,7 +182,7 @@ def check_attend(
     *,
     softcap: float,
     sink_logits: Tensor | None,
-    k_rest: Tensor | None = None,
+    k_pe: Tensor | None = None,
     ranges: Tensor | None = None,
 ) -> None:
     """Raise ValueError (what was found, what is allowed) unless `loki::attend` takes these, or
@@ -193,13 +193,13 @@ def check_attend(
     all keys where both ranges are empty. They are read where they lie, unchecked: what is out of
     order is read as if it were cut off.
 
-    q, k, v and k_rest may each have a dtype of its own: a cache is read as it is stored.
+    q, k, v and k_pe may each have a dtype of its own: a cache is read as it is stored.
     """
     op = "loki::attention" if positions is None else "loki::attend"
     b, hq, s, d = _rank4(op, "q", q)
     bk, hkv, t, dk = _rank4(op, "k", k)
     _, _, _, dv = _rank4(op, "v", v)
-    more = 0 if k_rest is None else _rank4(op, "k_rest", k_rest)[3]
+    more = 0 if k_pe is None else _rank4(op, "k_pe", k_pe)[3]
     if q.dtype not in FLOAT_DTYPES:
         raise _wrong(op, "q dtype", q.dtype, "bfloat16, float16 or float32")
     if k.dtype not in FLOAT_DTYPES or v.dtype not in FLOAT_DTYPES:
@@ -208,13 +208,13 @@ def check_attend(
     if bk != b or dk != d - more or hkv < 1 or hq % hkv:
         allowed = f"(B, Hkv, T, D) with B = {b}, D = {d - more} and Hkv a divisor of {hq}"
         raise _wrong(op, "shape of k", (bk, hkv, t, dk), allowed)
-    if k_rest is not None:
-        if k_rest.shape[:3] != k.shape[:3] or more < 1 or k_rest.dtype not in FLOAT_DTYPES:
-            found = (tuple(k_rest.shape), k_rest.dtype)
+    if k_pe is not None:
+        if k_pe.shape[:3] != k.shape[:3] or more < 1 or k_pe.dtype not in FLOAT_DTYPES:
+            found = (tuple(k_pe.shape), k_pe.dtype)
             allowed = f"(B, Hkv, T, dims) with {(bk, hkv, t)}, as k has, of a dtype that k may have"
-            raise _wrong(op, "k_rest", found, allowed)
-        _rows_contiguous(op, "k_rest", k_rest, more)
-        _same_device(op, "k_rest", k_rest, q)
+            raise _wrong(op, "k_pe", found, allowed)
+        _rows_contiguous(op, "k_pe", k_pe, more)
+        _same_device(op, "k_pe", k_pe, q)
     if v.shape[:3] != k.shape[:3]:
         raise _wrong(op, "shape of v", tuple(v.shape), f"{(bk, hkv, t)} and Dv, as k has")
     if min(b, s, t, dk, dv) < 1 or t > MAX_KEYS:

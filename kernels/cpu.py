@@ -108,7 +108,7 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
-    k_rest: Tensor | None = None,
+    k_pe: Tensor | None = None,
     ranges: Tensor | None = None,
 ) -> Tensor:
     """`loki::attend`, and `loki::attention` without positions; see `loki_compile.kernels.ops`."""
@@ -123,11 +123,11 @@ def attend(
             scale=scale,
             softcap=softcap,
             sink_logits=sink_logits,
-            k_rest=k_rest,
+            k_pe=k_pe,
             ranges=ranges,
         )
     check_attend(
-        q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest,
+        q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_pe=k_pe,
         ranges=ranges,
     )  # fmt: skip
     b, hq, s, _ = q.shape
@@ -136,7 +136,7 @@ def attend(
         _pack_attend(
             *_view(q),
             *_view(k),
-            *(_NO_TENSOR if k_rest is None else _view(k_rest)),
+            *(_NO_TENSOR if k_pe is None else _view(k_pe)),
             *_view(v),
             *(_NO_TENSOR if positions is None else _view(positions)),
             *(_NO_TENSOR if ranges is None else _view(ranges)),

@@ -128,12 +128,12 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
-    k_rest: Tensor | None = None,
+    k_pe: Tensor | None = None,
     ranges: Tensor | None = None,
 ) -> Tensor:
     """`loki::attend`, and `loki::attention` without positions; see `loki_compile.kernels.ops`."""
     check_attend(
-        q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest,
+        q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_pe=k_pe,
         ranges=ranges,
     )  # fmt: skip
     b, hq, s, d = q.shape
@@ -151,7 +151,7 @@ def attend(
     rows = Rows(
         q=q.unflatten(1, (heads, group)).transpose(2, 3).reshape(-1, group, d).float(),
         place=torch.cartesian_prod(torch.arange(b), torch.arange(heads), torch.arange(s)),
-        keys=(k,) if k_rest is None else (k, k_rest),
+        keys=(k,) if k_pe is None else (k, k_pe),
         values=v,
         per_kv=heads // k.shape[1],
         mask=None if mask is None else mask.expand(b, hq, s, t)[:, ::group],

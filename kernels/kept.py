@@ -39,7 +39,7 @@ class IndexLayout:
     each_row: bool = False
 
     @property
-    def parts(self) -> int:
+    def tensors(self) -> int:
         """Tensors that make up the index: its rows, and for int8 their scales."""
         return 2 if self.dtype == torch.int8 else 1
 
@@ -53,7 +53,7 @@ class PageLayout:
     dtype: torch.dtype
 
     @property
-    def parts(self) -> int:
+    def tensors(self) -> int:
         return 1
 
 

@@ -134,9 +134,9 @@ SCHEMAS = (
     "update_pages(Tensor(a!) pages, Tensor keys, Tensor written, *, int page) -> ()",
     "extend_pages(Tensor pages, Tensor keys, Tensor written, *, int page) -> Tensor",
     "attend(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor? mask,"
-    " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_rest=None) -> Tensor",
+    " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_pe=None) -> Tensor",
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask,"
-    " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_rest=None,"
+    " *, float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? k_pe=None,"
     " Tensor? ranges=None) -> Tensor",
     "prefill(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? plain, *, float scale,"
     " int[] lines, int sink, int recent, int min_keys) -> Tensor",

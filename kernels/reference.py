@@ -159,15 +159,15 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
-    k_rest: Tensor | None = None,
+    k_pe: Tensor | None = None,
     ranges: Tensor | None = None,
 ) -> Tensor:
     """Exact attention over the keys at `positions`, in two `ranges`, or over all: (B, Hq, S, Dv)
     in q.dtype.
 
-    k_rest (B, Hkv, T, dims): the keys' last dims, where they lie in a tensor of their own.
+    k_pe (B, Hkv, T, dims): the keys' last dims, where they lie in a tensor of their own.
     """
-    k = k if k_rest is None else torch.cat((k, k_rest), -1)
+    k = k if k_pe is None else torch.cat((k, k_pe), -1)
     b, hq, s, _ = q.shape
     hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
     every_key = torch.arange(t, device=q.device)

@@ -6,7 +6,7 @@
 
 Products are in the dtype of q, to which tiles of the others are brought once they are loaded.
 
-Keys may lie in two tensors, the first dims of each in `k` and the others in `k_rest`; where v is k
+Keys may lie in two tensors, the first dims of each in `k` and the others in `k_pe`; where v is k
 itself (attention over cached latents), its rows are loaded once.
 
 A row is one list of positions: (b, h, s) with h a KV head (then its G query heads share each row
@@ -326,7 +326,7 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
-    k_rest: Tensor | None = None,
+    k_pe: Tensor | None = None,
     ranges: Tensor | None = None,
     launch: AttendLaunch | None = None,
 ) -> Tensor:
@@ -334,7 +334,7 @@ def attend(
     `launch` replaces the table's choice."""
     out, stages = attend_stages(
         q, k, v, positions, mask, scale=scale, softcap=softcap, sink_logits=sink_logits,
-        k_rest=k_rest, ranges=ranges, launch=launch,
+        k_pe=k_pe, ranges=ranges, launch=launch,
     )  # fmt: skip
     with torch.cuda.device_of(q):
         for stage in stages:
@@ -352,18 +352,18 @@ def attend_stages(
     scale: float,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
-    k_rest: Tensor | None = None,
+    k_pe: Tensor | None = None,
     ranges: Tensor | None = None,
     launch: AttendLaunch | None = None,
 ) -> tuple[Tensor, tuple[Stage, ...]]:
     """The output of `attend`, unwritten, and the launches that write it, in order."""
     check_attend(
-        q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_rest=k_rest,
+        q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_pe=k_pe,
         ranges=ranges,
     )  # fmt: skip
     b, hq, s, _ = q.shape
     d, (hkv, t, dv) = k.shape[3], v.shape[1:]
-    rest = 0 if k_rest is None else k_rest.shape[3]
+    rest = 0 if k_pe is None else k_pe.shape[3]
     all_keys = positions is None and ranges is None
     heads_out = hkv if positions is None else positions.shape[1]
     slots = 0 if positions is None else positions.shape[3]
@@ -377,7 +377,7 @@ def attend_stages(
     device = device_of(q)
     block_d, block_rest, block_dv = (max(16, triton.next_power_of_2(n)) for n in (d, rest, dv))
     if launch is None:
-        given = (q, k, v) if k_rest is None else (q, k, v, k_rest)
+        given = (q, k, v) if k_pe is None else (q, k, v, k_pe)
         widest = max(tensor.element_size() for tensor in given)
         launch = attend_launch(
             device, group=each, block_d=max(block_d, block_dv), bytes_each=widest
@@ -404,7 +404,7 @@ def attend_stages(
 
     k_strides, v_strides = broadcast_strides(k, 3), broadcast_strides(v, 3)
     k_align, v_align = alignment(d, k_strides), alignment(dv, v_strides)
-    rest_strides = broadcast_strides(k_rest, 3)
+    rest_strides = broadcast_strides(k_pe, 3)
     rest_align = alignment(rest, rest_strides)
     v_is_k = (
         d == dv and k.dtype == v.dtype and k.data_ptr() == v.data_ptr() and k_strides == v_strides
@@ -421,7 +421,7 @@ def attend_stages(
 
     def run_attend() -> None:
         attend_kernel[grid](
-            q, k, k_rest, v, positions, mask, sink_logits, out, acc, largest, total,
+            q, k, k_pe, v, positions, mask, sink_logits, out, acc, largest, total,
             *broadcast_strides(q, 3), *(n // k_align for n in k_strides),
             *(n // rest_align for n in rest_strides), *(n // v_align for n in v_strides),
             *position_strides, *mask_strides,

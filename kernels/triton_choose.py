@@ -27,7 +27,7 @@ ROW_FLOOR = tl.constexpr(6)  # list keys at or above this
 ROW_UNIT = tl.constexpr(7)  # fp32 bits: what one unit of the scores stands for
 ROW_FIELDS = tl.constexpr(8)
 
-PARTS_MAX = tl.constexpr(256)
+SPLITS_MAX = tl.constexpr(256)
 SCAN_BLOCK = tl.constexpr(1024)
 
 
@@ -238,13 +238,13 @@ def list_kernel(
     p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score, p_rows,
     p_list_key, p_list_at, p_counts,
     index_sb, index_sh, index_st, index_scale_sb, index_scale_sh, index_scale_st,
-    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, parts,
+    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, splits,
     R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
     MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
     BLOCK_T: tl.constexpr, SCORED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """List one part of one row's window; grid (rows, parts).
+    """List one part of one row's window; grid (rows, splits).
 
     The rows of one KV head are neighbours in the grid: they share its index through the cache.
     """
@@ -257,7 +257,7 @@ def list_kernel(
     p_rows += i_row * ROW_FIELDS
     start = tl.load(p_rows + ROW_START)
     end = tl.load(p_rows + ROW_END)
-    chunk = tl.cdiv(tl.cdiv(end - start, parts), BLOCK_T) * BLOCK_T
+    chunk = tl.cdiv(tl.cdiv(end - start, splits), BLOCK_T) * BLOCK_T
     begin = start + tl.minimum(i_part * chunk, end - start)
     stop = tl.minimum(begin + chunk, end)
     list_from = i_row * tl.cdiv(T, 16) * 16 + begin - start
@@ -276,27 +276,27 @@ def list_kernel(
             index_st * ALIGN, index_scale_st, mask_st, hidden_below,
             R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED, STAGES,
         )  # fmt: skip
-    tl.store(p_counts + i_row * parts + i_part, n)
+    tl.store(p_counts + i_row * splits + i_part, n)
 
 
 @triton.jit
-def _flatten(p_list_key, p_list_at, p_counts, p_before, parts, chunk, BLOCK: tl.constexpr):
-    """Move the lists of the parts together, in place and in order; returns how many keys.
+def _flatten(p_list_key, p_list_at, p_counts, p_before, splits, chunk, BLOCK: tl.constexpr):
+    """Move the lists of the splits together, in place and in order; returns how many keys.
 
     A key only ever moves to a lower slot, so no slot is written before it has been read.
     """
-    o_part = tl.arange(0, PARTS_MAX)
-    counts = tl.load(p_counts + o_part, mask=o_part < parts, other=0)
+    o_part = tl.arange(0, SPLITS_MAX)
+    counts = tl.load(p_counts + o_part, mask=o_part < splits, other=0)
     total = tl.sum(counts, 0)
-    tl.store(p_before + o_part, tl.cumsum(counts, 0) - counts, mask=o_part < parts)
+    tl.store(p_before + o_part, tl.cumsum(counts, 0) - counts, mask=o_part < splits)
     tl.debug_barrier()
     for first in range(0, total, BLOCK):
         o = first + tl.arange(0, BLOCK)
         inside = o < total
         part = tl.zeros((BLOCK,), tl.int32)
         for bit in tl.static_range(1, 9):  # the last part that begins at or before slot o
-            beyond = part + (PARTS_MAX >> bit)
-            before = tl.load(p_before + beyond, mask=beyond < parts, other=0x7FFFFFFF)
+            beyond = part + (SPLITS_MAX >> bit)
+            before = tl.load(p_before + beyond, mask=beyond < splits, other=0x7FFFFFFF)
             part = tl.where(before <= o, beyond, part)
         source = part * chunk + o - tl.load(p_before + part)
         key = tl.load(p_list_key + source, mask=inside)
@@ -313,7 +313,7 @@ def choose_kernel(
     p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score, p_rows,
     p_list_key, p_list_at, p_counts, p_before, p_positions,
     index_sb, index_sh, index_st, index_scale_sb, index_scale_sh, index_scale_st,
-    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, parts, slots,
+    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, splits, slots,
     R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
     MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
@@ -331,9 +331,9 @@ def choose_kernel(
     end = tl.load(p_rows + ROW_END)
     budget = tl.load(p_rows + ROW_BUDGET)
     floor = tl.load(p_rows + ROW_FLOOR)
-    chunk = tl.cdiv(tl.cdiv(end - start, parts), BLOCK_T) * BLOCK_T
+    chunk = tl.cdiv(tl.cdiv(end - start, splits), BLOCK_T) * BLOCK_T
     total = _flatten(
-        p_list_key, p_list_at, p_counts + i_row * parts, p_before + i_row * parts, parts, chunk,
+        p_list_key, p_list_at, p_counts + i_row * splits, p_before + i_row * splits, splits, chunk,
         BLOCK,
     )  # fmt: skip
     if total < budget:  # the sample misled: list every visible key of this row

@@ -34,7 +34,7 @@ INT8_LEVELS = tl.constexpr(127 * 256)
 INT8_RANK_MAX = 512  # INT8_LEVELS * 127 * 512 < 2**31
 
 RUNTIME_SIZES = [
-    "S", "T", "H", "parts", "slots", "top_k", "keep_q16", "sink", "recent", "min_keys",
+    "S", "T", "H", "splits", "slots", "top_k", "keep_q16", "sink", "recent", "min_keys",
     "q_sb", "q_sh", "q_ss", "basis_sb", "basis_sh", "basis_sd",
     "index_sb", "index_sh", "index_st", "index_scale_sb", "index_scale_sh", "index_scale_st",
     "mask_sb", "mask_sh", "mask_ss", "mask_st", "bounds_sb", "bounds_sh", "bounds_ss",
@@ -267,9 +267,9 @@ def window(p_bounds, T, MASK: tl.constexpr):
 
 
 @triton.jit
-def _part(first, last, i_part, parts, BLOCK: tl.constexpr):
+def _part(first, last, i_part, splits, BLOCK: tl.constexpr):
     """[begin, stop) of part i_part of [first, last), whole blocks of it."""
-    chunk = tl.cdiv(tl.cdiv(last - first, parts), BLOCK) * BLOCK
+    chunk = tl.cdiv(tl.cdiv(last - first, splits), BLOCK) * BLOCK
     begin = first + tl.minimum(i_part * chunk, last - first)
     return begin, tl.minimum(begin + chunk, last)
 
@@ -280,13 +280,13 @@ def score_kernel(
     q_sb, q_sh, q_ss, index_sb, index_sh, index_st,
     index_scale_sb, index_scale_sh, index_scale_st,
     mask_sb, mask_sh, mask_ss, mask_st, bounds_sb, bounds_sh, bounds_ss,
-    H, S, T, scale, hidden_below, parts,
+    H, S, T, scale, hidden_below, splits,
     R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, ROWS_PER_KV: tl.constexpr,
     ALIGN: tl.constexpr, MASK: tl.constexpr, INT8: tl.constexpr, EACH: tl.constexpr,
     PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Scores of one part of one row's window, from rows of the index that are PAGE keys each; grid
-    (rows, parts).
+    (rows, splits).
 
     EACH: those of each of the GROUP heads, with what an additive mask adds; NaN for a hidden key.
     Else the best over the heads, without it. q has the R dims of the index, or of a page's bounds.
@@ -296,7 +296,7 @@ def score_kernel(
         p_mask += i_b * mask_sb + i_h * GROUP * mask_sh + i_s * mask_ss
         p_bounds += i_b * bounds_sb + i_h * GROUP * bounds_sh + i_s * bounds_ss
     start, end, _ = window(p_bounds, T, MASK)
-    begin, stop = _part(start // PAGE, tl.cdiv(end, PAGE), tl.program_id(1), parts, BLOCK_P)
+    begin, stop = _part(start // PAGE, tl.cdiv(end, PAGE), tl.program_id(1), splits, BLOCK_P)
     stride = tl.cdiv(T, 16) * 16
     p_score += i_row * (GROUP if EACH else 1) * stride
     p_q += i_b * q_sb + i_h * GROUP * q_sh + i_s * q_ss
@@ -381,15 +381,15 @@ def mass_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_bounds"])
 def sum_kernel(
-    p_logit, p_bounds, p_mass, p_score, bounds_sb, bounds_sh, bounds_ss, H, S, T, parts,
+    p_logit, p_bounds, p_mass, p_score, bounds_sb, bounds_sh, bounds_ss, H, S, T, splits,
     GROUP: tl.constexpr, ROWS_PER_KV: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """log of the sum of the heads' probabilities, of one part of one row; grid (rows, parts)."""
+    """log of the sum of the heads' probabilities, of one part of one row; grid (rows, splits)."""
     i_row, i_b, i_h, i_s, _ = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
     if MASK != NO_MASK:
         p_bounds += i_b * bounds_sb + i_h * GROUP * bounds_sh + i_s * bounds_ss
     start, end, _ = window(p_bounds, T, MASK)
-    begin, stop = _part(start, end, tl.program_id(1), parts, BLOCK)
+    begin, stop = _part(start, end, tl.program_id(1), splits, BLOCK)
     stride = tl.cdiv(T, 16) * 16
     p_logit += i_row * GROUP * stride
     p_score += i_row * stride

@@ -3,7 +3,7 @@
     prepare   one program per row: projects the group's queries, finds the row's window, budget and
               forced keys, and from a stratified sample of scores a floor that the wanted keys are
               expected to reach: a first, coarse radix digit at the cost of reading 2048 rows.
-    list      streams the index once, split over `parts` programs per row: scores on the tensor
+    list      streams the index once, split over `splits` programs per row: scores on the tensor
               cores, maximum over the group, mask; keys at or above the floor are listed in
               ascending order. Scores of the other keys are never written anywhere.
     choose    one program per row: bisects the ordered bits of the listed keys for the exact
@@ -42,8 +42,8 @@ import triton.language as tl
 from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.checks import check_select, hidden_below, keys_ranked
 from loki_compile.kernels.triton_choose import (
-    PARTS_MAX,
     ROW_FIELDS,
+    SPLITS_MAX,
     choose_kernel,
     list_kernel,
     prepare_kernel,
@@ -193,7 +193,7 @@ class _Call:
             device, group=self.group, block_r=self.block_r,
             index_bytes=index.element_size() if self.tiles else 1, slots=self.slots,
         )  # fmt: skip
-        self.parts = programs_per_row(device, self.rows, self.launch.programs, PARTS_MAX.value)
+        self.splits = programs_per_row(device, self.rows, self.launch.programs, SPLITS_MAX.value)
         self._set_mask(mask)
         self._set_strides(mask)
         self._allocate()
@@ -227,7 +227,7 @@ class _Call:
         self.records = scratch((self.rows, ROW_FIELDS.value), dtype=torch.int32)
         self.sample = scratch((self.rows, self.launch.sample), dtype=torch.int32)
         self.lists = scratch((2, self.rows, row_size), dtype=torch.int32)
-        self.counts, self.before = scratch((2, self.rows, self.parts), dtype=torch.int32)
+        self.counts, self.before = scratch((2, self.rows, self.splits), dtype=torch.int32)
         self.score = self.logits = self.mass = None
         if not self.tiles:
             self.score = self.logits = scratch((self.rows, row_size), dtype=torch.float32)
@@ -274,10 +274,10 @@ class _Call:
         width = self.rank if self.page == 1 else self.head_dim
         block_q, page_pad = triton.next_power_of_2(width), triton.next_power_of_2(self.page)
         bounds_or_row = block_q * (2 if self.page > 1 else 1)
-        score_kernel[(self.rows, self.parts)](
+        score_kernel[(self.rows, self.splits)](
             met, self.index, self.index_scale, self.mask, self.bounds, self.logits,
             *broadcast_strides(met, 3), *self.strides, *self.bounds_strides,
-            self.heads_out, self.tokens, self.keys, self.scale, self.hidden, self.parts,
+            self.heads_out, self.tokens, self.keys, self.scale, self.hidden, self.splits,
             R=width, BLOCK_R=block_q, ALIGN=self.align, INT8=self.int8,
             EACH=self.scored == PROBABILITIES.value, PAGE=self.page, PAGE_PAD=page_pad,
             BLOCK_P=max(1, 4096 // max(bounds_or_row, page_pad)), **self._row, num_warps=4,
@@ -291,9 +291,9 @@ class _Call:
         )  # fmt: skip
 
     def _add_heads(self) -> None:
-        sum_kernel[(self.rows, self.parts)](
+        sum_kernel[(self.rows, self.splits)](
             self.logits, self.bounds, self.mass, self.score, *self.bounds_strides,
-            self.heads_out, self.tokens, self.keys, self.parts,
+            self.heads_out, self.tokens, self.keys, self.splits,
             BLOCK=1024, **self._row, num_warps=4,
         )  # fmt: skip
 
@@ -315,10 +315,10 @@ class _Call:
         )  # fmt: skip
 
     def _list(self) -> None:
-        list_kernel[(self.rows, self.parts)](
+        list_kernel[(self.rows, self.splits)](
             self.index, self.index_scale, self.mask, self.high, self.low, self.source, self.score,
             self.records, *self.lists, self.counts, *self.strides,
-            self.heads_out, self.tokens, self.keys, self.hidden, self.parts,
+            self.heads_out, self.tokens, self.keys, self.hidden, self.splits,
             STAGES=self.launch.stages, **self._tile, num_warps=self.launch.warps,
         )  # fmt: skip
 
@@ -326,7 +326,7 @@ class _Call:
         choose_kernel[(self.rows,)](
             self.index, self.index_scale, self.mask, self.high, self.low, self.source, self.score,
             self.records, *self.lists, self.counts, self.before, self.positions, *self.strides,
-            self.heads_out, self.tokens, self.keys, self.hidden, self.parts, self.slots,
+            self.heads_out, self.tokens, self.keys, self.hidden, self.splits, self.slots,
             BLOCK=self.launch.block, **self._tile, num_warps=self.launch.row_warps,
         )  # fmt: skip
 

@@ -72,7 +72,7 @@ def bind_caches(
                 head_dim=site.head_dim,
                 new_tokens=token_count(gm.graph, site) if cache.writes else 0,
                 weight=places[weight] if weight is not None else None,
-                rest=places[cache.beside.past] if cache.beside is not None else None,
+                k_pe=places[cache.k_pe.past] if cache.k_pe is not None else None,
                 latent=site.latent is not None,
                 unit_queries=_unit_queries(site, places),
                 pairs=_pairs(cache, site, is_parameter, rotations) if keeps is Keeps.INDEX else (),
@@ -129,12 +129,12 @@ def _form(cache: KeyCache, in_place: bool) -> CacheForm:
         head_axis=cache.head_axis,
         batch_axis=cache.batch_axis,
         folded=cache.heads_are_folded,
-        rows_apart=cache.rows_apart,
+        batched=cache.batched,
         grows=cache.grows,
         written=bool(cache.writes),
         item_bytes=fake_value(cache.past).element_size(),
         output=cache.output,
-        rest_output=None if cache.beside is None else cache.beside.output,
+        k_pe_output=None if cache.k_pe is None else cache.k_pe.output,
         in_place=in_place,
     )
 
@@ -187,7 +187,7 @@ def _choose_bases(
     for binding in bindings:
         # A cache that is ranked in two ways is bound twice.
         caches = uses.setdefault(binding.weights, {})
-        occurrence = caches.setdefault((binding.argument, binding.part, binding.rest), len(caches))
+        occurrence = caches.setdefault((binding.argument, binding.part, binding.k_pe), len(caches))
         if binding.keeps is not Keeps.INDEX:
             continue
         must = config.basis != "auto" and not binding.latent

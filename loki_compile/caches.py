@@ -35,9 +35,9 @@ class CacheForm:
     """How a cache lies in memory, and how each step changes it.
 
     `token_axis`, `head_axis` and `batch_axis` are its dimensions (-1: none such); head_dim is last,
-    or heads and head_dim in one, where `folded`. `rows_apart`: sequences lie along `batch_axis`,
+    or heads and head_dim in one, where `folded`. `batched`: sequences lie along `batch_axis`,
     and there may be several. `replaced`: each step returns a new tensor, at `output`, and at
-    `rest_output` the one whose rows continue its rows; it `grows` if that is longer. `written`:
+    `k_pe_output` the one whose rows continue its rows; it `grows` if that is longer. `written`:
     steps store into it. `in_place`: it grows in its memory (see `buffers`). `item_bytes`: of one
     number.
     """
@@ -46,12 +46,12 @@ class CacheForm:
     head_axis: int
     batch_axis: int
     folded: bool
-    rows_apart: bool
+    batched: bool
     grows: bool
     written: bool
     item_bytes: int
     output: int | None = None
-    rest_output: int | None = None
+    k_pe_output: int | None = None
     in_place: bool = False
 
     @property
@@ -113,7 +113,7 @@ def reading_waits(tensor: Tensor) -> bool:
 class Cached:
     """One cache as one call brings it: everything below is looked up once.
 
-    `past` holds its rows, `rest` those that continue them, if there are any; `holder` is the tensor
+    `past` holds its rows, `k_pe` those that continue them, if there are any; `base` is the tensor
     that the caller keeps, `past` itself or one that it is a part of. `stored`: new tokens that the
     call stores; `queries`: what the rows meet, where that is known before any query. Of a cache
     that grows in place, `before` is the memory that each of its tensors lies in, None for one that
@@ -121,9 +121,9 @@ class Cached:
     """
 
     past: Tensor
-    rest: Tensor | None
+    k_pe: Tensor | None
     token_axis: int
-    holder: Tensor
+    base: Tensor
     stored: int = 0
     queries: Callable[[], Tensor | None] = lambda: None
     before: tuple[Buffer | None, ...] = ()
@@ -131,17 +131,17 @@ class Cached:
 
     def versions(self) -> tuple[int | None, ...]:
         """How often each of its tensors was written."""
-        if self.rest is None:
+        if self.k_pe is None:
             return (version_of(self.past),)
-        return version_of(self.past), version_of(self.rest)
+        return version_of(self.past), version_of(self.k_pe)
 
     def stamps(self) -> tuple[Stamp, ...]:
         """Of its tensors as they are now."""
-        return tuple(Stamp(x) for x in (self.past, self.rest) if x is not None)
+        return tuple(Stamp(x) for x in (self.past, self.k_pe) if x is not None)
 
     def is_as(self, stamps: tuple[Stamp, ...]) -> bool:
         """Whether its tensors are those of then, not written since as far as that is counted."""
-        tensors = [x for x in (self.past, self.rest) if x is not None]
+        tensors = [x for x in (self.past, self.k_pe) if x is not None]
         return len(tensors) == len(stamps) and all(
             stamp.holds(tensor) for stamp, tensor in zip(stamps, tensors, strict=True)
         )
@@ -153,7 +153,7 @@ class Cached:
     @cached_property
     def counts_writes(self) -> bool:
         """Whether its tensors have version counters."""
-        return not self.past.is_inference() and (self.rest is None or not self.rest.is_inference())
+        return not self.past.is_inference() and (self.k_pe is None or not self.k_pe.is_inference())
 
     def narrow(self, start: int, length: int) -> Tensor:
         """So many whole rows; a copy where they lie in two tensors."""
@@ -166,19 +166,19 @@ class Cached:
     def every(self, rows: slice) -> list[Tensor]:
         """Views of these rows, of each tensor."""
         index = (*[slice(None)] * self.token_axis, rows)
-        return [x[index] for x in (self.past, self.rest) if x is not None]
+        return [x[index] for x in (self.past, self.k_pe) if x is not None]
 
     def _both(self, take: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.rest is None:
+        if self.k_pe is None:
             return take(self.past)
-        return torch.cat((take(self.past), take(self.rest)), -1)
+        return torch.cat((take(self.past), take(self.k_pe)), -1)
 
 
 @dataclass(eq=False)
 class CacheBinding:
     """What the runtime knows of one cache of the plan, and what is kept beside it.
 
-    `argument` is the position of its past tensor among the graph's arguments; `rest` that of the
+    `argument` is the position of its past tensor among the graph's arguments; `k_pe` that of the
     tensor whose rows continue its rows, if there is one; `weights` the fingerprint of the weights
     that make its keys ("" if none was found), which come in at position `weight`; each call stores
     `new_tokens`. `part` says where the past tensor was cut out, if it is a part of another one.
@@ -200,7 +200,7 @@ class CacheBinding:
     head_dim: int
     new_tokens: int | GivenSize
     weight: int | None = None
-    rest: int | None = None
+    k_pe: int | None = None
     part: Part | None = None
     latent: bool = False
     unit_queries: Callable[[Sequence[Any]], Tensor | None] | None = None
@@ -219,9 +219,9 @@ class CacheBinding:
             more["after"] = tuple(grown.after[number] for number in self.grown)
         return Cached(
             past=args[self.argument],
-            rest=None if self.rest is None else args[self.rest],
+            k_pe=None if self.k_pe is None else args[self.k_pe],
             token_axis=self.form.token_axis,
-            holder=args[self.argument if self.part is None else self.part.holder],
+            base=args[self.argument if self.part is None else self.part.base],
             stored=count if isinstance(count, int) else count.of(args),
             **more,
         )
@@ -231,9 +231,9 @@ class CacheBinding:
         form = self.form
         if form.output is None:
             return before
-        rest = None if form.rest_output is None else outputs[form.rest_output]
+        k_pe = None if form.k_pe_output is None else outputs[form.k_pe_output]
         tensor = outputs[form.output]
-        return Cached(tensor, rest, before.token_axis, tensor, before=before.after)
+        return Cached(tensor, k_pe, before.token_axis, tensor, before=before.after)
 
     @cached_property
     def kin(self) -> tuple[Any, ...]:

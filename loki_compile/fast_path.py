@@ -111,11 +111,11 @@ def _watched_by(
     and where a position must not be read from a device at each step."""
     places = [] if growing is None else list(growing.places)
     for binding in served.bindings:
-        for place in (binding.argument, binding.rest):
+        for place in (binding.argument, binding.k_pe):
             if place is not None and place not in places:
                 places.append(place)
     spots = [
-        tuple(places.index(p) for p in (b.argument, b.rest) if p is not None)
+        tuple(places.index(p) for p in (b.argument, b.k_pe) if p is not None)
         for b in served.bindings
     ]
     forms = [binding.form for binding in served.bindings]

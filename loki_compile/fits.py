@@ -224,7 +224,7 @@ def _fit(
     if queries is not None and queries.shape[2] > heads.shape[2]:  # no more queries than keys
         queries = queries.flatten(1, 2).unsqueeze(2)
     groups = [slice(row, row + 1) for row in range(len(heads))]
-    if not form.rows_apart:
+    if not form.batched:
         groups = [slice(None)]
     return tuple(
         _fit_rows(

@@ -45,7 +45,7 @@ def why_not(site: AttentionSite) -> str:
         return "its rows have sinks of their own"
     if any(term.rule is not None for term in core.masks):
         return "its mask is a function"
-    if site.tiled:
+    if site.interleaved:
         return "its query heads are dealt out to KV heads in turn"
     return ""
 

@@ -121,7 +121,7 @@ def find(binding: CacheBinding, cached: Cached) -> IndexRecord | None:
 def _held(binding: CacheBinding, cached: Cached) -> dict[Any, IndexRecord]:
     """What is kept of a cache, by what tells one index from another."""
     if not binding.form.in_place:
-        held: dict[Any, IndexRecord] = _indexes.get(cached.holder, {})
+        held: dict[Any, IndexRecord] = _indexes.get(cached.base, {})
         return held
     memory = cached.before[0] if cached.before else None
     return {} if memory is None else memory.kept
@@ -223,7 +223,7 @@ def build(
     else:
         record = IndexRecord(tensors, cached.stamps(), filled, binding.layout, made, bound, fit)
     with _lock:
-        held = cached.after[0].kept if form.in_place else _indexes.setdefault(cached.holder, {})
+        held = cached.after[0].kept if form.in_place else _indexes.setdefault(cached.base, {})
         by_spectrum = isinstance(rank, str) and rank != AUTO
         if by_spectrum and isinstance(binding.layout, IndexLayout):
             # Those of lower rank than this one, and never looked for again.
@@ -255,7 +255,7 @@ def _basis(
     # One graph serves caches whose spectra ask for different ranks: the most of them.
     least = binding.layout.rank if isinstance(binding.layout, IndexLayout) else 1
     dims = max(least, *(basis.rank_for(rank) for basis in fit.bases))
-    layout = IndexLayout(dims, dtype, binding.form.rows_apart)
+    layout = IndexLayout(dims, dtype, binding.form.batched)
     return layout, fit.bound(layout, cached.past.device), fit
 
 
@@ -284,12 +284,12 @@ def _project(
 ) -> list[Tensor]:
     """Index tensors for all slots of a cache; the old ones where they fit."""
     form, past = binding.form, cached.past
-    dtypes = [layout.dtype, torch.float32][: layout.parts]
+    dtypes = [layout.dtype, torch.float32][: layout.tensors]
     each = binding.kv_heads if form.folded else 1
     sizes = list(past.shape[:-1])
     if form.in_place:
         sizes[form.token_axis] = cached.after[0].capacity
-    shapes = [[*sizes, width] for width in (each * layout.rank, each)][: layout.parts]
+    shapes = [[*sizes, width] for width in (each * layout.rank, each)][: layout.tensors]
     again = old is not None and not form.replaced
     if again and [list(x.shape) for x in old.tensors] == shapes and old.layout == layout:  # type: ignore[union-attr]
         tensors = old.tensors  # type: ignore[union-attr]
@@ -343,7 +343,7 @@ def adopt(
         return used
     if not binding.form.replaced:
         used.filled = filled
-        for stamp, tensor in zip(used.stamps, (left.past, left.rest), strict=False):
+        for stamp, tensor in zip(used.stamps, (left.past, left.k_pe), strict=False):
             assert tensor is not None
             stamp.version = version_of(tensor)
         if used.fit is not None:
@@ -358,9 +358,9 @@ def adopt(
     if record.fit is not None:
         fits.remember(binding, left, record.fit)
     with _lock:
-        held = _indexes.get(left.holder)
+        held = _indexes.get(left.base)
         if held is None:
-            _indexes[left.holder] = {binding.identity: record}
+            _indexes[left.base] = {binding.identity: record}
         else:
             held[binding.identity] = record
     return record

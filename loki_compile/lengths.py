@@ -17,18 +17,18 @@ _filled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def remember_filled(left: Cached, filled: int) -> None:
     """How many of a cache's slots are filled, as long as nothing else writes it."""
     with _lock:
-        known = _filled.get(left.holder)
-        if known is not None and known[0].is_of(left.holder):
-            known[0].version, known[1] = version_of(left.holder), filled
+        known = _filled.get(left.base)
+        if known is not None and known[0].is_of(left.base):
+            known[0].version, known[1] = version_of(left.base), filled
         else:
-            _filled[left.holder] = [Stamp(left.holder), filled]
+            _filled[left.base] = [Stamp(left.base), filled]
 
 
 def filled_before(cached: Cached) -> int | None:
     """What `remember_filled` said, if nothing has written the cache since."""
     with _lock:
-        known = _filled.get(cached.holder)
-    return known[1] if known is not None and known[0].holds(cached.holder) else None
+        known = _filled.get(cached.base)
+    return known[1] if known is not None and known[0].holds(cached.base) else None
 
 
 def forget_filled(tensor: Tensor) -> None:

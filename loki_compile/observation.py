@@ -161,7 +161,7 @@ class Seen:
             source = site.key.base
             # What decoding ranks are the rows that it will cache. Without a part that all heads
             # share, plain keys look the same: linear maps of hidden states.
-            if latent is not None and latent.latent is not None and latent.latent.kept:
+            if latent is not None and latent.latent is not None and latent.latent.k_pe_dims:
                 query, rows = insert_rows(gm.graph, latent)
                 source = latent.key.base
                 heads = Heads(rows, (0, 1, 2, 3), latent.group)

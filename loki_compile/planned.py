@@ -101,7 +101,7 @@ class PlanOfModel:
                     f"{len(candidates)} (a graph break in a layer?)"
                 )
             kinds = tuple(
-                published.kind(layer, site.query_heads, site.kv_heads, tiled=site.tiled)
+                published.kind(layer, site.query_heads, site.kv_heads, interleaved=site.interleaved)
                 for layer, site in zip(layers, (each.site for each in candidates), strict=True)
             )
         except ValueError as error:

@@ -39,8 +39,10 @@ class PublishedSpans:
     sink: int
     of_kv_heads: bool = False
 
-    def kind(self, layer: int, query_heads: int, kv_heads: int, *, tiled: bool = False) -> Kind:
-        """What a layer does, for its KV heads; `tiled` as `AttentionSite` has it.
+    def kind(
+        self, layer: int, query_heads: int, kv_heads: int, *, interleaved: bool = False
+    ) -> Kind:
+        """What a layer does, for its KV heads; `interleaved` as `AttentionSite` has it.
 
         Raises:
           ValueError: fewer layers, or another number of heads. A process that has some of a
@@ -55,7 +57,7 @@ class PublishedSpans:
                 f"it has {len(heads)} {what} in layer {layer}, the model {here} in this process"
             )
         group = len(heads) // kv_heads
-        if tiled:
+        if interleaved:
             groups = [heads[first::kv_heads] for first in range(kv_heads)]
         else:
             groups = [heads[first : first + group] for first in range(0, len(heads), group)]

@@ -184,7 +184,7 @@ class DecodeGraph:
             if not binding.form.written:
                 return slots
             # Counting costs nothing; reading a position costs a sync where it lies on a device.
-            if reading_waits(cached.holder):
+            if reading_waits(cached.base):
                 before = lengths.filled_before(cached)
                 if before is not None:
                     return min(slots, before + cached.stored)
@@ -426,11 +426,11 @@ class DecodeGraph:
             after = binding.left_by(outputs, step.caches[place])
             tensors = []
             if binding.form.replaced and not binding.form.in_place:
-                parts = record.layout.parts
+                count = record.layout.tensors
                 # A full window's index is what is left of a longer one: rows apart in memory, where
                 # the compiled graph takes them to be next to each other.
-                tensors = [x.contiguous() for x in outputs[out : out + parts]]
-                out += parts
+                tensors = [x.contiguous() for x in outputs[out : out + count]]
+                out += count
             record = indexes.adopt(binding, after, tensors, record, filled)
             if not after.counts_writes:
                 unwatched.append((record, after))
@@ -447,5 +447,5 @@ class DecodeGraph:
     def _remember_filled(self, step: Step, outputs: Sequence[Any]) -> None:
         for place, binding in enumerate(step.served.bindings):
             before = step.caches[place]
-            if not binding.form.grows and reading_waits(before.holder):
+            if not binding.form.grows and reading_waits(before.base):
                 lengths.remember_filled(binding.left_by(outputs, before), step.filled[place])

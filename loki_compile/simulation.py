@@ -63,7 +63,7 @@ class Simulation:
         plain = {}
         for site in sites:
             core = site.core
-            if site.latent is not None or site.tiled or core.softcap or core.query_scales:
+            if site.latent is not None or site.interleaved or core.softcap or core.query_scales:
                 self.refused[site.path] = "its scores are not plain products"
             elif core.sink_logits is not None or core.row_sinks:
                 self.refused[site.path] = "it has sinks"

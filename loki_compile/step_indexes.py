@@ -107,7 +107,7 @@ class StepIndexes:
                 if rank is None:
                     return None
                 dtype, own = self._index_dtype or cached.past.dtype, binding.basis is None
-                binding.layout = IndexLayout(rank, dtype, own and binding.form.rows_apart)
+                binding.layout = IndexLayout(rank, dtype, own and binding.form.batched)
         return tuple(binding.layout for binding in step.served.bindings)
 
     @property

@@ -83,9 +83,9 @@ def grown_in_place(cache: KeyCache, appends: Sequence[Append]) -> tuple[int, ...
     numbers = [number for number, append in enumerate(appends) if append.root is cache.root]
     if not numbers or cache.leaves:
         return ()
-    if cache.beside is None:
+    if cache.k_pe is None:
         return (numbers[0],)
-    beside = grown_in_place(cache.beside, appends)
+    beside = grown_in_place(cache.k_pe, appends)
     return (numbers[0], *beside) if beside else ()
 
 

@@ -95,14 +95,14 @@ class Heads:
 
     `order` lists, for each of those four, the dimension of `base`, or -1 where `base` has no
     head dimension because there is one KV head. Every KV head serves `group` query heads: query
-    head h reads KV head h // group, or h % Hkv where `tiled`. The core multiplies all numbers
+    head h reads KV head h // group, or h % Hkv where `interleaved`. The core multiplies all numbers
     of `base` with `factor`, which is positive.
     """
 
     base: fx.Node
     order: tuple[int, int, int, int]
     group: int
-    tiled: bool = False
+    interleaved: bool = False
     factor: float = 1.0
 
 
@@ -167,9 +167,9 @@ class Core:
     With `softcap` c the scores are c * tanh(scale * q k^T / c); `sink_logits` (Hq,) are logits that
     take part in the softmax and have no value. With `row_sinks` each row has a sink logit of its
     own: it is subtracted from the scores by a mask that is `per_row`, and is 0 then. A row whose
-    keys are all masked with -inf is NaN with `nan_rows`, else zero. `query_scales`: tensors of one
-    number that the scores are multiplied with (`operator.mul`) or divided by (`operator.truediv`)
-    beside `scale`.
+    keys are all masked with -inf is NaN with `nan_if_fully_masked`, else zero. `query_scales`:
+    tensors of one number that the scores are multiplied with (`operator.mul`) or divided by
+    (`operator.truediv`) beside `scale`.
     """
 
     node: fx.Node
@@ -183,7 +183,7 @@ class Core:
     softcap: float = 0.0
     sink_logits: fx.Node | None = None
     row_sinks: bool = False
-    nan_rows: bool = False
+    nan_if_fully_masked: bool = False
     reads: tuple[tuple[fx.Node, fx.Node], ...] = ()
     causal: bool = False
     grouped: bool = False
@@ -215,28 +215,29 @@ class HeadMaps:
 class Latent:
     """How a site's cached rows become keys and values, by linear maps of each head.
 
-    A row is the latent and, behind it, `rest`: what all heads take as it is. That lies in a tensor
-    of its own, or in the latent's (`rest` None; then the latent begins at dim `at` of a row), or
-    does not exist (`kept` 0). Of a query's dims, the `keys.dims` from `absorbed_at` meet what is
-    expanded from the latent, the `kept` from `kept_at` meet the rest. Where the model itself
-    absorbs the maps, both are None: queries meet the rows as they are, and weighted latents are
-    what the core returns.
+    A row is the latent, `kv_lora_rank` dims of it, and beside it the `k_pe_dims` that all heads
+    take as they are: in models, the decoupled rotary key. Those lie in a tensor of their own,
+    `k_pe`, or in the latent's (`k_pe` None; then the latent begins at dim `at` of a row), or do not
+    exist (`k_pe_dims` 0). Of a query's dims, the `keys.dims` from `absorbed_at` meet what is
+    expanded from the latent, the `k_pe_dims` from `k_pe_at` meet those. Where the model itself
+    absorbs the maps, `keys` and `values` are None: queries meet the rows as they are, and weighted
+    latents are what the core returns.
     """
 
     keys: HeadMaps | None
     values: HeadMaps | None
-    dims: int
+    kv_lora_rank: int
     absorbed_at: int
-    kept_at: int
-    kept: int
-    rest: Heads | None
+    k_pe_at: int
+    k_pe_dims: int
+    k_pe: Heads | None
     at: int = 0
 
     @property
     def absorption(self) -> tuple[tuple[bool, int, int, int, int], int, tuple[int, int], bool]:
         """What `absorbed_queries` is told beside queries and the weight of `keys`."""
         assert self.keys is not None
-        return self.keys.numbers, self.absorbed_at, (self.kept_at, self.kept), self.at == 0
+        return self.keys.numbers, self.absorbed_at, (self.k_pe_at, self.k_pe_dims), self.at == 0
 
 
 @dataclass(frozen=True)
@@ -246,10 +247,10 @@ class AttentionSite:
     `group_dim` in layouts, and query heads are "h" and "g" together.
 
     `query_tokens` is S, or -1 where each call has its own (`tokens`). Query head h reads KV head
-    h // group, or h % Hkv where `tiled`. With `latent`, one KV head of cached rows stands for the
-    keys that the core reads: `key` and `value` are the rows (without their `rest`), `head_dim` is
-    that of a whole row and `value_dim` that of the latent. Then the dims of queries that meet the
-    rest may be a tensor of their own, `query_rest`.
+    h // group, or h % Hkv where `interleaved`. With `latent`, one KV head of cached rows stands
+    for the keys that the core reads: `key` and `value` are the rows (without their `k_pe`),
+    `head_dim` is that of a whole row and `value_dim` that of the latent. Then the dims of queries
+    that meet `k_pe` may be a tensor of their own, `q_pe`.
     """
 
     core: Core
@@ -264,9 +265,9 @@ class AttentionSite:
     value_dim: int
     path: str
     group: int = 1
-    tiled: bool = False
+    interleaved: bool = False
     latent: Latent | None = None
-    query_rest: fx.Node | None = None
+    q_pe: fx.Node | None = None
     group_dim: int = 1
 
     @property

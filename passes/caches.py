@@ -48,7 +48,7 @@ class KeyCache:
     replaced (then `output` is its place among the graph's outputs, after the views `leaves`: a
     sliding window keeps a slice). `views` lead from `root` to the site's `key.base`. `head_axis`
     and `token_axis` are dimensions of `root`; head_dim is last, or heads and head_dim in one, where
-    `heads_are_folded`; `batch_axis` is that of sequences (-1: none is seen). `beside` is a second
+    `heads_are_folded`; `batch_axis` is that of sequences (-1: none is seen). `k_pe` is a second
     cache of the same tokens, written by the same calls, whose rows continue these: both have one
     index.
     """
@@ -62,18 +62,18 @@ class KeyCache:
     source: str
     output: int | None = None
     leaves: tuple[fx.Node, ...] = ()
-    beside: KeyCache | None = None
+    k_pe: KeyCache | None = None
     batch_axis: int = -1
 
     @property
-    def rows_apart(self) -> bool:
+    def batched(self) -> bool:
         """Whether sequences lie along a dimension of the cache and of all that is written into it,
         and there may be several."""
         if self.batch_axis < 0 or concrete((shape_of(self.past) or ())[self.batch_axis]) == 1:
             return False
         inner = [step for write in self.writes for step in (*write.moved, write)]
         steps = [step for step in inner if isinstance(step, CacheWrite) and not step.moved]
-        together = self.beside is None or self.beside.rows_apart
+        together = self.k_pe is None or self.k_pe.batched
         return together and all(step.batch_axis >= 0 for step in steps)
 
     @property

@@ -32,7 +32,7 @@ def rewrite_dense(
 def served_by_attention(site: AttentionSite, *, few_tokens: bool = False) -> bool:
     """Whether the site is a call of SDPA with few query tokens that `loki::attention` computes as
     well, and sooner. `few_tokens` as in `rewrite_dense`."""
-    if not site.sdpa or site.tiled or site.core.causal or site.latent is not None:
+    if not site.sdpa or site.interleaved or site.core.causal or site.latent is not None:
         return False
     if site.query_tokens < 0 and not few_tokens:
         return False
@@ -95,7 +95,7 @@ def pack_groups(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> fx.GraphM
     """
     graph = gm.graph
     for site in sites:
-        if site.group == 1 or site.tiled or site.query_tokens != 1 or not site.sdpa:
+        if site.group == 1 or site.interleaved or site.query_tokens != 1 or not site.sdpa:
             continue
         with graph.inserting_before(site.node):
             # What SDPA computes in: autocast would do the same to the operands, where it is on, and

@@ -70,7 +70,7 @@ def canonical(
 
 
 def whole_queries(graph: fx.Graph, site: AttentionSite) -> fx.Node:
-    parts = [node for node in (site.query, site.query_rest) if node is not None]
+    parts = [node for node in (site.query, site.q_pe) if node is not None]
     if site.core.query_layout != QUERIES:
         layout = site.core.query_layout
         parts = [call(graph, queries_by_head, part, layout, like=site.node) for part in parts]
@@ -119,7 +119,7 @@ def insert_rows(graph: fx.Graph, site: AttentionSite) -> tuple[fx.Node, fx.Node]
     with graph.inserting_before(site.node):
         query = absorbed(graph, whole_queries(graph, site), latent, like=site.node)
         rows = canonical(graph, site.key, site)
-        if latent.rest is not None:
-            rest = canonical(graph, latent.rest, site)
-            rows = call(graph, torch.cat, [rows, rest], -1, like=site.node)
+        if latent.k_pe is not None:
+            k_pe = canonical(graph, latent.k_pe, site)
+            rows = call(graph, torch.cat, [rows, k_pe], -1, like=site.node)
     return query, rows

@@ -81,7 +81,7 @@ def _heads(view: View, at: tuple[int, int, int, int]) -> Heads | None:
     if view.cut:
         return None
     order: list[int] = []
-    group, tiled = 1, False
+    group, interleaved = 1, False
     for dim in at:
         steps: Dim = view.factors(dim) if dim >= 0 else ()
         kept = [step for step in steps if step.axis is not None]
@@ -90,7 +90,7 @@ def _heads(view: View, at: tuple[int, int, int, int]) -> Heads | None:
             if None in repeats or (kept and kept[0] not in (steps[0], steps[-1])):
                 return None
             group = math.prod(repeats)  # type: ignore[arg-type]
-            tiled = bool(kept) and group > 1 and kept[0] is steps[-1]
+            interleaved = bool(kept) and group > 1 and kept[0] is steps[-1]
         elif len(kept) < len(steps):
             return None
         if len(kept) > 1 or any(not same_size(s.size, view.whole(s.axis)) for s in kept):
@@ -102,7 +102,7 @@ def _heads(view: View, at: tuple[int, int, int, int]) -> Heads | None:
     order = [left.pop(0) if axis < 0 and left else axis for axis in order]
     if left or any(order[label] < 0 <= at[label] for label in (0, 2, 3)):
         return None
-    return Heads(view.source, (order[0], order[1], order[2], order[3]), group, tiled)
+    return Heads(view.source, (order[0], order[1], order[2], order[3]), group, interleaved)
 
 
 def _times(node: fx.Node) -> tuple[fx.Node, float] | None:

@@ -96,15 +96,15 @@ class _Absorption:
         heads = _heads_of_rows(key, rows)
         if heads != _heads_of_rows(value, rows):
             raise _No("keys and values take its dimensions differently")
-        kept_at, kept, rest, at = _taken_as_it_is(direct, rows, heads, dims)
+        k_pe_at, k_pe_dims, k_pe, at = _taken_as_it_is(direct, rows, heads, dims)
         latent = Latent(
             keys=self._maps(key, dims),
             values=self._maps(value, dims),
-            dims=dims,
+            kv_lora_rank=dims,
             absorbed_at=absorbed_at,
-            kept_at=kept_at,
-            kept=kept,
-            rest=rest,
+            k_pe_at=k_pe_at,
+            k_pe_dims=k_pe_dims,
+            k_pe=k_pe,
             at=at,
         )
         self._refuse_other_dtypes(latent, heads)
@@ -115,7 +115,7 @@ class _Absorption:
             value=heads,
             kv_heads=1,
             group=site.query_heads,
-            head_dim=dims + kept,
+            head_dim=dims + k_pe_dims,
             value_dim=dims,
             latent=latent,
         )
@@ -213,7 +213,7 @@ class _Absorption:
 
     def _refuse_other_dtypes(self, latent: Latent, heads: Heads) -> None:
         tensors = [heads.base, *(m.weight for m in (latent.keys, latent.values) if m is not None)]
-        tensors += [latent.rest.base] if latent.rest is not None else []
+        tensors += [latent.k_pe.base] if latent.k_pe is not None else []
         if {fake_value(node).dtype for node in tensors} != {fake_value(self.site.query).dtype}:
             raise _No("it is cached in another dtype than that of attention")
 
@@ -222,7 +222,7 @@ class _Absorption:
 
     def _refuse_writes_between(self, latent: Latent, heads: Heads) -> None:
         """What the core reads must be what the cached rows still say when it runs."""
-        bases = [heads.base, *([latent.rest.base] if latent.rest is not None else [])]
+        bases = [heads.base, *([latent.k_pe.base] if latent.k_pe is not None else [])]
         fresh = [n for n in self.computed if not any(may_overlap(n, base) for base in bases)]
         readers = [n for n in (*fresh, *self.fills, self.site.node) if n.op != "placeholder"]
         first_read = min(self.position[node] for node in readers)
@@ -243,22 +243,22 @@ def _cache_of(site: AttentionSite, writes: list[Write]) -> KeyCache:
     """The cache of the rows; where they lie in two tensors, both caches as one."""
     latent = site.latent
     assert latent is not None
-    rest = latent.rest
-    if rest is None:
+    k_pe = latent.k_pe
+    if k_pe is None:
         cache = trace_cache(site, writes)
         if isinstance(cache, Skipped):
             raise _No(cache.sentence())
         return cache
-    cache = trace_cache(dataclasses.replace(site, head_dim=latent.dims), writes)
+    cache = trace_cache(dataclasses.replace(site, head_dim=latent.kv_lora_rank), writes)
     if isinstance(cache, Skipped):
         raise _No(cache.sentence())
-    of_rest = dataclasses.replace(site, key=rest, value=rest, head_dim=latent.kept)
-    beside = trace_cache(of_rest, writes)
-    if isinstance(beside, Skipped):
-        raise _No(f"beside it, {beside.sentence()}")
-    if not _written_alike(cache, beside):
+    of_k_pe = dataclasses.replace(site, key=k_pe, value=k_pe, head_dim=latent.k_pe_dims)
+    k_pe_cache = trace_cache(of_k_pe, writes)
+    if isinstance(k_pe_cache, Skipped):
+        raise _No(f"beside it, {k_pe_cache.sentence()}")
+    if not _written_alike(cache, k_pe_cache):
         raise _No("the part beside it is cached in another way")
-    return dataclasses.replace(cache, beside=beside)
+    return dataclasses.replace(cache, k_pe=k_pe_cache)
 
 
 def _is_linear(node: fx.Node) -> bool:
@@ -295,21 +295,21 @@ def _taken_as_it_is(
     """What all heads take as it is beside a latent of so many dims (of keys: from which dim on, how
     many), the rows of it where these are a tensor of their own, and where in its rows the latent
     begins. No row may hold more."""
-    kept_at, kept, rest, at = 0, 0, None, 0
+    k_pe_at, k_pe_dims, k_pe, at = 0, 0, None, 0
     if direct:
-        ((kept_at, shared),) = direct
+        ((k_pe_at, shared),) = direct
         if any(step.axis is not None for step in shared.dims[1]):
             raise _No("the part beside it differs between heads")
         beside = _heads_of_rows(shared, identity(shared.source))
-        kept, at = _concrete_size(shared.dims[3]), _start(rows, -1)
+        k_pe_dims, at = _concrete_size(shared.dims[3]), _start(rows, -1)
         if shared.source is not rows.source:
-            rest = beside
-        elif beside != heads or (at, _start(shared, -1)) not in ((0, dims), (kept, 0)):
+            k_pe = beside
+        elif beside != heads or (at, _start(shared, -1)) not in ((0, dims), (k_pe_dims, 0)):
             raise _No("its rows hold more than it and the part beside it")
-    held = [(heads, dims + kept)] if rest is None else [(heads, dims), (rest, kept)]
+    held = [(heads, dims + k_pe_dims)] if k_pe is None else [(heads, dims), (k_pe, k_pe_dims)]
     if any(concrete((shape_of(tensor.base) or (0,))[-1]) != width for tensor, width in held):
         raise _No("its rows hold more than it and the part beside it")
-    return kept_at, kept, rest, at
+    return k_pe_at, k_pe_dims, k_pe, at
 
 
 def _axis(view: View, dim: int, rows: View) -> int | None:

@@ -33,7 +33,7 @@ def with_plain_masks(graph: fx.Graph, plan: Plan) -> Plan:
         site, behind, terms = old.site, old.masks_at, []
         sizes = (site.query_heads // site.group_dim, site.group_dim, _tokens(graph, site))
         for term in site.masks:
-            tiles = site.kv_heads if site.tiled else 0
+            tiles = site.kv_heads if site.interleaved else 0
             assert behind is not None
             key = (term, sizes, tiles, behind)
             if term.rule is not None:

@@ -69,7 +69,7 @@ def add_placeholders(
     each = kv_heads if cache.heads_are_folded else 1
     axis = cache.token_axis
     wanted = [("index", [*sizes[:-1], each * layout.rank], layout.dtype, axis)]
-    if layout.parts == 2:
+    if layout.tensors == 2:
         wanted.append(("index_scale", [*sizes[:-1], each], torch.float32, axis))
     wanted += [("key_basis", basis_sizes, torch.float32, -1)]
     wanted += [("query_basis", basis_sizes, torch.float32, -1)]
@@ -191,8 +191,8 @@ def mirror_write(
     in_place: `parts` are as long as the cache will be, and take the new rows at their ends.
     """
     last = write.node
-    if cache.beside is not None:
-        beside = cache.beside.writes[cache.writes.index(write)]
+    if cache.k_pe is not None:
+        beside = cache.k_pe.writes[cache.writes.index(write)]
         rest = dict(zip(_taking_keys(write), _taking_keys(beside), strict=True))
         last = max(write.node, beside.node)  # in the graph's order
     with graph.inserting_after(last):
@@ -201,7 +201,7 @@ def mirror_write(
         new = {}
         for step in _taking_keys(write):
             source = step.source
-            if cache.beside is not None:
+            if cache.k_pe is not None:
                 source = call(graph, torch.cat, [source, rest[step].source], -1, like=step.node)
             new[step] = call(
                 graph,

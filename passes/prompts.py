@@ -52,7 +52,12 @@ def find_asked(graph: fx.Graph) -> tuple[AskedCache, ...]:
     by_place: dict[tuple[Any, ...], list[AttentionSite]] = {}
     for site in sites:
         tokens = hint_of(site.tokens)
-        if tokens is None or tokens <= MAX_QUERY_TOKENS or site.latent is not None or site.tiled:
+        if (
+            tokens is None
+            or tokens <= MAX_QUERY_TOKENS
+            or site.latent is not None
+            or site.interleaved
+        ):
             continue
         if any(term.rule is not None or term.layout != SCORES for term in site.masks):
             continue
@@ -118,9 +123,9 @@ def _same_memory(a: fx.Node, b: fx.Node) -> bool:
     return isinstance(x, Tensor) and isinstance(y, Tensor) and share_memory(x, y)
 
 
-def _offset(holder: fx.Node, kept: fx.Node) -> int | None:
+def _offset(base: fx.Node, kept: fx.Node) -> int | None:
     """How far behind the first number of `kept` the keys begin, where that is a constant."""
-    if shape_of(holder) is None or not _same_memory(holder, kept):
+    if shape_of(base) is None or not _same_memory(base, kept):
         return None
-    first, begin = (concrete(fake_value(node).storage_offset()) for node in (holder, kept))
+    first, begin = (concrete(fake_value(node).storage_offset()) for node in (base, kept))
     return None if first is None or begin is None else first - begin

@@ -52,14 +52,14 @@ _WRITES = ("setitem", "index_copy_", "copy_")
 
 @dataclass(frozen=True)
 class Part:
-    """What the numbers (dimension, index) select, one after the other, of the input at `holder`."""
+    """What the numbers (dimension, index) select, one after the other, of the input at `base`."""
 
-    holder: int
+    base: int
     numbers: tuple[tuple[int, int], ...]
 
     def of(self, args: Sequence[Any]) -> Tensor:
         """The part, a view, given the graph's own inputs."""
-        part: Tensor = args[self.holder]
+        part: Tensor = args[self.base]
         for dim, number in self.numbers:
             part = part.select(dim, number)
         return part
@@ -81,12 +81,12 @@ def take_parts(gm: fx.GraphModule) -> list[Part]:
         _take_numbers_first(node)
     parts: list[Part] = []
     inputs = graph.find_nodes(op="placeholder")
-    for place, holder in enumerate(inputs):
-        if len(shape_of(holder) or ()) <= KEY_DIMS or _overlaps_itself(fake_value(holder)):
+    for place, base in enumerate(inputs):
+        if len(shape_of(base) or ()) <= KEY_DIMS or _overlaps_itself(fake_value(base)):
             continue
-        if any(other is not holder and may_overlap(other, holder) for other in inputs):
+        if any(other is not base and may_overlap(other, base) for other in inputs):
             continue  # another input is a view of it: AOTAutograd has to see both
-        parts += _Cut(place, holder).parts()
+        parts += _Cut(place, base).parts()
     graph.lint()
     gm.recompile()
     return parts
@@ -121,9 +121,9 @@ class _Cut:
     dimensions of which all small views take a number; there are none where these are too few.
     """
 
-    def __init__(self, place: int, holder: fx.Node) -> None:
-        self.place, self.holder, self.views = place, holder, {holder: identity(holder)}
-        for node in holder.graph.nodes:
+    def __init__(self, place: int, base: fx.Node) -> None:
+        self.place, self.base, self.views = place, base, {base: identity(base)}
+        for node in base.graph.nodes:
             source = _looked_into(node)
             if source not in self.views or self._is_small(source):
                 continue
@@ -138,7 +138,7 @@ class _Cut:
             if self._is_small(node)
         ]
         counted = sorted(set.intersection(*taken)) if taken else []
-        needed = len(shape_of(holder) or ()) - KEY_DIMS
+        needed = len(shape_of(base) or ()) - KEY_DIMS
         self.counted = counted[:needed] if len(counted) >= needed else []
         self.made: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
         self.found: list[Part] = []
@@ -146,7 +146,7 @@ class _Cut:
     def parts(self) -> list[Part]:
         """The parts, which the graph reads and writes now instead of the input; none, and nothing
         has changed, where it uses the input by anything else."""
-        gone = [node for node in self.views if node is not self.holder]
+        gone = [node for node in self.views if node is not self.base]
         if not self.counted or not all(map(self._falls_apart, self.views)):
             return []
         for node in gone:
@@ -189,7 +189,7 @@ class _Cut:
         return self.made[node, numbers]
 
     def _new_part(self, node: fx.Node, numbers: tuple[int, ...]) -> fx.Node:
-        if node is self.holder:
+        if node is self.base:
             selects = [(axis - gone, numbers[gone]) for gone, axis in enumerate(self.counted)]
             self.found.append(Part(self.place, tuple(selects)))
             return _add_input(node, self.found[-1])
@@ -279,20 +279,20 @@ def _numbers(view: View, axis: int) -> range:
     return range(start, start + size * step.step, step.step)
 
 
-def _add_input(holder: fx.Node, part: Part) -> fx.Node:
+def _add_input(base: fx.Node, part: Part) -> fx.Node:
     """An input of the part's sizes and strides, whose memory nothing else has."""
-    graph = holder.graph
-    name = "_".join([holder.name, *(str(number) for _, number in part.numbers)])
+    graph = base.graph
+    name = "_".join([base.name, *(str(number) for _, number in part.numbers)])
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         new = graph.placeholder(name)
     with fake_mode_of(graph):
-        like = dataclasses.replace(part, holder=0).of([fake_value(holder)])
+        like = dataclasses.replace(part, base=0).of([fake_value(base)])
         new.meta["example_value"] = torch.empty_strided(
             like.shape, like.stride(), dtype=like.dtype, device=like.device
         )
-    # AOTAutograd reads both of every input; whether the address stays is as it is for the holder.
+    # AOTAutograd reads both of every input; whether the address stays is as it is for the base.
     new._dynamo_source = None  # type: ignore[attr-defined]
-    new.meta["tensor_dict"] = dict(holder.meta.get("tensor_dict", {}))
+    new.meta["tensor_dict"] = dict(base.meta.get("tensor_dict", {}))
     return new
 
 

@@ -126,15 +126,16 @@ def _looked_into(core: Core, max_query_tokens: int | None, writes: list[Write]) 
     if not same_size(q_shape[0], k_shape[0]) or not same_size(q_shape[0], v_shape[0]):
         raise No(Reason.LAYOUT, f"batch {[s[0] for s in (q_shape, k_shape, v_shape)]}")
     group = _group(core, (key, value), (heads, group_dim), (kv_heads, v_shape[1]))
-    if key.tiled and max_query_tokens is None:  # whoever observes heads takes them to be in blocks
+    # Whoever observes heads takes them to be in blocks.
+    if key.interleaved and max_query_tokens is None:
         raise No(Reason.GROUPS, "KV heads are repeated as tiles")
     _refuse_masks(core, {**sizes, "t": k_shape[2]})
-    query_rest, latent = None, None
+    q_pe, latent = None, None
     if core.second_product is not None:
-        query, key, query_rest, latent = _rows_of_two_products(core, (query, key), value, writes)
-        if kv_heads != 1 or value_dim != latent.dims:
+        query, key, q_pe, latent = _rows_of_two_products(core, (query, key), value, writes)
+        if kv_heads != 1 or value_dim != latent.kv_lora_rank:
             raise No(Reason.SOFTMAX, "add")
-        head_dim = latent.dims + latent.kept
+        head_dim = latent.kv_lora_rank + latent.k_pe_dims
     tokens = concrete(q_shape[2])
     return AttentionSite(
         core=core,
@@ -149,9 +150,9 @@ def _looked_into(core: Core, max_query_tokens: int | None, writes: list[Write]) 
         value_dim=value_dim,
         path=module_path(core.node),
         group=group,
-        tiled=key.tiled,
+        interleaved=key.interleaved,
         latent=latent,
-        query_rest=query_rest,
+        q_pe=q_pe,
         group_dim=group_dim,
     )
 
@@ -212,10 +213,10 @@ def _group(
     spread = by_flag > group_dim and kv_heads[0] > 1 and not core.grouped
     if by_flag < group_dim or by_flag < 1 or spread:
         raise No(Reason.GROUPS, f"{heads} query heads, {kv_heads[0]} KV heads")
-    alike = (key.group, key.tiled) == (value.group, value.tiled)
+    alike = (key.group, key.interleaved) == (value.group, value.interleaved)
     if not same_size(*kv_heads) or not alike:
         raise No(Reason.GROUPS, "keys and values are repeated differently")
-    if key.tiled and by_flag > 1:
+    if key.interleaved and by_flag > 1:
         raise No(Reason.GROUPS, "KV heads are repeated as tiles of blocks")
     return by_flag * key.group
 
@@ -230,16 +231,16 @@ def _rows_of_two_products(
     pairs = [first, (before_widening(query), heads_at(key, order, core, writes, scaled=True))]
     if pairs[0][1].base is not value.base:
         pairs.reverse()
-    (query, key_), (query_rest, rest) = pairs
-    plain = all((h.group, h.factor, h.tiled) == (1, 1.0, False) for h in (key_, rest))
-    shapes = [_ordered_shape(heads) for heads in (key_, rest)]
-    dims, kept = concrete(shapes[0][3]), concrete(shapes[1][3])
+    (query, key_), (q_pe, k_pe) = pairs
+    plain = all((h.group, h.factor, h.interleaved) == (1, 1.0, False) for h in (key_, k_pe))
+    shapes = [_ordered_shape(heads) for heads in (key_, k_pe)]
+    dims, k_pe_dims = concrete(shapes[0][3]), concrete(shapes[1][3])
     alike = all(map(same_size, shapes[0][:3], shapes[1][:3])) and concrete(shapes[0][1]) == 1
-    dtypes = {fake_value(x).dtype for x in (query, query_rest, key_.base, rest.base)}
+    dtypes = {fake_value(x).dtype for x in (query, q_pe, key_.base, k_pe.base)}
     same_rows = (key_.base, key_.order) == (value.base, value.order)
-    if not (same_rows and plain and alike) or dims is None or kept is None or len(dtypes) > 1:
+    if not (same_rows and plain and alike) or dims is None or k_pe_dims is None or len(dtypes) > 1:
         raise No(Reason.SOFTMAX, "add")
-    return query, key_, query_rest, Latent(None, None, dims, 0, dims, kept, rest)
+    return query, key_, q_pe, Latent(None, None, dims, 0, dims, k_pe_dims, k_pe)
 
 
 def _ordered_shape(heads: Heads) -> tuple[Any, ...]:

@@ -30,7 +30,7 @@ def find_prefills(graph: fx.Graph) -> list[AttentionSite]:
 def why_not(site: AttentionSite) -> str:
     """Why spans cannot serve a prefill; "" where they can, if its mask turns out to be causal."""
     keys = shape_of(site.key.base)
-    if not site.sdpa or site.latent is not None or site.tiled:
+    if not site.sdpa or site.latent is not None or site.interleaved:
         return "it is no plain scaled_dot_product_attention"
     if keys is None or not same_size(keys[site.key.order[2]], site.tokens):
         return "its tokens lie behind others, or in a cache that is longer"

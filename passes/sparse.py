@@ -156,13 +156,13 @@ def _sparse_attention(
     """What the site's core returns, by way of the ops; `positions` are what its ranking made."""
     graph, site, mask = asked.graph, asked.site, asked.mask
     out = _attended(asked, positions, sinks)
-    if site.core.nan_rows and mask is not None:
+    if site.core.nan_if_fully_masked and mask is not None:
         blind = masks.blind_rows_of(mask)
         out = call(graph, torch.masked_fill, out, blind, float("nan"), like=site.node)
     if site.latent is not None and site.latent.values is not None:
         weight, maps = site.latent.values.weight, site.latent.values.numbers
         out = call(graph, expanded_values, out, weight, maps, like=site.node)
-    if site.tiled:
+    if site.interleaved:
         out = call(graph, tiles_to_blocks, out, 1, site.group, like=site.node)
     out = cast(graph, site, out, fake_value(site.node).dtype)
     return strided_like(graph, out, site)
@@ -181,7 +181,7 @@ def _queries_and_sinks(graph: fx.Graph, site: AttentionSite) -> tuple[fx.Node, f
         query = call(graph, scaled, query, by, like=site.node)
     if site.core.row_sinks:
         sinks = call(graph, torch.Tensor.new_zeros, query, (site.query_heads,), like=site.node)
-    if site.tiled:  # the ops know blocks of query heads: bring the heads into that order and back
+    if site.interleaved:  # ops know blocks of query heads: bring the heads into that order and back
         query = call(graph, tiles_to_blocks, query, 1, site.kv_heads, like=site.node)
         if sinks is not None:
             sinks = call(graph, tiles_to_blocks, sinks, 0, site.kv_heads, like=site.node)
@@ -194,12 +194,12 @@ def _queries_and_sinks(graph: fx.Graph, site: AttentionSite) -> tuple[fx.Node, f
 
 def _attended(asked: Asked, positions: fx.Node, sinks: fx.Node | None) -> fx.Node:
     graph, site = asked.graph, asked.site
-    latent, rest = site.latent, None
+    latent, k_pe = site.latent, None
     value = canonical(graph, site.value, site)
-    if latent is not None and latent.rest is not None:
-        rest = canonical(graph, latent.rest, site)
-    elif latent is not None and latent.kept:
-        value = call(graph, torch.narrow, value, 3, latent.at, latent.dims, like=site.node)
+    if latent is not None and latent.k_pe is not None:
+        k_pe = canonical(graph, latent.k_pe, site)
+    elif latent is not None and latent.k_pe_dims:
+        value = call(graph, torch.narrow, value, 3, latent.at, latent.kv_lora_rank, like=site.node)
     ranking = asked.choice.ranking
     in_ranges = ranking is not None and ranking.ranges
     return call(
@@ -211,7 +211,7 @@ def _attended(asked: Asked, positions: fx.Node, sinks: fx.Node | None) -> fx.Nod
         scale=site.scale,
         softcap=site.core.softcap,
         sink_logits=sinks,
-        k_rest=rest,
+        k_pe=k_pe,
         **({"ranges": positions} if in_ranges else {}),
         like=site.node,
     )

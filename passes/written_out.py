@@ -127,7 +127,7 @@ def _core(
         softcap=scores.softcap,
         sink_logits=scores.sink_logits,
         row_sinks=scores.row_sinks,
-        nan_rows=not zeroed and scores.sink_logits is None and not scores.row_sinks,
+        nan_if_fully_masked=not zeroed and scores.sink_logits is None and not scores.row_sinks,
         reads=tuple(scores.reads),
         query_layout=first.query_layout,
         out_layout=second.layout,

@@ -54,7 +54,7 @@ class _Looking(fx.Interpreter):
             if n.target is select:
                 _note_ranking(seen, args, kwargs)
             elif n.target is attention and kwargs.get("ranges") is None:
-                read = _all_bytes(args[1], args[2], args[3], kwargs.get("k_rest"))
+                read = _all_bytes(args[1], args[2], args[3], kwargs.get("k_pe"))
                 seen.bytes += read
                 seen.dense_bytes += read
                 seen.dense += 1
@@ -75,7 +75,7 @@ def _note_ranking(seen: Seen, args: Sequence[Any], kwargs: dict[str, Any]) -> No
 def _note_reading(
     seen: Seen, by_positions: bool, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> None:
-    q, k, v, rest = *args[:3], kwargs.get("k_rest")
+    q, k, v, rest = *args[:3], kwargs.get("k_pe")
     mask, slots = args[4 if by_positions else 3], k.shape[2]
     if by_positions:
         chosen = slots_at(args[3], slots)

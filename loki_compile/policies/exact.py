@@ -17,7 +17,7 @@ def positions(asked: Asked) -> fx.Node:
 
 
 def refuses(site: AttentionSite, cache: KeyCache) -> str:
-    if cache.beside is not None:
+    if cache.k_pe is not None:
         return "the rows that it would read lie in two tensors"
     return ""
 

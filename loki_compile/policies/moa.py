@@ -52,7 +52,7 @@ def _differs_in_groups(term: MaskTerm, site: AttentionSite) -> bool:
         return False
     if term.rule is not None:
         return term.rule.per_head
-    of_kv_heads = site.group_dim == group and not site.tiled  # what "h" counts in its layout
+    of_kv_heads = site.group_dim == group and not site.interleaved  # what "h" counts in its layout
     return term.varies("g") or (term.varies("h") and not of_kv_heads)
 
 

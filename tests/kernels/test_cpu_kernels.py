@@ -622,10 +622,10 @@ def test_keys_in_two_tensors_are_one_key(implementation, dims, heads, dtype):
     options = {"scale": 0.1, "softcap": 0.0}
     truth = reference.attend(q.double(), keys.double(), k.double(), positions, mask, scale=0.1)
     by_parts = reference.attend(
-        q.double(), k.double(), k.double(), positions, mask, scale=0.1, k_rest=rest.double()
+        q.double(), k.double(), k.double(), positions, mask, scale=0.1, k_pe=rest.double()
     )
     torch.testing.assert_close(by_parts, truth, rtol=0, atol=0)
-    found = implementation.attend(q, k, k, positions, mask, k_rest=rest, **options)
+    found = implementation.attend(q, k, k, positions, mask, k_pe=rest, **options)
     error = (found.double() - truth).abs().max()
     theirs = pytorch_attention(q, keys, k, positions, mask, scale=0.1).double()
     theirs = (theirs - truth).abs().nan_to_num().max()
@@ -655,7 +655,7 @@ def test_queries_keys_and_values_may_each_have_their_dtype(implementation, dtype
     for rest in (parts[1], parts[1].to(torch.float16)):
         whole = torch.cat((parts[0].float(), rest.float()), -1)
         expected = implementation.attend(q, whole, v, positions, mask, scale=0.1)
-        found = implementation.attend(q, parts[0], v, positions, mask, scale=0.1, k_rest=rest)
+        found = implementation.attend(q, parts[0], v, positions, mask, scale=0.1, k_pe=rest)
         torch.testing.assert_close(found, expected, rtol=0.02, atol=float(2 * theirs + floor))
 
 
@@ -798,7 +798,7 @@ def test_attention_over_all_keys_takes_keys_in_two_tensors(implementation):
     q, k, v, _ = attend_inputs((2, 6, 1, 2, 150, 96, 64, 16, 9), torch.float32)
     whole = implementation.attend(q, k, v, None, None, scale=0.3)
     parts = k[..., :64].contiguous(), k[..., 64:].contiguous()
-    found = implementation.attend(q, parts[0], v, None, None, scale=0.3, k_rest=parts[1])
+    found = implementation.attend(q, parts[0], v, None, None, scale=0.3, k_pe=parts[1])
     torch.testing.assert_close(found, whole, rtol=0, atol=2e-6)
 
 

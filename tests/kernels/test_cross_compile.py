@@ -173,7 +173,7 @@ def attend_launches(
             torch.empty(b, hkv, s, slots, dtype=torch.int32) if slots else None, mask,
             scale=0.1, softcap=softcap,
             sink_logits=torch.empty(hq) if sink_logits else None,
-            k_rest=torch.empty(b, hkv, t, rest, dtype=dtype) if rest else None,
+            k_pe=torch.empty(b, hkv, t, rest, dtype=dtype) if rest else None,
             ranges=torch.empty(b, hkv, s, 4, dtype=torch.int32) if ranges else None,
         ),
     )  # fmt: skip

@@ -590,16 +590,16 @@ BAD_ATTEND = {
         "v": torch.ones(B, 4, T, DV),
         "positions": torch.zeros(B, 4, S, K, dtype=torch.int32),
     },
-    "k_rest is ((2, 2, 36, 8), torch.float32); allowed: (B, Hkv, T, dims) with (2, 2, 37)": {
+    "k_pe is ((2, 2, 36, 8), torch.float32); allowed: (B, Hkv, T, dims) with (2, 2, 37)": {
         "k": torch.ones(B, HKV, T, D - 8),
-        "k_rest": torch.ones(B, HKV, T - 1, 8),
+        "k_pe": torch.ones(B, HKV, T - 1, 8),
     },
     "shape of k is (2, 2, 37, 24); allowed: (B, Hkv, T, D) with B = 2, D = 16": {
-        "k_rest": torch.ones(B, HKV, T, 8),
+        "k_pe": torch.ones(B, HKV, T, 8),
     },
-    "strides of k_rest is": {
+    "strides of k_pe is": {
         "k": torch.ones(B, HKV, T, D - 8),
-        "k_rest": torch.ones(B, HKV, 8, T).mT,
+        "k_pe": torch.ones(B, HKV, 8, T).mT,
     },
     "shape of v is (2, 2, 36, 16); allowed: (2, 2, 37) and Dv": {"v": torch.ones(B, HKV, 36, DV)},
     "sizes (B, S, T, D, Dv) is (2, 3, 37, 24, 0)": {"v": torch.ones(B, HKV, T, 0)},

@@ -820,8 +820,8 @@ def test_an_orthogonal_basis_errs_less_with_every_dim(case):
         if case.per_head:
             q_rest = q_all[..., r:].norm(dim=-1).flatten(1, 2)[..., None]
         heads = exact.shape[1] // case.hkv
-        k_rest = k_all[..., r:].norm(dim=-1)[:, :, None].repeat_interleave(heads, 1)
-        bound = case.scale * q_rest * k_rest + rounding
+        k_pe = k_all[..., r:].norm(dim=-1)[:, :, None].repeat_interleave(heads, 1)
+        bound = case.scale * q_rest * k_pe + rounding
         assert before is None or (bound <= before + rounding).all()
         before = bound
         index, _ = index_rows(keys, basis[..., :r].contiguous(), torch.float32)

@@ -661,7 +661,7 @@ def test_masks_of_all_keys_are_of_each_head_and_token(heads, tokens, programs):
 def test_all_keys_in_two_tensors_and_values_that_are_keys():
     q, k, _ = attention_inputs(1, 6, 1, 2, 90, 48, 48, torch.float32)
     latent, rest = k[..., :32].contiguous(), k[..., 32:].contiguous()
-    error, _ = attend_error((q, latent, latent), None, scale=0.2, k_rest=rest)
+    error, _ = attend_error((q, latent, latent), None, scale=0.2, k_pe=rest)
     assert error < 1e-5
 
 
@@ -709,7 +709,7 @@ def test_keys_in_two_tensors_are_one_key(dtype, programs, own_values):
     launch = small_tiles((q, keys, v), programs)
     truth = reference.attend(q.double(), keys.double(), v.double(), positions, None, scale=0.1)
     got = triton_attend.attend(
-        *[x.to(DEVICE) for x in (q, k, v, positions)], None, scale=0.1, k_rest=rest.to(DEVICE),
+        *[x.to(DEVICE) for x in (q, k, v, positions)], None, scale=0.1, k_pe=rest.to(DEVICE),
         launch=launch,
     )  # fmt: skip
     error = float((got.cpu().double() - truth).abs().max())

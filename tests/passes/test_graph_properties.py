@@ -52,7 +52,15 @@ WRITES = {
 }
 # Ways that are rewritten are what people use: most of the draws.
 KNOWN = sorted({s.write.__name__ for s in REWRITTEN})
-GROUPS = ["flag", "repeat_kv", "repeat_kv_bthd", "repeat_interleave", "expand", "tiled", "flipped"]
+GROUPS = [
+    "flag",
+    "repeat_kv",
+    "repeat_kv_bthd",
+    "repeat_interleave",
+    "expand",
+    "interleaved",
+    "flipped",
+]
 MASKS = {
     f.__name__: f
     for f in (
@@ -206,7 +214,7 @@ class GeneratedLayer(nn.Module):
             return repeat_kv_bthd(x.transpose(1, 2)).transpose(1, 2)
         if kind == "repeat_interleave":
             return x.repeat_interleave(HEADS // heads, dim=1)
-        if kind == "tiled":
+        if kind == "interleaved":
             return x.repeat(1, HEADS // heads, 1, 1)
         if kind == "expand" and heads == 1:
             return x.expand(-1, HEADS, -1, -1)

@@ -1004,7 +1004,7 @@ def test_the_maps_of_the_heads_are_found_in_the_weight():
     assert (sparse.site.head_dim, sparse.site.value_dim) == (LATENT + SHARED, LATENT)
     assert sparse.site.kv_heads == 1 and sparse.site.group == HEADS
     assert math.isclose(sparse.site.scale, 0.3)
-    assert plan.caches[0].beside is not None
+    assert plan.caches[0].k_pe is not None
 
 
 # --- spellings that nobody writes on purpose: right in every case, and rewritten or dense as listed

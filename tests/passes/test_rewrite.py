@@ -12,7 +12,7 @@ from loki_compile.passes.dense import pack_groups
 from loki_compile.passes.graphs import copy_of
 from loki_compile.passes.sparse import rewrite_sparse
 from torch import nn
-from toy_attends import TILED, gqa_flag, gqa_repeat_kv, plain, sdpa
+from toy_attends import INTERLEAVED, gqa_flag, gqa_repeat_kv, plain, sdpa
 from toy_capture import count_attention, count_calls, normal_graph
 from toy_conversation import Conversation, basis_for, tokens
 from toy_decoders import REWRITTEN, UNTOUCHED, Spelling, ToyDecoder
@@ -80,8 +80,8 @@ def test_sparse_with_the_whole_budget_is_dense_attention(spelling, interpreted):
 @torch.no_grad()
 def test_a_small_budget_is_the_reference_on_a_fresh_index(spelling, interpreted):
     module = ToyDecoder(spelling).eval()
-    config, tiled = LokiConfig.from_options(FEW), spelling.attend in TILED
-    truth = DirectSparse(basis_for(module), config, module.kv_heads, tiled=tiled)
+    config, interleaved = LokiConfig.from_options(FEW), spelling.attend in INTERLEAVED
+    truth = DirectSparse(basis_for(module), config, module.kv_heads, interleaved=interleaved)
     assert compare(module, compiled(module, **FEW), spelling, slow=truth) < 2e-5
     assert stats()["sparse_steps"] == STEPS
 

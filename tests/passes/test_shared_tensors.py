@@ -275,8 +275,8 @@ def test_parts_become_inputs_and_what_they_are_cut_from_has_no_users():
         ((0, 1), (0, 1)),
         ((0, 0), (0, 1)),
     ]
-    holder, given, *new = gm.graph.find_nodes(op="placeholder")
-    assert not holder.users and given.users and all(node.users for node in new)
+    base, given, *new = gm.graph.find_nodes(op="placeholder")
+    assert not base.users and given.users and all(node.users for node in new)
     expected = attends(there := cache.clone(), x)
     got = gm(*with_parts((cache, x), parts))
     assert all(map(torch.equal, got, expected)) and torch.equal(cache, there)
@@ -305,7 +305,7 @@ def test_parts_are_seen_behind_slices_of_what_numbers_count():
     assert [part.numbers for part in take_parts(gm)] == [((0, 1), (0, 0)), ((0, 0), (0, 1))]
 
 
-def parts_of(attends, c, *others, holder=0):
+def parts_of(attends, c, *others, base=0):
     """What `take_parts` finds in c; the graph that is left does what the function did."""
     gm = normal_graph(attends, c, *others)
     parts = take_parts(gm)
@@ -317,7 +317,7 @@ def parts_of(attends, c, *others, holder=0):
     assert all(map(torch.equal, gm(*with_parts(args, parts)), expected))
     assert all(map(torch.equal, own.values(), there))
     names = [node.name for node in placeholders]
-    return gm, [part.numbers for part in parts if names[part.holder] == "l_c_"]
+    return gm, [part.numbers for part in parts if names[part.base] == "l_c_"]
 
 
 def stores(index):

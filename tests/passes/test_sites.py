@@ -15,12 +15,12 @@ from toy_attends import (
     gqa_repeat_interleave,
     gqa_repeat_kv,
     gqa_repeat_kv_bthd,
+    interleaved,
+    interleaved_by_expand,
     mqa_broadcast,
     mqa_expand,
     plain,
     repeat_kv,
-    tiled,
-    tiled_by_expand,
     values_tiled,
     with_dropout,
 )
@@ -114,14 +114,14 @@ def test_other_cores_are_skipped_with_a_reason(attend, reason, more):
     assert "{" not in skip.sentence()
 
 
-@pytest.mark.parametrize("attend", [tiled, tiled_by_expand])
+@pytest.mark.parametrize("attend", [interleaved, interleaved_by_expand])
 def test_tiles_of_heads_are_told_from_blocks(attend):
     """Query head h reads KV head h % Hkv there."""
     (site,), _ = sites_of(attend)
-    assert site.tiled and site.group == HEADS // KV_HEADS
+    assert site.interleaved and site.group == HEADS // KV_HEADS
     assert site.key.base.op == "placeholder" and site.kv_heads == KV_HEADS
     (one,), _ = sites_of(attend, kv_heads=1)
-    assert not one.tiled and one.group == HEADS
+    assert not one.interleaved and one.group == HEADS
 
 
 def test_tiles_of_blocks_are_not_seen_through():
@@ -130,11 +130,11 @@ def test_tiles_of_blocks_are_not_seen_through():
         return F.scaled_dot_product_attention(q.repeat(1, 2, 1, 1), keys, values, mask)[:, :HEADS]
 
     (site,), _ = sites_of(attend)
-    assert site.group == 2 and site.tiled and site.key.base.op != "placeholder"
+    assert site.group == 2 and site.interleaved and site.key.base.op != "placeholder"
 
 
 def test_whoever_observes_heads_is_not_shown_tiles():
-    spelling = Spelling(index_copy_method, attend=tiled)
+    spelling = Spelling(index_copy_method, attend=interleaved)
     inputs = Conversation.start(spelling).inputs(tokens(spelling, 1)[0])
     graph = normal_graph(ToyDecoder(spelling).eval(), *inputs).graph
     sites, (skip,) = find_sites(graph, max_query_tokens=None)
@@ -1254,7 +1254,7 @@ def test_heads_are_repeated_by_unsqueeze_as_well(dim, tiles):
             q, wide(keys), wide(values), attn_mask=mask
         )
     )
-    assert not skipped and (site.group, site.tiled) == (2, tiles)
+    assert not skipped and (site.group, site.interleaved) == (2, tiles)
     assert site.key.base.op == site.value.base.op == "placeholder"
 
 

@@ -96,7 +96,7 @@ def test_heads_repeated_are_the_keys_that_attention_reads(nodes, at):
     rows = base.permute(order)
     repeat = rows.repeat(1, heads.group, 1, 1)
     blocks = rows.repeat_interleave(heads.group, 1)
-    assert torch.equal(repeat if heads.tiled else blocks, value.permute(at))
+    assert torch.equal(repeat if heads.interleaved else blocks, value.permute(at))
 
 
 @settings(max_examples=300, deadline=None)

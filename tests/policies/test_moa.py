@@ -5,7 +5,7 @@ import torch
 from loki_compile.kernels import positions
 from loki_compile.kernels.spans import Span, Spans, heads_from, heads_text, span_of
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from toy_attends import TILED, gqa_flag, gqa_repeat_kv, mqa_broadcast, plain, tiled
+from toy_attends import INTERLEAVED, gqa_flag, gqa_repeat_kv, interleaved, mqa_broadcast, plain
 from toy_capture import clear_runtime
 from toy_conversation import Conversation, tokens
 from toy_decoders import REWRITTEN, Spelling, ToyDecoder
@@ -67,7 +67,7 @@ def compare(module, policy, truth, options=FEW) -> float:
 def test_each_head_reads_its_span_by_the_definition(spelling, interpreted):
     module = ToyDecoder(spelling).eval()
     word = word_for(module.kv_heads)
-    truth = DirectPolicy(word, module.kv_heads, FEW, tiled=spelling.attend in TILED)
+    truth = DirectPolicy(word, module.kv_heads, FEW, interleaved=spelling.attend in INTERLEAVED)
     assert compare(module, word, truth) < 2e-5
     assert stats()["sparse_steps"] == STEPS
     assert stats()["rebuilds"] == stats()["index_bytes"] == 0
@@ -281,7 +281,7 @@ def flexible(differ: bool):
         ({"attend": gqa_flag, "mask": by_head(HEADS)}, False),
         ({"attend": mqa_broadcast, "mask": by_head(HEADS), "kv_heads": 1}, False),
         ({"attend": gqa_repeat_kv, "mask": alibi}, False),  # what is added may hide as well
-        ({"attend": tiled, "mask": by_head(HEADS)}, False),
+        ({"attend": interleaved, "mask": by_head(HEADS)}, False),
         ({"attend": flexible(True), "mask": left_padded}, False),
         ({"attend": flexible(False), "mask": left_padded}, True),
         ({"attend": in_groups, "mask": by_head(KV_HEADS)}, True),

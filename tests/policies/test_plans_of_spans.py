@@ -255,7 +255,7 @@ def test_spans_of_query_heads_are_folded_as_tiles_of_heads_lie(home):
     """Query head h reads KV head h % 2 there."""
     moa = published_spans(published(home, [[64.0, 128.0, 256.0, 64.0]], [[0.0] * 4]))
     assert str(moa.kind(0, 4, 2)) == "moa:64:128,256"
-    assert str(moa.kind(0, 4, 2, tiled=True)) == "moa:64:256,128"
+    assert str(moa.kind(0, 4, 2, interleaved=True)) == "moa:64:256,128"
 
 
 def planned(path, *names):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from loki_compile.passes.attention import Reason
 from torch import nn
-from toy_attends import TILED, gqa_repeat_kv, mqa_broadcast, plain
+from toy_attends import INTERLEAVED, gqa_repeat_kv, mqa_broadcast, plain
 from toy_capture import count_calls
 from toy_conversation import Conversation, basis_for, tokens
 from toy_decoders import REWRITTEN, Spelling, ToyDecoder
@@ -136,8 +136,10 @@ def test_a_small_budget_is_the_definition(spelling, policy, group_choice):
         pytest.skip("nothing is chosen by scores")
     module = ToyDecoder(spelling).eval()
     options = {**FEW, "group_choice": group_choice}
-    tiled = spelling.attend in TILED
-    truth = DirectPolicy(policy, module.kv_heads, options, basis=basis_for(module), tiled=tiled)
+    interleaved = spelling.attend in INTERLEAVED
+    truth = DirectPolicy(
+        policy, module.kv_heads, options, basis=basis_for(module), interleaved=interleaved
+    )
     assert compare(module, compiled(module, policy, **options), spelling, truth) < 2e-5
     assert stats()["sparse_steps"] == STEPS
     assert stats()["rebuilds"] == (policy not in KEEP_NOTHING)

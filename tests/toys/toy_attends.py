@@ -77,13 +77,13 @@ def mask_assigned(q, keys, values, mask):
     return sdpa(q, keys, values, attn_mask=seen, enable_gqa=True)
 
 
-def tiled(q, keys, values, mask):
+def interleaved(q, keys, values, mask):
     """`repeat` lays the heads out as 0 1 2 0 1 2: query head h reads KV head h % Hkv."""
     keys, values = (x.repeat(1, HEADS // x.shape[1], 1, 1) for x in (keys, values))
     return sdpa(q, keys, values, attn_mask=mask)
 
 
-def tiled_by_expand(q, keys, values, mask):
+def interleaved_by_expand(q, keys, values, mask):
     """The same head order by `expand` in front of the heads."""
     batch, kv_heads, length, dim = keys.shape
     group = HEADS // kv_heads
@@ -94,11 +94,11 @@ def tiled_by_expand(q, keys, values, mask):
     return sdpa(q, keys, values, attn_mask=mask)
 
 
-TILED = (tiled, tiled_by_expand)
+INTERLEAVED = (interleaved, interleaved_by_expand)
 
 
 def tiles_of_flipped_heads(q, keys, values, mask):
-    return tiled(q, keys.flip(1), values.flip(1), mask)
+    return interleaved(q, keys.flip(1), values.flip(1), mask)
 
 
 def values_of_one_head(q, keys, values, mask):

@@ -110,9 +110,9 @@ class DirectPolicy(DirectSparse):
     """As `DirectSparse`, by any policy: what it ranks by is made anew from the keys of the call."""
 
     def __init__(
-        self, policy: str, kv_heads: int, options: dict[str, Any], *, basis=None, tiled=False
+        self, policy: str, kv_heads: int, options: dict[str, Any], *, basis=None, interleaved=False
     ) -> None:
-        super().__init__(basis, LokiConfig.from_options(options), kv_heads, tiled=tiled)
+        super().__init__(basis, LokiConfig.from_options(options), kv_heads, interleaved=interleaved)
         self.policy = policy
 
     def positions(self, query, keys, mask, scale, per_head):

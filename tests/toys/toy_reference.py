@@ -23,10 +23,15 @@ class DirectSparse(TorchFunctionMode):
     """
 
     def __init__(
-        self, basis: BasisSet, config: LokiConfig, kv_heads: int, *, tiled: bool = False
+        self, basis: BasisSet, config: LokiConfig, kv_heads: int, *, interleaved: bool = False
     ) -> None:
         super().__init__()
-        self.basis, self.config, self.kv_heads, self.tiled = basis, config, kv_heads, tiled
+        self.basis, self.config, self.kv_heads, self.interleaved = (
+            basis,
+            config,
+            kv_heads,
+            interleaved,
+        )
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -39,7 +44,7 @@ class DirectSparse(TorchFunctionMode):
         self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
         enable_gqa=False,
     ):  # fmt: skip
-        if self.tiled:  # the definition knows blocks of query heads
+        if self.interleaved:  # the definition knows blocks of query heads
             heads = torch.arange(query.shape[1]).view(-1, self.kv_heads).T.flatten()
             query, key, value = query[:, heads], key[:, heads], value[:, heads]
             if attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1:
@@ -53,7 +58,7 @@ class DirectSparse(TorchFunctionMode):
         per_head = self.config.share == "head" or heads_differ
         positions = self.positions(query, keys, mask, scale, per_head)
         out = reference.attend(query, keys, values, positions, mask, scale=scale)
-        return out[:, heads.argsort()] if self.tiled else out
+        return out[:, heads.argsort()] if self.interleaved else out
 
     def positions(
         self, query: Tensor, keys: Tensor, mask: Tensor | None, scale: float, per_head: bool
