@@ -32,7 +32,14 @@ from loki_compile.counts import (
     tally_of,
 )
 from loki_compile.deferred import PRICE, Deferred
-from loki_compile.engines import Engine, autocast_now, compile_late, default, in_blocks
+from loki_compile.engines import (
+    Engine,
+    autocast_now,
+    compile_late,
+    default,
+    in_blocks,
+    with_row_products,
+)
 from loki_compile.floats import ask_for_values, ask_what_inductor_asks
 from loki_compile.kernels.kept import Keeps
 from loki_compile.kernels.ops import begin_building
@@ -94,14 +101,10 @@ def loki(
       RuntimeError: under `strict=True`, listing every site that could not be rewritten.
     """
     config = plainly(_checked, {**(options or {}), **unknown}, mode)
-    engine = engine or default()
-    at_once, later = (
-        PRICE.timed(functools.partial(each, mode=mode, options=config.inductor))
-        for each in (engine, in_blocks(engine))
-    )
     normal, parts = _in_one_form(gm)
     of_model = PlanOfModel(normal, example_inputs, parts, config)
     plan = plainly(plan_graph, normal, config, of_model, parts)
+    at_once, later = _compilers(engine or default(), plan, config, mode)
     refusal = _refusal(plan) if config.strict else ""
     # What is promised to be Inductor's to the bit goes to Inductor.
     once = config.pack_gqa and is_called_once(plan, normal.graph)
@@ -155,6 +158,20 @@ def loki(
         note_attention()
         return compiled
     return _remarking_on_no_attention(compiled)
+
+
+def _compilers(
+    engine: Engine, plan: Plan, config: LokiConfig, mode: str | None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What compiles a graph while Dynamo waits for it, and what compiles one behind its back."""
+    engines = [engine, in_blocks(engine)]
+    # What is promised to be Inductor's to the bit is left to it.
+    if config.pack_gqa and (plan.sites or plan.dense):
+        engines = list(map(with_row_products, engines))
+    at_once, later = (
+        PRICE.timed(functools.partial(each, mode=mode, options=config.inductor)) for each in engines
+    )
+    return at_once, later
 
 
 def _late(
