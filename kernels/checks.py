@@ -44,17 +44,16 @@ def check_select(
     page: int = 1,
     keys: int | None = None,
     by_probability: bool = False,
-) -> None:
-    """Raise ValueError (what was found, what is allowed) unless `loki::select` takes these."""
+) -> tuple[int, int, int, int]:
+    """Raise ValueError (what was found, what is allowed) unless `loki::select` takes these.
+
+    Returns:
+      (B, heads that choose, S, T).
+    """
     op = "loki::select"
     b, hq, s, d = _rank4(op, "q", q)
     bi, hkv, _, r = _rank4(op, "index", index)
-    if page < 1:
-        raise _wrong(op, "page", page, "the keys of a page, or 1 for an index of keys")
-    if (page > 1) != (keys is not None):
-        allowed = "the number of keys where page > 1, None where each row is a key"
-        raise _wrong(op, "keys", f"{keys} with page={page}", allowed)
-    t = keys_ranked(index, page, keys)
+    t = _check_paging(op, index, page, keys)
     if q.dtype not in FLOAT_DTYPES:
         raise _wrong(op, "q dtype", q.dtype, "bfloat16, float16 or float32")
     if bi != b:
@@ -75,6 +74,17 @@ def check_select(
         raise _wrong(op, "by_probability", by_probability, allowed)
     _check_bounded_mask(op, mask, bounds, q, t, per_head)
     _check_budget(op, top_k, keep_q16, sink, recent, min_keys)
+    return b, hq if per_head else hkv, s, t
+
+
+def _check_paging(op: str, index: Tensor, page: int, keys: int | None) -> int:
+    """Whether it is told what the rows of an index stand for; returns T."""
+    if page < 1:
+        raise _wrong(op, "page", page, "the keys of a page, or 1 for an index of keys")
+    if (page > 1) != (keys is not None):
+        allowed = "the number of keys where page > 1, None where each row is a key"
+        raise _wrong(op, "keys", f"{keys} with page={page}", allowed)
+    return keys_ranked(index, page, keys)
 
 
 def _check_bounded_mask(
@@ -198,7 +208,7 @@ def check_attend(
     sink_logits: Tensor | None,
     k_pe: Tensor | None = None,
     ranges: Tensor | None = None,
-) -> None:
+) -> tuple[int, int, int, int]:
     """Raise ValueError (what was found, what is allowed) unless `loki::attend` takes these, or
     `loki::attention` where there are no positions.
 
@@ -208,9 +218,12 @@ def check_attend(
     order is read as if it were cut off.
 
     q, k, v and k_pe may each have a dtype of its own: a cache is read as it is stored.
+
+    Returns:
+      (B, Hq, S, Dv), the shape of what attention returns.
     """
     op = "loki::attention" if positions is None else "loki::attend"
-    hkv, t = _check_cache(op, q, k, v, k_pe)
+    shape, hkv, t = _check_cache(op, q, k, v, k_pe)
     if positions is not None:
         _check_positions(op, positions, q, hkv)
     if ranges is not None:
@@ -221,10 +234,13 @@ def check_attend(
         raise _wrong(op, "softcap", softcap, "0 (none) or a positive number")
     if sink_logits is not None:
         _check_sink_logits(op, sink_logits, q)
+    return shape
 
 
-def _check_cache(op: str, q: Tensor, k: Tensor, v: Tensor, k_pe: Tensor | None) -> tuple[int, int]:
-    """Queries, and the keys and values that they attend to; returns the sizes (Hkv, T)."""
+def _check_cache(
+    op: str, q: Tensor, k: Tensor, v: Tensor, k_pe: Tensor | None
+) -> tuple[tuple[int, int, int, int], int, int]:
+    """Queries, and the keys and values that they attend to; returns (B, Hq, S, Dv), Hkv, T."""
     b, hq, s, d = _rank4(op, "q", q)
     bk, hkv, t, dk = _rank4(op, "k", k)
     bv, hv, tv, dv = _rank4(op, "v", v)
@@ -254,7 +270,7 @@ def _check_cache(op: str, q: Tensor, k: Tensor, v: Tensor, k_pe: Tensor | None) 
     _rows_contiguous(op, "v", v, dv)
     _same_device(op, "k", k, q)
     _same_device(op, "v", v, q)
-    return hkv, t
+    return (b, hq, s, dv), hkv, t
 
 
 def _check_sink_logits(op: str, sink_logits: Tensor, q: Tensor) -> None:
