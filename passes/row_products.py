@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from loki_compile.kernels.row_products import MAX_ROWS, row_products
+from loki_compile.kernels.row_products import is_few, row_products
 from loki_compile.passes.calls import concrete, fake_value, op_name
 from loki_compile.passes.graphs import call, finish
 from torch import Tensor, fx
@@ -28,7 +28,7 @@ class RowProduct:
 
 
 def find_row_products(graph: fx.Graph) -> list[RowProduct]:
-    """Products on a CPU of at most `MAX_ROWS` rows with a matrix whose every output's numbers are
+    """Products on a CPU of few rows (`is_few`) with a matrix whose every output's numbers are
     one run of memory, in one dtype (under autocast others may come in), no gradients recorded."""
     found = (_product(node) for node in graph.nodes if node.op == "call_function")
     return [product for product in found if product is not None and _served(product)]
@@ -61,19 +61,21 @@ def _served(product: RowProduct) -> bool:
     if None in sizes or weight.dim() != 2 or min(weight.shape) < 2:
         return False
     run = concrete(weight.stride(0 if product.transposed else 1))
-    return run == 1 and 1 <= math.prod(rows.shape[:-1]) <= MAX_ROWS
+    return run == 1 and is_few(math.prod(rows.shape[:-1]), rows.shape[-1], rows.dtype)
 
 
 def sum_rows(gm: fx.GraphModule, products: Sequence[RowProduct]) -> fx.GraphModule:
-    """Swaps them for `row_products`."""
+    """Swaps them for `row_products`. Products come in the order of the graph."""
     graph = gm.graph
+    new_of: dict[fx.Node | None, fx.Node] = {}  # of products, which others may be of
     for product in products:
         node = product.node
+        operands = (product.rows, product.weight, product.bias)
+        rows, weight, bias = (new_of.get(operand, operand) for operand in operands)
         with graph.inserting_before(node):
-            weight = product.weight
             if product.transposed:
                 weight = call(graph, torch.t, weight, like=node)
-            new = call(graph, row_products, product.rows, weight, product.bias, like=node)
-        node.replace_all_uses_with(new)
+            new_of[node] = call(graph, row_products, rows, weight, bias, like=node)
+        node.replace_all_uses_with(new_of[node])
         graph.erase_node(node)
     return finish(gm) if products else gm
