@@ -274,6 +274,57 @@ def _part(first, last, i_part, splits, BLOCK: tl.constexpr):
     return begin, tl.minimum(begin + chunk, last)
 
 
+@triton.jit
+def _score_tile(
+    first, start, end, stop, p_q, p_index, p_index_scale, p_mask, p_score,
+    q_sh, index_st, index_scale_st, mask_st, stride, scale, hidden_below, o_r, o_j,
+    R: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr,
+    INT8: tl.constexpr, EACH: tl.constexpr, PAGE: tl.constexpr, PAGE_PAD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Scores of BLOCK_P rows of the index from `first` on, of keys in [start, end)."""
+    o_p = first + tl.arange(0, BLOCK_P)
+    p_rows = p_index + o_p.to(tl.int64)[:, None] * (index_st * ALIGN) + o_r[None, :]
+    m = (o_p < stop)[:, None] & (o_r < R)[None, :]
+    row = tl.load(p_rows, mask=m, other=0).to(tl.float32)
+    high = row
+    if PAGE > 1:
+        high = tl.load(p_rows + R, mask=m, other=0).to(tl.float32)
+    at = o_p[:, None] * PAGE + o_j[None, :]
+    inside = (at >= start) & (at < end) & (o_j < PAGE)[None, :] & (o_p < stop)[:, None]
+    row_scale = tl.full((BLOCK_P,), scale, tl.float32)
+    if INT8:
+        row_scale *= tl.load(
+            p_index_scale + o_p.to(tl.int64) * index_scale_st, mask=o_p < stop, other=0.0
+        )
+    bias = tl.zeros((BLOCK_P, PAGE_PAD), tl.float32)
+    seen = inside
+    if EACH:
+        if MASK == BOOL_MASK:
+            seen = tl.load(p_mask + at.to(tl.int64) * mask_st, mask=inside, other=0) != 0
+        if MASK == ADDITIVE_MASK:
+            bias = tl.load(p_mask + at.to(tl.int64) * mask_st, mask=inside, other=float("-inf"))
+            bias = bias.to(tl.float32)
+            seen = bias > hidden_below
+    best = tl.full((BLOCK_P,), float("-inf"), tl.float32)
+    for g in range(GROUP):
+        q = tl.load(p_q + g * q_sh + o_r, mask=o_r < R, other=0.0).to(tl.float32)[None, :]
+        product = q * row
+        if PAGE > 1:
+            product = tl.maximum(product, q * high, propagate_nan=tl.PropagateNan.ALL)
+        score = tl.sum(product, 1) * row_scale
+        score = tl.where(score == score, score, float("-inf"))
+        if EACH:
+            logit = score[:, None] + bias
+            logit = tl.where(logit == logit, logit, float("-inf"))
+            logit = tl.where(seen, logit, float("nan"))
+            tl.store(p_score + g * stride + at, logit, mask=inside)
+        else:
+            best = tl.maximum(best, score)
+    if not EACH:
+        tl.store(p_score + at, best[:, None] + bias, mask=inside)
+
+
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask", "p_bounds"])
 def score_kernel(
     p_q, p_index, p_index_scale, p_mask, p_bounds, p_score,
@@ -306,47 +357,11 @@ def score_kernel(
     o_r = tl.arange(0, BLOCK_R)
     o_j = tl.arange(0, PAGE_PAD)
     for first in range(begin, stop, BLOCK_P):
-        o_p = first + tl.arange(0, BLOCK_P)
-        p_rows = p_index + o_p.to(tl.int64)[:, None] * (index_st * ALIGN) + o_r[None, :]
-        m = (o_p < stop)[:, None] & (o_r < R)[None, :]
-        row = tl.load(p_rows, mask=m, other=0).to(tl.float32)
-        high = row
-        if PAGE > 1:
-            high = tl.load(p_rows + R, mask=m, other=0).to(tl.float32)
-        at = o_p[:, None] * PAGE + o_j[None, :]
-        inside = (at >= start) & (at < end) & (o_j < PAGE)[None, :] & (o_p < stop)[:, None]
-        row_scale = tl.full((BLOCK_P,), scale, tl.float32)
-        if INT8:
-            row_scale *= tl.load(
-                p_index_scale + o_p.to(tl.int64) * index_scale_st, mask=o_p < stop, other=0.0
-            )
-        bias = tl.zeros((BLOCK_P, PAGE_PAD), tl.float32)
-        seen = inside
-        if EACH:
-            if MASK == BOOL_MASK:
-                seen = tl.load(p_mask + at.to(tl.int64) * mask_st, mask=inside, other=0) != 0
-            if MASK == ADDITIVE_MASK:
-                bias = tl.load(
-                    p_mask + at.to(tl.int64) * mask_st, mask=inside, other=float("-inf")
-                ).to(tl.float32)
-                seen = bias > hidden_below
-        best = tl.full((BLOCK_P,), float("-inf"), tl.float32)
-        for g in range(GROUP):
-            q = tl.load(p_q + g * q_sh + o_r, mask=o_r < R, other=0.0).to(tl.float32)[None, :]
-            product = q * row
-            if PAGE > 1:
-                product = tl.maximum(product, q * high, propagate_nan=tl.PropagateNan.ALL)
-            score = tl.sum(product, 1) * row_scale
-            score = tl.where(score == score, score, float("-inf"))
-            if EACH:
-                logit = score[:, None] + bias
-                logit = tl.where(logit == logit, logit, float("-inf"))
-                logit = tl.where(seen, logit, float("nan"))
-                tl.store(p_score + g * stride + at, logit, mask=inside)
-            else:
-                best = tl.maximum(best, score)
-        if not EACH:
-            tl.store(p_score + at, best[:, None] + bias, mask=inside)
+        _score_tile(
+            first, start, end, stop, p_q, p_index, p_index_scale, p_mask, p_score,
+            q_sh, index_st, index_scale_st, mask_st, stride, scale, hidden_below, o_r, o_j,
+            R, ALIGN, GROUP, MASK, INT8, EACH, PAGE, PAGE_PAD, BLOCK_P,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_bounds"])
