@@ -37,6 +37,6 @@ how many of the last ones a KV head reads, `kept` what is kept beside a cache. T
 Inductor fuses around the ops is in `fused` (rows, layouts, maps), `masks`, `positions` (without a
 ranking of scores) and `moments` (of a prompt's queries). `cpu` (C++, in cpu_*.cpp, or the PyTorch
 ops of `cpu_torch`) and `triton_select` (scores in `triton_score`, the choice in `triton_choose`),
-`triton_attend` (shares of ranges in `triton_ranges`) and `triton_pages` implement the ops.
-`span_prefill` is of prompts, by FlexAttention.
+`triton_attend` (its kernels in `triton_splits`, shares of ranges in `triton_ranges`) and
+`triton_pages` implement the ops. `span_prefill` is of prompts, by FlexAttention.
 """

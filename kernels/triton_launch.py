@@ -195,6 +195,12 @@ def programs_per_row(device: Device, rows: int, per_processor: int, most: int) -
     return max(1, min(most, device.processors * per_processor // max(rows, 1)))
 
 
+@functools.cache
+def block_of(dims: int) -> int:
+    """The block that holds so many dims: a power of two that products take."""
+    return max(16, triton.next_power_of_2(dims))
+
+
 def broadcast_strides(tensor: Tensor | None, dims: int = 4) -> tuple[int, ...]:
     """Strides of the first `dims` dims with 0 where the size is 1 (or where there is no tensor)."""
     if tensor is None:

@@ -209,9 +209,16 @@ def compile_late(
         )
         return gm
     added = shape_env.guards[known:]
-    if not added:
-        return run
+    return run if not added else _where_guards_hold(run, gm, added, missed)
+
+
+def _where_guards_hold(
+    run: Callable[..., Any], gm: fx.GraphModule, added: Sequence[Any], missed: Callable[[], None]
+) -> Variant:
+    """A compiled graph that is called where guards hold; elsewhere the same graph runs node by
+    node, and `missed` is told."""
     log.debug("late guards: %s", [guard.expr for guard in added])
+    values, shape_env = _fakes(gm), fake_mode_of(gm.graph).shape_env
     symbols = [v for v in values if isinstance(v, torch.SymInt)]
     places = [i for i, v in enumerate(values) if isinstance(v, torch.SymInt)]
     code = shape_env.produce_guards_expression(

@@ -13,6 +13,7 @@ from loki_compile.commands.options import (
     NUMBER,
     OUT_OPTION,
     READING_OPTIONS,
+    AskedModel,
     check_installed,
     check_picture,
     loki_options,
@@ -23,9 +24,10 @@ from loki_compile.commands.output import going_on, out, progress, say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import Tensor
 
-    from loki_compile.commands.plan_search import Tried
-    from loki_compile.commands.span_search import Compared
+    from loki_compile.commands.plan_search import Search, Tried
+    from loki_compile.commands.span_search import Compared, SpanSearch
 
 
 POLICIES = ("tidal", "moa")
@@ -86,36 +88,25 @@ def command(context: click.Context, policy: str, **given: Any) -> None:
                 )
     own = {name: given.pop(name) for name in OWN[policy]}
     common = {name: value for name, value in given.items() if name not in sum(OWN.values(), ())}
+    model = AskedModel.taken(common)
+    files = (*common.pop("first_text"), *common.pop("more_text"))
     with going_on():
-        (_tune_layers if policy == "tidal" else _tune_spans)(**common, **own)
+        (_tune_layers if policy == "tidal" else _tune_spans)(model, files, **common, **own)
 
 
 def _tune_layers(
-    name: str,
-    more_text: tuple[str, ...],
-    first_text: tuple[str, ...],
+    asked: AskedModel,
+    files: tuple[str, ...],
     prompts: int,
     length: int | None,
-    top_k: int | float,
-    rank: int | float,
-    group_choice: str,
-    cost: float,
-    cost_context: int,
-    plans: int,
-    steps: int,
     folder: Path | None,
     picture: Path | None,
-    device: str | None,
-    dtype: str,
-    random_weights: bool,
+    **of_search: Any,
 ) -> None:
     from loki_compile.commands.models import (
-        check_placement,
         check_writable,
-        encode,
         fitting_context,
         load_config,
-        load_model,
         load_tokenizer,
     )
     from loki_compile.commands.picture import draw_mass, plan_lines
@@ -123,36 +114,26 @@ def _tune_layers(
     from loki_compile.pca_store.layer_plan import save_plan
     from loki_compile.pca_store.store import Store
 
-    loki_options(policy="tidal", top_k=top_k, rank=rank, group_choice=group_choice)
+    settings = Settings(**of_search)
+    loki_options(
+        policy="tidal",
+        top_k=settings.top_k,
+        rank=settings.rank,
+        group_choice=settings.group_choice,
+    )
     root = Store(folder).root
-    check_placement(device, dtype)
+    asked.check()
     check_writable("--out" if folder else "the store", root, folder=True)
     check_picture(picture)
-    settings = Settings(top_k, rank, cost, cost_context, plans, steps, group_choice)
-    length = fitting_context("--length", length, 2048, load_config(name), room=steps + 64)
-    text, source = text_of((*first_text, *more_text), "train")
-    tokenizer = load_tokenizer(name)
-    needed = (prompts + 1) * length + steps
-    ids = encode(tokenizer, text[: 16 * needed])
-    if len(ids) < 2 * length + steps:
-        raise ValueError(
-            f"the text holds {len(ids)} tokens; needs {2 * length + steps}, one prompt and as much "
-            "held out: pass more text, or a smaller --length"
-        )
-    count = min(prompts, (len(ids) - steps) // length - 1)
-    if count < prompts:
-        say(f"the text holds {count} prompts of the {prompts} asked for")
-    read, held_out = ids[: count * length].view(count, length), ids[count * length :]
-    say(f"loading {name}; then it reads {count} prompts eagerly, {count * length} tokens")
-    model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
-    search = Search(model, tokenizer, settings, list(read[:, None]), held_out[: length + steps])
-    with progress() as bar:
-        reading = bar.add_task(f"reading with {name}", total=count * length)
-        trying = bar.add_task("trying plans on held-out text", total=None, visible=False)
-        search.read(lambda done: bar.advance(reading, done))
-        bar.update(trying, visible=True, total=search.runs)
-        tried = search.compare(lambda done: bar.advance(trying, done))
-    plan = search.plan_of(tried[0], name, source, tried)
+    config, steps = load_config(asked.name), settings.steps
+    length = fitting_context("--length", length, 2048, config, room=steps + 64)
+    text, source = text_of(files, "train")
+    tokenizer = load_tokenizer(asked.name)
+    read, held_out = _prompts_of(tokenizer, text, prompts, length, steps)
+    say(f"loading {asked.name}; then it reads {len(read)} prompts eagerly, {read.numel()} tokens")
+    search = Search(asked.load(), tokenizer, settings, list(read[:, None]), held_out)
+    tried = _searched(search, asked.name, read.numel())
+    plan = search.plan_of(tried[0], asked.name, source, tried)
     path = save_plan(plan, root)
     search.forget()
     out.print(_table(tried))
@@ -164,26 +145,52 @@ def _tune_layers(
     show(f'wrote {path}; policy="tidal" uses it')
 
 
+def _prompts_of(
+    tokenizer: Any, text: str, prompts: int, length: int, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Token ids of prompts to read (n, length), and of text that is held out (length + steps,).
+
+    Raises:
+        ValueError: the text does not hold one prompt and as much held out.
+    """
+    from loki_compile.commands.models import encode
+
+    needed = (prompts + 1) * length + steps
+    ids = encode(tokenizer, text[: 16 * needed])
+    if len(ids) < 2 * length + steps:
+        raise ValueError(
+            f"the text holds {len(ids)} tokens; needs {2 * length + steps}, one prompt and as much "
+            "held out: pass more text, or a smaller --length"
+        )
+    count = min(prompts, (len(ids) - steps) // length - 1)
+    if count < prompts:
+        say(f"the text holds {count} prompts of the {prompts} asked for")
+    read, held_out = ids[: count * length].view(count, length), ids[count * length :]
+    return read, held_out[: length + steps]
+
+
+def _searched(search: Search, name: str, tokens: int) -> list[Tried]:
+    """The plans that a search has tried, best first, with bars."""
+    with progress() as bar:
+        reading = bar.add_task(f"reading with {name}", total=tokens)
+        trying = bar.add_task("trying plans on held-out text", total=None, visible=False)
+        search.read(lambda done: bar.advance(reading, done))
+        bar.update(trying, visible=True, total=search.runs)
+        return search.compare(lambda done: bar.advance(trying, done))
+
+
 def _tune_spans(
-    name: str,
-    more_text: tuple[str, ...],
-    first_text: tuple[str, ...],
+    asked: AskedModel,
+    files: tuple[str, ...],
     prompts: int,
     length: int | None,
-    density: float,
-    sink: int,
-    effects: str,
     folder: Path | None,
-    device: str | None,
-    dtype: str,
-    random_weights: bool,
+    **of_search: Any,
 ) -> None:
     from loki_compile.commands.models import (
-        check_placement,
         check_writable,
         fitting_context,
         load_config,
-        load_model,
         load_tokenizer,
     )
     from loki_compile.commands.span_search import (
@@ -197,23 +204,31 @@ def _tune_spans(
     from loki_compile.pca_store.store import Store
 
     check_installed("scipy")
-    if effects not in EFFECTS:
-        raise ValueError(f"--effects {effects}: needs one of {', '.join(EFFECTS)}")
+    settings = SpanSettings(**of_search)
+    if settings.effects not in EFFECTS:
+        raise ValueError(f"--effects {settings.effects}: needs one of {', '.join(EFFECTS)}")
     root = Store(folder).root
-    check_placement(device, dtype)
+    asked.check()
     check_writable("--out" if folder else "the store", root, folder=True)
-    settings = SpanSettings(density, sink, effects)
-    longest = fitting_context("--length", length, 4096, load_config(name))
+    longest = fitting_context("--length", length, 4096, load_config(asked.name))
     lengths = lengths_of(longest, settings)
-    files = (*first_text, *more_text)
     text, source = text_of(files, "train")
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(asked.name)
     made, what = span_prompts(tokenizer, text, lengths, prompts, given=bool(files))
-    say(f"loading {name}; what counts in {source}: {what}")
-    model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
-    search = SpanSearch(model, settings, made)
+    say(f"loading {asked.name}; what counts in {source}: {what}")
+    search = SpanSearch(asked.load(), settings, made)
     for lacking in search.lacking(prompts):
         say(lacking)
+    compared = _profiled(search, asked.name)
+    plan = search.plan_of(asked.name, f"{source}: {what}"[:4096], compared)
+    path = save_plan(plan, root, SPANS_SUFFIX)
+    search.forget()
+    _show_spans(search, compared, longest)
+    show(f'wrote {path}; policy="moa" uses it')
+
+
+def _profiled(search: SpanSearch, name: str) -> Compared:
+    """What the spans that a search has chosen make of held-out text, with bars."""
     held_out = sum(map(len, search.held_out))
     with search, progress() as bar:
         reading = bar.add_task(f"profiling {name}", total=search.tokens)
@@ -221,10 +236,10 @@ def _tune_spans(
         search.read(lambda done: bar.advance(reading, done))
         search.choose()
         bar.update(comparing, visible=held_out > 0)
-        compared = search.compare(lambda done: bar.advance(comparing, done))
-    plan = search.plan_of(name, f"{source}: {what}"[:4096], compared)
-    path = save_plan(plan, root, SPANS_SUFFIX)
-    search.forget()
+        return search.compare(lambda done: bar.advance(comparing, done))
+
+
+def _show_spans(search: SpanSearch, compared: Compared, longest: int) -> None:
     out.print(_span_table(search.lengths, search.densities(), compared))
     for number, (layer, spans) in enumerate(search.plan.items()):
         share = f"{spans.share(longest):.0%} of {longest}"
@@ -232,7 +247,6 @@ def _tune_spans(
     for layer, why in search.profiler.refused.items():
         say(f"{layer} is not in the plan, and reads all keys: {why}")
     show(f"the integer program is within {search.gap:.2%} of its optimum")
-    show(f'wrote {path}; policy="moa" uses it')
 
 
 def _span_table(
