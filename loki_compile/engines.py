@@ -16,7 +16,7 @@ from loki_compile.floats import RestartAnalysis, float_inputs
 from loki_compile.passes.blocks import Piece, find_blocks
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.graphs import copy_of, fake_mode_of
-from loki_compile.piece_calls import in_a_row
+from loki_compile.piece_calls import in_a_row, with_room
 
 log = logging.getLogger("loki_compile")
 
@@ -73,7 +73,7 @@ def inductor_by_blocks(
         whole = True
     pieces = None if whole else find_blocks(gm.graph)
     if pieces is None:
-        return inductor(gm, inputs, mode=mode, options=options)
+        return with_room(inductor(gm, inputs, mode=mode, options=options))
     runs: dict[Hashable, Callable[..., Any]] = {}
     compiled: dict[Hashable, Piece] = {}
     for piece in pieces:
