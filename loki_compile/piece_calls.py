@@ -119,13 +119,16 @@ def with_room(run: Callable[..., Any]) -> Callable[..., Any]:
     """`run`, called from a frame that fits into no chunk of CPython's stack that is begun already.
 
     The interpreter gives such a frame a chunk of its own with 1000 words to spare (`push_chunk` in
-    pystate.c, 3.11 to 3.14): more than a piece and what it calls take.
+    pystate.c, checked on 3.11): more than a piece and what it calls take.
     """
-    names = ", ".join(f"word_{number}" for number in range(_CHUNK_WORDS))
-    scope: dict[str, Any] = {"run": run}
-    exec(f"def call(*args):\n    return run(*args)\n    {names} = args", scope)
-    called: Callable[..., Any] = scope["call"]
-    return called
+
+    def call(*args: Any) -> Any:
+        return run(*args)
+
+    # What a frame reserves for its operands is not written, unlike its variables: pages that are
+    # not touched are not mapped.
+    call.__code__ = call.__code__.replace(co_stacksize=_CHUNK_WORDS)
+    return call
 
 
 def _unboxed(run: Callable[..., Any]) -> Callable[[list[Any]], Any]:
