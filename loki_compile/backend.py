@@ -31,7 +31,14 @@ from loki_compile.counts import (
     tally_of,
 )
 from loki_compile.deferred import PRICE, Deferred
-from loki_compile.engines import Engine, autocast_now, compile_late, default, in_blocks
+from loki_compile.engines import (
+    Engine,
+    autocast_now,
+    compile_late,
+    default,
+    in_blocks,
+    with_row_products,
+)
 from loki_compile.floats import ask_for_values, ask_what_inductor_asks
 from loki_compile.kernels.kept import Keeps
 from loki_compile.kernels.ops import begin_building
@@ -93,10 +100,10 @@ def loki(
       RuntimeError: under `strict=True`, listing every site that could not be rewritten.
     """
     config = plainly(_checked, {**(options or {}), **unknown}, mode)
-    at_once, later = _engines(engine or default(), mode, config)
     normal, parts = _in_one_form(gm)
     of_model = PlanOfModel(normal, example_inputs, parts, config)
     plan = plainly(plan_graph, normal, config, of_model, parts)
+    at_once, later = _compilers(engine or default(), plan, config, mode)
     graph = _Graph.of(gm, normal, parts, config, plan, mode)
     _judge(graph, example_inputs)
     bindings = plainly(graph.bind, example_inputs)
@@ -153,17 +160,6 @@ class _Graph:
     def bind(self, args: Sequence[Any]) -> list[CacheBinding]:
         """How its caches lie and come in with these inputs."""
         return bind_caches(self.normal, self.plan, args, self.parts, self.config, self.appends)
-
-
-def _engines(
-    engine: Engine, mode: str | None, config: LokiConfig
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What compiles a graph at once, and behind Dynamo's back."""
-    at_once, later = (
-        PRICE.timed(functools.partial(each, mode=mode, options=config.inductor))
-        for each in (engine, in_blocks(engine))
-    )
-    return at_once, later
 
 
 def _judge(graph: _Graph, example_inputs: Sequence[Any]) -> None:
@@ -230,6 +226,20 @@ def _dense_graph(
     if asked:  # what was asked of a cache is known by the memory that it leaves in
         compiled = PrefillGraph(compiled, asked, outputs)
     return compiled, running
+
+
+def _compilers(
+    engine: Engine, plan: Plan, config: LokiConfig, mode: str | None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What compiles a graph while Dynamo waits for it, and what compiles one behind its back."""
+    engines = [engine, in_blocks(engine)]
+    # What is promised to be Inductor's to the bit is left to it.
+    if config.pack_gqa and (plan.sites or plan.dense):
+        engines = list(map(with_row_products, engines))
+    at_once, later = (
+        PRICE.timed(functools.partial(each, mode=mode, options=config.inductor)) for each in engines
+    )
+    return at_once, later
 
 
 def _late(

@@ -16,6 +16,7 @@ from loki_compile.floats import RestartAnalysis, float_inputs
 from loki_compile.passes.blocks import Piece, find_blocks
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.graphs import copy_of, fake_mode_of
+from loki_compile.passes.row_products import find_row_products, sum_rows
 from loki_compile.piece_calls import in_a_row, with_room
 
 log = logging.getLogger("loki_compile")
@@ -115,6 +116,25 @@ def _guard_as(compiled: Piece, piece: Piece, shape_env: Any) -> None:
 def in_blocks(engine: Engine) -> Engine:
     """The engine for graphs that are compiled behind Dynamo's back: another is left as it is."""
     return inductor_by_blocks if engine is inductor else engine
+
+
+def with_row_products(engine: Engine) -> Engine:
+    """Inductor for graphs that need not be its own to the bit: on CPUs, products with few rows are
+    sums that it vectorises (`passes.row_products`). Another engine is left as it is; so is
+    `freezing`, under which weights get an order of their own."""
+    if engine not in (inductor, inductor_by_blocks):
+        return engine
+
+    def run(
+        gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None, options: dict[str, Any]
+    ):
+        with torch._inductor.config.patch(options):
+            frozen = torch._inductor.config.freezing
+        if not frozen and any(isinstance(value, torch.Tensor) for value in inputs):
+            gm = sum_rows(gm, find_row_products(gm.graph))
+        return engine(gm, inputs, mode=mode, options=options)
+
+    return run
 
 
 def interpreter(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

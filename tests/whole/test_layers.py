@@ -26,6 +26,7 @@ ROOMS = {
                 "moments",
                 "ops",
                 "positions",
+                "row_products",
                 "span_prefill",
                 "spans",
             )
