@@ -27,7 +27,7 @@ from loki_compile.backend import loki
 
 FORMS = ("by blocks", "whole")
 WARM_UP = 3
-COLUMNS = ["conversation", "form", "compile_cpu_s", "step_cpu_ms", "steps"]
+COLUMNS = ["conversation", "form", "compile_cpu_s", "step_cpu_ms", "p20_ms", "more", "steps"]
 
 
 def cpu_seconds() -> float:
@@ -49,7 +49,8 @@ class Both:
             begin = cpu_seconds()
             fake_mode = engines.fake_mode_of(gm.graph)
             with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
-                runs.append(compile_graph(copy_of(gm)[0], inputs, **how))
+                compiled = engines.with_row_products(compile_graph)
+                runs.append(compiled(copy_of(gm)[0], inputs, **how))
             seconds.append(cpu_seconds() - begin)
         steps: tuple[list[float], list[float]] = ([], [])
         self.compiled.append(seconds)
@@ -67,12 +68,18 @@ class Both:
         return run
 
 
+def more(steps: list[float], others: list[float]) -> float:
+    """The median difference to the step of the other form beside it, as a share of such a step."""
+    pairs = list(zip(steps, others, strict=False))[WARM_UP:]
+    return statistics.median(a - b for a, b in pairs) / statistics.median(b for _, b in pairs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=1300)
-    parser.add_argument("--new", type=int, default=100)
+    parser.add_argument("--new", type=int, default=200)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
@@ -87,14 +94,16 @@ def main() -> None:
             min_new_tokens=args.new, do_sample=False, pad_token_id=0,
         )  # fmt: skip
         for compiled, steps in zip(both.compiled, both.steps, strict=True):
-            for form, seconds, taken in zip(FORMS, compiled, steps, strict=True):
-                if len(taken) > 2 * WARM_UP:
-                    rows.append({
-                        **stamp("cpu"), "bench": "blocks", "model": args.model.split("/")[-1],
-                        "dtype": args.dtype, "tokens": args.tokens, "conversation": conversation,
-                        "form": form, "compile_cpu_s": seconds,
-                        "step_cpu_ms": statistics.median(taken[WARM_UP:]), "steps": len(taken),
-                    })  # fmt: skip
+            if min(map(len, steps)) > 2 * WARM_UP:
+                rows += [{
+                    **stamp("cpu"), "bench": "blocks", "model": args.model.split("/")[-1],
+                    "dtype": args.dtype, "tokens": args.tokens, "conversation": conversation,
+                    "form": form, "compile_cpu_s": seconds, "steps": len(taken),
+                    "step_cpu_ms": statistics.median(taken[WARM_UP:]),
+                    "p20_ms": statistics.quantiles(taken[WARM_UP:], n=5)[0],
+                    "more": more(taken, steps[-1]),
+                } for form, seconds, taken in zip(FORMS, compiled, steps, strict=True)]  # fmt: skip
+            for taken in steps:
                 taken.clear()
     print(table(rows, COLUMNS))
     print("written to", write_rows("blocks", rows))

@@ -6,7 +6,9 @@ import ctypes
 import functools
 import logging
 import struct
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from loki_compile.kernels import cpu_build, cpu_torch
@@ -56,33 +58,41 @@ def select(
     """`loki::select`; see `loki_compile.kernels.ops`."""
     kernels = _kernels()
     if kernels is None:
+        mask = _bool_mask(mask)
         return cpu_torch.select(
             q, basis, index, index_scale, mask, bounds, scale=scale, top_k=top_k,
             keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys, per_head=per_head,
             page=page, keys=keys, by_probability=by_probability,
         )  # fmt: skip
-    b, heads, s, t = check_select(
-        q, basis, index, index_scale, mask, bounds,
-        top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
-        per_head=per_head, page=page, keys=keys, by_probability=by_probability,
-    )  # fmt: skip
-    budget = Budget(top_k, keep_q16, sink, recent, min_keys)
-    slots = budget.slots(t)
-    positions = torch.empty((b, heads, s, slots), dtype=torch.int32)
-    block = _pack_select(
-        *_views(q, basis, index, index_scale, mask, bounds),
-        positions.data_ptr(),
-        slots,
-        *_numbers(budget, t),
-        per_head,
-        torch.get_num_threads(),
-        t,
-        page,
-        by_probability,
-        scale,
-    )
-    _run("loki::select", kernels.loki_select, block)
-    return positions
+    tensors = (q, basis, index, index_scale, mask, bounds)
+    threads = torch.get_num_threads()
+    options = (scale, top_k, keep_q16, sink, recent, min_keys, per_head, page, keys, by_probability)
+    signature = (kernels, _layouts(tensors), options, threads)
+    call = _calls.get(signature)
+    if call is None:
+        b, heads, s, t = check_select(
+            *tensors,
+            top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
+            per_head=per_head, page=page, keys=keys, by_probability=by_probability,
+        )  # fmt: skip
+        budget = Budget(top_k, keep_q16, sink, recent, min_keys)
+        slots = budget.slots(t)
+        block = _pack_select(
+            *_views(*tensors),
+            0,
+            slots,
+            *_numbers(budget, t),
+            per_head,
+            threads,
+            t,
+            page,
+            by_probability,
+            scale,
+        )
+        shape = (b, heads, s, slots)
+        call = _Call("loki::select", kernels.loki_select, array("q", block), shape, torch.int32)
+        _remember(signature, call)
+    return call(tensors)
 
 
 def attend(
@@ -106,27 +116,27 @@ def attend(
             k,
             v,
             positions,
-            mask,
+            _bool_mask(mask),
             scale=scale,
             softcap=softcap,
             sink_logits=sink_logits,
             k_pe=k_pe,
             ranges=ranges,
         )
-    shape = check_attend(
-        q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_pe=k_pe,
-        ranges=ranges,
-    )  # fmt: skip
-    out = torch.empty(shape, dtype=q.dtype)
-    block = _pack_attend(
-        *_views(q, k, k_pe, v, positions, ranges, mask, sink_logits),
-        out.data_ptr(),
-        torch.get_num_threads(),
-        scale,
-        softcap,
-    )
-    _run("loki::attention" if positions is None else "loki::attend", kernels.loki_attend, block)
-    return out
+    tensors = (q, k, k_pe, v, positions, ranges, mask, sink_logits)
+    threads = torch.get_num_threads()
+    signature = (kernels, _layouts(tensors), scale, softcap, threads)
+    call = _calls.get(signature)
+    if call is None:
+        shape = check_attend(
+            q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_pe=k_pe,
+            ranges=ranges,
+        )  # fmt: skip
+        op = "loki::attention" if positions is None else "loki::attend"
+        block = _pack_attend(*_views(*tensors), 0, threads, scale, softcap)
+        call = _Call(op, kernels.loki_attend, array("q", block), shape, q.dtype)
+        _remember(signature, call)
+    return call(tensors)
 
 
 def update_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> None:
@@ -145,6 +155,11 @@ def extend_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> 
     grown = cpu_torch.longer_pages(pages, keys, page)
     update_pages(grown, keys, written, page=page)
     return grown
+
+
+def _bool_mask(mask: Tensor | None) -> Tensor | None:
+    """Masks of bytes, 0 or 1, are bool to PyTorch ops; the compiled kernels read both alike."""
+    return mask.view(torch.bool) if mask is not None and mask.dtype == torch.uint8 else mask
 
 
 def _numbers(budget: Budget, t: int) -> tuple[int, ...]:
@@ -168,17 +183,59 @@ def _views(*tensors: Tensor | None) -> list[int]:
     return block
 
 
-def _run(op: str, kernel: Callable[[bytes], int], block: bytes) -> None:
+@dataclass(frozen=True)
+class _Call:
+    """A kernel's call that was checked, for tensors laid out as those it was checked with.
+
+    Attributes:
+      op, kernel: what it is to its callers, and in the library.
+      words: its parameters: for each tensor the `_VIEW` words of a view, the address of the result,
+        and more; addresses are filled in at each call.
+      shape, dtype: the result's.
     """
-    Raises:
-      MemoryError: how much scratch memory could not be had.
-    """
-    missing = kernel(block)
-    if missing:
-        raise MemoryError(
-            f"{op}: {missing} bytes of scratch memory could not be allocated; free memory, or "
-            "decode fewer rows or tokens at a time."
-        )
+
+    op: str
+    kernel: Callable[[bytes], int]
+    words: array[int]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __call__(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """
+        Raises:
+          MemoryError: how much scratch memory could not be had.
+        """
+        words, at = self.words[:], 0
+        for tensor in tensors:
+            if tensor is not None:
+                words[at] = tensor.data_ptr()
+            at += _VIEW
+        result = torch.empty(self.shape, dtype=self.dtype)
+        words[at] = result.data_ptr()
+        missing = self.kernel(words.tobytes())
+        if missing:
+            raise MemoryError(
+                f"{self.op}: {missing} bytes of scratch memory could not be allocated; free "
+                "memory, or decode fewer rows or tokens at a time."
+            )
+        return result
+
+
+# Checks and packing cost several times what a kernel does over few keys, and all layers of a step
+# call alike. Few are kept: caches that grow never call alike again.
+_calls: dict[Hashable, _Call] = {}
+_MOST_CALLS = 256
+
+
+def _remember(signature: Hashable, call: _Call) -> None:
+    if len(_calls) >= _MOST_CALLS:
+        _calls.clear()
+    _calls[signature] = call
+
+
+def _layouts(tensors: Sequence[Tensor | None]) -> Hashable:
+    """All of tensors that is checked, or that a kernel is told, but for their addresses."""
+    return tuple([x if x is None else (x.dtype, x.shape, x.stride(), x.is_cpu) for x in tensors])
 
 
 @functools.cache

@@ -233,11 +233,11 @@ def _extend_pages_cuda(*args, **kwargs):
     return triton_pages.extend_pages(*args, **kwargs)
 
 
-_LIBRARY.impl("select", with_bool_mask(cpu.select), "CPU")
-_LIBRARY.impl("attend", with_bool_mask(cpu.attend), "CPU")
+_LIBRARY.impl("select", cpu.select, "CPU")
+_LIBRARY.impl("attend", cpu.attend, "CPU")
 _LIBRARY.impl("select", with_bool_mask(_select_cuda), "CUDA")
 _LIBRARY.impl("attend", with_bool_mask(_attend_cuda), "CUDA")
-_LIBRARY.impl("attention", over_all_keys(with_bool_mask(cpu.attend)), "CPU")
+_LIBRARY.impl("attention", over_all_keys(cpu.attend), "CPU")
 _LIBRARY.impl("attention", over_all_keys(with_bool_mask(_attend_cuda)), "CUDA")
 _LIBRARY.impl("prefill", span_prefill.prefill, "CPU")
 _LIBRARY.impl("prefill", span_prefill.prefill, "CUDA")

@@ -17,6 +17,7 @@ from loki_compile.passes.blocks import Piece, find_blocks
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.graphs import copy_of, fake_mode_of
 from loki_compile.passes.row_products import find_row_products, sum_rows
+from loki_compile.piece_calls import in_a_row, with_room
 
 log = logging.getLogger("loki_compile")
 
@@ -73,7 +74,7 @@ def inductor_by_blocks(
         whole = True
     pieces = None if whole else find_blocks(gm.graph)
     if pieces is None:
-        return inductor(gm, inputs, mode=mode, options=options)
+        return with_room(inductor(gm, inputs, mode=mode, options=options))
     runs: dict[Hashable, Callable[..., Any]] = {}
     compiled: dict[Hashable, Piece] = {}
     for piece in pieces:
@@ -88,7 +89,7 @@ def inductor_by_blocks(
     for piece in pieces:
         _guard_as(compiled[piece.kind], piece, fake_mode_of(gm.graph).shape_env)
     log.debug("%d pieces of a graph, %d compiled", len(pieces), len(runs))
-    return _in_a_row(gm.graph, pieces, [runs[piece.kind] for piece in pieces])
+    return in_a_row(gm.graph, pieces, [runs[piece.kind] for piece in pieces])
 
 
 def _guard_as(compiled: Piece, piece: Piece, shape_env: Any) -> None:
@@ -110,39 +111,6 @@ def _guard_as(compiled: Piece, piece: Piece, shape_env: Any) -> None:
             if expr not in there:
                 there.add(expr)
                 shape_env.guards.append(guard._replace(expr=expr))
-
-
-def _in_a_row(
-    graph: fx.Graph, pieces: Sequence[Piece], runs: Sequence[Callable[..., Any]]
-) -> Callable[..., Any]:
-    """A function of the graph's inputs that calls one piece's function after the other."""
-    given = list(graph.find_nodes(op="placeholder"))  # not all of them come first in the graph
-    calls = [node for piece in pieces for node in piece.calls]
-    place = {node: number for number, node in enumerate((*given, *calls))}
-    results = graph.output_node().args[0]
-    assert isinstance(results, (tuple, list))
-    last: dict[fx.Node, int] = {}
-    for number, piece in enumerate(pieces):
-        last.update(dict.fromkeys((*piece.inputs, *piece.outputs), number))
-    kept = {node for node in results if isinstance(node, fx.Node)}
-    steps = []
-    for number, (piece, run) in enumerate(zip(pieces, runs, strict=True)):
-        done = [place[n] for n, when in last.items() if when == number and n not in kept]
-        reads = tuple(place[node] for node in piece.inputs)
-        steps.append((run, reads, [place[node] for node in piece.outputs], done))
-    fixed = [(place.get(r), r) if isinstance(r, fx.Node) else (None, r) for r in results]
-    room = [None] * len(calls)
-
-    def run_all(*args: Any) -> list[Any]:
-        values = [*args, *room]
-        for run, reads, outputs, done in steps:
-            for at, value in zip(outputs, run(*[values[i] for i in reads]), strict=True):
-                values[at] = value
-            for at in done:  # an intermediate result lives as long as it is read
-                values[at] = None
-        return [constant if at is None else values[at] for at, constant in fixed]
-
-    return run_all
 
 
 def in_blocks(engine: Engine) -> Engine:

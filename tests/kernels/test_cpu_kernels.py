@@ -984,6 +984,48 @@ def test_scratch_that_cannot_be_had_is_a_memory_error_and_not_the_end_of_the_pro
     assert select.startswith("loki::select: ") and "decode fewer rows" in select
 
 
+# ---- calls that are alike ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "random"])
+def test_a_call_like_one_before_reads_its_own_tensors(implementation, mask_kind):
+    """What is checked and laid out once for a signature holds none of its addresses."""
+    shape = SHAPES[1]
+    b, _, hkv, _, t, d, dv, *_ = shape
+    for _ in range(3):
+        inputs = select_inputs(shape, torch.bfloat16, torch.int8, mask_kind)
+        positions = cpu.select(*inputs, **settings(9))
+        assert_chosen_as_defined(positions, inputs, settings(9))
+        if mask_kind == "random":  # bytes mean what bool does
+            as_bytes = (*inputs[:4], inputs[4].to(torch.uint8), inputs[5])
+            assert torch.equal(cpu.select(*as_bytes, **settings(9)), positions)
+        k, v = cache(b, hkv, t, d, torch.bfloat16), cache(b, hkv, t, dv, torch.bfloat16)
+        got = cpu.attend(inputs[0], k, v, positions, inputs[4], scale=0.1)
+        wide = (x.double() for x in (inputs[0], k, v))
+        expected = reference.attend(*wide, positions, inputs[4], scale=0.1)
+        torch.testing.assert_close(got.double(), expected, atol=0.02, rtol=0.02)
+
+
+def test_what_differs_from_a_call_before_is_checked_again():
+    assert cpu._kernels() is not None
+    inputs = select_inputs(SHAPES[1], torch.float32, torch.int8)
+    q, basis, index, scale, *_ = inputs
+    cpu.select(*inputs, **settings(9))
+    wrong = [
+        ((q.double(), *inputs[1:]), {}, "q dtype"),
+        ((q, basis.double(), *inputs[2:]), {}, "basis"),
+        ((q, basis, index, scale.double(), None, None), {}, "index_scale"),
+        ((q, basis, index.mT.contiguous().mT, *inputs[3:]), {}, "strides of index"),
+        (inputs, {"keep_q16": 0}, "keep_q16"),
+        (inputs, {"sink": -1}, "sink"),
+    ]
+    for args, changes, said in wrong:
+        with pytest.raises(ValueError, match=said):
+            cpu.select(*args, **settings(9, **changes))
+    more = settings(9, sink=3, recent=4)
+    assert_chosen_as_defined(cpu.select(*inputs, **more), inputs, more)
+
+
 # ---- the build ---------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import resource
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from loki_compile.passes.blocks import find_blocks
 from loki_compile.passes.graphs import fake_mode_of
 from torch import Tensor, nn
+from torch._inductor.output_code import CompiledFxGraph
 
 from loki_compile import engines
 from loki_compile.backend import loki
 from loki_compile.floats import float_inputs
+from loki_compile.piece_calls import with_room
 
 PROMPT, NEW = 1103, 5  # above the default min_context
 
@@ -181,6 +184,94 @@ def test_a_region_of_autocast_is_not_cut():
     for kind, cut in ((Stack, True), (Casting, False)):
         gm, _ = captured(kind([0.5] * 5), torch.rand(1, 1, 6), caches([5] * 5))
         assert (find_blocks(gm.graph) is not None) is cut
+
+
+class Writing(nn.Module):
+    """Blocks that write their caches in place and return nothing but what the next one reads."""
+
+    def __init__(self, marked: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.blocks = nn.ModuleList(Block(0.5) for _ in range(5))
+        self.marked = marked
+
+    def forward(self, x: Tensor, caches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        x, grown = x.tanh(), []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x, longer = block(x, cache, x.new_ones(1))
+            grown += [longer] if self.marked else []
+        return x.tanh(), grown
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    "marked, grad",
+    [(False, False), (False, True), (True, False)],
+    ids=["written", "gradients recorded outside", "sizes marked dynamic"],
+)
+def test_what_pieces_are_wrapped_in_is_left_out_where_it_adds_nothing(marked, grad, monkeypatch):
+    """AOTAutograd's wrappers mark the sizes of grown caches for Dynamo: such pieces keep them."""
+    module = Writing(marked)
+    gm, inputs = captured(module, torch.rand(1, 1, 6), caches([5] * 5))
+    with torch.no_grad():
+        run = by_blocks(gm)
+    wrapped = []
+    call = CompiledFxGraph.__call__
+
+    def counting(self: CompiledFxGraph, args: Any) -> Any:
+        wrapped.append(self)
+        return call(self, args)
+
+    monkeypatch.setattr(CompiledFxGraph, "__call__", counting)
+    ours, theirs = ([x.clone() if isinstance(x, Tensor) else x for x in inputs] for _ in range(2))
+    for number in range(3):
+        wrapped.clear()
+        tensors = [x for x in ours if isinstance(x, Tensor)]
+        before = [x._version for x in tensors]
+        with torch.set_grad_enabled(grad):
+            got = run(*ours)
+            assert torch.is_grad_enabled() is grad
+        with torch.no_grad():
+            expected = gm.forward(*theirs)
+        torch.testing.assert_close(list(got), list(expected))
+        torch.testing.assert_close(ours, theirs)
+        counted = sum(x._version > y for x, y in zip(tensors, before, strict=True))
+        if number == 0:
+            first = counted
+            assert len(wrapped) == 7
+        else:
+            assert len(wrapped) == (5 if marked else 0)
+        assert counted == first >= 5
+        assert all("dynamic_indices" in str(vars(x)) for x in got[1:])
+
+
+def faults_at(depth: int, run: Any, faults: list[int]) -> None:
+    """Pages that a call maps which is made `depth` frames further down, the least of two."""
+    if depth:
+        faults_at(depth - 1, run, faults)
+        return
+    counts = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        run()
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(min(counts))
+
+
+def test_no_piece_maps_memory_for_its_frames_at_any_depth_of_the_stack():
+    def piece() -> None:
+        pass
+
+    def row() -> None:
+        for _ in range(100):
+            piece()
+
+    found: dict[str, list[int]] = {"bare": [], "with room": []}
+    for name, run in (("bare", row), ("with room", with_room(row))):
+        for depth in range(250):
+            faults_at(depth, run, found[name])
+    assert max(found["bare"]) >= 100, "no depth where a chunk of frames ends: nothing is tested"
+    assert max(found["with room"]) < 20
 
 
 def llama(layers: int) -> nn.Module:
