@@ -25,6 +25,14 @@
 
 9. `update_pages` and `extend_pages` keep the bounds of pages: those of a page in which this step
    stored a token become minima and maxima from its start to the last token stored in it.
+10. With a `mass` a row's budget is a ceiling: behind the keys that are always in it, it has the
+   fewest of the best whose weights add up to that share. Weights are the softmax, over the keys
+   that the row sees, of the scores that it ranks by: of one head, attention as the scorer
+   estimates it; of a group, by probability the mean of the heads', else one that hears its
+   loudest head alone. Infinite scores weigh nothing and rank as they are. A row without a finite
+   score has its ceiling. `select_weighed` gives (B, Hkv or Hq, S, 2) as well: how many keys a row
+   has chosen, and the share of its weights that it has left out, by a `mass` or without; 0 where
+   a row reads all it sees.
 
 Shapes (legend: B batch, Hq query heads, Hkv KV heads, G = Hq/Hkv, S new tokens, T cached tokens,
 P = ceil(T/page) pages or more, D dims of q and k, Dv dims of v, R index dims, K slots):

@@ -44,13 +44,16 @@ def check_select(
     page: int = 1,
     keys: int | None = None,
     by_probability: bool = False,
+    mass: float = 0.0,
+    weighed: bool = False,
 ) -> tuple[int, int, int, int]:
-    """Raise ValueError (what was found, what is allowed) unless `loki::select` takes these.
+    """Raise ValueError (what was found, what is allowed) unless `loki::select` takes these, or
+    `loki::select_weighed`, where keys are `weighed`.
 
     Returns:
       (B, heads that choose, S, T).
     """
-    op = "loki::select"
+    op = "loki::select_weighed" if weighed else "loki::select"
     b, hq, s, d = _rank4(op, "q", q)
     bi, hkv, _, r = _rank4(op, "index", index)
     t = _check_paging(op, index, page, keys)
@@ -74,6 +77,11 @@ def check_select(
         raise _wrong(op, "by_probability", by_probability, allowed)
     _check_bounded_mask(op, mask, bounds, q, t, per_head)
     _check_budget(op, top_k, keep_q16, sink, recent, min_keys)
+    if not 0.0 <= mass < 1.0:
+        raise _wrong(op, "mass", mass, "0 (none) or a share in (0, 1)")
+    if page > 1 and (mass or weighed):
+        allowed = "1 where keys are weighed: bounds of pages are no scores of keys"
+        raise _wrong(op, "page", page, allowed)
     return b, hq if per_head else hkv, s, t
 
 

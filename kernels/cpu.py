@@ -7,6 +7,7 @@ import functools
 import logging
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from loki_compile.kernels import cpu_build, cpu_torch
@@ -29,12 +30,46 @@ _CODES = {
 }
 _VIEW = 10
 _NO_TENSOR = (0, 5, 1, 1, 1, 1, 0, 0, 0, 0)
-_pack_select = struct.Struct(f"@{6 * _VIEW}q12qd").pack
+_pack_select = struct.Struct(f"@{6 * _VIEW}q13q2d").pack
 _pack_attend = struct.Struct(f"@{8 * _VIEW}q2q2d").pack
 _pack_pages = struct.Struct(f"@{3 * _VIEW}qq").pack
 
 
 def select(
+    q: Tensor,
+    basis: Tensor | None,
+    index: Tensor,
+    index_scale: Tensor | None,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """`loki::select`; see `loki_compile.kernels.ops`."""
+    kernels = _kernels()
+    if kernels is None:
+        return cpu_torch.select(q, basis, index, index_scale, mask, bounds, **options)
+    return _select(kernels, False, q, basis, index, index_scale, mask, bounds, **options)[0]
+
+
+def select_weighed(
+    q: Tensor,
+    basis: Tensor | None,
+    index: Tensor,
+    index_scale: Tensor | None,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`loki::select_weighed`; see `loki_compile.kernels.ops`."""
+    kernels = _kernels()
+    if kernels is None:
+        return cpu_torch.select_weighed(q, basis, index, index_scale, mask, bounds, **options)
+    return _select(kernels, True, q, basis, index, index_scale, mask, bounds, **options)
+
+
+def _select(
+    kernels: ctypes.CDLL,
+    weigh: bool,
     q: Tensor,
     basis: Tensor | None,
     index: Tensor,
@@ -52,23 +87,19 @@ def select(
     page: int = 1,
     keys: int | None = None,
     by_probability: bool = False,
-) -> Tensor:
-    """`loki::select`; see `loki_compile.kernels.ops`."""
-    kernels = _kernels()
-    if kernels is None:
-        return cpu_torch.select(
-            q, basis, index, index_scale, mask, bounds, scale=scale, top_k=top_k,
-            keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys, per_head=per_head,
-            page=page, keys=keys, by_probability=by_probability,
-        )  # fmt: skip
+    mass: float = 0.0,
+) -> tuple[Tensor, Any]:
+    """Positions, and what they weigh; None for that unless `weigh`."""
     b, heads, s, t = check_select(
         q, basis, index, index_scale, mask, bounds,
         top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
-        per_head=per_head, page=page, keys=keys, by_probability=by_probability,
+        per_head=per_head, page=page, keys=keys, by_probability=by_probability, mass=mass,
+        weighed=weigh,
     )  # fmt: skip
     budget = Budget(top_k, keep_q16, sink, recent, min_keys)
     slots = budget.slots(t)
     positions = torch.empty((b, heads, s, slots), dtype=torch.int32)
+    weighed = torch.empty((b, heads, s, 2)) if weigh else None
     block = _pack_select(
         *_views(q, basis, index, index_scale, mask, bounds),
         positions.data_ptr(),
@@ -79,10 +110,12 @@ def select(
         t,
         page,
         by_probability,
+        0 if weighed is None else weighed.data_ptr(),
         scale,
+        mass,
     )
-    _run("loki::select", kernels.loki_select, block)
-    return positions
+    _run("loki::select_weighed" if weigh else "loki::select", kernels.loki_select, block)
+    return positions, weighed
 
 
 def attend(
