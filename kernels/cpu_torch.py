@@ -77,15 +77,20 @@ def _select(
     visible = visible.expand(b, heads, s, t)
     weight = _weights(score, visible) if weigh or mass else None
     chosen = _chosen(score, visible, weight, budget)
-    slots = int(budget.slots(t))
-    slot = torch.where(chosen, chosen.cumsum(-1) - 1, slots)
-    positions = torch.full((b, heads, s, slots + 1), -1, dtype=torch.int32)
-    positions.scatter_(-1, slot, torch.arange(t, dtype=torch.int32).expand(slot.shape))
-    positions = positions[..., :slots].contiguous()
+    positions = _positions(chosen, int(budget.slots(t)))
     if not weigh or weight is None:
         return positions, None
     left_out = weight.masked_fill(chosen, 0.0).sum(-1)
     return positions, torch.stack((chosen.sum(-1).float(), left_out), -1)
+
+
+def _positions(chosen: Tensor, slots: int) -> Tensor:
+    """Where bools (..., T) are True, ascending, then -1: int32 (..., slots)."""
+    *rows, t = chosen.shape
+    slot = torch.where(chosen, chosen.cumsum(-1) - 1, slots)
+    positions = torch.full((*rows, slots + 1), -1, dtype=torch.int32)
+    positions.scatter_(-1, slot, torch.arange(t, dtype=torch.int32).expand(slot.shape))
+    return positions[..., :slots].contiguous()
 
 
 def _weights(score: Tensor, visible: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 `loki::select` chooses keys, `loki::select_weighed` says what they weigh as well, `loki::attend`
 reads them, `loki::attention` reads all keys, or two ranges of them for each row; `loki::prefill`
-reads spans of a prompt; `loki::update_pages` and `loki::extend_pages` keep the bounds of pages of keys. All are opaque to the compiler, and
-functional but for `update_pages`, which writes the pages it is given; `fused` has the plain torch
-around them. `loki_compile.kernels` has the algorithm and the legend of the letters; `checks` has
-what is refused.
+reads spans of a prompt; `loki::update_pages` and `loki::extend_pages` keep the bounds of pages of
+keys. All are opaque to the compiler, and functional but for `update_pages`, which writes the pages
+it is given; `fused` has the plain torch around them. `loki_compile.kernels` has the algorithm and
+the legend of the letters; `checks` has what is refused.
 """
 
 from __future__ import annotations

@@ -12,7 +12,9 @@ from loki_compile.kernels.triton_score import (
     TILES,
     load_digits,
     project,
+    score_of,
     tile_keys,
+    weight_of,
     window,
 )
 
@@ -25,7 +27,15 @@ ROW_RECENT = tl.constexpr(4)  # visible keys from here on are always chosen
 ROW_SINK = tl.constexpr(5)  # visible keys before this are always chosen
 ROW_FLOOR = tl.constexpr(6)  # list keys at or above this
 ROW_UNIT = tl.constexpr(7)  # fp32 bits: what one unit of the scores stands for
-ROW_FIELDS = tl.constexpr(8)
+ROW_COUNT = tl.constexpr(8)  # visible keys; -1 where they are too few for a budget
+ROW_FIELDS = tl.constexpr(9)
+
+# What a part of a row's window weighs, in scratch: its highest finite score; relative to that, all
+# visible keys, and those that are always chosen.
+PART_MOST = tl.constexpr(0)
+PART_TOTAL = tl.constexpr(1)
+PART_ALWAYS = tl.constexpr(2)
+PART_FIELDS = tl.constexpr(3)
 
 SPLITS_MAX = tl.constexpr(256)
 SCAN_BLOCK = tl.constexpr(1024)
@@ -57,6 +67,50 @@ def _bisect(p_keys, n, low, high, n_low, n_high, want, slack, BLOCK: tl.constexp
         high = tl.where(enough, high, middle)
         n_high = tl.where(enough, n_high, n_middle)
     return low, n_low, n_high
+
+
+@triton.jit
+def _weight(p_keys, n, at_least, most, BLOCK: tl.constexpr):
+    """What those of the n keys weigh that are >= at_least and not forced, relative to `most`."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, n, BLOCK):
+        o = first + tl.arange(0, BLOCK)
+        key = tl.load(p_keys + o, mask=o < n, other=HIDDEN)
+        total += tl.where(key >= at_least, weight_of(key, most), 0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _lightest(p_keys, n, low, high, need, most, BLOCK: tl.constexpr):
+    """The fewest of n keys >= low and < high, the largest, that weigh `need` > 0 as all of them do:
+    (threshold, how many of those that equal it, from the left; how many keys with those forced)."""
+    while low + 1 < high:
+        middle = (low & high) + ((low ^ high) >> 1)
+        enough = _weight(p_keys, n, middle, most, BLOCK) >= need
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    n_above = _count(p_keys, n, high, BLOCK)
+    n_equal = _count(p_keys, n, low, BLOCK) - n_above
+    above = _weight(p_keys, n, high, most, BLOCK)
+    each = weight_of(low, most)
+    ties = tl.ceil((need - above) / tl.where(each > 0.0, each, 1.0))
+    ties = tl.minimum(tl.maximum(ties, 1.0), n_equal.to(tl.float32)).to(tl.int32)
+    ties = tl.where(each > 0.0, ties, n_equal)
+    return low, ties, n_above + ties
+
+
+@triton.jit
+def _join_parts(p_parts, splits):
+    """(most, total, always) of a row, from those of its parts."""
+    o_part = tl.arange(0, SPLITS_MAX)
+    m = o_part < splits
+    p_parts += o_part * PART_FIELDS
+    mosts = tl.load(p_parts + PART_MOST, mask=m, other=float("-inf"))
+    most = tl.max(mosts, 0)
+    share = tl.where(mosts == float("-inf"), 0.0, tl.exp(mosts - most))
+    total = tl.sum(tl.load(p_parts + PART_TOTAL, mask=m, other=0.0) * share, 0)
+    always = tl.sum(tl.load(p_parts + PART_ALWAYS, mask=m, other=0.0) * share, 0)
+    return most, total, always
 
 
 @triton.jit
@@ -193,6 +247,7 @@ def prepare_kernel(
     tl.store(p_rows + ROW_SINK, sink_until)
     tl.store(p_rows + ROW_FLOOR, floor)
     tl.store(p_rows + ROW_UNIT, unit.to(tl.int32, bitcast=True))
+    tl.store(p_rows + ROW_COUNT, tl.where(count < min_keys, -1, count))
 
 
 @triton.jit
@@ -203,8 +258,10 @@ def _list_span(
     R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     PACK: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr,
     DOT: tl.constexpr, BLOCK_T: tl.constexpr, SCORED: tl.constexpr, STAGES: tl.constexpr,
+    WEIGH: tl.constexpr,
 ):  # fmt: skip
-    """List the visible keys of [begin, stop) that reach the floor, ascending; returns how many."""
+    """List the visible keys of [begin, stop) that reach the floor, ascending; returns how many, and
+    with WEIGH what all visible ones weigh: the fields of a part."""
     recent_from = tl.load(p_rows + ROW_RECENT)
     sink_until = tl.load(p_rows + ROW_SINK)
     read_until = tl.load(p_rows + ROW_READ)
@@ -214,6 +271,9 @@ def _list_span(
     if SCORED == TILES:
         high, low = load_digits(p_high, p_low, p_source, 0, BLOCK_R, HEADS, PACK, LOW, DOT)
     n = 0
+    most = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    always = tl.full((), 0.0, tl.float32)
     for t in tl.range(begin, stop, BLOCK_T, num_stages=STAGES):
         at = t + tl.arange(0, BLOCK_T)
         key = tile_keys(
@@ -222,6 +282,18 @@ def _list_span(
             index_st, index_scale_st, mask_st, hidden_below,
             R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED,
         )  # fmt: skip
+        if WEIGH:
+            score = score_of(key)
+            counts = (at < stop) & (score < float("inf")) & (score > float("-inf"))
+            score = tl.where(counts, score, float("-inf"))
+            higher = tl.maximum(most, tl.max(score, 0))
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            weight = tl.exp(score - base)
+            decay = tl.exp(most - base)
+            most = higher
+            total = total * decay + tl.sum(weight, 0)
+            kept = (at >= recent_from) | (at < sink_until)
+            always = always * decay + tl.sum(tl.where(kept, weight, 0.0), 0)
         if (t < sink_until) | (t + BLOCK_T > tl.minimum(recent_from, stop)):
             forced = (key != HIDDEN) & ((at >= recent_from) | (at < sink_until))
             key = tl.where(at < stop, tl.where(forced, FORCED, key), HIDDEN)
@@ -230,19 +302,19 @@ def _list_span(
         tl.store(p_list_key + slot, key, mask=keep != 0)
         tl.store(p_list_at + slot, at, mask=keep != 0)
         n += tl.sum(keep, 0)
-    return n
+    return n, most, total, always
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
 def list_kernel(
     p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score, p_rows,
-    p_list_key, p_list_at, p_counts,
+    p_list_key, p_list_at, p_counts, p_parts,
     index_sb, index_sh, index_st, index_scale_sb, index_scale_sh, index_scale_st,
     mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, splits,
     R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
     MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_T: tl.constexpr, SCORED: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_T: tl.constexpr, SCORED: tl.constexpr, STAGES: tl.constexpr, WEIGH: tl.constexpr,
 ):  # fmt: skip
     """List one part of one row's window; grid (rows, splits).
 
@@ -266,17 +338,25 @@ def list_kernel(
     if INT8:
         p_index_scale += i_b * index_scale_sb + i_kv * index_scale_sh
     n = 0
+    most = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    always = tl.full((), 0.0, tl.float32)
     if begin < stop:
-        n = _list_span(
+        n, most, total, always = _list_span(
             begin, stop, tl.load(p_rows + ROW_FLOOR), p_rows,
             p_list_key + list_from, p_list_at + list_from,
             p_index + i_b * (index_sb * ALIGN) + i_kv * (index_sh * ALIGN), p_index_scale, p_mask,
             p_high + i_row * GROUP_PAD * BLOCK_R, p_low + i_row * GROUP_PAD * BLOCK_R,
             p_source + i_row * GROUP_PAD, p_score,
             index_st * ALIGN, index_scale_st, mask_st, hidden_below,
-            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED, STAGES,
+            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED, STAGES, WEIGH,
         )  # fmt: skip
     tl.store(p_counts + i_row * splits + i_part, n)
+    if WEIGH:
+        p_parts += (i_row * splits + i_part) * PART_FIELDS
+        tl.store(p_parts + PART_MOST, most)
+        tl.store(p_parts + PART_TOTAL, total)
+        tl.store(p_parts + PART_ALWAYS, always)
 
 
 @triton.jit
@@ -311,15 +391,17 @@ def _flatten(p_list_key, p_list_at, p_counts, p_before, splits, chunk, BLOCK: tl
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
 def choose_kernel(
     p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score, p_rows,
-    p_list_key, p_list_at, p_counts, p_before, p_positions,
+    p_list_key, p_list_at, p_counts, p_parts, p_before, p_positions, p_weighed,
     index_sb, index_sh, index_st, index_scale_sb, index_scale_sh, index_scale_st,
-    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, splits, slots,
+    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, splits, slots, mass,
     R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
     MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_T: tl.constexpr, SCORED: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr, SCORED: tl.constexpr, BLOCK: tl.constexpr, WEIGH: tl.constexpr,
+    TELL: tl.constexpr,
 ):  # fmt: skip
-    """Positions (slots) of one row from its lists; grid (rows,)."""
+    """Positions (slots) of one row from its lists; grid (rows,). WEIGH: by a mass > 0 they may be
+    fewer than its budget. TELL: how many they are, and the share of the weights left out."""
     i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
     p_rows += i_row * ROW_FIELDS
     p_list_key += i_row * tl.cdiv(T, 16) * 16  # whole vectors
@@ -344,13 +426,13 @@ def choose_kernel(
         if INT8:
             p_index_scale += i_b * index_scale_sb + i_kv * index_scale_sh
         floor = tl.full((), HIDDEN + 1, tl.int32)
-        total = _list_span(
+        total, _, _, _ = _list_span(
             start, end, floor, p_rows, p_list_key, p_list_at,
             p_index + i_b * (index_sb * ALIGN) + i_kv * (index_sh * ALIGN), p_index_scale, p_mask,
             p_high + i_row * GROUP_PAD * BLOCK_R, p_low + i_row * GROUP_PAD * BLOCK_R,
             p_source + i_row * GROUP_PAD, p_score,
             index_st * ALIGN, index_scale_st, mask_st, hidden_below,
-            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED, 1,
+            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED, 1, False,
         )  # fmt: skip
         tl.debug_barrier()
         budget = tl.minimum(budget, total)
@@ -363,13 +445,30 @@ def choose_kernel(
         best = tl.maximum(best, tl.where(key == FORCED, HIDDEN, key))
         forced += (key == FORCED).to(tl.int32)
     n_forced = tl.sum(forced, 0)
+    top = tl.max(best, 0) + 1
     threshold, n_reach, n_above = _bisect(
-        p_list_key, total, floor, tl.max(best, 0) + 1, total, n_forced, budget, 0, BLOCK
+        p_list_key, total, floor, top, total, n_forced, budget, 0, BLOCK
     )
     # Keys above the threshold, and as many equal to it, from the left, as the budget has left.
     from_ties = tl.where(n_reach == budget, budget, budget - n_above)
     threshold = tl.where(n_forced >= budget, FORCED, threshold)
     from_ties = tl.where(n_forced >= budget, budget, from_ties)
+    most = 0.0
+    weight_of_all = 0.0
+    always = 0.0
+    held = tl.zeros((BLOCK,), tl.float32)
+    count = tl.load(p_rows + ROW_COUNT)
+    if WEIGH:
+        most, weight_of_all, always = _join_parts(p_parts + i_row * splits * PART_FIELDS, splits)
+        need = mass * weight_of_all - always
+        if (mass > 0.0) & (count >= 0) & (weight_of_all > 0.0) & (n_forced < budget):
+            if need <= 0.0:
+                threshold = tl.full((), FORCED, tl.int32)
+                from_ties = n_forced
+            elif _weight(p_list_key, total, floor, most, BLOCK) >= need:
+                lightest, ties, fewest = _lightest(p_list_key, total, floor, top, need, most, BLOCK)
+                threshold = tl.where(fewest <= budget, lightest, threshold)
+                from_ties = tl.where(fewest <= budget, ties, from_ties)
     n = 0
     n_ties = 0
     for first in range(0, total, BLOCK):
@@ -381,8 +480,18 @@ def choose_kernel(
         chosen = (key > threshold) | ((tie != 0) & (tie_rank <= from_ties))
         slot = n + tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(p_positions + slot, at, mask=chosen & (slot < slots))
+        if TELL:
+            held += tl.where(chosen, weight_of(key, most), 0.0)
         n += tl.sum(chosen.to(tl.int32), 0)
         n_ties += tl.sum(tie, 0)
     for first in range(n // BLOCK * BLOCK, slots, BLOCK):
         o = first + tl.arange(0, BLOCK)
         tl.store(p_positions + o, tl.full((BLOCK,), -1, tl.int32), mask=(o >= n) & (o < slots))
+    if TELL:
+        left_out = 1.0 - (always + tl.sum(held, 0)) / tl.where(
+            weight_of_all > 0.0, weight_of_all, 1.0
+        )
+        # A row that reads all it sees, and one that sees nothing finite.
+        whole = (count < 0) | (n == count) | (weight_of_all == 0.0)
+        tl.store(p_weighed + i_row * 2, n.to(tl.float32))
+        tl.store(p_weighed + i_row * 2 + 1, tl.where(whole, 0.0, tl.maximum(left_out, 0.0)))

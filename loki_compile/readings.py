@@ -68,7 +68,7 @@ class Readings:
             self._sums, self._steps, self._arriving = {}, 0, None
 
     def read(self) -> dict[str, Reading]:
-        """Of each path what was read so far; nothing before the first step. Waits for the device."""
+        """Of each path what was read so far, none before the first step. Waits for the device."""
         with self._lock:
             if not self._steps:
                 return {}

@@ -25,8 +25,9 @@ class Ranking:
     `positions` adds to a graph the node that chooses: int32 (B, Hkv or Hq, S, K), ascending, -1
     behind them, as `kernels` has it; or, with `ranges`, two ranges of keys for each row, as
     `loki::attention` takes them, which no other site can read. `weighs`: the softmax of what it
-    ranks by says what keys weigh, as `kernels.ops.select_weighed` does. `keeps` is what it needs beside each
-    cache that it ranks. `refuses` says why it cannot serve a site over a cache, "" where it can.
+    ranks by says what keys weigh, as `kernels.ops.select_weighed` does. `keeps` is what it needs
+    beside each cache that it ranks. `refuses` says why it cannot serve a site over a cache, ""
+    where it can.
     """
 
     name: str
