@@ -30,6 +30,7 @@ from loki_compile.index_record import IndexRecord
 from loki_compile.kernels.kept import Layout
 from loki_compile.passes.attention import MAX_QUERY_TOKENS
 from loki_compile.passes.shared_caches import Part, with_parts
+from loki_compile.readings import Reading
 from loki_compile.recovery import Rollback, Saved, is_shortage, ordinary_tensors
 from loki_compile.setbacks import Setbacks
 from loki_compile.step_indexes import StepIndexes
@@ -146,6 +147,15 @@ class DecodeGraph:
             for sparse in self.variants.plan.sparse
             if bindings[sparse.cache].fitted
         }
+
+    def readings(self) -> dict[str, Reading]:
+        """Of each site whose rows are weighed, by its path: what they read so far. Waits for the
+        device."""
+        found = self.served.tally.readings.get(self.variants.weighed)
+        told = {} if found is None else found.read()
+        paths = [sparse.site.path for sparse in self.variants.plan.sparse if sparse.weighed]
+        names = zip(paths, self.variants.weighed, strict=True)
+        return {path: told[name] for path, name in names if name in told}
 
     def _missed(self) -> None:
         self.interpreted += 1
