@@ -50,7 +50,7 @@ def _select(
     by_probability: bool = False,
     mass: float = 0.0,
 ) -> tuple[Tensor, Any]:
-    """Positions, and what they weigh; None for that unless `weigh`."""
+    """Positions, and what they weigh, or None."""
     b, heads, s, t = check_select(
         q, basis, index, index_scale, mask, bounds,
         top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
@@ -74,14 +74,17 @@ def _select(
     else:
         score = each.flatten(1, 2) if per_head else each.amax(2)
         score = score if bias is None else score + bias
-    visible = visible.expand(b, heads, s, t)
+    visible = visible.expand(score.shape)
     weight = _weights(score, visible) if weigh or mass else None
     chosen = _chosen(score, visible, weight, budget)
     positions = _positions(chosen, int(budget.slots(t)))
-    if not weigh or weight is None:
-        return positions, None
+    return positions, _told(chosen, weight) if weigh else None
+
+
+def _told(chosen: Tensor, weight: Any) -> Tensor:
+    """How many keys each row chose, and what weight it left out: (B, heads, S, 2) fp32."""
     left_out = weight.masked_fill(chosen, 0.0).sum(-1)
-    return positions, torch.stack((chosen.sum(-1).float(), left_out), -1)
+    return torch.stack((chosen.sum(-1).float(), left_out), -1)
 
 
 def _positions(chosen: Tensor, slots: int) -> Tensor:

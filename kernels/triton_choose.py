@@ -12,10 +12,19 @@ from loki_compile.kernels.triton_score import (
     TILES,
     load_digits,
     project,
-    score_of,
     tile_keys,
     weight_of,
     window,
+)
+from loki_compile.kernels.triton_weigh import (
+    PART_FIELDS,
+    SPLITS_MAX,
+    count_from,
+    join_parts,
+    lightest_keys,
+    store_part,
+    weigh_tile,
+    weight_from,
 )
 
 # Fields of a row's record in scratch.
@@ -30,25 +39,7 @@ ROW_UNIT = tl.constexpr(7)  # fp32 bits: what one unit of the scores stands for
 ROW_COUNT = tl.constexpr(8)  # visible keys; -1 where they are too few for a budget
 ROW_FIELDS = tl.constexpr(9)
 
-# What a part of a row's window weighs, in scratch: its highest finite score; relative to that, all
-# visible keys, and those that are always chosen.
-PART_MOST = tl.constexpr(0)
-PART_TOTAL = tl.constexpr(1)
-PART_ALWAYS = tl.constexpr(2)
-PART_FIELDS = tl.constexpr(3)
-
-SPLITS_MAX = tl.constexpr(256)
 SCAN_BLOCK = tl.constexpr(1024)
-
-
-@triton.jit
-def _count(p_keys, n, at_least, BLOCK: tl.constexpr):
-    """How many of the n keys are >= at_least."""
-    total = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        total += (tl.load(p_keys + o, mask=o < n, other=HIDDEN) >= at_least).to(tl.int32)
-    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -60,57 +51,13 @@ def _bisect(p_keys, n, low, high, n_low, n_high, want, slack, BLOCK: tl.constexp
     """
     while (low + 1 < high) & (n_low > want + slack):
         middle = (low & high) + ((low ^ high) >> 1)  # mean without overflow
-        n_middle = _count(p_keys, n, middle, BLOCK)
+        n_middle = count_from(p_keys, n, middle, BLOCK)
         enough = n_middle >= want
         low = tl.where(enough, middle, low)
         n_low = tl.where(enough, n_middle, n_low)
         high = tl.where(enough, high, middle)
         n_high = tl.where(enough, n_high, n_middle)
     return low, n_low, n_high
-
-
-@triton.jit
-def _weight(p_keys, n, at_least, most, BLOCK: tl.constexpr):
-    """What those of the n keys weigh that are >= at_least and not forced, relative to `most`."""
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        key = tl.load(p_keys + o, mask=o < n, other=HIDDEN)
-        total += tl.where(key >= at_least, weight_of(key, most), 0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _lightest(p_keys, n, low, high, need, most, BLOCK: tl.constexpr):
-    """The fewest of n keys >= low and < high, the largest, that weigh `need` > 0 as all of them do:
-    (threshold, how many of those that equal it, from the left; how many keys with those forced)."""
-    while low + 1 < high:
-        middle = (low & high) + ((low ^ high) >> 1)
-        enough = _weight(p_keys, n, middle, most, BLOCK) >= need
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-    n_above = _count(p_keys, n, high, BLOCK)
-    n_equal = _count(p_keys, n, low, BLOCK) - n_above
-    above = _weight(p_keys, n, high, most, BLOCK)
-    each = weight_of(low, most)
-    ties = tl.ceil((need - above) / tl.where(each > 0.0, each, 1.0))
-    ties = tl.minimum(tl.maximum(ties, 1.0), n_equal.to(tl.float32)).to(tl.int32)
-    ties = tl.where(each > 0.0, ties, n_equal)
-    return low, ties, n_above + ties
-
-
-@triton.jit
-def _join_parts(p_parts, splits):
-    """(most, total, always) of a row, from those of its parts."""
-    o_part = tl.arange(0, SPLITS_MAX)
-    m = o_part < splits
-    p_parts += o_part * PART_FIELDS
-    mosts = tl.load(p_parts + PART_MOST, mask=m, other=float("-inf"))
-    most = tl.max(mosts, 0)
-    share = tl.where(mosts == float("-inf"), 0.0, tl.exp(mosts - most))
-    total = tl.sum(tl.load(p_parts + PART_TOTAL, mask=m, other=0.0) * share, 0)
-    always = tl.sum(tl.load(p_parts + PART_ALWAYS, mask=m, other=0.0) * share, 0)
-    return most, total, always
 
 
 @triton.jit
@@ -230,7 +177,7 @@ def prepare_kernel(
             )  # fmt: skip
             tl.store(p_sample + o, key, mask=o < SAMPLE)
         tl.debug_barrier()
-        n_seen = _count(p_sample, SAMPLE, HIDDEN + 1, SAMPLE)
+        n_seen = count_from(p_sample, SAMPLE, HIDDEN + 1, SAMPLE)
         # Four standard deviations of the count above the true threshold, and four keys.
         expected = budget.to(tl.float32) / count.to(tl.float32) * n_seen.to(tl.float32)
         want = (expected + 4.0 * tl.sqrt(expected) + 4.0).to(tl.int32)
@@ -283,17 +230,8 @@ def _list_span(
             R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED,
         )  # fmt: skip
         if WEIGH:
-            score = score_of(key)
-            counts = (at < stop) & (score < float("inf")) & (score > float("-inf"))
-            score = tl.where(counts, score, float("-inf"))
-            higher = tl.maximum(most, tl.max(score, 0))
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            weight = tl.exp(score - base)
-            decay = tl.exp(most - base)
-            most = higher
-            total = total * decay + tl.sum(weight, 0)
             kept = (at >= recent_from) | (at < sink_until)
-            always = always * decay + tl.sum(tl.where(kept, weight, 0.0), 0)
+            most, total, always = weigh_tile(key, at < stop, kept, most, total, always)
         if (t < sink_until) | (t + BLOCK_T > tl.minimum(recent_from, stop)):
             forced = (key != HIDDEN) & ((at >= recent_from) | (at < sink_until))
             key = tl.where(at < stop, tl.where(forced, FORCED, key), HIDDEN)
@@ -353,10 +291,7 @@ def list_kernel(
         )  # fmt: skip
     tl.store(p_counts + i_row * splits + i_part, n)
     if WEIGH:
-        p_parts += (i_row * splits + i_part) * PART_FIELDS
-        tl.store(p_parts + PART_MOST, most)
-        tl.store(p_parts + PART_TOTAL, total)
-        tl.store(p_parts + PART_ALWAYS, always)
+        store_part(p_parts, i_row * splits + i_part, most, total, always)
 
 
 @triton.jit
@@ -459,14 +394,16 @@ def choose_kernel(
     held = tl.zeros((BLOCK,), tl.float32)
     count = tl.load(p_rows + ROW_COUNT)
     if WEIGH:
-        most, weight_of_all, always = _join_parts(p_parts + i_row * splits * PART_FIELDS, splits)
+        most, weight_of_all, always = join_parts(p_parts + i_row * splits * PART_FIELDS, splits)
         need = mass * weight_of_all - always
         if (mass > 0.0) & (count >= 0) & (weight_of_all > 0.0) & (n_forced < budget):
             if need <= 0.0:
                 threshold = tl.full((), FORCED, tl.int32)
                 from_ties = n_forced
-            elif _weight(p_list_key, total, floor, most, BLOCK) >= need:
-                lightest, ties, fewest = _lightest(p_list_key, total, floor, top, need, most, BLOCK)
+            elif weight_from(p_list_key, total, floor, most, BLOCK) >= need:
+                lightest, ties, fewest = lightest_keys(
+                    p_list_key, total, floor, top, need, most, BLOCK
+                )
                 threshold = tl.where(fewest <= budget, lightest, threshold)
                 from_ties = tl.where(fewest <= budget, ties, from_ties)
     n = 0

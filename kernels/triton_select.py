@@ -45,9 +45,7 @@ import triton.language as tl
 from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.checks import check_select, hidden_below
 from loki_compile.kernels.triton_choose import (
-    PART_FIELDS,
     ROW_FIELDS,
-    SPLITS_MAX,
     choose_kernel,
     list_kernel,
     prepare_kernel,
@@ -74,6 +72,7 @@ from loki_compile.kernels.triton_score import (
     score_kernel,
     sum_kernel,
 )
+from loki_compile.kernels.triton_weigh import PART_FIELDS, SPLITS_MAX
 from torch import Tensor
 
 

@@ -266,8 +266,7 @@ def test_at_default_options_the_mass_decides_how_many_keys_are_read(kind):
     assert told["mass:0.9999,1.0"]["keys"] > 0.5 * LONG
     assert told["mass:0.9999,1.0"]["left_out"] < 1.1e-4
     worst = max(
-        (a - b).abs().max().item()
-        for a, b in zip(outs["mass:0.9999,1.0"], expected, strict=True)
+        (a - b).abs().max().item() for a, b in zip(outs["mass:0.9999,1.0"], expected, strict=True)
     )
     far = max((a - b).abs().max().item() for a, b in zip(outs["mass:0.01"], expected, strict=True))
     assert worst < 0.02 < far and math.isfinite(far)
