@@ -18,7 +18,7 @@ PART_FIELDS = tl.constexpr(3)
 
 @triton.jit
 def weigh_tile(key, inside, kept, most, total, always):
-    """The fields of a part with one more tile of keys, of which `kept` always are chosen."""
+    """The fields of a part and one more tile of keys; `kept` ones always are chosen."""
     score = score_of(key)
     counts = inside & (score < float("inf")) & (score > float("-inf"))
     score = tl.where(counts, score, float("-inf"))
