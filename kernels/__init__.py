@@ -44,7 +44,8 @@ written broadcastable to (B,Hkv,T,1), positions (B,Hkv or Hq,S,K), ranges (B,Hkv
 how many of the last ones a KV head reads, `kept` what is kept beside a cache. The plain torch that
 Inductor fuses around the ops is in `fused` (rows, layouts, maps), `masks`, `positions` (without a
 ranking of scores) and `moments` (of a prompt's queries). `cpu` (C++, in cpu_*.cpp, or the PyTorch
-ops of `cpu_torch`) and `triton_select` (scores in `triton_score`, weights in `triton_weigh`, the choice in `triton_choose`),
+ops of `cpu_torch`) and `triton_select` (scores in `triton_score`, weights in `triton_weigh`, the
+choice in `triton_choose`),
 `triton_attend` (shares of ranges in `triton_ranges`) and `triton_pages` implement the ops.
 `span_prefill` is of prompts, by FlexAttention.
 """
