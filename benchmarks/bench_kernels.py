@@ -285,7 +285,7 @@ def launched_kernels(shape: Shape, inputs: list[Inputs]) -> dict[str, list[Calla
     """Each launch of the sparse path alone, over the inputs; for the device of the Triton path."""
     launches: dict[str, list[Callable[[], None]]] = {}
     for x in inputs:
-        positions, stages = triton_select.select_stages(
+        positions, _, stages = triton_select.select_stages(
             x.q, x.basis, x.index, x.index_scale, None, None, **select_options(shape)
         )
         _, more = triton_attend.attend_stages(

@@ -25,6 +25,14 @@
 
 9. `update_pages` and `extend_pages` keep the bounds of pages: those of a page in which this step
    stored a token become minima and maxima from its start to the last token stored in it.
+10. With a `mass` a row's budget is a ceiling: behind the keys that are always in it, it has the
+   fewest of the best whose weights add up to that share. Weights are the softmax, over the keys
+   that the row sees, of the scores that it ranks by: of one head, attention as the scorer
+   estimates it; of a group, by probability the mean of the heads', else one that hears its
+   loudest head alone. Infinite scores weigh nothing and rank as they are. A row without a finite
+   score has its ceiling. `select_weighed` gives (B, Hkv or Hq, S, 2) as well: how many keys a row
+   has chosen, and the share of its weights that it has left out, by a `mass` or without; 0 where
+   a row reads all it sees.
 
 Shapes (legend: B batch, Hq query heads, Hkv KV heads, G = Hq/Hkv, S new tokens, T cached tokens,
 P = ceil(T/page) pages or more, D dims of q and k, Dv dims of v, R index dims, K slots):
@@ -36,8 +44,9 @@ written broadcastable to (B,Hkv,T,1), positions (B,Hkv or Hq,S,K), ranges (B,Hkv
 how many of the last ones a KV head reads, `kept` what is kept beside a cache. The plain torch that
 Inductor fuses around the ops is in `fused` (rows, layouts, maps), `masks`, `positions` (without a
 ranking of scores) and `moments` (of a prompt's queries). `cpu` (C++, in cpu_*.cpp, or the PyTorch
-ops of `cpu_torch`) and `triton_select` (scores in `triton_score`, the choice in `triton_choose`),
-`triton_attend` (its kernels in `triton_splits`, shares of ranges in `triton_ranges`) and
-`triton_pages` implement the ops. `span_prefill` is of prompts, by FlexAttention; `row_products` of
-what is no attention: a matrix times few rows, as a sum that Inductor vectorises.
+ops of `cpu_torch`) and `triton_select` (scores in `triton_score`, weights in `triton_weigh`, the
+choice in `triton_choose`), `triton_attend` (its kernels in `triton_splits`, shares of ranges in
+`triton_ranges`) and `triton_pages` implement the ops. `span_prefill` is of prompts, by
+FlexAttention; `row_products` of what is no attention: a matrix times few rows, as a sum that
+Inductor vectorises.
 """

@@ -18,6 +18,10 @@ class Budget:
     All of them where it sees fewer than `min_keys`. Else ceil(`keep_q16` / 65536 of them), at most
     `top_k` (None: no such cap), but never fewer than the `sink` first and the `recent` last ones,
     which are always kept and count towards the budget.
+
+    With a `mass` in (0, 1) that is a ceiling: the row chooses the fewest keys, the best of them
+    behind those that are always kept, whose softmax weights by the scores that it ranks by add up
+    to that share of all it sees, and as many as the ceiling says where these do not.
     """
 
     top_k: int | None
@@ -25,14 +29,15 @@ class Budget:
     sink: int
     recent: int
     min_keys: int
+    mass: float = 0.0
 
     @property
     def numbers(self) -> tuple[int | None, int, int, int, int]:
-        """All of it, as a graph can hold it."""
+        """All of it but `mass`, as a graph can hold it."""
         return self.top_k, self.keep_q16, self.sink, self.recent, self.min_keys
 
     def keys(self, visible: int) -> int:
-        """Keys that a row chooses when it sees `visible` keys."""
+        """Keys that a row chooses when it sees `visible` keys; with a `mass`, at most."""
         if visible < self.min_keys:
             return visible
         share = (visible * self.keep_q16 + _ROUND_UP) // KEEP_ALL_Q16
@@ -52,8 +57,15 @@ class Budget:
         """As `keys`: every head reads as many."""
         return self.keys(visible)
 
+    def least(self, visible: int) -> int:
+        """Keys that a row chooses at least when it sees `visible` keys."""
+        if self.mass and visible >= self.min_keys:
+            return min(visible, max(1, self.sink + self.recent))
+        return self.keys(visible)
+
     def covers(self, visible: int) -> bool:
-        return self.keys(visible) >= visible
+        """Whether every row that sees so many keys chooses all of them, whatever its scores."""
+        return self.least(visible) >= visible
 
     def slots(self, cached: int | torch.SymInt) -> int | torch.SymInt:
         """Slots that hold the choice of any row over `cached` keys, however many of them it sees.

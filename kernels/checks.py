@@ -44,24 +44,20 @@ def check_select(
     page: int = 1,
     keys: int | None = None,
     by_probability: bool = False,
+    mass: float = 0.0,
+    weighed: bool = False,
 ) -> tuple[int, int, int, int]:
-    """Raise ValueError (what was found, what is allowed) unless `loki::select` takes these.
+    """Raise ValueError (what was found, what is allowed) unless `loki::select` takes these, or
+    `loki::select_weighed`, where keys are `weighed`.
 
     Returns:
       (B, heads that choose, S, T).
     """
-    op = "loki::select"
+    op = "loki::select_weighed" if weighed else "loki::select"
     b, hq, s, d = _rank4(op, "q", q)
-    bi, hkv, _, r = _rank4(op, "index", index)
-    t = _check_paging(op, index, page, keys)
-    if q.dtype not in FLOAT_DTYPES:
-        raise _wrong(op, "q dtype", q.dtype, "bfloat16, float16 or float32")
-    if bi != b:
-        raise _wrong(op, "batch of index", bi, f"batch of q, {b}")
-    if hkv < 1 or hq % hkv:
-        raise _wrong(op, "KV heads of index", hkv, f"a divisor of the {hq} query heads")
-    if min(b, s, t, r) < 1 or t > MAX_KEYS:
-        raise _wrong(op, "sizes (B, S, T, R)", (b, s, t, r), f"1 or more, T at most {MAX_KEYS}")
+    _, hkv, _, r = _rank4(op, "index", index)
+    t = _check_paging(op, index, page, keys, weighs=weighed or mass != 0.0)
+    _check_sizes(op, q, index, t)
     if basis is None:
         _check_unprojected(op, q, index, index_scale, page, t)
     else:
@@ -73,17 +69,32 @@ def check_select(
         allowed = "False with per_head=True: one head ranks alike by scores and by probabilities"
         raise _wrong(op, "by_probability", by_probability, allowed)
     _check_bounded_mask(op, mask, bounds, q, t, per_head)
-    _check_budget(op, top_k, keep_q16, sink, recent, min_keys)
+    _check_budget(op, top_k, keep_q16, sink, recent, min_keys, mass)
     return b, hq if per_head else hkv, s, t
 
 
-def _check_paging(op: str, index: Tensor, page: int, keys: int | None) -> int:
+def _check_sizes(op: str, q: Tensor, index: Tensor, t: int) -> None:
+    (b, hq, s, _), (bi, hkv, _, r) = q.shape, index.shape
+    if q.dtype not in FLOAT_DTYPES:
+        raise _wrong(op, "q dtype", q.dtype, "bfloat16, float16 or float32")
+    if bi != b:
+        raise _wrong(op, "batch of index", bi, f"batch of q, {b}")
+    if hkv < 1 or hq % hkv:
+        raise _wrong(op, "KV heads of index", hkv, f"a divisor of the {hq} query heads")
+    if min(b, s, t, r) < 1 or t > MAX_KEYS:
+        raise _wrong(op, "sizes (B, S, T, R)", (b, s, t, r), f"1 or more, T at most {MAX_KEYS}")
+
+
+def _check_paging(op: str, index: Tensor, page: int, keys: int | None, *, weighs: bool) -> int:
     """Whether it is told what the rows of an index stand for; returns T."""
     if page < 1:
         raise _wrong(op, "page", page, "the keys of a page, or 1 for an index of keys")
     if (page > 1) != (keys is not None):
         allowed = "the number of keys where page > 1, None where each row is a key"
         raise _wrong(op, "keys", f"{keys} with page={page}", allowed)
+    if page > 1 and weighs:
+        allowed = "1 where keys are weighed: bounds of pages are no scores of keys"
+        raise _wrong(op, "page", page, allowed)
     return keys_ranked(index, page, keys)
 
 
@@ -111,7 +122,7 @@ def _check_bounded_mask(
 
 
 def _check_budget(
-    op: str, top_k: int | None, keep_q16: int, sink: int, recent: int, min_keys: int
+    op: str, top_k: int | None, keep_q16: int, sink: int, recent: int, min_keys: int, mass: float
 ) -> None:
     if top_k is not None and top_k < 1:
         raise _wrong(op, "top_k", top_k, "None, or at least 1")
@@ -119,6 +130,8 @@ def _check_budget(
         raise _wrong(op, "keep_q16", keep_q16, f"1 to {KEEP_ALL_Q16}")
     if sink < 0 or recent < 0 or min_keys < 0:
         raise _wrong(op, "(sink, recent, min_keys)", (sink, recent, min_keys), "0 or more")
+    if not 0.0 <= mass < 1.0:
+        raise _wrong(op, "mass", mass, "0 (none) or a share in (0, 1)")
 
 
 def _check_unprojected(

@@ -9,6 +9,7 @@ import struct
 from array import array
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from loki_compile.kernels import cpu_build, cpu_torch
@@ -31,7 +32,7 @@ _CODES = {
 }
 _VIEW = 10
 _NO_TENSOR = (0, 5, 1, 1, 1, 1, 0, 0, 0, 0)
-_pack_select = struct.Struct(f"@{6 * _VIEW}q12qd").pack
+_pack_select = struct.Struct(f"@{6 * _VIEW}q13q2d").pack
 _pack_attend = struct.Struct(f"@{8 * _VIEW}q2q2d").pack
 _pack_pages = struct.Struct(f"@{3 * _VIEW}qq").pack
 
@@ -43,6 +44,40 @@ def select(
     index_scale: Tensor | None,
     mask: Tensor | None,
     bounds: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """`loki::select`; see `loki_compile.kernels.ops`."""
+    kernels = _kernels()
+    if kernels is None:
+        mask = _bool_mask(mask)
+        return cpu_torch.select(q, basis, index, index_scale, mask, bounds, **options)
+    return _select(kernels, False, (q, basis, index, index_scale, mask, bounds), **options)[0]
+
+
+def select_weighed(
+    q: Tensor,
+    basis: Tensor | None,
+    index: Tensor,
+    index_scale: Tensor | None,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`loki::select_weighed`; see `loki_compile.kernels.ops`."""
+    kernels = _kernels()
+    if kernels is None:
+        mask = _bool_mask(mask)
+        return cpu_torch.select_weighed(q, basis, index, index_scale, mask, bounds, **options)
+    positions, weighed = _select(
+        kernels, True, (q, basis, index, index_scale, mask, bounds), **options
+    )
+    return positions, weighed
+
+
+def _select(
+    kernels: ctypes.CDLL,
+    weigh: bool,
+    tensors: tuple[Any, ...],
     *,
     scale: float,
     top_k: int | None,
@@ -54,43 +89,30 @@ def select(
     page: int = 1,
     keys: int | None = None,
     by_probability: bool = False,
-) -> Tensor:
-    """`loki::select`; see `loki_compile.kernels.ops`."""
-    kernels = _kernels()
-    if kernels is None:
-        mask = _bool_mask(mask)
-        return cpu_torch.select(
-            q, basis, index, index_scale, mask, bounds, scale=scale, top_k=top_k,
-            keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys, per_head=per_head,
-            page=page, keys=keys, by_probability=by_probability,
-        )  # fmt: skip
-    tensors = (q, basis, index, index_scale, mask, bounds)
+    mass: float = 0.0,
+) -> list[Tensor]:
+    """Positions, and what they weigh where `weigh`."""
     threads = torch.get_num_threads()
-    options = (scale, top_k, keep_q16, sink, recent, min_keys, per_head, page, keys, by_probability)
-    signature = (kernels, _layouts(tensors), options, threads)
+    options = (top_k, keep_q16, sink, recent, min_keys, per_head, page, keys, by_probability)
+    signature = (kernels, _layouts(tensors), options, scale, mass, weigh, threads)
     call = _calls.get(signature)
     if call is None:
         b, heads, s, t = check_select(
             *tensors,
             top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
-            per_head=per_head, page=page, keys=keys, by_probability=by_probability,
+            per_head=per_head, page=page, keys=keys, by_probability=by_probability, mass=mass,
+            weighed=weigh,
         )  # fmt: skip
         budget = Budget(top_k, keep_q16, sink, recent, min_keys)
         slots = budget.slots(t)
-        block = _pack_select(
-            *_views(*tensors),
-            0,
-            slots,
-            *_numbers(budget, t),
-            per_head,
-            threads,
-            t,
-            page,
-            by_probability,
-            scale,
-        )
-        shape = (b, heads, s, slots)
-        call = _Call("loki::select", kernels.loki_select, array("q", block), shape, torch.int32)
+        given = (slots, *_numbers(budget, t), per_head, threads, t, page, by_probability)
+        block = _pack_select(*_views(*tensors), 0, *given, 0, scale, mass)
+        at = len(tensors) * _VIEW
+        results = [_Result(at, (b, heads, s, slots), torch.int32)]
+        if weigh:
+            results.append(_Result(at + 1 + len(given), (b, heads, s, 2), torch.float32))
+        op = "loki::select_weighed" if weigh else "loki::select"
+        call = _Call(op, kernels.loki_select, array("q", block), results)
         _remember(signature, call)
     return call(tensors)
 
@@ -134,9 +156,10 @@ def attend(
         )  # fmt: skip
         op = "loki::attention" if positions is None else "loki::attend"
         block = _pack_attend(*_views(*tensors), 0, threads, scale, softcap)
-        call = _Call(op, kernels.loki_attend, array("q", block), shape, q.dtype)
+        results = [_Result(len(tensors) * _VIEW, shape, q.dtype)]
+        call = _Call(op, kernels.loki_attend, array("q", block), results)
         _remember(signature, call)
-    return call(tensors)
+    return call(tensors)[0]
 
 
 def update_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> None:
@@ -184,23 +207,30 @@ def _views(*tensors: Tensor | None) -> list[int]:
 
 
 @dataclass(frozen=True)
+class _Result:
+    """A tensor that a kernel fills: which of its parameters is the address, shape and dtype."""
+
+    word: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class _Call:
     """A kernel's call that was checked, for tensors laid out as those it was checked with.
 
     Attributes:
       op, kernel: what it is to its callers, and in the library.
-      words: its parameters: for each tensor the `_VIEW` words of a view, the address of the result,
-        and more; addresses are filled in at each call.
-      shape, dtype: the result's.
+      words: its parameters: for each tensor the `_VIEW` words of a view, then the address of the
+        first result, and more; addresses are filled in at each call.
     """
 
     op: str
     kernel: Callable[[bytes], int]
     words: array[int]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    results: Sequence[_Result]
 
-    def __call__(self, tensors: Sequence[Tensor | None]) -> Tensor:
+    def __call__(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """
         Raises:
           MemoryError: how much scratch memory could not be had.
@@ -210,15 +240,17 @@ class _Call:
             if tensor is not None:
                 words[at] = tensor.data_ptr()
             at += _VIEW
-        result = torch.empty(self.shape, dtype=self.dtype)
-        words[at] = result.data_ptr()
+        results = []
+        for result in self.results:
+            results.append(torch.empty(result.shape, dtype=result.dtype))
+            words[result.word] = results[-1].data_ptr()
         missing = self.kernel(words.tobytes())
         if missing:
             raise MemoryError(
                 f"{self.op}: {missing} bytes of scratch memory could not be allocated; free "
                 "memory, or decode fewer rows or tokens at a time."
             )
-        return result
+        return results
 
 
 # Checks and packing cost several times what a kernel does over few keys, and all layers of a step

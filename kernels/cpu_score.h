@@ -10,12 +10,13 @@ constexpr int32_t kHidden = std::numeric_limits<int32_t>::min();
 constexpr int64_t kBlock = 32;  // positions scored at once
 
 // The middle [first, last) of a row competes for `take` slots; what is visible before and behind
-// it is kept.
+// it is kept. `count` keys are visible. `weighed`: how much they weigh is asked for.
 struct RowPlan {
-  int64_t start, end, first, last, middle, take;
+  int64_t start, end, first, last, middle, take, count;
   bool holes;  // some keys in [start, end) are hidden
+  bool weighed;
 
-  bool scored() const { return take > 0 && take < middle; }
+  bool scored() const { return weighed || (take > 0 && take < middle); }
 };
 
 inline float hidden_below(int64_t dtype) {
@@ -358,6 +359,14 @@ inline int32_t ordered_key(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, 4);
   return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+// The float that an ordered key is of; NaN for a hidden one.
+inline float score_of(int32_t key) {
+  int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
 }
 
 // Keys of a whole block, of which the mask knows the first n positions.

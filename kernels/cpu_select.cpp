@@ -3,7 +3,9 @@
 // Three stages: plan each row (budget, sink, recent), score its middle (cpu_score.h), keep the best
 // (cpu_topk.h); the last two in one parallel region. Scores are held as int32 keys that order as the
 // floats do, in scratch. Where a group chooses by probability the scores of its heads are held
-// first, and the keys are made of them once the sums of their softmaxes are known.
+// first, and the keys are made of them once the sums of their softmaxes are known. Where a row's
+// budget is a share of its softmax, or what it leaves out is asked for, keys that are always kept are
+// scored as well: the softmax is over all that the row sees.
 
 #include "cpu_topk.h"
 
@@ -20,7 +22,8 @@ struct SelectParams {
   int32_t* positions; // (B, heads, S, slots)
   int64_t slots, top_k, keep_q16, sink, recent, min_keys, per_head, threads;
   int64_t keys, page, by_probability;  // T; keys per row of the index
-  double scale;
+  float* weighed;  // (B, heads, S, 2): keys chosen, share of the softmax left out; or null
+  double scale, mass;  // mass: the share that the keys of a row hold, 0: as many as `top_k` says
 };
 
 constexpr int64_t kAhead = 8 * kBlock;  // positions fetched ahead of the ones being scored
@@ -55,8 +58,10 @@ RowPlan plan_row(const SelectParams& p, const MaskRow& mask, int64_t i, int64_t 
     row.first += sink;
     row.last -= recent;
   }
+  row.count = count;
   row.middle = count - sink - recent;
   row.take = budget - sink - recent;
+  row.weighed = row.middle > 0 && count >= p.min_keys && (p.mass > 0 || (p.weighed && budget < count));
   return row;
 }
 
@@ -147,7 +152,7 @@ class Select {
     int64_t padded_heads = round_up(group_, 8);
     int64_t per_token = padded_heads * (columns_ * (4 + kLimbs) + 4 * (kLimbs + 1));
     int64_t query_bytes = s_ * group_ * sizeof(Query) + s_ * per_token;
-    room_bytes_ = round_up(max_of(query_bytes + tail_bytes(), 3 * key_stride_ * 4), 64);
+    room_bytes_ = round_up(max_of(query_bytes + tail_bytes(), 4 * key_stride_ * 4), 64);
     int64_t plan_bytes = round_up(rows_ * sizeof(RowPlan), 64);
     int64_t span_bytes = round_up((pairs_ + 1) * sizeof(Span), 64);
     rows_at_once_ = pairs_at_once * rows_per_pair();
@@ -175,8 +180,9 @@ class Select {
         const RowPlan& row = plans_[pair * rows_per_pair() + n];
         if (!row.scored()) continue;
         // A softmax is over what is always kept as well.
-        span.from = min_of(span.from, summed_ ? row.start : row.first);
-        span.to = max_of(span.to, summed_ ? row.end : row.last);
+        bool whole = summed_ || row.weighed;
+        span.from = min_of(span.from, whole ? row.start : row.first);
+        span.to = max_of(span.to, whole ? row.end : row.last);
       }
       if (span.to > span.from) tiles += (span.to - span.from + kTile - 1) / kTile;
       spans_[pair] = span;
@@ -490,33 +496,103 @@ class Select {
     if (!plan.scored()) return;
     if (summed_) {
       store_logits(score, mask_of(row), plan, t, n, logits_of(row, g) + t);
-    } else if (t + n > plan.first && t < plan.last) {
+    } else if (plan.weighed || (t + n > plan.first && t < plan.last)) {
       store_keys(score, mask_of(row), plan, t, n, keys_of(row) + t);
     }
   }
 
-  void put_best(const RowPlan& plan, const int32_t* key, int32_t* room, SlotWriter* slots) const {
+  // What the visible keys of a row weigh together, and what those do that are always kept, each
+  // relative to the highest finite score.
+  struct Weights {
+    float most = -kInf, total = 0, always = 0;
+  };
+
+  Weights weigh(const RowPlan& plan, const int32_t* key) const {
+    Weights found;
+    int32_t most = kHidden;
+    const int32_t infinite = ordered_key(kInf);
+    for (int64_t t = plan.start; t < plan.end; ++t) {
+      most = key[t] < infinite && key[t] > most ? key[t] : most;
+    }
+    if (most == kHidden || score_of(most) == -kInf) return found;
+    found.most = score_of(most);
+    float before = sum_of_weights(key, plan.start, plan.first, found.most);
+    float behind = sum_of_weights(key, plan.last, plan.end, found.most);
+    found.always = before + behind;
+    found.total = found.always + sum_of_weights(key, plan.first, plan.last, found.most);
+    return found;
+  }
+
+  static float sum_of_weights(const int32_t* key, int64_t from, int64_t to, float most) {
+    float lane[16] = {};
+    int64_t t = from;
+    for (; t + 16 <= to; t += 16) {
+#pragma omp simd
+      for (int l = 0; l < 16; ++l) lane[l] += weight_of(key[t + l], most);
+    }
+    for (; t < to; ++t) lane[t % 16] += weight_of(key[t], most);
+    float sum = 0;
+    for (int l = 0; l < 16; ++l) sum += lane[l];
+    return sum;
+  }
+
+  // Puts the best of the middle into slots, adding to what they weigh and how many they are.
+  void put_best(const RowPlan& plan, const int32_t* key, const Weights& weights, int32_t* room,
+                SlotWriter* slots, Heap* chosen) const {
     int64_t n = plan.last - plan.first;
     int64_t take = min_of(plan.take, n);
+    if (take <= 0) return;
     int32_t low = n > kFew ? bracket(key + plan.first, n, take).low : kLowest;
     Candidates found = gather(key, plan.first, plan.last, max_of(low, kLowest), room);
     if (found.n < take) found = gather(key, plan.first, plan.last, kLowest, room);
     take = min_of(take, found.n);
-    if (take > 0) slots->put_best(found, find_threshold(found.key, found.n, take, room + 2 * n));
+    if (take <= 0) return;
+    int32_t* more_room = room + 2 * n;
+    Threshold threshold{};
+    int64_t fewest = take + 1;
+    if (p_.mass > 0 && weights.total > 0) {
+      // By their total the share is rounded once, whatever the weights are relative to.
+      float need = static_cast<float>(p_.mass) * weights.total - weights.always;
+      if (need <= 0) return;
+      float* weight = reinterpret_cast<float*>(more_room + n);
+      for (int64_t i = 0; i < found.n; ++i) {
+        more_room[i] = found.key[i];
+        weight[i] = weight_of(found.key[i], weights.most);
+      }
+      if (heap_from(more_room, weight, found.n, kLowest).weight >= need) {
+        threshold = lightest(more_room, weight, found.n, need, &fewest);
+      }
+    }
+    if (fewest > take) threshold = find_threshold(found.key, found.n, take, more_room);
+    if (plan.weighed) {
+      for (int64_t i = 0; i < found.n; ++i) {
+        if (found.key[i] > threshold.key) chosen->weight += weight_of(found.key[i], weights.most);
+      }
+      chosen->weight += threshold.equal * weight_of(threshold.key, weights.most);
+      chosen->count += min_of(fewest, take);
+    }
+    slots->put_best(found, threshold);
   }
 
   void emit(int64_t row, int32_t* room) const {
     const RowPlan& plan = plans_[row];
     const MaskRow mask = mask_of(row);
     SlotWriter slots(p_.positions + row * p_.slots, p_.slots);
+    Weights weights;
+    if (plan.weighed) weights = weigh(plan, keys_of(row));
+    Heap chosen{weights.always, plan.count - plan.middle};
     slots.put_visible(plan.start, plan.first, mask, plan.holes);
     if (plan.scored()) {
-      put_best(plan, keys_of(row), room, &slots);
+      put_best(plan, keys_of(row), weights, room, &slots, &chosen);
     } else if (plan.take > 0) {
       slots.put_visible(plan.first, plan.last, mask, plan.holes);
     }
     slots.put_visible(plan.last, plan.end, mask, plan.holes);
     slots.finish();
+    if (!p_.weighed) return;
+    float left_out = plan.weighed && weights.total > 0 ? 1.0f - chosen.weight / weights.total : 0.0f;
+    p_.weighed[2 * row] = static_cast<float>(plan.weighed ? chosen.count : plan.count);
+    p_.weighed[2 * row + 1] = max_of(left_out, 0.0f);
   }
 
   int64_t tail_bytes() const { return round_up(kBlock * r_ * 4, 64); }

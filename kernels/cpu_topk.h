@@ -110,6 +110,62 @@ inline Threshold find_threshold(const int32_t* key, int64_t n, int64_t m, int32_
   return {threshold, m - count_from(key, n, threshold + 1)};
 }
 
+// ---- weights --------------------------------------------------------------------------------
+
+// exp(score - most) of a key; 0 of one that is hidden or infinite.
+inline float weight_of(int32_t key, float most) {
+  float x = score_of(key);
+  return x < kInf ? exp_of(x - most) : 0.0f;
+}
+
+// What keys from `least` on weigh, and how many they are.
+struct Heap {
+  float weight = 0;
+  int64_t count = 0;
+};
+
+inline Heap heap_from(const int32_t* key, const float* weight, int64_t n, int32_t least) {
+  float sum = 0;
+  int32_t count = 0;
+#pragma omp simd reduction(+ : sum, count)
+  for (int64_t i = 0; i < n; ++i) {
+    sum += key[i] >= least ? weight[i] : 0.0f;
+    count += key[i] >= least;
+  }
+  return {sum, count};
+}
+
+// The fewest of n keys, the largest, whose weights add up to `need` > 0, by bisection; keys that
+// are decided drop out of both arrays. All n where they do not weigh as much.
+inline Threshold lightest(int32_t* key, float* weight, int64_t n, float need, int64_t* chosen) {
+  int64_t low = std::numeric_limits<int32_t>::max(), high = kLowest;
+  for (int64_t i = 0; i < n; ++i) {
+    low = min_of<int64_t>(low, key[i]);
+    high = max_of<int64_t>(high, int64_t{key[i]} + 1);
+  }
+  Heap over;  // keys from `high` on
+  while (high - low > 1) {
+    int32_t middle = static_cast<int32_t>(low + (high - low) / 2);
+    Heap more = heap_from(key, weight, n, middle);
+    bool enough = over.weight + more.weight >= need;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      int32_t k = key[i];
+      float w = weight[i];
+      key[kept] = k;
+      weight[kept] = w;
+      kept += (k >= middle) == enough;
+    }
+    n = kept;
+    if (!enough) over.weight += more.weight, over.count += more.count;
+    (enough ? low : high) = middle;
+  }
+  int64_t equal = 0;  // of those that are left, all at `low`
+  for (float sum = over.weight; equal < n && sum < need; ++equal) sum = over.weight + (equal + 1) * weight[0];
+  *chosen = over.count + equal;
+  return {static_cast<int32_t>(low), equal};
+}
+
 // ---- compaction -----------------------------------------------------------------------------
 
 // Some keys of a row and their positions, ascending.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from loki_compile.kernels.budget import Budget
@@ -18,7 +19,18 @@ _HIDDEN = torch.iinfo(torch.int32).min
 _GATHERED = 1 << 22
 
 
-def select(
+def select(*tensors: Tensor | None, **options: Any) -> Tensor:
+    """`loki::select`; see `loki_compile.kernels.ops`."""
+    return _select(False, *tensors, **options)[0]
+
+
+def select_weighed(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    """`loki::select_weighed`; see `loki_compile.kernels.ops`."""
+    return _select(True, *tensors, **options)
+
+
+def _select(
+    weigh: bool,
     q: Tensor,
     basis: Tensor | None,
     index: Tensor,
@@ -36,15 +48,17 @@ def select(
     page: int = 1,
     keys: int | None = None,
     by_probability: bool = False,
-) -> Tensor:
-    """`loki::select`; see `loki_compile.kernels.ops`."""
+    mass: float = 0.0,
+) -> tuple[Tensor, Any]:
+    """Positions, and what they weigh, or None."""
     b, heads, s, t = check_select(
         q, basis, index, index_scale, mask, bounds,
         top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
-        per_head=per_head, page=page, keys=keys, by_probability=by_probability,
+        per_head=per_head, page=page, keys=keys, by_probability=by_probability, mass=mass,
+        weighed=weigh,
     )  # fmt: skip
     hq, hkv = q.shape[1], index.shape[1]
-    budget = Budget(top_k, keep_q16, sink, recent, min_keys)
+    budget = Budget(top_k, keep_q16, sink, recent, min_keys, mass)
     each = _scores(q, basis, index, index_scale, scale=scale, page=page)
     if page > 1:
         each = each.repeat_interleave(page, -1)[..., :t]
@@ -60,15 +74,37 @@ def select(
     else:
         score = each.flatten(1, 2) if per_head else each.amax(2)
         score = score if bias is None else score + bias
-    chosen = _chosen(score, visible.expand(b, heads, s, t), budget)
-    slots = int(budget.slots(t))
+    visible = visible.expand(score.shape)
+    weight = _weights(score, visible) if weigh or mass else None
+    chosen = _chosen(score, visible, weight, budget)
+    positions = _positions(chosen, int(budget.slots(t)))
+    return positions, _told(chosen, weight) if weigh else None
+
+
+def _told(chosen: Tensor, weight: Any) -> Tensor:
+    """How many keys each row chose, and what weight it left out: (B, heads, S, 2) fp32."""
+    left_out = weight.masked_fill(chosen, 0.0).sum(-1)
+    return torch.stack((chosen.sum(-1).float(), left_out), -1)
+
+
+def _positions(chosen: Tensor, slots: int) -> Tensor:
+    """Where bools (..., T) are True, ascending, then -1: int32 (..., slots)."""
+    *rows, t = chosen.shape
     slot = torch.where(chosen, chosen.cumsum(-1) - 1, slots)
-    positions = torch.full((b, heads, s, slots + 1), -1, dtype=torch.int32)
+    positions = torch.full((*rows, slots + 1), -1, dtype=torch.int32)
     positions.scatter_(-1, slot, torch.arange(t, dtype=torch.int32).expand(slot.shape))
     return positions[..., :slots].contiguous()
 
 
-def _chosen(score: Tensor, visible: Tensor, budget: Budget) -> Tensor:
+def _weights(score: Tensor, visible: Tensor) -> Tensor:
+    """As in `reference`, fp32."""
+    score = torch.nan_to_num(score, -torch.inf, torch.inf, -torch.inf)
+    counted = score.masked_fill(~visible | (score == torch.inf), -torch.inf)
+    none = (counted == -torch.inf).all(-1, keepdim=True)
+    return counted.softmax(-1).masked_fill(none, 0.0)
+
+
+def _chosen(score: Tensor, visible: Tensor, weight: Tensor | None, budget: Budget) -> Tensor:
     """Which keys rows choose by their scores, of those that they see; all (B, heads, S, T)."""
     rank = visible.cumsum(-1, dtype=torch.int32)  # 1 for the first visible key
     count = rank[..., -1:]
@@ -79,7 +115,20 @@ def _chosen(score: Tensor, visible: Tensor, budget: Budget) -> Tensor:
     keep = torch.where(count < budget.min_keys, count, share.maximum(sink + recent))
     forced = visible & ((rank > count - recent) | (rank <= sink))
     key = _ordered(score).masked_fill(~visible, _HIDDEN).masked_fill(forced, _FORCED)
+    if budget.mass and weight is not None:
+        heavy = sink + recent + _fewest(key, weight, forced, budget.mass)
+        by_mass = (count >= budget.min_keys) & (weight.sum(-1, keepdim=True) > 0)
+        keep = torch.where(by_mass, keep.minimum(heavy), keep)
     return visible & _first_best(key, keep)
+
+
+def _fewest(key: Tensor, weight: Tensor, forced: Tensor, mass: float) -> Tensor:
+    """How many of the best keys it takes, beside those `forced`, to weigh so much: (..., 1)."""
+    held = weight.masked_fill(~forced, 0.0).sum(-1, keepdim=True)
+    order = key.masked_fill(forced, _HIDDEN).sort(dim=-1, descending=True, stable=True).indices
+    rest = weight.masked_fill(forced, 0.0).gather(-1, order).cumsum(-1)
+    before = torch.cat((torch.zeros_like(held), rest), -1)
+    return (held + before < mass).sum(-1, keepdim=True)
 
 
 def update_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> None:

@@ -1,11 +1,11 @@
 """The public door of the kernels: the ops.
 
-`loki::select` chooses keys, `loki::attend` reads them, `loki::attention` reads all keys, or two
-ranges of them for each row; `loki::prefill` reads spans of a prompt; `loki::update_pages` and
-`loki::extend_pages` keep the bounds of pages of keys. All are opaque to the compiler, and
-functional but for `update_pages`, which writes the pages it is given; `fused` has the plain torch
-around them. `loki_compile.kernels` has the algorithm and the legend of the letters; `checks` has
-what is refused.
+`loki::select` chooses keys, `loki::select_weighed` says what they weigh as well, `loki::attend`
+reads them, `loki::attention` reads all keys, or two ranges of them for each row; `loki::prefill`
+reads spans of a prompt; `loki::update_pages` and `loki::extend_pages` keep the bounds of pages of
+keys. All are opaque to the compiler, and functional but for `update_pages`, which writes the pages
+it is given; `fused` has the plain torch around them. `loki_compile.kernels` has the algorithm and
+the legend of the letters; `checks` has what is refused.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ __all__ = [
     "hidden_below",
     "prefill",
     "select",
+    "select_weighed",
     "unserved",
     "update_pages",
     "without_autocast",
@@ -126,11 +127,15 @@ _LIBRARY = torch.library.Library("loki", "DEF")
 # A cache view therefore arrives as it is, uncopied, and the strides that `checks` asks for hold.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-SCHEMAS = (
-    "select(Tensor q, Tensor? basis, Tensor index, Tensor? index_scale, Tensor? mask,"
+_SELECT = (
+    "(Tensor q, Tensor? basis, Tensor index, Tensor? index_scale, Tensor? mask,"
     " Tensor? bounds, *, float scale, int? top_k, int keep_q16, int sink, int recent,"
-    " int min_keys, bool per_head, int page=1, SymInt? keys=None, bool by_probability=False)"
-    " -> Tensor",
+    " int min_keys, bool per_head, int page=1, SymInt? keys=None, bool by_probability=False,"
+    " float mass=0.0) -> "
+)
+SCHEMAS = (
+    f"select{_SELECT}Tensor",
+    f"select_weighed{_SELECT}(Tensor, Tensor)",
     "update_pages(Tensor(a!) pages, Tensor keys, Tensor written, *, int page) -> ()",
     "extend_pages(Tensor pages, Tensor keys, Tensor written, *, int page) -> Tensor",
     "attend(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor? mask,"
@@ -160,6 +165,12 @@ def _select_fake(
     return q.new_empty((q.shape[0], heads, q.shape[2], slots), dtype=torch.int32)
 
 
+@torch.library.register_fake("loki::select_weighed", lib=_LIBRARY)
+def _select_weighed_fake(q, *args, **options):
+    positions = _select_fake(q, *args, **options)
+    return positions, q.new_empty((*positions.shape[:3], 2), dtype=torch.float32)
+
+
 @torch.library.register_fake("loki::attend", lib=_LIBRARY)
 def _attend_fake(q, k, v, positions, mask, **_):
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
@@ -186,12 +197,13 @@ def _extend_pages_fake(pages, keys, written, *, page):
     return keys.new_empty((b, hkv, (t + page - 1) // page, 2 * d))
 
 
-def with_bool_mask(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A kernel of `select` or `attend`, for masks of bytes as well: 0 or 1, one byte as in bool."""
+def with_bool_mask(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel of `select`, `select_weighed` or `attend`, for masks of bytes as well: 0 or 1, one
+    byte as in bool."""
 
     @functools.wraps(kernel)
-    def run(*args: Any, **kwargs: Any) -> Tensor:
-        mask = args[4]  # in both schemas
+    def run(*args: Any, **kwargs: Any) -> Any:
+        mask = args[4]  # in all of these schemas
         if mask is not None and mask.dtype == torch.uint8:
             args = (*args[:4], mask.view(torch.bool), *args[5:])
         return kernel(*args, **kwargs)
@@ -204,6 +216,12 @@ def _select_cuda(*args, **kwargs):
     from loki_compile.kernels import triton_select
 
     return triton_select.select(*args, **kwargs)
+
+
+def _select_weighed_cuda(*args, **kwargs):
+    from loki_compile.kernels import triton_select
+
+    return triton_select.select_weighed(*args, **kwargs)
 
 
 def _attend_cuda(*args, **kwargs):
@@ -234,8 +252,10 @@ def _extend_pages_cuda(*args, **kwargs):
 
 
 _LIBRARY.impl("select", cpu.select, "CPU")
+_LIBRARY.impl("select_weighed", cpu.select_weighed, "CPU")
 _LIBRARY.impl("attend", cpu.attend, "CPU")
 _LIBRARY.impl("select", with_bool_mask(_select_cuda), "CUDA")
+_LIBRARY.impl("select_weighed", with_bool_mask(_select_weighed_cuda), "CUDA")
 _LIBRARY.impl("attend", with_bool_mask(_attend_cuda), "CUDA")
 _LIBRARY.impl("attention", over_all_keys(cpu.attend), "CPU")
 _LIBRARY.impl("attention", over_all_keys(with_bool_mask(_attend_cuda)), "CUDA")
@@ -247,6 +267,7 @@ _LIBRARY.impl("update_pages", _update_pages_cuda, "CUDA")
 _LIBRARY.impl("extend_pages", _extend_pages_cuda, "CUDA")
 
 select = torch.ops.loki.select.default
+select_weighed = torch.ops.loki.select_weighed.default
 attend = torch.ops.loki.attend.default
 attention = torch.ops.loki.attention.default
 prefill = torch.ops.loki.prefill.default

@@ -33,11 +33,41 @@ def select(
     page: int = 1,
     keys: int | None = None,
     by_probability: bool = False,
+    mass: float = 0.0,
 ) -> Tensor:
     """Positions (B, Hkv or Hq, S, K) int32: chosen keys ascending, then -1.
 
     `bounds` says nothing that `mask` does not, and is not read.
     """
+    return select_weighed(
+        q, basis, index, index_scale, mask, bounds, scale=scale, top_k=top_k, keep_q16=keep_q16,
+        sink=sink, recent=recent, min_keys=min_keys, per_head=per_head, page=page, keys=keys,
+        by_probability=by_probability, mass=mass,
+    )[0]  # fmt: skip
+
+
+def select_weighed(
+    q: Tensor,
+    basis: Tensor | None,
+    index: Tensor,
+    index_scale: Tensor | None,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    *,
+    scale: float,
+    top_k: int | None,
+    keep_q16: int,
+    sink: int,
+    recent: int,
+    min_keys: int,
+    per_head: bool,
+    page: int = 1,
+    keys: int | None = None,
+    by_probability: bool = False,
+    mass: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`select`, and of each row (B, Hkv or Hq, S, 2) fp64: how many keys it chose, and the share of
+    `weights` that it left out."""
     b, hq, s, _ = q.shape
     hkv, t = index.shape[1], keys_ranked(index, page, keys)
     score = scores(
@@ -46,13 +76,26 @@ def select(
     )  # fmt: skip
     heads = hq if per_head else hkv
     visible = _visible(mask, t).expand(b, hq, s, t)[:, :: hq // heads]
-    budget = Budget(top_k, keep_q16, sink, recent, min_keys)
+    budget = Budget(top_k, keep_q16, sink, recent, min_keys, mass)
+    weight = weights(score, visible)
     positions = torch.full((b, heads, s, budget.slots(t)), -1, dtype=torch.int32, device=q.device)
+    weighed = torch.zeros((b, heads, s, 2), dtype=torch.float64, device=q.device)
     for row in _rows(b, heads, s):
         candidates = visible[row].nonzero().flatten()
-        chosen = _choose(score[row], candidates, budget)
+        chosen = _choose(score[row], weight[row], candidates, budget)
         positions[row][: len(chosen)] = chosen
-    return positions
+        left_out = weight[row].sum() - weight[row][chosen.long()].sum()
+        weighed[row] = torch.tensor((len(chosen), left_out.clamp(min=0.0)))
+    return positions, weighed
+
+
+def weights(score: Tensor, visible: Tensor) -> Tensor:
+    """Softmax over the visible T of what rows rank by, both (B, heads, S, T); fp64, of that shape.
+
+    Infinite scores take no part in it. Zeros where a row sees no finite score.
+    """
+    counted = score.masked_fill(~visible | (score == torch.inf), -torch.inf)
+    return counted.softmax(-1).masked_fill((counted == -torch.inf).all(-1, keepdim=True), 0.0)
 
 
 def scores(
@@ -203,7 +246,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: A
     return attend(q, k, v, None, mask, **options)
 
 
-def _choose(score: Tensor, candidates: Tensor, budget: Budget) -> Tensor:
+def _choose(score: Tensor, weight: Tensor, candidates: Tensor, budget: Budget) -> Tensor:
     """Of the ascending `candidates` the last `recent`, the first `sink`, and the best others."""
     recent = min(budget.recent, len(candidates))
     sink = min(budget.sink, len(candidates) - recent)
@@ -211,6 +254,11 @@ def _choose(score: Tensor, candidates: Tensor, budget: Budget) -> Tensor:
     best_first = torch.sort(score[middle], descending=True, stable=True).indices
     best = middle[best_first[: budget.keys(len(candidates)) - sink - recent]]
     always = (candidates[:sink], candidates[len(candidates) - recent :])
+    if budget.mass and len(candidates) >= budget.min_keys and bool(weight.any()):
+        kept = weight[torch.cat(always)].sum()
+        # Of 0, 1, 2 ... of the best: whether one more is needed.
+        short = torch.cat((kept[None], kept + weight[best].cumsum(0))) < budget.mass
+        best = best[: int(short.sum())]
     return torch.cat((*always, best)).sort().values
 
 

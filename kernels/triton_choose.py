@@ -13,7 +13,18 @@ from loki_compile.kernels.triton_score import (
     load_digits,
     project,
     tile_keys,
+    weight_of,
     window,
+)
+from loki_compile.kernels.triton_weigh import (
+    PART_FIELDS,
+    SPLITS_MAX,
+    count_from,
+    join_parts,
+    lightest_keys,
+    store_part,
+    weigh_tile,
+    weight_from,
 )
 
 # Fields of a row's record in scratch.
@@ -25,20 +36,10 @@ ROW_RECENT = tl.constexpr(4)  # visible keys from here on are always chosen
 ROW_SINK = tl.constexpr(5)  # visible keys before this are always chosen
 ROW_FLOOR = tl.constexpr(6)  # list keys at or above this
 ROW_UNIT = tl.constexpr(7)  # fp32 bits: what one unit of the scores stands for
-ROW_FIELDS = tl.constexpr(8)
+ROW_COUNT = tl.constexpr(8)  # visible keys; -1 where they are too few for a budget
+ROW_FIELDS = tl.constexpr(9)
 
-SPLITS_MAX = tl.constexpr(256)
 SCAN_BLOCK = tl.constexpr(1024)
-
-
-@triton.jit
-def _count(p_keys, n, at_least, BLOCK: tl.constexpr):
-    """How many of the n keys are >= at_least."""
-    total = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        total += (tl.load(p_keys + o, mask=o < n, other=HIDDEN) >= at_least).to(tl.int32)
-    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def _bisect(p_keys, n, low, high, n_low, n_high, want, slack, BLOCK: tl.constexp
     """
     while (low + 1 < high) & (n_low > want + slack):
         middle = (low & high) + ((low ^ high) >> 1)  # mean without overflow
-        n_middle = _count(p_keys, n, middle, BLOCK)
+        n_middle = count_from(p_keys, n, middle, BLOCK)
         enough = n_middle >= want
         low = tl.where(enough, middle, low)
         n_low = tl.where(enough, n_middle, n_low)
@@ -176,7 +177,7 @@ def prepare_kernel(
             )  # fmt: skip
             tl.store(p_sample + o, key, mask=o < SAMPLE)
         tl.debug_barrier()
-        n_seen = _count(p_sample, SAMPLE, HIDDEN + 1, SAMPLE)
+        n_seen = count_from(p_sample, SAMPLE, HIDDEN + 1, SAMPLE)
         # Four standard deviations of the count above the true threshold, and four keys.
         expected = budget.to(tl.float32) / count.to(tl.float32) * n_seen.to(tl.float32)
         want = (expected + 4.0 * tl.sqrt(expected) + 4.0).to(tl.int32)
@@ -193,6 +194,7 @@ def prepare_kernel(
     tl.store(p_rows + ROW_SINK, sink_until)
     tl.store(p_rows + ROW_FLOOR, floor)
     tl.store(p_rows + ROW_UNIT, unit.to(tl.int32, bitcast=True))
+    tl.store(p_rows + ROW_COUNT, tl.where(count < min_keys, -1, count))
 
 
 @triton.jit
@@ -203,8 +205,10 @@ def _list_span(
     R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     PACK: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr,
     DOT: tl.constexpr, BLOCK_T: tl.constexpr, SCORED: tl.constexpr, STAGES: tl.constexpr,
+    WEIGH: tl.constexpr,
 ):  # fmt: skip
-    """List the visible keys of [begin, stop) that reach the floor, ascending; returns how many."""
+    """List the visible keys of [begin, stop) that reach the floor, ascending; returns how many, and
+    with WEIGH what all visible ones weigh: the fields of a part."""
     recent_from = tl.load(p_rows + ROW_RECENT)
     sink_until = tl.load(p_rows + ROW_SINK)
     read_until = tl.load(p_rows + ROW_READ)
@@ -214,6 +218,9 @@ def _list_span(
     if SCORED == TILES:
         high, low = load_digits(p_high, p_low, p_source, 0, BLOCK_R, HEADS, PACK, LOW, DOT)
     n = 0
+    most = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    always = tl.full((), 0.0, tl.float32)
     for t in tl.range(begin, stop, BLOCK_T, num_stages=STAGES):
         at = t + tl.arange(0, BLOCK_T)
         key = tile_keys(
@@ -222,6 +229,9 @@ def _list_span(
             index_st, index_scale_st, mask_st, hidden_below,
             R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED,
         )  # fmt: skip
+        if WEIGH:
+            kept = (at >= recent_from) | (at < sink_until)
+            most, total, always = weigh_tile(key, at < stop, kept, most, total, always)
         if (t < sink_until) | (t + BLOCK_T > tl.minimum(recent_from, stop)):
             forced = (key != HIDDEN) & ((at >= recent_from) | (at < sink_until))
             key = tl.where(at < stop, tl.where(forced, FORCED, key), HIDDEN)
@@ -230,19 +240,19 @@ def _list_span(
         tl.store(p_list_key + slot, key, mask=keep != 0)
         tl.store(p_list_at + slot, at, mask=keep != 0)
         n += tl.sum(keep, 0)
-    return n
+    return n, most, total, always
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
 def list_kernel(
     p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score, p_rows,
-    p_list_key, p_list_at, p_counts,
+    p_list_key, p_list_at, p_counts, p_parts,
     index_sb, index_sh, index_st, index_scale_sb, index_scale_sh, index_scale_st,
     mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, splits,
     R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
     MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_T: tl.constexpr, SCORED: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_T: tl.constexpr, SCORED: tl.constexpr, STAGES: tl.constexpr, WEIGH: tl.constexpr,
 ):  # fmt: skip
     """List one part of one row's window; grid (rows, splits).
 
@@ -266,17 +276,22 @@ def list_kernel(
     if INT8:
         p_index_scale += i_b * index_scale_sb + i_kv * index_scale_sh
     n = 0
+    most = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    always = tl.full((), 0.0, tl.float32)
     if begin < stop:
-        n = _list_span(
+        n, most, total, always = _list_span(
             begin, stop, tl.load(p_rows + ROW_FLOOR), p_rows,
             p_list_key + list_from, p_list_at + list_from,
             p_index + i_b * (index_sb * ALIGN) + i_kv * (index_sh * ALIGN), p_index_scale, p_mask,
             p_high + i_row * GROUP_PAD * BLOCK_R, p_low + i_row * GROUP_PAD * BLOCK_R,
             p_source + i_row * GROUP_PAD, p_score,
             index_st * ALIGN, index_scale_st, mask_st, hidden_below,
-            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED, STAGES,
+            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED, STAGES, WEIGH,
         )  # fmt: skip
     tl.store(p_counts + i_row * splits + i_part, n)
+    if WEIGH:
+        store_part(p_parts, i_row * splits + i_part, most, total, always)
 
 
 @triton.jit
@@ -311,15 +326,17 @@ def _flatten(p_list_key, p_list_at, p_counts, p_before, splits, chunk, BLOCK: tl
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
 def choose_kernel(
     p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score, p_rows,
-    p_list_key, p_list_at, p_counts, p_before, p_positions,
+    p_list_key, p_list_at, p_counts, p_parts, p_before, p_positions, p_weighed,
     index_sb, index_sh, index_st, index_scale_sb, index_scale_sh, index_scale_st,
-    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, splits, slots,
+    mask_sb, mask_sh, mask_ss, mask_st, H, S, T, hidden_below, splits, slots, mass,
     R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
     MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_T: tl.constexpr, SCORED: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr, SCORED: tl.constexpr, BLOCK: tl.constexpr, WEIGH: tl.constexpr,
+    TELL: tl.constexpr,
 ):  # fmt: skip
-    """Positions (slots) of one row from its lists; grid (rows,)."""
+    """Positions (slots) of one row from its lists; grid (rows,). WEIGH: by a mass > 0 they may be
+    fewer than its budget. TELL: how many they are, and the share of the weights left out."""
     i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
     p_rows += i_row * ROW_FIELDS
     p_list_key += i_row * tl.cdiv(T, 16) * 16  # whole vectors
@@ -344,13 +361,13 @@ def choose_kernel(
         if INT8:
             p_index_scale += i_b * index_scale_sb + i_kv * index_scale_sh
         floor = tl.full((), HIDDEN + 1, tl.int32)
-        total = _list_span(
+        total, _, _, _ = _list_span(
             start, end, floor, p_rows, p_list_key, p_list_at,
             p_index + i_b * (index_sb * ALIGN) + i_kv * (index_sh * ALIGN), p_index_scale, p_mask,
             p_high + i_row * GROUP_PAD * BLOCK_R, p_low + i_row * GROUP_PAD * BLOCK_R,
             p_source + i_row * GROUP_PAD, p_score,
             index_st * ALIGN, index_scale_st, mask_st, hidden_below,
-            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED, 1,
+            R, BLOCK_R, GROUP, HEADS, PACK, MASK, LOW, INT8, DOT, BLOCK_T, SCORED, 1, False,
         )  # fmt: skip
         tl.debug_barrier()
         budget = tl.minimum(budget, total)
@@ -363,13 +380,32 @@ def choose_kernel(
         best = tl.maximum(best, tl.where(key == FORCED, HIDDEN, key))
         forced += (key == FORCED).to(tl.int32)
     n_forced = tl.sum(forced, 0)
+    top = tl.max(best, 0) + 1
     threshold, n_reach, n_above = _bisect(
-        p_list_key, total, floor, tl.max(best, 0) + 1, total, n_forced, budget, 0, BLOCK
+        p_list_key, total, floor, top, total, n_forced, budget, 0, BLOCK
     )
     # Keys above the threshold, and as many equal to it, from the left, as the budget has left.
     from_ties = tl.where(n_reach == budget, budget, budget - n_above)
     threshold = tl.where(n_forced >= budget, FORCED, threshold)
     from_ties = tl.where(n_forced >= budget, budget, from_ties)
+    most = 0.0
+    weight_of_all = 0.0
+    always = 0.0
+    held = tl.zeros((BLOCK,), tl.float32)
+    count = tl.load(p_rows + ROW_COUNT)
+    if WEIGH:
+        most, weight_of_all, always = join_parts(p_parts + i_row * splits * PART_FIELDS, splits)
+        need = mass * weight_of_all - always
+        if (mass > 0.0) & (count >= 0) & (weight_of_all > 0.0) & (n_forced < budget):
+            if need <= 0.0:
+                threshold = tl.full((), FORCED, tl.int32)
+                from_ties = n_forced
+            elif weight_from(p_list_key, total, floor, most, BLOCK) >= need:
+                lightest, ties, fewest = lightest_keys(
+                    p_list_key, total, floor, top, need, most, BLOCK
+                )
+                threshold = tl.where(fewest <= budget, lightest, threshold)
+                from_ties = tl.where(fewest <= budget, ties, from_ties)
     n = 0
     n_ties = 0
     for first in range(0, total, BLOCK):
@@ -381,8 +417,18 @@ def choose_kernel(
         chosen = (key > threshold) | ((tie != 0) & (tie_rank <= from_ties))
         slot = n + tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(p_positions + slot, at, mask=chosen & (slot < slots))
+        if TELL:
+            held += tl.where(chosen, weight_of(key, most), 0.0)
         n += tl.sum(chosen.to(tl.int32), 0)
         n_ties += tl.sum(tie, 0)
     for first in range(n // BLOCK * BLOCK, slots, BLOCK):
         o = first + tl.arange(0, BLOCK)
         tl.store(p_positions + o, tl.full((BLOCK,), -1, tl.int32), mask=(o >= n) & (o < slots))
+    if TELL:
+        left_out = 1.0 - (always + tl.sum(held, 0)) / tl.where(
+            weight_of_all > 0.0, weight_of_all, 1.0
+        )
+        # A row that reads all it sees, and one that sees nothing finite.
+        whole = (count < 0) | (n == count) | (weight_of_all == 0.0)
+        tl.store(p_weighed + i_row * 2, n.to(tl.float32))
+        tl.store(p_weighed + i_row * 2 + 1, tl.where(whole, 0.0, tl.maximum(left_out, 0.0)))

@@ -50,6 +50,21 @@ def ordered(score):
 
 
 @triton.jit
+def score_of(key):
+    """The fp32 score of an ordered key; NaN of HIDDEN and of FORCED."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def weight_of(key, most):
+    """exp(score - most) of ordered keys; 0 where that is hidden, forced or infinite, or `most` is
+    -inf."""
+    score = score_of(key)
+    counts = (score < float("inf")) & (score > float("-inf"))
+    return tl.where(counts, tl.exp(tl.where(counts, score - most, float("-inf"))), 0.0)
+
+
+@triton.jit
 def load_digits(
     p_high, p_low, p_source, first,
     BLOCK_R: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, LOW: tl.constexpr,

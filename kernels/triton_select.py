@@ -24,6 +24,9 @@ Bytes: rows * T * (R * index_bytes, + 4 for an int8 scale), and 8 for each liste
 budgets at T = 131072 and a budget of 2048. Grids, scratch shapes and specialisation do not depend
 on how many keys are visible; programs beyond the window exit at once.
 
+Where rows choose by a mass, or what they leave out is asked for, `list` adds up what keys weigh as
+it scores them, for each part of a row, and `choose` bisects by weights as well as by numbers.
+
 `index_scale` must not be negative (`index_rows` makes none): the maximum over a group is taken
 before the scale.
 
@@ -40,10 +43,9 @@ import torch
 import triton
 import triton.language as tl
 from loki_compile.kernels.budget import Budget
-from loki_compile.kernels.checks import check_select, hidden_below, keys_ranked
+from loki_compile.kernels.checks import check_select, hidden_below
 from loki_compile.kernels.triton_choose import (
     ROW_FIELDS,
-    SPLITS_MAX,
     choose_kernel,
     list_kernel,
     prepare_kernel,
@@ -70,39 +72,27 @@ from loki_compile.kernels.triton_score import (
     score_kernel,
     sum_kernel,
 )
+from loki_compile.kernels.triton_weigh import PART_FIELDS, SPLITS_MAX
 from torch import Tensor
 
 
-def select(
-    q: Tensor,
-    basis: Tensor | None,
-    index: Tensor,
-    index_scale: Tensor | None,
-    mask: Tensor | None,
-    bounds: Tensor | None,
-    *,
-    scale: float,
-    top_k: int | None,
-    keep_q16: int,
-    sink: int,
-    recent: int,
-    min_keys: int,
-    per_head: bool,
-    page: int = 1,
-    keys: int | None = None,
-    by_probability: bool = False,
-    launch: SelectLaunch | None = None,
-) -> Tensor:
+def select(q: Tensor, *tensors: Tensor | None, **options: Any) -> Tensor:
     """`loki::select`; see `loki_compile.kernels.ops`. `launch` replaces the table's choice."""
-    positions, stages = select_stages(
-        q, basis, index, index_scale, mask, bounds, scale=scale, top_k=top_k, keep_q16=keep_q16,
-        sink=sink, recent=recent, min_keys=min_keys, per_head=per_head, page=page, keys=keys,
-        by_probability=by_probability, launch=launch,
-    )  # fmt: skip
+    positions, _, stages = select_stages(q, *tensors, **options)
     with torch.cuda.device_of(q):
         for stage in stages:
             stage.run()
     return positions
+
+
+def select_weighed(q: Tensor, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    """`loki::select_weighed`; see `loki_compile.kernels.ops`. `launch` as for `select`."""
+    positions, weighed, stages = select_stages(q, *tensors, **options, weigh=True)
+    assert weighed is not None
+    with torch.cuda.device_of(q):
+        for stage in stages:
+            stage.run()
+    return positions, weighed
 
 
 def select_stages(
@@ -123,22 +113,25 @@ def select_stages(
     page: int = 1,
     keys: int | None = None,
     by_probability: bool = False,
+    mass: float = 0.0,
+    weigh: bool = False,
     launch: SelectLaunch | None = None,
-) -> tuple[Tensor, tuple[Stage, ...]]:
-    """The output of `select`, unwritten, and the launches that write it, in order."""
-    check_select(
+) -> tuple[Tensor, Tensor | None, tuple[Stage, ...]]:
+    """The outputs of `select_weighed`, unwritten, the second None unless keys are weighed, and the
+    launches that write them, in order."""
+    b, heads_out, s, t = check_select(
         q, basis, index, index_scale, mask, bounds,
         top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
-        per_head=per_head, page=page, keys=keys, by_probability=by_probability,
+        per_head=per_head, page=page, keys=keys, by_probability=by_probability, mass=mass,
+        weighed=weigh,
     )  # fmt: skip
-    b, hq, s, _ = q.shape
-    t, heads_out = keys_ranked(index, page, keys), hq if per_head else index.shape[1]
     slots = int(Budget(top_k, keep_q16, sink, recent, min_keys).slots(t))
     positions = q.new_empty((b, heads_out, s, slots), dtype=torch.int32)
+    weighed = positions.new_empty((b, heads_out, s, 2), dtype=torch.float32) if weigh else None
     if b * heads_out * s == 0:
-        return positions, ()
+        return positions, weighed, ()
     scored = TILES.value
-    if by_probability and hq > heads_out:
+    if by_probability and q.shape[1] > heads_out:
         scored = PROBABILITIES.value
     elif page > 1:
         scored = BEST.value
@@ -148,10 +141,10 @@ def select_stages(
         keep_q16, min(sink, t), min(recent, t), min(min_keys, t + 1),
     )  # fmt: skip
     call = _Call(
-        q, basis, index, index_scale, mask, bounds, positions,
-        scale=scale, budget=budget, keys=t, page=page, scored=scored, launch=launch,
+        q, basis, index, index_scale, mask, bounds, positions, weighed,
+        scale=scale, budget=budget, mass=mass, keys=t, page=page, scored=scored, launch=launch,
     )  # fmt: skip
-    return positions, call.stages()
+    return positions, weighed, call.stages()
 
 
 class _Call:
@@ -166,9 +159,11 @@ class _Call:
         mask: Tensor | None,
         bounds: Tensor | None,
         positions: Tensor,
+        weighed: Tensor | None,
         *,
         scale: float,
         budget: tuple[int, int, int, int, int],
+        mass: float,
         keys: int,
         page: int,
         scored: int,
@@ -176,6 +171,8 @@ class _Call:
     ) -> None:
         self.q, self.basis, self.index, self.index_scale = q, basis, index, index_scale
         self.bounds, self.positions, self.budget = bounds, positions, budget
+        self.weighed, self.mass = weighed, mass
+        self.weighs = mass > 0 or weighed is not None
         self.scale, self.page, self.scored = scale, page, scored
         self.tiles, self.int8 = scored == TILES.value, index.dtype == torch.int8
         self.heads_out, self.tokens, self.slots = positions.shape[1:]
@@ -228,13 +225,16 @@ class _Call:
         self.sample = scratch((self.rows, self.launch.sample), dtype=torch.int32)
         self.lists = scratch((2, self.rows, row_size), dtype=torch.int32)
         self.counts, self.before = scratch((2, self.rows, self.splits), dtype=torch.int32)
-        self.score = self.logits = self.mass = None
+        self.parts = None
+        if self.weighs:
+            self.parts = scratch((self.rows, self.splits, PART_FIELDS.value), dtype=torch.float32)
+        self.score = self.logits = self.log_mass = None
         if not self.tiles:
             self.score = self.logits = scratch((self.rows, row_size), dtype=torch.float32)
         if self.scored == PROBABILITIES.value:
             each = (self.rows, self.group)
             self.logits = scratch((*each, row_size), dtype=torch.float32)
-            self.mass = scratch(each, dtype=torch.float32)
+            self.log_mass = scratch(each, dtype=torch.float32)
 
     def stages(self) -> tuple[Stage, ...]:
         """The launches, in order."""
@@ -285,14 +285,14 @@ class _Call:
 
     def _add_up(self) -> None:
         mass_kernel[(self.rows, self.group)](
-            self.logits, self.bounds, self.mass, *self.bounds_strides,
+            self.logits, self.bounds, self.log_mass, *self.bounds_strides,
             self.heads_out, self.tokens, self.keys,
             BLOCK=self.launch.block, **self._row, num_warps=self.launch.row_warps,
         )  # fmt: skip
 
     def _add_heads(self) -> None:
         sum_kernel[(self.rows, self.splits)](
-            self.logits, self.bounds, self.mass, self.score, *self.bounds_strides,
+            self.logits, self.bounds, self.log_mass, self.score, *self.bounds_strides,
             self.heads_out, self.tokens, self.keys, self.splits,
             BLOCK=1024, **self._row, num_warps=4,
         )  # fmt: skip
@@ -317,17 +317,19 @@ class _Call:
     def _list(self) -> None:
         list_kernel[(self.rows, self.splits)](
             self.index, self.index_scale, self.mask, self.high, self.low, self.source, self.score,
-            self.records, *self.lists, self.counts, *self.strides,
+            self.records, *self.lists, self.counts, self.parts, *self.strides,
             self.heads_out, self.tokens, self.keys, self.hidden, self.splits,
-            STAGES=self.launch.stages, **self._tile, num_warps=self.launch.warps,
+            STAGES=self.launch.stages, WEIGH=self.weighs, **self._tile, num_warps=self.launch.warps,
         )  # fmt: skip
 
     def _choose(self) -> None:
         choose_kernel[(self.rows,)](
             self.index, self.index_scale, self.mask, self.high, self.low, self.source, self.score,
-            self.records, *self.lists, self.counts, self.before, self.positions, *self.strides,
-            self.heads_out, self.tokens, self.keys, self.hidden, self.splits, self.slots,
-            BLOCK=self.launch.block, **self._tile, num_warps=self.launch.row_warps,
+            self.records, *self.lists, self.counts, self.parts, self.before, self.positions,
+            self.weighed, *self.strides,
+            self.heads_out, self.tokens, self.keys, self.hidden, self.splits, self.slots, self.mass,
+            BLOCK=self.launch.block, WEIGH=self.weighs, TELL=self.weighed is not None,
+            **self._tile, num_warps=self.launch.row_warps,
         )  # fmt: skip
 
 

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from loki_compile.kernels.ops import KEEP_ALL_Q16, Budget
 from loki_compile.pca_store.basis import AUTO, BasisSet
-from loki_compile.policies.kinds import PLANS, RANKINGS, SPANS, Kind, kind_of
+from loki_compile.policies.kinds import PLANS, RANKINGS, SPANS, Kind, kind_of, why_unweighed
 
 if TYPE_CHECKING:
     from loki_compile.passes.attention import AttentionSite
 
 # Keys: no model of today caches as many.
 _LONGEST = 1 << 30
+MASS = "mass:"
+# Of the keys that a row sees, where a mass names no ceiling: twice the default of `top_k`.
+_CEILING = 0.25
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class LokiConfig:
         found, what is needed and what to do.
     """
 
-    top_k: int | float = 0.125
+    top_k: int | float | str = 0.125
     rank: int | float | str = AUTO
     basis: str | Path | BasisSet = "auto"
     min_context: int = 1024
@@ -43,6 +46,7 @@ class LokiConfig:
     policy: str | Mapping[Any, str] = "loki"
     prefill: str = "dense"
     strict: bool = False
+    watch_mass: float | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -60,7 +64,10 @@ class LokiConfig:
         return cls(**(options or {}))
 
     def __post_init__(self) -> None:
-        _fraction_or_count("top_k", self.top_k, "keys each query reads")
+        if isinstance(self.top_k, str):
+            _mass_and_ceiling(self.top_k)
+        else:
+            _fraction_or_count("top_k", self.top_k, "keys each query reads")
         if self.rank == AUTO:
             pass
         elif isinstance(self.rank, str):
@@ -71,7 +78,7 @@ class LokiConfig:
             value = getattr(self, name)
             if not _is_int(value) or value < 0:
                 raise ValueError(f"{name}={value!r}: needs a count of keys >= 0.")
-        if isinstance(self.top_k, int) and self.top_k < self.sink + self.recent:
+        if isinstance(self.ceiling, int) and self.ceiling < self.sink + self.recent:
             raise ValueError(
                 f"top_k={self.top_k} does not hold sink={self.sink} + recent={self.recent} keys "
                 "that are always kept: raise top_k, or lower sink or recent."
@@ -80,6 +87,7 @@ class LokiConfig:
         _one_of("index_dtype", self.index_dtype, ("auto", "int8", "cache"))
         _one_of("group_choice", self.group_choice, ("max", "probability"))
         _policies(self.policy)
+        self._check_weighed()
         _one_of("prefill", self.prefill, ("dense", "spans"))
         for name in ("pack_gqa", "strict"):
             if not isinstance(getattr(self, name), bool):
@@ -102,6 +110,31 @@ class LokiConfig:
             raise ValueError(f"inductor={self.inductor!r}: needs a dict of Inductor options.")
         if self.inductor:
             _inductor_options(self.inductor)
+
+    def _check_weighed(self) -> None:
+        """
+        Raises:
+          ValueError: keys are to be weighed, or a bound watched, by what is none, or by policies
+            whose rankings give no weights.
+        """
+        watched = self.watch_mass
+        if watched is not None and not (isinstance(watched, float) and 0.0 < watched < 1.0):
+            raise ValueError(
+                f"watch_mass={watched!r}: needs None, or the share of attention left out above "
+                "which a layer is warned of, a float in (0, 1) such as 0.1."
+            )
+        names = [self.policy] if isinstance(self.policy, str) else list(self.policy.values())
+        reasons = {name: why for name in names if (why := why_unweighed(name))}
+        if not reasons or not (self.mass or (watched is not None and isinstance(self.policy, str))):
+            return
+        name, why = next(iter(reasons.items()))
+        asked, fixed = f"top_k={self.top_k!r}", "; or a fixed top_k such as 0.125"
+        if not self.mass:
+            asked, fixed = f"watch_mass={watched!r}", ""
+        raise ValueError(
+            f"{asked}: policy={name!r} {why}: needs a policy whose scores weigh keys, such as "
+            f'"loki", "oracle" or "tidal"{fixed}.'
+        )
 
     def notices(self) -> list[str]:
         """What is allowed and is hardly meant, a sentence each."""
@@ -168,14 +201,30 @@ class LokiConfig:
         return isinstance(self.rank, str) and self.rank != AUTO
 
     @property
+    def mass(self) -> float:
+        """The share of attention that a row's keys are to hold; 0 where `top_k` says how many."""
+        return _mass_and_ceiling(self.top_k)[0] if isinstance(self.top_k, str) else 0.0
+
+    @property
+    def weighs(self) -> bool:
+        """Whether what rows read and leave out is added up, by layers."""
+        return bool(self.mass) or self.watch_mass is not None
+
+    @property
+    def ceiling(self) -> int | float:
+        """The most keys that a row reads, a fraction or a count: `top_k`, but where that is a
+        mass."""
+        return _mass_and_ceiling(self.top_k)[1] if isinstance(self.top_k, str) else self.top_k
+
+    @property
     def budget(self) -> Budget:
         """`top_k`, `sink`, `recent` and `min_context` as the passes and kernels take them."""
-        cap, keep = None, KEEP_ALL_Q16
-        if isinstance(self.top_k, int):
-            cap = self.top_k
+        cap, keep, most = None, KEEP_ALL_Q16, self.ceiling
+        if isinstance(most, int):
+            cap = most
         else:
-            keep = max(1, round(self.top_k * KEEP_ALL_Q16))
-        return Budget(cap, keep, self.sink, self.recent, self.min_context)
+            keep = max(1, round(most * KEEP_ALL_Q16))
+        return Budget(cap, keep, self.sink, self.recent, self.min_context, self.mass)
 
     def to_options(self) -> dict[str, Any]:
         """What differs from the defaults, as an `options` dict."""
@@ -186,6 +235,28 @@ class LokiConfig:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _mass_and_ceiling(value: str) -> tuple[float, int | float]:
+    """Of "mass:0.95", "mass:0.95,2048" or "mass:0.95,0.25".
+
+    Raises:
+      ValueError: another word, a share or a ceiling that cannot be.
+    """
+    share, comma, most = value.removeprefix(MASS).partition(",")
+    try:
+        mass = float(share)
+        ceiling = _CEILING if not comma else int(most) if most.strip().isdecimal() else float(most)
+    except ValueError:
+        mass = ceiling = 0.0
+    fits = ceiling >= 1 if isinstance(ceiling, int) else 0.0 < ceiling <= 1.0
+    if value.startswith(MASS) and 0.0 < mass < 1.0 and fits:
+        return mass, ceiling
+    raise ValueError(
+        f"top_k={value!r:.60}: needs a fraction in (0, 1] (float), a count >= 1 (int), or "
+        f'"{MASS}0.95": a share of attention in (0, 1), with the most keys behind it, as in '
+        f'"{MASS}0.95,2048" or "{MASS}0.95,{_CEILING}" (the ceiling where there is none).'
+    )
 
 
 def _fraction_or_count(name: str, value: Any, meaning: str) -> None:

@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch._dynamo.utils import counters
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from loki_compile.readings import Reading, Readings, joined
 from loki_compile.report import given_up
 
 log = logging.getLogger("loki_compile")
@@ -54,6 +55,12 @@ class Tally:
         self.model = model
         self.counts: Counter[str] = Counter()
         self.dense_because: Counter[str] = Counter()
+        self.readings: dict[tuple[str, ...], Readings] = {}
+
+    def readings_of(self, paths: tuple[str, ...]) -> Readings:
+        """What the sites of these paths read: one for all graphs that have the same."""
+        found = self.readings.get(paths)
+        return self.readings.setdefault(paths, Readings(paths)) if found is None else found
 
     def add(self, name: str, amount: int = 1) -> None:
         """Adds to one of the counts of `stats`."""
@@ -71,6 +78,8 @@ class Tally:
         """Sets the counts back to zero."""
         self.counts.clear()
         self.dense_because.clear()
+        for readings in self.readings.values():
+            readings.clear()
 
 
 def tally_of(gm: fx.GraphModule, inputs: Sequence[Any]) -> Tally:
@@ -118,13 +127,18 @@ def stats() -> dict[str, Any]:
     those that Inductor had compiled for; rebuilds: indexes projected anew from a cache;
     fitted_bases: bases fitted because none was stored; index_bytes, peak_index_bytes: memory of the
     indexes alive now, and the most since `reset_stats`; given_up: what Dynamo runs eagerly, counted
-    nowhere, and what to set (see `given_up`); models: the same counts for each model.
+    nowhere, and what to set (see `given_up`); models: the same counts for each model, and, by a
+    budget of mass or with `watch_mass`, layers: of each site by its path the means over rows and
+    sparse steps, keys that a row reads, and left_out, the share of attention on others as the
+    scores that rank keys estimate it. These lie on the device, and are read by this call.
     """
     with _lock:
+        layers = {tally.model: _layers(tally) for tally in _tallies.values()}
         each: dict[str, dict[str, Any]] = {
             tally.model: {
                 **{name: tally.counts[name] for name in _STEPS},
                 "dense_because": dict(tally.dense_because),
+                **({"layers": layers[tally.model]} if layers[tally.model] else {}),
             }
             for tally in _tallies.values()
             if tally.counts
@@ -138,6 +152,11 @@ def stats() -> dict[str, Any]:
             "given_up": given_up(),
             "models": each,
         }
+
+
+def _layers(tally: Tally) -> dict[str, dict[str, float]]:
+    found = joined([readings.read() for readings in tally.readings.values()])
+    return {path: {"keys": each.keys, "left_out": each.left_out} for path, each in found.items()}
 
 
 def reset_stats() -> None:
@@ -166,6 +185,27 @@ def say_once(key: Any, sentence: str | Callable[[], str]) -> None:
     if first or log.isEnabledFor(logging.INFO):
         text = sentence if isinstance(sentence, str) else sentence()
         _notices.log(logging.WARNING if first else logging.INFO, "loki_compile: %s", text)
+
+
+def warn_of_left_out(tally: Tally, most: float, layers: dict[str, Reading]) -> None:
+    """Warns, once of each layer, of those that leave out more than `most` of their attention."""
+    worst: list[tuple[float, str]] = []
+    for path, reading in layers.items():
+        key = (tally.model, "left out", path)
+        with _lock:
+            if reading.left_out > most and key not in _said:
+                _said.add(key)
+                worst.append((reading.left_out, path))
+    if not worst:
+        return
+    share, path = max(worst)
+    others = f" and {len(worst) - 1} other layers" if len(worst) > 1 else ""
+    _notices.warning(
+        "loki_compile: %s: %s%s leave out %.1f %% of attention or less, more than watch_mass=%g "
+        "(means so far, as the scores that rank keys estimate it): raise top_k, or its ceiling, "
+        "or rank. loki_compile.stats() has every layer.",
+        tally.model, path, others, 100 * share, most,
+    )  # fmt: skip
 
 
 def forget_notices() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx
 
 from loki_compile.engines import Variant, in_turn
+from loki_compile.readings import Reading
 
 # Seconds per node of a graph, until compilations in this process tell. Decode graphs of 30 layers
 # have 2200 nodes; one took 26 s of a quiet machine, and 90 to 120 s of a very busy one.
@@ -94,6 +95,10 @@ class Deferred:
             return ""
         left = max(self.price() - self.spent, 0) / _SAVED
         return f"node by node, uncompiled: compiled after {left:.0f} s more of it"
+
+    def readings(self) -> dict[str, Reading]:
+        """None, likewise."""
+        return {}
 
     def fitted_bases(self) -> dict[str, str]:
         """None: nothing of it is sparse."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loki_compile.config import LokiConfig
     from loki_compile.passes.attention import AttentionSite, Skipped
     from loki_compile.passes.plan import Plan, SparseSite
+    from loki_compile.readings import Reading
 
 log = logging.getLogger("loki_compile")
 
@@ -41,6 +42,9 @@ class Running(Protocol):
     def fitted_bases(self) -> dict[str, str]:
         """Of each site whose cache has an automatic basis, by its path: what it was fitted from."""
 
+    def readings(self) -> dict[str, Reading]:
+        """Of each site whose rows are weighed, by its path: what they read so far."""
+
 
 @dataclass(frozen=True)
 class SiteReport:
@@ -52,7 +56,8 @@ class SiteReport:
     its scales with it (None where dense); basis tells where the projection comes from; note
     is what one should know of its policy and of the kernels that serve its device, mostly "";
     policy chooses keys, or says whose choice is read; reads is the path of the site whose it is;
-    spans is what KV heads read where that is spans, as a word of `policy=`.
+    spans is what KV heads read where that is spans, as a word of `policy=`; keys and left_out are
+    what `stats` has of the site, None where its rows are not weighed, or have not run.
     """
 
     path: str
@@ -70,6 +75,8 @@ class SiteReport:
     policy: str = ""
     reads: str = ""
     spans: str = ""
+    keys: float | None = None
+    left_out: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,16 @@ class Folded:
         shown = "?" if not ranks else "-".join(map(str, sorted({min(ranks), max(ranks)})))
         return f"{shown} of {self.sites[0].head_dim}"
 
+    @property
+    def reads(self) -> str:
+        """What rows read so far, on average, where that is known."""
+        known = [(s.keys, s.left_out) for s in self.sites if s.keys is not None]
+        if not known:
+            return ""
+        keys = sum(keys for keys, _ in known) / len(known)
+        left_out = sum(share or 0.0 for _, share in known) / len(known)
+        return f"reads {keys:.0f} keys, leaves out {left_out:.1%}"
+
 
 def fold(reports: Iterable[GraphReport]) -> list[Folded]:
     """The rows of all sites: those of graphs that decode first, prefills last, equal rows once."""
@@ -126,7 +143,10 @@ def fold(reports: Iterable[GraphReport]) -> list[Folded]:
     for report in sorted(reports, key=_by_plan):
         kinds: dict[tuple[Any, ...], list[SiteReport]] = {}
         for site in report.sites:
-            alike = replace(site, path="", cache="", rank=None, index_bytes_per_token=None)
+            alike = replace(
+                site, path="", cache="", rank=None, index_bytes_per_token=None, keys=None,
+                left_out=None,
+            )  # fmt: skip
             kinds.setdefault((alike, _NUMBER.sub("*", site.path)), []).append(site)
         for sites in kinds.values():
             for same, where in _by_layer(sites):
@@ -188,7 +208,7 @@ def _cells(row: Folded) -> tuple[str, str, str, str, str]:
     if site.outcome == "sparse":
         more = [f"policy {site.policy}"] if site.policy != "loki" else []
         more += [f"basis {site.basis}"] if site.basis else []
-        more += [site.note] if site.note else []
+        more += [words for words in (site.note, row.reads) if words]
         dims = f"{row.dims} dims" if site.basis else ""
         return row.where, site.outcome, heads, dims, "; ".join(more)
     return row.where, site.outcome, heads, "", f"{site.reason} ({site.see})"
@@ -247,8 +267,14 @@ def reports() -> Reports:
 def _as_it_is(report: GraphReport, graph: Running | None) -> GraphReport:
     if graph is None:
         return report
-    now, fitted = graph.state(), graph.fitted_bases()
+    now, fitted, read = graph.state(), graph.fitted_bases(), graph.readings()
     sites = tuple(replace(site, basis=fitted.get(site.path, site.basis)) for site in report.sites)
+    sites = tuple(
+        replace(site, keys=read[site.path].keys, left_out=read[site.path].left_out)
+        if site.outcome != "dense" and site.path in read
+        else site
+        for site in sites
+    )
     if graph.gave_up is not None:
         sites = tuple(
             replace(site, outcome="dense", reason=now, index_bytes_per_token=None)

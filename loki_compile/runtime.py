@@ -9,6 +9,7 @@ and there are true indexes, a third one runs: dense attention, with the sparse o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from loki_compile.buffers import UNLIMITED, Growing, Growth
 from loki_compile.builds import Watch
 from loki_compile.caches import CacheBinding, Cached, reading_waits, version_of
 from loki_compile.config import LokiConfig
-from loki_compile.counts import Because, say_once
+from loki_compile.counts import Because, say_once, warn_of_left_out
 from loki_compile.deferred import Deferred
 from loki_compile.engines import Variant, in_turn
 from loki_compile.exact_steps import exact_now
@@ -29,6 +30,7 @@ from loki_compile.index_record import IndexRecord
 from loki_compile.kernels.kept import Layout
 from loki_compile.passes.attention import MAX_QUERY_TOKENS
 from loki_compile.passes.shared_caches import Part, with_parts
+from loki_compile.readings import Reading
 from loki_compile.recovery import Rollback, Saved, is_shortage, ordinary_tensors
 from loki_compile.setbacks import Setbacks
 from loki_compile.step_indexes import StepIndexes
@@ -145,6 +147,15 @@ class DecodeGraph:
             for sparse in self.variants.plan.sparse
             if bindings[sparse.cache].fitted
         }
+
+    def readings(self) -> dict[str, Reading]:
+        """Of each site whose rows are weighed, by its path: what they read so far. Waits for the
+        device."""
+        found = self.served.tally.readings.get(self.variants.weighed)
+        told = {} if found is None else found.read()
+        paths = [sparse.site.path for sparse in self.variants.plan.sparse if sparse.weighed]
+        names = zip(paths, self.variants.weighed, strict=True)
+        return {path: told[name] for path, name in names if name in told}
 
     def _missed(self) -> None:
         self.interpreted += 1
@@ -303,6 +314,7 @@ class DecodeGraph:
             return self._after(error, step, "the sparse variant failed", saved)
         if not exact:
             self._say_it_ran(step, records)
+            self._note_readings(step, outputs)
         try:
             self._adopt(step, outputs, records)
         except Exception as error:  # out of memory: the step is right, its index is built anew
@@ -359,8 +371,23 @@ class DecodeGraph:
             return self._after(error, step, "the sparse variant failed", saved)
         trail.go_on(step, self.fast.watched(step))
         trail.unsettle()
+        if self.variants.weighed and not exact:
+            outputs = list(outputs)
+            self._note_readings(step, outputs)
         self._count(step, exact)
         return outputs
+
+    def _note_readings(self, step: Step, outputs: list[Any]) -> None:
+        """Takes what rows read off the outputs of a sparse step; no device sync."""
+        names = self.variants.weighed
+        if not names:
+            return
+        tally = step.served.tally
+        readings = tally.readings_of(names)
+        readings.add(outputs[-len(names) :])
+        del outputs[-len(names) :]
+        if self.config.watch_mass is not None:
+            readings.look(functools.partial(warn_of_left_out, tally, self.config.watch_mass))
 
     def _variant(self, layouts: tuple[Layout | None, ...], exact: bool) -> Variant | None:
         """The variant that takes these indexes, compiled at its first use. None: stay dense."""

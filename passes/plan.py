@@ -50,6 +50,11 @@ class SparseSite:
     source: int | None = None
 
     @property
+    def weighed(self) -> bool:
+        """Whether what its rows choose and leave out leaves the graph."""
+        return self.choice.weighed and self.source is None
+
+    @property
     def reads_all(self) -> bool:
         """Whether its own result stays dense: it chooses for others alone."""
         return self.choice.dense_result

@@ -24,8 +24,10 @@ class Ranking:
 
     `positions` adds to a graph the node that chooses: int32 (B, Hkv or Hq, S, K), ascending, -1
     behind them, as `kernels` has it; or, with `ranges`, two ranges of keys for each row, as
-    `loki::attention` takes them, which no other site can read. `keeps` is what it needs beside each
-    cache that it ranks. `refuses` says why it cannot serve a site over a cache, "" where it can.
+    `loki::attention` takes them, which no other site can read. `weighs`: the softmax of what it
+    ranks by says what keys weigh, as `kernels.ops.select_weighed` does. `keeps` is what it needs
+    beside each cache that it ranks. `refuses` says why it cannot serve a site over a cache, ""
+    where it can.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Ranking:
     keeps: Keeps = Keeps.NOTHING
     refuses: Callable[[AttentionSite, KeyCache], str] = lambda site, cache: ""
     ranges: bool = False
+    weighs: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Choice:
     same slots, it reads the positions that one has chosen: KV head i those of the source's KV head
     `heads[i]`, or of the same one; it chooses itself where the source has become dense. With
     `dense_result` it reads all keys and chooses for others. `spans` say how many keys each KV head
-    reads where the ranking reads ranges. `note` is what one should know of it.
+    reads where the ranking reads ranges. `note` is what one should know of it. `weighed`: what its
+    rows choose and leave out is noted, where its ranking weighs keys.
     """
 
     ranking: Ranking | None
@@ -72,6 +76,7 @@ class Choice:
     dense_result: bool = False
     note: str = ""
     spans: Spans | None = None
+    weighed: bool = False
 
     @property
     def rule(self) -> Budget | Spans:
@@ -91,7 +96,8 @@ class Asked:
     tensor, less); `kept`: what is kept of the cache behind this step, its rows as (B, Hkv, rows,
     width); `query_basis` (Hkv, D, R) or (B, Hkv, D, R) where that is an index. `mask` and `bounds`
     as `kernels.ops.select` takes them. `shared` is of the whole graph: what sites have in common is
-    made once.
+    made once. A ranking that weighs keys appends to `weighed`, if the choice asks for it, what
+    `kernels.ops.select_weighed` says of the rows.
     """
 
     graph: fx.Graph
@@ -104,3 +110,4 @@ class Asked:
     mask: fx.Node | None = None
     bounds: fx.Node | None = None
     shared: dict[Any, fx.Node] = field(default_factory=dict)
+    weighed: list[fx.Node] = field(default_factory=list)

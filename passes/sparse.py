@@ -52,7 +52,8 @@ def rewrite_sparse(
     index rows, (index scales,) key basis (Hkv, D, R) fp32, query basis (Hkv, D, R) fp32; or page
     bounds; and, for each such cache that is replaced rather than mutated, and grows in none of the
     `rooms`, the outputs: index rows (, index scales), or page bounds. `layouts` says how it is
-    kept, None where nothing is.
+    kept, None where nothing is. Behind these, for each site that is `weighed`, in order: the means
+    over its rows of what `kernels.ops.select_weighed` tells of them, (2,) fp32.
     """
     graph = gm.graph
     plan = with_plain_masks(graph, plan)
@@ -60,6 +61,7 @@ def rewrite_sparse(
     places, kept, outputs = _mirrored(graph, plan, layouts, rooms)
     shared: dict[Any, fx.Node] = {}
     chosen: list[fx.Node] = []
+    weighed: list[fx.Node] = []
     for sparse in plan.sparse:
         with graph.inserting_before(sparse.site.node):
             of_cache = kept.get(sparse.cache, []), places.get(sparse.cache)
@@ -69,11 +71,14 @@ def rewrite_sparse(
             else:
                 assert sparse.choice.ranking is not None
                 chosen.append(sparse.choice.ranking.positions(asked))
+                # Each leaves the graph by itself: joined they would cross from block to block.
+                means = (call(graph, torch.mean, x, (0, 1, 2), like=x) for x in asked.weighed)
+                weighed += means
             if sparse.reads_all:
                 continue
             out = _sparse_attention(asked, chosen[-1], sinks, masks)
         sparse.site.node.replace_all_uses_with(out)
-    _append_outputs(graph, outputs)
+    _append_outputs(graph, [*outputs, *weighed])
     return finish(gm)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from loki_compile.kernels.checks import hidden_below
-from loki_compile.kernels.ops import attend, attention, select
+from loki_compile.kernels.ops import attend, attention, select, select_weighed
 
 
 @dataclass
@@ -49,9 +49,9 @@ class _Looking(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         seen = self.watch.seen
-        if seen is not None and n.target in (attend, attention, select):
+        if seen is not None and n.target in (attend, attention, select, select_weighed):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            if n.target is select:
+            if n.target in (select, select_weighed):
                 _note_ranking(seen, args, kwargs)
             elif n.target is attention and kwargs.get("ranges") is None:
                 read = _all_bytes(args[1], args[2], args[3], kwargs.get("k_pe"))

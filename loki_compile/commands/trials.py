@@ -298,4 +298,7 @@ def _usual(milliseconds: Sequence[float]) -> float | None:
 
 def _ran() -> Row:
     counts = stats()
-    return {"sparse_steps": counts["sparse_steps"], "dense_steps": counts["dense_steps"]}
+    row: Row = {"sparse_steps": counts["sparse_steps"], "dense_steps": counts["dense_steps"]}
+    layers = [m["layers"] for m in counts["models"].values() if "layers" in m]
+    told = [layer["left_out"] for each in layers for layer in each.values()]
+    return row | ({"left_out": statistics.fmean(told)} if told else {})

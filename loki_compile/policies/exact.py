@@ -22,4 +22,4 @@ def refuses(site: AttentionSite, cache: KeyCache) -> str:
     return ""
 
 
-EXACT = Ranking("oracle", positions, refuses=refuses)
+EXACT = Ranking("oracle", positions, refuses=refuses, weighs=True)

@@ -24,6 +24,13 @@ RANKINGS = ("loki", "oracle", "window", "quest", "unified", "moa")
 # Those that read ranges of keys, and choose none that another layer could read.
 SPANS = "moa"
 PLANS = ("tidal", "tidal-published", "lessismore", "kascade")
+# Why what they rank by, if anything, weighs no keys.
+_UNWEIGHED = {
+    "window": "ranks nothing",
+    "quest": "ranks by bounds of pages, which are no scores of keys",
+    "unified": "has heads name keys in turn, which nothing weighs",
+    "moa": "reads spans and ranks nothing",
+}
 
 _REUSE = re.compile(r"reuse(?::(\d+)(?::(\d+(?:,\d+)*))?)?")
 _SPANS = re.compile(rf"{SPANS}:(\d{{1,9}}):(.+)")
@@ -55,6 +62,16 @@ class Kind:
         if self.spans:
             return f"{self.ranking}:{self.sink}:{heads_text(self.spans)}"
         return "+".join(part for part in (self.ranking, "dense" * self.dense) if part)
+
+
+def why_unweighed(name: str) -> str:
+    """Why a word of `policy=`, or a plan's name, has no weights of keys by which a budget could be
+    chosen; "" where it has, or chooses nothing."""
+    if name in PLANS:
+        name = "unified" if name == "lessismore" else "oracle"
+    elif name.endswith((".json", ".tsv")) or ".tsv@" in name:
+        return ""  # what the file holds is seen when it is read
+    return _UNWEIGHED.get(kind_of(name).ranking if name not in RANKINGS else name, "")
 
 
 def kind_of(text: object) -> Kind:

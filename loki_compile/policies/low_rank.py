@@ -15,4 +15,4 @@ def positions(asked: Asked) -> fx.Node:
     return selected(asked, asked.query_basis, index, scale[0] if scale else None)
 
 
-LOW_RANK = Ranking("loki", positions, Keeps.INDEX)
+LOW_RANK = Ranking("loki", positions, Keeps.INDEX, weighs=True)

@@ -10,7 +10,7 @@ from loki_compile.config import LokiConfig
 from loki_compile.kernels.spans import ONE_Q16, Span, Spans
 from loki_compile.passes.policy import Candidate, Choice, Policy, Ranking
 from loki_compile.policies.exact import EXACT
-from loki_compile.policies.kinds import PLANS, SPANS, Kind
+from loki_compile.policies.kinds import PLANS, SPANS, Kind, why_unweighed
 from loki_compile.policies.layers import choices_of
 from loki_compile.policies.low_rank import LOW_RANK
 from loki_compile.policies.moa import MOA
@@ -85,16 +85,27 @@ def _choice(
     if budget.recent == 0 and reuses:
         budget = dataclasses.replace(budget, recent=1)  # a reader's newest key is no other's
     ranking = RANKINGS[kind.ranking] if kind.ranking else None
+    if config.mass and (why := why_unweighed(str(kind)) if ranking else ""):
+        raise ValueError(
+            f"top_k={config.top_k!r}: {candidate.site.path or 'a site'} {why}, by the plan of "
+            f'policy={config.policy!r}: needs layers of "loki" and "oracle", or a fixed top_k.'
+        )
     site, spans = candidate.site, None
     if kind.ranking == SPANS:
         spans = spans_of(kind, site.kv_heads, site.path or "a site", config)
     if spans is not None and kind.spans and spans.whole:
         ranking = spans = None
     note = "" if spans is None else f"{spans.share(SHARE_AT):.0%} of {SHARE_AT} keys"
+    if config.mass and ranking is not None:
+        note = f"{config.mass:g} of what keys weigh, {_most_text(config.ceiling)} of them"
     return Choice(
         ranking, budget, per_head, by_probability, dense_result=kind.dense, note=note,
-        spans=spans,
+        spans=spans, weighed=ranking is not None and ranking.weighs and config.weighs,
     )  # fmt: skip
+
+
+def _most_text(ceiling: int | float) -> str:
+    return f"at most {ceiling if isinstance(ceiling, int) else f'{ceiling:.4g}'}"
 
 
 def spans_of(kind: Kind, kv_heads: int, where: str, config: LokiConfig) -> Spans:

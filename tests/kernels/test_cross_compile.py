@@ -136,7 +136,7 @@ def mask_tensors(kind, b, hq, s, t):
 def select_launches(
     chip, *, b=1, hq=32, hkv=8, s=1, t=300, d=128, r=32, q=torch.bfloat16, index=torch.int8,
     top_k=2048, min_keys=1024, mask=None, per_head=False, scorer="low rank", by_probability=False,
-    page=1,
+    page=1, mass=0.0, weigh=False,
 ):  # fmt: skip
     mask, bounds = mask_tensors(mask, b, hq, s, t)
     basis, scale, rows = torch.empty(hkv, d, r), None, torch.empty(b, hkv, t, r, dtype=index)
@@ -148,11 +148,11 @@ def select_launches(
         basis, rows = None, torch.empty(b, hkv, -(-t // page), 2 * d, dtype=index)
     return recorded(
         triton_select, SELECT_KERNELS, chip,
-        lambda: triton_select.select(
+        lambda: (triton_select.select_weighed if weigh else triton_select.select)(
             torch.empty(b, hq, s, d, dtype=q), basis, rows, scale, mask, bounds,
             scale=0.1, top_k=top_k, keep_q16=65536, sink=4, recent=32,
             min_keys=min_keys, per_head=per_head, page=page, keys=t if page > 1 else None,
-            by_probability=by_probability,
+            by_probability=by_probability, mass=mass,
         ),
     )  # fmt: skip
 
@@ -234,6 +234,16 @@ SCORERS_MORE = [
     dict(scorer="pages", page=256, index=torch.float32, d=256),
     dict(by_probability=True, index=BF16, hq=71, hkv=1, r=20, mask="additive"),
 ]
+WEIGHED = [
+    dict(mass=0.95, weigh=True),
+    dict(mass=0.95, weigh=True, scorer="exact", index=BF16, by_probability=True, mask="additive"),
+]
+WEIGHED_MORE = [
+    dict(mass=0.95, mask="bool"),
+    dict(weigh=True, index=BF16, mask="additive", s=4),
+    dict(mass=0.95, weigh=True, hq=71, hkv=1, d=64, r=20),
+    dict(mass=0.95, weigh=True, r=64, index=torch.float32, q=torch.float32, mask="additive"),
+]
 SELECT_MORE = [
     dict(mask="bool", s=4),
     dict(mask="additive", r=64),
@@ -293,6 +303,21 @@ def test_select_fits(chip, case):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("case", SCORERS, ids=str)
 def test_every_scorer_fits(chip, case):
+    assert_fits(select_launches(chip, **case), chip)
+
+
+@pytest.mark.parametrize(
+    "chip", [c if c == "sm90" else pytest.param(c, marks=pytest.mark.slow) for c in CHIPS]
+)
+@pytest.mark.parametrize("case", WEIGHED, ids=str)
+def test_what_weighs_keys_fits(chip, case):
+    assert_fits(select_launches(chip, **case), chip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("case", WEIGHED_MORE, ids=str)
+def test_what_weighs_keys_fits_everywhere_else(chip, case):
     assert_fits(select_launches(chip, **case), chip)
 
 
@@ -386,7 +411,7 @@ def test_a_processor_holds_the_programs_that_the_table_counts_on(chip):
         assert count * threads * needs.registers <= limit.registers, needs
 
 
-@pytest.mark.parametrize("case", SCORERS, ids=str)
+@pytest.mark.parametrize("case", [*SCORERS, *WEIGHED], ids=str)
 def test_no_scorers_kernels_or_grids_change_as_a_cache_grows(case):
     seen = [select_launches("sm90", t=t, **case) for t in (2, 1000, 1001, 1003, 4096, 5000)]
     kernels = [[x.identity() for x in launches] for launches in seen]

@@ -4,6 +4,7 @@ Legend: B batch, Hq query heads, Hkv KV heads, S new tokens, T cached tokens, D 
 dims, K slots.
 """
 
+import math
 import re
 import zlib
 
@@ -22,6 +23,7 @@ from loki_compile.kernels.ops import (
     extend_pages,
     hidden_below,
     select,
+    select_weighed,
     update_pages,
 )
 from toy_capture import recorded
@@ -259,6 +261,93 @@ def test_slots_hold_the_choice_of_any_row(budget, cached, slots):
     assert budget.slots(cached) == slots >= max(budget.keys(n) for n in range(1, cached + 1))
 
 
+BACKENDS = [reference, cpu, cpu_torch]
+by_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda x: x.__name__.split(".")[-1])
+
+
+def weigh(backend, scores, mask=None, **changes):
+    """Positions that one row chooses by these scores, and what it is told of them."""
+    index = torch.tensor(scores, dtype=torch.float32).view(1, 1, -1, 1)
+    bounds = None if mask is None else mask_bounds(mask)
+    options = {**SELECT, "scale": 1.0, "sink": 0, "recent": 0, "top_k": 100, **changes}
+    inputs = (torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1), index, None, mask, bounds)
+    positions, weighed = backend.select_weighed(*inputs, **options)
+    count, left_out = weighed.flatten().tolist()
+    chosen = positions.flatten().tolist()
+    assert chosen[int(count) :] == [-1] * (len(chosen) - int(count))
+    return chosen[: int(count)], left_out
+
+
+LOGS = [math.log(x) for x in (10, 40, 5, 25, 20)]  # per cent
+
+
+@by_backend
+@pytest.mark.parametrize(
+    "mass, chosen, left_out",
+    [
+        (0.01, [1], 0.6),
+        (0.39, [1], 0.6),
+        (0.41, [1, 3], 0.35),
+        (0.84, [1, 3, 4], 0.15),
+        (0.86, [0, 1, 3, 4], 0.05),
+        (0.96, [0, 1, 2, 3, 4], 0.0),
+    ],
+)
+def test_a_mass_is_the_fewest_of_the_best_that_hold_it(backend, mass, chosen, left_out):
+    assert weigh(backend, LOGS, mass=mass) == (chosen, pytest.approx(left_out, abs=1e-6))
+
+
+@by_backend
+def test_what_is_always_kept_counts_towards_the_mass(backend):
+    assert weigh(backend, LOGS, mass=0.29, sink=1, recent=1)[0] == [0, 4]
+    assert weigh(backend, LOGS, mass=0.31, sink=1, recent=1)[0] == [0, 1, 4]
+
+
+@by_backend
+def test_a_mass_never_goes_over_its_ceiling_nor_below_what_is_kept(backend):
+    assert weigh(backend, LOGS, mass=0.999, top_k=2) == ([1, 3], pytest.approx(0.35, abs=1e-6))
+    assert weigh(backend, LOGS, mass=0.01, sink=2, recent=1)[0] == [0, 1, 4]
+    assert weigh(backend, LOGS, mass=0.01, min_keys=6) == ([0, 1, 2, 3, 4], 0.0)
+
+
+@by_backend
+def test_hidden_keys_weigh_nothing(backend):
+    mask = torch.tensor([True, False, True, True, True]).view(1, 1, 1, 5)
+    chosen, left_out = weigh(backend, LOGS, mask, mass=0.7)
+    assert (chosen, left_out) == ([3, 4], pytest.approx(15 / 60, abs=1e-6))
+    nothing = torch.zeros(1, 1, 1, 5, dtype=torch.bool)
+    assert weigh(backend, LOGS, nothing, mass=0.7) == ([], 0.0)
+
+
+@by_backend
+def test_scores_that_are_not_finite_weigh_nothing(backend):
+    scores = [*LOGS, math.inf, -math.inf, math.nan]
+    assert weigh(backend, scores, mass=0.39) == ([1, 5], pytest.approx(0.6, abs=1e-6))
+    none = [-math.inf, math.nan, math.inf]
+    assert weigh(backend, none, mass=0.5, top_k=2) == ([0, 2], 0.0), "not the ceiling"
+
+
+@by_backend
+def test_a_fixed_budget_is_told_what_it_leaves_out(backend):
+    assert weigh(backend, LOGS, top_k=2) == ([1, 3], pytest.approx(0.35, abs=1e-6))
+    assert weigh(backend, LOGS, top_k=2, sink=1, recent=1) == ([0, 4], pytest.approx(0.7))
+    assert weigh(backend, LOGS, top_k=5) == ([0, 1, 2, 3, 4], 0.0)
+
+
+@pytest.mark.parametrize("op", [select, select_weighed])
+@pytest.mark.parametrize("mass", [-0.1, 1.0, math.nan])
+def test_a_mass_that_cannot_be_is_refused(op, mass):
+    with pytest.raises(ValueError, match=r"mass is .* allowed: 0 \(none\) or a share in"):
+        op(**select_args(mass=mass))
+
+
+def test_pages_weigh_no_keys():
+    with pytest.raises(ValueError, match="bounds of pages are no scores of keys"):
+        select(**select_args(**PAGED, mass=0.9))
+    with pytest.raises(ValueError, match="bounds of pages are no scores of keys"):
+        select_weighed(**select_args(**PAGED))
+
+
 def test_recent_and_sink_count_visible_keys_alone():
     mask = torch.tensor([0, 1, 0, 1, 1, 1, 0, 1, 0], dtype=torch.bool).view(1, 1, 1, 9)
     assert choose([9] * 3 + [1, 5, 2, 9, 0, 9], mask=mask, top_k=3, sink=1, recent=1) == [1, 4, 7]
@@ -341,6 +430,12 @@ PAGED = {"basis": None, "index": torch.randn(B, HKV, 5, 2 * D), "page": PAGE, "k
 @pytest.mark.parametrize("by_probability", [False, True])
 def test_opcheck_of_the_other_scorers(form, by_probability):
     opcheck(select, select_args(**form, by_probability=by_probability))
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.8])
+@pytest.mark.parametrize("more", [{}, EXACT, {"by_probability": True}, {"per_head": True}])
+def test_opcheck_of_what_weighs_keys(mass, more):
+    opcheck(select_weighed, select_args(**more, mass=mass))
 
 
 def page_args(rows=5):

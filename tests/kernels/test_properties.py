@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from loki_compile.kernels import cpu, cpu_torch, reference
+from loki_compile.kernels.budget import Budget
 from loki_compile.kernels.checks import hidden_below
 from loki_compile.kernels.fused import index_rows
 from loki_compile.kernels.masks import mask_bounds
@@ -42,6 +43,7 @@ def implementations() -> list:
 
     class Triton:
         select = staticmethod(triton_select.select)
+        select_weighed = staticmethod(triton_select.select_weighed)
         attend = staticmethod(triton_attend.attend)
         update_pages = staticmethod(triton_pages.update_pages)
         extend_pages = staticmethod(triton_pages.extend_pages)
@@ -369,6 +371,98 @@ def test_every_scorer_and_group_choice_is_as_defined(case, data):
         positions = implementation.select(*inputs, **case.options(), **more)
         check_choice(case, positions, inputs, **more)
     count("selection: scorers and group choices")
+
+
+def check_weighed(
+    case: Case, positions: Tensor, weighed: Tensor, inputs: list, **more: float
+) -> None:
+    """Clause 10: of what is chosen, what it weighs; and, by a mass, that it is the fewest.
+
+    more: options that `case` does not have.
+    """
+    options = {**case.options(), **more}
+    mass = more.get("mass", 0.0)
+    budget = Budget(*(options[name] for name in ("top_k", "keep_q16", "sink", "recent")),
+                    options["min_keys"], mass)  # fmt: skip
+    by = {"per_head": options["per_head"], "by_probability": more.get("by_probability", False)}
+    score = reference.scores(*inputs[:5], scale=case.scale, **by)
+    heads = score.shape[1]
+    visible, _ = case.visible_and_mask()
+    seen = visible.expand(case.b, case.hq, case.s, case.t)[:, :: case.hq // heads]
+    weight = reference.weights(score, seen)
+    slack = (rounding if inputs[1] is not None else scorer_rounding)(case, inputs)
+    slack = 2 * slack + 2.0**-18  # of two scores; of a logarithm
+    near = 2 * slack + 2.0**-16  # of a weight, relative to it, and of sums
+    assert weighed.dtype == torch.float32 and weighed.shape == (*positions.shape[:3], 2)
+    kept = positions >= 0
+    assert torch.equal(weighed[..., 0], kept.sum(-1).float()), "not the number of keys"
+    assert not (kept[..., 1:] & ~kept[..., :-1]).any(), "-1 before a position"
+    for row in itertools.product(*map(range, positions.shape[:3])):
+        chosen = positions[row][kept[row]].long()
+        candidates = seen[row].nonzero().flatten()
+        count, has = len(candidates), len(chosen)
+        assert seen[row][chosen].all() and (chosen.diff() > 0).all()
+        recent = min(case.recent, count)
+        sink = min(case.sink, count - recent)
+        always = torch.cat((candidates[:sink], candidates[count - recent :]))
+        assert torch.isin(always, chosen).all(), "a key that is always kept"
+        held = float(weight[row][chosen].sum())
+        left_out = float(weight[row].sum()) - held
+        assert abs(float(weighed[row][1]) - left_out) <= near, "not what was left out"
+        assert has <= budget.keys(count)
+        ranked = chosen[~torch.isin(chosen, always)]
+        if len(ranked):
+            passed = candidates[~torch.isin(candidates, chosen)]
+            worst = score[row][ranked].min()
+            assert (score[row][passed] <= worst + slack).all(), "not the best"
+        if not mass or count < case.min_keys or not weight[row].any():
+            assert has == budget.keys(count), "not the budget"
+            continue
+        assert held >= mass - near or has == budget.keys(count), "not enough"
+        if len(ranked):
+            held -= float(weight[row][ranked[score[row][ranked].argmin()]])
+            assert held < mass + near, "more than the fewest"
+
+
+@given(make_case(), st.data())
+@cases(2 * SHARE)
+def test_a_mass_is_held_by_the_fewest_keys(case, data):
+    """Clause 10, by each scorer and group choice."""
+    inputs = case.select_inputs()
+    more = {"mass": data.draw(st.sampled_from([0.0, 0.05, 0.5, 0.9, 0.95, 0.999]))}
+    if not case.options()["per_head"]:
+        more["by_probability"] = data.draw(st.booleans())
+    if data.draw(st.booleans()):
+        inputs[1:4] = None, case.keys(), None
+    for implementation in implementations():
+        positions, weighed = implementation.select_weighed(*inputs, **case.options(), **more)
+        check_weighed(case, positions, weighed, inputs, **more)
+        alone = implementation.select(*inputs, **case.options(), **more)
+        assert torch.equal(alone, positions), "weighed, and chosen otherwise"
+    count("selection: mass")
+
+
+@given(make_case(values=("integers",)), st.sampled_from([0.1, 0.6, 0.93]))
+@cases(SHARE)
+def test_of_equal_weights_the_lower_positions_hold_the_mass(case, mass):
+    """As many keys by a fixed budget are the same keys."""
+    case = replace(case, mask="none", min_keys=0)
+    inputs = case.select_inputs()
+    inputs[1] = torch.eye(case.d)[:, : case.r].expand(case.hkv, -1, -1).contiguous()
+    index = torch.randint(-2, 3, inputs[2].shape, generator=case.generator(9))
+    inputs[2] = case.laid_out(index.to(case.index_dtype), 77)
+    if inputs[3] is not None:
+        inputs[0] = inputs[0].clamp(-1, 1)
+        inputs[3] = torch.ones(inputs[3].shape)
+    options = {**case.options(), "scale": 0.5}
+    for implementation in implementations():
+        positions = implementation.select(*inputs, **options, mass=mass)
+        for row in itertools.product(*map(range, positions.shape[:3])):
+            chosen = positions[row][positions[row] >= 0]
+            fixed = {**options, "top_k": len(chosen), "keep_q16": KEEP_ALL_Q16}
+            same = reference.select(*inputs, **fixed)[row]
+            assert torch.equal(chosen, same[same >= 0])
+    count("selection: ties of weights")
 
 
 @given(make_case(), st.data())

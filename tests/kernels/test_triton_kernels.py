@@ -868,6 +868,50 @@ def device_inputs(t: int, index_dtype=torch.int8):
     return case, q, k, v, basis, *fused.index_rows(k, basis, index_dtype)
 
 
+@here
+@pytest.mark.parametrize(
+    "scorer, choice, mass",
+    [
+        ("int8", "maximum", 0.6),
+        ("int8", "maximum", 0.0),
+        ("exact", "probability", 0.9),
+        pytest.param("int8", "heads", 0.97, marks=_SLOW_HERE),
+        pytest.param("exact", "maximum", 0.6, marks=_SLOW_HERE),
+        pytest.param("int8", "probability", 0.6, marks=_SLOW_HERE),
+    ],
+)
+def test_keys_are_weighed_over_many_tiles_and_parts(scorer, choice, mass):
+    """A row of few keys, which reads all of them; rows with a window, and with holes in it."""
+    case = Case(b=2, hq=4, t=200, top_k=40, min_keys=90)
+    visible = mask_of("window", 200, 1, 2)
+    visible[1, ..., 5::7] = False
+    visible[0, ..., :120] = False
+    inputs, more = scored(scorer, torch.float32, case, visible)
+    options = {**case.options, **more, **CHOICES[choice], "mass": mass, "scale": 0.6}
+    if scorer != "int8":
+        case = dataclasses.replace(case, index_dtype=torch.float32)
+    launch = small_launch(dataclasses.replace(case, per_head=choice == "heads"))
+    moved = [None if x is None else x.to(DEVICE) for x in inputs]
+    got, weighed = triton_select.select_weighed(*moved, **options, launch=launch)
+    want, truth = reference.select_weighed(*inputs, **options)
+    assert torch.equal(weighed[..., 0].cpu(), (got.cpu() >= 0).sum(-1).float())
+    torch.testing.assert_close(weighed.cpu(), truth.float(), rtol=0, atol=2e-4)
+    assert torch.equal(got.cpu() >= 0, want >= 0)
+
+
+@here
+def test_a_tail_of_no_positions_is_not_read():
+    """What is behind the positions of a row costs no tile: keys that would spoil it are not met."""
+    q, k, v = (torch.randn(1, heads, n, 16) for heads, n in ((4, 1), (2, 500), (2, 500)))
+    positions = torch.full((1, 2, 1, 400), -1, dtype=torch.int32)
+    positions[..., :70] = torch.arange(3, 73)
+    k[:, :, 100:], v[:, :, 100:] = torch.nan, torch.nan
+    moved = [x.to(DEVICE) for x in (q, k, v, positions)]
+    out = triton_attend.attend(*moved, None, scale=0.25).cpu()
+    short = reference.attend(q, k, v, positions[..., :70], None, scale=0.25)
+    torch.testing.assert_close(out, short)
+
+
 def decode(case, q, k, v, basis, index, scale):
     positions = ops.select(q, basis, index, scale, None, None, **case.options)
     return ops.attend(q, k, v, positions, None, scale=0.25)

@@ -16,7 +16,7 @@ def test_defaults_are_the_documented_ones():
     assert LokiConfig() == LokiConfig(
         top_k=0.125, rank="auto", basis="auto", min_context=1024, sink=4, recent=32, share="group",
         pack_gqa=True, index_dtype="auto", layers="all", policy="loki", prefill="dense",
-        strict=False, inductor={},
+        strict=False, watch_mass=None, inductor={},
     )  # fmt: skip
     assert LokiConfig.from_options(None) == LokiConfig.from_options({}) == LokiConfig()
 
@@ -37,6 +37,23 @@ def test_defaults_are_the_documented_ones():
         ({"top_k": None}, "top_k=None", "count >= 1"),
         ({"top_k": float("nan")}, "top_k=nan", "(0, 1]"),
         ({"top_k": 8}, "top_k=8", "raise top_k, or lower sink or recent"),
+        ({"top_k": "mass:0"}, "top_k='mass:0'", '"mass:0.95,2048"'),
+        ({"top_k": "mass:1.0"}, "top_k='mass:1.0'", "in (0, 1)"),
+        ({"top_k": "mass:nan"}, "top_k='mass:nan'", "in (0, 1)"),
+        ({"top_k": "mass:0.9,0"}, "top_k='mass:0.9,0'", "the most keys"),
+        ({"top_k": "mass:0.9,1.5"}, "top_k='mass:0.9,1.5'", "the most keys"),
+        ({"top_k": "mass:0.9,"}, "top_k='mass:0.9,'", "the most keys"),
+        ({"top_k": "0.9"}, "top_k='0.9'", '"mass:0.95"'),
+        ({"top_k": "mass:0.9,8"}, "top_k=mass:0.9,8", "raise top_k, or lower sink or recent"),
+        ({"top_k": "mass:0.9", "policy": "quest"}, "'quest' ranks by bounds", '"oracle"'),
+        ({"top_k": "mass:0.9", "policy": "window"}, "'window' ranks nothing", '"oracle"'),
+        ({"top_k": "mass:0.9", "policy": "moa:4:64"}, "'moa:4:64' reads spans", "fixed top_k"),
+        ({"top_k": "mass:0.9", "policy": "unified"}, "'unified' has heads name", "fixed top_k"),
+        ({"top_k": "mass:0.9", "policy": "lessismore"}, "'lessismore' has heads", "fixed top_k"),
+        ({"top_k": "mass:0.9", "policy": {1: "quest"}}, "'quest' ranks by bounds", "fixed top_k"),
+        ({"watch_mass": 0.0}, "watch_mass=0.0", "in (0, 1)"),
+        ({"watch_mass": 1}, "watch_mass=1", "in (0, 1)"),
+        ({"watch_mass": 0.1, "policy": "window"}, "watch_mass=0.1", '"tidal"'),
         ({"rank": 0}, "rank=0", "count >= 1"),
         ({"rank": 1.01}, "rank=1.01", "(0, 1]"),
         ({"rank": "variance"}, "rank='variance'", "variance:0.9"),
@@ -106,6 +123,31 @@ def test_the_budget_in_keys(top_k, visible, keys):
     budget = LokiConfig(top_k=top_k, sink=0, recent=0, min_context=0).budget
     assert budget.keys(visible) == keys
     assert budget.covers(visible) == (keys == visible)
+
+
+@pytest.mark.parametrize(
+    "top_k, mass, visible, most",
+    [
+        ("mass:0.95", 0.95, 4096, 1024),  # a quarter where none is named
+        ("mass:0.9,2048", 0.9, 1 << 20, 2048),
+        ("mass:0.5,0.5", 0.5, 4096, 2048),
+    ],
+)
+def test_a_mass_has_a_ceiling_and_covers_nothing(top_k, mass, visible, most):
+    budget = LokiConfig(top_k=top_k).budget
+    assert (budget.mass, budget.keys(visible), budget.least(visible)) == (mass, most, 4 + 32)
+    assert not LokiConfig(top_k="mass:0.5,1.0").budget.covers(visible)
+    assert budget.covers(1023) and not budget.covers(1024)
+
+
+@pytest.mark.parametrize(
+    "policy", ["loki", "oracle", "tidal", "kascade", {0: "dense", 1: "oracle+dense", "*": "reuse"}]
+)
+def test_what_ranks_by_scores_takes_a_mass(policy):
+    options = {"top_k": "mass:0.9,512", "policy": policy, "watch_mass": 0.2}
+    assert LokiConfig.from_options(options).to_options() == {
+        name: value for name, value in options.items() if value != "loki"
+    }
 
 
 def test_a_tiny_fraction_still_keeps_a_key():

@@ -76,7 +76,7 @@ class DirectSparse(TorchFunctionMode):
         budget = self.config.budget
         return {
             "top_k": budget.top_k, "keep_q16": budget.keep_q16, "sink": budget.sink,
-            "recent": budget.recent, "min_keys": budget.min_keys,
+            "recent": budget.recent, "min_keys": budget.min_keys, "mass": budget.mass,
             "by_probability": self.config.group_choice == "probability" and not per_head,
         }  # fmt: skip
 
