@@ -36,8 +36,25 @@ def measured_costs(
       rank: dims of the index (int8), a fraction of head_dim, or "auto".
       by_probability: how layers choose that choose for others.
     """
+    rank = columns_of(rank, of_model[2])
+    ways = _ways(of_model, dtype, device, tokens, rank, budget, by_probability=by_probability)
+    *each, alone = _seconds(ways, device)
+    return Costs(*each), alone + each[3]
+
+
+def _ways(
+    of_model: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int,
+    rank: int,
+    budget: Budget,
+    *,
+    by_probability: bool,
+) -> list[Callable[[], Tensor]]:
+    """Dense attention, choosing by the index and by the keys, reading, and choosing by the index
+    for itself alone: over noise."""
     heads, kv_heads, dims = of_model
-    rank = columns_of(rank, dims)
 
     def noise(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, device=device).to(kind)
@@ -67,18 +84,13 @@ def measured_costs(
         attention = torch.nn.functional.scaled_dot_product_attention
         return rows_of_heads(attention(packed, keys, values))
 
-    def read() -> Tensor:
-        return attend(query, keys, values, positions, None, scale=dims**-0.5)
-
-    ways: list[Callable[[], Tensor]] = [
+    return [
         dense,
         lambda: choose(basis, index, by_probability),
         lambda: choose(None, keys, by_probability),
-        read,
+        lambda: attend(query, keys, values, positions, None, scale=dims**-0.5),
         lambda: choose(basis, index, False),
     ]
-    *each, alone = _seconds(ways, device)
-    return Costs(*each), alone + each[3]
 
 
 def _seconds(ways: Sequence[Callable[[], Tensor]], device: torch.device) -> list[float]:

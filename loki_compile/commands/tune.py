@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +24,19 @@ from loki_compile.commands.output import going_on, out, progress, say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import Tensor
 
     from loki_compile.commands.plan_search import Tried
-    from loki_compile.commands.span_search import Compared
+    from loki_compile.commands.span_search import Compared, SpanSearch
 
 
 POLICIES = ("tidal", "moa")
 # Options that one policy alone has, by their parameters.
 OWN = {
-    "tidal": ("top_k", "rank", "group_choice", "cost", "cost_context", "plans", "steps", "picture"),
+    "tidal": (
+        *("top_k", "rank", "group_choice", "tolerance", "cost_context", "plans", "steps"),
+        "picture",
+    ),
     "moa": ("density", "sink", "effects"),
 }
 
@@ -57,14 +62,16 @@ OWN = {
               help="tidal: dims of the index.")  # fmt: skip
 @click.option("--group-choice", default="max", show_default=True,
               help='tidal: "max" or "probability".')  # fmt: skip
-@click.option("--cost", type=click.FloatRange(0.05, 1.0), default=0.5, show_default=True,
-              help="tidal: time of choosing, of that where every layer chooses.")  # fmt: skip
+@click.option("--tolerance", type=click.FloatRange(0.0), default=0.01, show_default=True,
+              help="tidal: nats of KL to dense that the plan may have more than choosing in every "
+              "layer, at 95 % confidence; the cheapest such plan that finds as many needles is "
+              "taken.")  # fmt: skip
 @click.option("--cost-context", type=click.IntRange(256), default=32768, show_default=True,
               help="tidal: cached tokens that times are measured at.")  # fmt: skip
-@click.option("--plans", type=click.IntRange(1, 32), default=8, show_default=True,
-              help="tidal: plans that are compared on held-out text.")  # fmt: skip
-@click.option("--steps", type=click.IntRange(4), default=48, show_default=True,
-              help="tidal: tokens of held-out text that each plan decodes.")  # fmt: skip
+@click.option("--plans", type=click.IntRange(1, 32), default=10, show_default=True,
+              help="tidal: plans, from cheap to dear, that the search begins with.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(48), default=128, show_default=True,
+              help="tidal: tokens decoded of each passage; three of text and two of needles judge.")  # fmt: skip
 @OUT_OPTION
 @click.option("--picture", type=click.Path(path_type=Path), help="tidal: PNG to write. [none]")
 @with_options(MODEL_OPTIONS)
@@ -84,108 +91,113 @@ def command(context: click.Context, policy: str, **given: Any) -> None:
                 raise ValueError(
                     f"{name}: that is of --policy {other}; needs --policy {other}, or leave it out"
                 )
-    own = {name: given.pop(name) for name in OWN[policy]}
-    common = {name: value for name, value in given.items() if name not in sum(OWN.values(), ())}
+    own = {name: given[name] for name in OWN[policy]}
+    files = (*given["first_text"], *given["more_text"])
+    asked = _Asked(files=files, **{each.name: given[each.name] for each in fields(_Asked)[1:]})
     with going_on():
-        (_tune_layers if policy == "tidal" else _tune_spans)(**common, **own)
+        (_tune_layers if policy == "tidal" else _tune_spans)(asked, **own)
 
 
-def _tune_layers(
-    name: str,
-    more_text: tuple[str, ...],
-    first_text: tuple[str, ...],
-    prompts: int,
-    length: int | None,
-    top_k: int | float,
-    rank: int | float,
-    group_choice: str,
-    cost: float,
-    cost_context: int,
-    plans: int,
-    steps: int,
-    folder: Path | None,
-    picture: Path | None,
-    device: str | None,
-    dtype: str,
-    random_weights: bool,
-) -> None:
-    from loki_compile.commands.models import (
-        check_placement,
-        check_writable,
-        encode,
-        fitting_context,
-        load_config,
-        load_model,
-        load_tokenizer,
-    )
+@dataclass(frozen=True)
+class _Asked:
+    """What is given for any policy."""
+
+    files: tuple[str, ...]
+    name: str
+    prompts: int
+    length: int | None
+    folder: Path | None
+    device: str | None
+    dtype: str
+    random_weights: bool
+
+    def store(self) -> Path:
+        """The folder that plans go to.
+
+        Raises:
+          ValueError: it cannot be written, or there is no such device or dtype.
+        """
+        from loki_compile.commands.models import check_placement, check_writable
+        from loki_compile.pca_store.store import Store
+
+        root = Store(self.folder).root
+        check_placement(self.device, self.dtype)
+        check_writable("--out" if self.folder else "the store", root, folder=True)
+        return root
+
+    def model(self) -> Any:
+        from loki_compile.commands.models import load_model
+
+        return load_model(
+            self.name, device=self.device, dtype=self.dtype, random_weights=self.random_weights
+        )
+
+
+def _tune_layers(asked: _Asked, picture: Path | None, **own: Any) -> None:
+    from loki_compile.commands.models import load_tokenizer
     from loki_compile.commands.picture import draw_mass, plan_lines
     from loki_compile.commands.plan_search import Search, Settings
     from loki_compile.pca_store.layer_plan import save_plan
-    from loki_compile.pca_store.store import Store
 
-    loki_options(policy="tidal", top_k=top_k, rank=rank, group_choice=group_choice)
-    root = Store(folder).root
-    check_placement(device, dtype)
-    check_writable("--out" if folder else "the store", root, folder=True)
+    settings = Settings(**own)
+    chosen = {name: own[name] for name in ("top_k", "rank", "group_choice")}
+    loki_options(policy="tidal", **chosen)
+    root = asked.store()
     check_picture(picture)
-    settings = Settings(top_k, rank, cost, cost_context, plans, steps, group_choice)
-    length = fitting_context("--length", length, 2048, load_config(name), room=steps + 64)
-    text, source = text_of((*first_text, *more_text), "train")
-    tokenizer = load_tokenizer(name)
-    needed = (prompts + 1) * length + steps
-    ids = encode(tokenizer, text[: 16 * needed])
-    if len(ids) < 2 * length + steps:
-        raise ValueError(
-            f"the text holds {len(ids)} tokens; needs {2 * length + steps}, one prompt and as much "
-            "held out: pass more text, or a smaller --length"
-        )
-    count = min(prompts, (len(ids) - steps) // length - 1)
-    if count < prompts:
-        say(f"the text holds {count} prompts of the {prompts} asked for")
-    read, held_out = ids[: count * length].view(count, length), ids[count * length :]
-    say(f"loading {name}; then it reads {count} prompts eagerly, {count * length} tokens")
-    model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
-    search = Search(model, tokenizer, settings, list(read[:, None]), held_out[: length + steps])
+    tokenizer = load_tokenizer(asked.name)
+    read, held_out, source = _read_and_held_out(asked, tokenizer, settings.steps)
+    say(f"loading {asked.name}; then it reads {len(read)} prompts eagerly, {read.numel()} tokens")
+    search = Search(asked.model(), tokenizer, settings, list(read[:, None]), held_out)
     with progress() as bar:
-        reading = bar.add_task(f"reading with {name}", total=count * length)
+        reading = bar.add_task(f"reading with {asked.name}", total=read.numel())
         trying = bar.add_task("trying plans on held-out text", total=None, visible=False)
         search.read(lambda done: bar.advance(reading, done))
         bar.update(trying, visible=True, total=search.runs)
         tried = search.compare(lambda done: bar.advance(trying, done))
-    plan = search.plan_of(tried[0], name, source, tried)
+        bar.update(trying, total=1, completed=1)
+    plan = search.plan_of(tried[0], asked.name, source, tried)
     path = save_plan(plan, root)
     search.forget()
     out.print(_table(tried))
     for line in plan_lines(plan):
         show(line)
+    if tried[0].kinds == tried[-1].kinds:
+        say("no plan in which layers reuse was within --tolerance: every layer chooses")
     if picture is not None:
         draw_mass(plan, picture)
         show(f"wrote {picture}")
     show(f'wrote {path}; policy="tidal" uses it')
 
 
-def _tune_spans(
-    name: str,
-    more_text: tuple[str, ...],
-    first_text: tuple[str, ...],
-    prompts: int,
-    length: int | None,
-    density: float,
-    sink: int,
-    effects: str,
-    folder: Path | None,
-    device: str | None,
-    dtype: str,
-    random_weights: bool,
-) -> None:
-    from loki_compile.commands.models import (
-        check_placement,
-        check_writable,
-        fitting_context,
-        load_config,
-        load_model,
-        load_tokenizer,
+def _read_and_held_out(asked: _Asked, tokenizer: Any, steps: int) -> tuple[Tensor, Tensor, str]:
+    """Prompts (count, length), ids behind them that judge plans, and what the text is.
+
+    Raises:
+      ValueError: too little text.
+    """
+    from loki_compile.commands.models import encode, fitting_context, load_config
+    from loki_compile.commands.plan_search import TEXTS
+
+    length = fitting_context(
+        "--length", asked.length, 2048, load_config(asked.name), room=2 * steps
     )
+    text, source = text_of(asked.files, "train")
+    least = length + TEXTS * steps
+    ids = encode(tokenizer, text[: 16 * (asked.prompts * length + TEXTS * (length + steps))])
+    if len(ids) < length + least:
+        raise ValueError(
+            f"the text holds {len(ids)} tokens; needs {length + least}, one prompt and as much "
+            "held out: pass more text, or a smaller --length"
+        )
+    count = min(asked.prompts, (len(ids) - least) // length)
+    if count < asked.prompts:
+        say(f"the text holds {count} prompts of the {asked.prompts} asked for")
+    read, held_out = ids[: count * length].view(count, length), ids[count * length :]
+    return read, held_out[: TEXTS * (length + steps)], source
+
+
+def _tune_spans(asked: _Asked, density: float, sink: int, effects: str) -> None:
+    from loki_compile.commands.models import fitting_context, load_config, load_tokenizer
     from loki_compile.commands.span_search import (
         EFFECTS,
         SpanSearch,
@@ -194,37 +206,38 @@ def _tune_spans(
         span_prompts,
     )
     from loki_compile.pca_store.layer_plan import SPANS_SUFFIX, save_plan
-    from loki_compile.pca_store.store import Store
 
     check_installed("scipy")
     if effects not in EFFECTS:
         raise ValueError(f"--effects {effects}: needs one of {', '.join(EFFECTS)}")
-    root = Store(folder).root
-    check_placement(device, dtype)
-    check_writable("--out" if folder else "the store", root, folder=True)
+    root = asked.store()
     settings = SpanSettings(density, sink, effects)
-    longest = fitting_context("--length", length, 4096, load_config(name))
+    longest = fitting_context("--length", asked.length, 4096, load_config(asked.name))
     lengths = lengths_of(longest, settings)
-    files = (*first_text, *more_text)
-    text, source = text_of(files, "train")
-    tokenizer = load_tokenizer(name)
-    made, what = span_prompts(tokenizer, text, lengths, prompts, given=bool(files))
-    say(f"loading {name}; what counts in {source}: {what}")
-    model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
-    search = SpanSearch(model, settings, made)
-    for lacking in search.lacking(prompts):
+    text, source = text_of(asked.files, "train")
+    made, what = span_prompts(
+        load_tokenizer(asked.name), text, lengths, asked.prompts, given=bool(asked.files)
+    )
+    say(f"loading {asked.name}; what counts in {source}: {what}")
+    search = SpanSearch(asked.model(), settings, made)
+    for lacking in search.lacking(asked.prompts):
         say(lacking)
     held_out = sum(map(len, search.held_out))
     with search, progress() as bar:
-        reading = bar.add_task(f"profiling {name}", total=search.tokens)
+        reading = bar.add_task(f"profiling {asked.name}", total=search.tokens)
         comparing = bar.add_task("held-out text", total=held_out, visible=False)
         search.read(lambda done: bar.advance(reading, done))
         search.choose()
         bar.update(comparing, visible=held_out > 0)
         compared = search.compare(lambda done: bar.advance(comparing, done))
-    plan = search.plan_of(name, f"{source}: {what}"[:4096], compared)
+    plan = search.plan_of(asked.name, f"{source}: {what}"[:4096], compared)
     path = save_plan(plan, root, SPANS_SUFFIX)
     search.forget()
+    _show_spans(search, compared, longest)
+    show(f'wrote {path}; policy="moa" uses it')
+
+
+def _show_spans(search: SpanSearch, compared: Compared, longest: int) -> None:
     out.print(_span_table(search.lengths, search.densities(), compared))
     for number, (layer, spans) in enumerate(search.plan.items()):
         share = f"{spans.share(longest):.0%} of {longest}"
@@ -232,7 +245,6 @@ def _tune_spans(
     for layer, why in search.profiler.refused.items():
         say(f"{layer} is not in the plan, and reads all keys: {why}")
     show(f"the integer program is within {search.gap:.2%} of its optimum")
-    show(f'wrote {path}; policy="moa" uses it')
 
 
 def _span_table(
@@ -257,9 +269,10 @@ def _span_table(
 def _table(tried: list[Tried]) -> Table:
     from rich.table import Table
 
-    title = "plans on held-out text, best first, and every layer choosing for itself"
+    title = "plans that were judged, the one to take first, and every layer choosing for itself"
     table = Table(title=title, title_justify="left")
-    for column in ("choose", "dense", "missed", "choosing time", "KL", "same token", "needles"):
+    columns = "choose", "dense", "missed", "choosing time", "KL", "more than all"
+    for column in (*columns, "same token", "needles", "holds"):
         table.add_column(column, justify="left" if column == "choose" else "right")
     for each in tried:
         table.add_row(*each.cells())
