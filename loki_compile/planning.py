@@ -10,7 +10,7 @@ several prices of time are to be compared on the model itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loki_compile.captured import Mass
@@ -173,7 +173,7 @@ def moved(losses: Losses, slots: Sequence[int], kinds: Sequence[Kind]) -> list[l
                 continue
             trial = [*kinds]
             trial[layer], trial[other] = Kind(reuse=True), kind
-            known = _with_sources(losses, slots, trial)
+            known = with_sources(losses.heads, slots, trial)
             if known is not None:
                 found.append(known)
     return sorted(found, key=lambda plan: loss_of(losses, plan))
@@ -186,21 +186,27 @@ def dropped(losses: Losses, slots: Sequence[int], kinds: Sequence[Kind]) -> list
         if not kind.reuse:
             trial = [*kinds]
             trial[layer] = Kind(reuse=True)
-            known = _with_sources(losses, slots, trial)
+            known = with_sources(losses.heads, slots, trial)
             if known is not None:
                 found.append(known)
     return sorted(found, key=lambda plan: loss_of(losses, plan))
 
 
-def _with_sources(losses: Losses, slots: Sequence[int], kinds: Sequence[Kind]) -> list[Kind] | None:
-    """The plan with each reader's source spelled out; None where one has none."""
+def with_sources(
+    heads: Mapping[tuple[str, int, int], tuple[int, ...]],
+    slots: Sequence[int],
+    kinds: Sequence[Kind],
+) -> list[Kind] | None:
+    """The plan with each reader's source spelled out, the last of its class that chose, and its map
+    of `heads` (by ranking, source and reader); None where a reader has no source."""
     latest: dict[int, tuple[int, str]] = {}
     plan = []
     for layer, kind in enumerate(kinds):
         if kind.reuse:
             if slots[layer] not in latest:
                 return None
-            kind = _reading(losses, latest[slots[layer]], layer)
+            source, ranking = latest[slots[layer]]
+            kind = Kind(reuse=True, source=source, heads=heads[ranking, source, layer])
         elif kind.ranking:
             latest[slots[layer]] = (layer, kind.ranking)
         plan.append(kind)

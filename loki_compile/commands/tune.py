@@ -71,7 +71,7 @@ OWN = {
 @click.option("--plans", type=click.IntRange(1, 32), default=10, show_default=True,
               help="tidal: plans, from cheap to dear, that the search begins with.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(48), default=128, show_default=True,
-              help="tidal: tokens decoded of each passage; three of text and two of needles judge.")  # fmt: skip
+              help="tidal: tokens decoded of each passage; five of these judge.")  # fmt: skip
 @OUT_OPTION
 @click.option("--picture", type=click.Path(path_type=Path), help="tidal: PNG to write. [none]")
 @with_options(MODEL_OPTIONS)

@@ -14,14 +14,7 @@ from toy_policies import DirectLayers
 
 from loki_compile.captured import RANKINGS, ROWS, Mass, captured_mass, summed_up
 from loki_compile.commands import plan_search
-from loki_compile.commands.evidence import (
-    BLOCK,
-    Evidence,
-    Outcome,
-    bounds,
-    needle_passage,
-    text_passages,
-)
+from loki_compile.commands.evidence import Evidence, Outcome
 from loki_compile.commands.main import main
 from loki_compile.commands.models import BUNDLED
 from loki_compile.planning import (
@@ -205,7 +198,7 @@ def run(*arguments):
 
 
 def test_a_tuned_plan_is_stored_shown_and_used(deep, tuning, tmp_path):
-    done = run(*tuning, "--picture", tmp_path / "plan.png")
+    done = run(*tuning, "--picture", tmp_path / "plan.png", "--tolerance", "9")
     assert done.exit_code == 0, done.output
     assert 'policy="tidal" uses it' in done.output and (tmp_path / "plan.png").stat().st_size > 5000
     (plan,) = stored_plans()
@@ -221,6 +214,44 @@ def test_a_tuned_plan_is_stored_shown_and_used(deep, tuning, tmp_path):
             assert f"  layer {number} chooses (loki)" in shown.output
     reads = sum(layer.word.startswith("reuse") for layer in plan.layers)
     assert shown.output.split("as planned:")[1].count("[") >= reads > 0
+
+
+def as_if(kl_of, finds):
+    """Evidence by the number of layers that reuse: divergence, and whether needles are found."""
+
+    def of(evidence, kinds, number):
+        passage = evidence.passages[number]
+        reuses = sum(kind.reuse for kind in kinds)
+        # What is hard about a passage is none of the difference.
+        kl = torch.rand(len(passage.rows), generator=torch.Generator().manual_seed(number))
+        found = torch.full((len(passage.answers),), finds(reuses))
+        return Outcome(kl + kl_of(reuses), torch.ones(len(kl), dtype=torch.bool), found)
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "kl_of, finds, most",
+    [
+        (lambda reuses: 0.002 * reuses, lambda reuses: True, 5),
+        (lambda reuses: 0.002 * reuses, lambda reuses: reuses < 3, 2),
+        (lambda reuses: 0.02 * reuses, lambda reuses: True, 0),
+    ],
+)
+def test_the_cheapest_plan_within_the_tolerance_that_finds_as_much_is_taken(
+    tuning, monkeypatch, kl_of, finds, most
+):
+    monkeypatch.setattr(plan_search, "MOVES", 40)
+    monkeypatch.setattr(plan_search, "JUDGED", 20)
+    monkeypatch.setattr(Evidence, "of", as_if(kl_of, finds))
+    done = run(*tuning, "--plans", "32", "--tolerance", "0.0105")
+    assert done.exit_code == 0, done.output
+    (plan,) = stored_plans()
+    reads = sum(layer.word.startswith("reuse") for layer in plan.layers)
+    assert reads == most
+    assert plan.scores["more than where every layer chooses"][1] <= 0.0105
+    assert ("every layer chooses" in done.output) or most
+    assert plan.scores["choosing"] == 1.0 or most
 
 
 def test_a_stopped_search_goes_on_where_it_was(tuning, monkeypatch):
