@@ -125,8 +125,8 @@ def main() -> None:
                 "words": [str(kind) for kind in kinds],
                 "cpu_s": round(time.process_time() - begin, 1),
             })  # fmt: skip
+            write_rows("plans", [{**rows[-1], **vars(args), **stamp("cpu")}])
             print({key: value for key, value in rows[-1].items() if key != "words"}, flush=True)
-    write_rows("plans", [{**row, **stamp("cpu")} for row in rows])
 
 
 if __name__ == "__main__":

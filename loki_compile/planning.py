@@ -192,6 +192,22 @@ def dropped(losses: Losses, slots: Sequence[int], kinds: Sequence[Kind]) -> list
     return sorted(found, key=lambda plan: loss_of(losses, plan))
 
 
+def restored(losses: Losses, slots: Sequence[int], kinds: Sequence[Kind], count: int) -> list[Kind]:
+    """A dearer plan: of the layers that reuse, the `count` that lose the most by it choose by the
+    index."""
+    lost = {
+        layer: losses.read[kinds[kind.source].ranking][kind.source][layer]
+        - losses.own["loki"][layer]
+        for layer, kind in enumerate(kinds)
+        if kind.source is not None
+    }
+    worst = sorted(lost, key=lost.__getitem__, reverse=True)[:count]
+    trial = [Kind("loki") if layer in worst else kind for layer, kind in enumerate(kinds)]
+    plan = with_sources(losses.heads, slots, trial)
+    assert plan is not None  # each still has the source that it had, or one behind that
+    return plan
+
+
 def with_sources(
     heads: Mapping[tuple[str, int, int], tuple[int, ...]],
     slots: Sequence[int],

@@ -40,6 +40,7 @@ from loki_compile.planning import (
     loss_of,
     losses_of,
     moved,
+    restored,
     unread_are_dense,
 )
 from loki_compile.policies.kinds import Kind
@@ -56,7 +57,7 @@ TEXTS = 4
 # that of text while plans are searched.
 NEEDLES_COUNT = 0.25
 # Neighbours of plans that are tried, so many of each kind at a time, and plans that are judged.
-MOVES, AT_ONCE, JUDGED = 40, 3, 6
+MOVES, AT_ONCE, JUDGED = 40, 3, 5
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Search:
         """How often the model will run over a passage, at most."""
         assert self.seen is not None
         searched = 1 + len(self.seen.paths) + self.settings.plans + MOVES
-        return len(self.searching) * searched + len(self.judging) * (JUDGED + 1)
+        return len(self.searching) * searched + len(self.judging) * 2 * JUDGED
 
     def read(self, progress: Callable[[int], None]) -> None:
         """Measures what each layer's choice captures of every later layer's attention.
@@ -207,7 +208,7 @@ class Search:
             self._polish(losses)
             for number in self.searching:
                 self.evidence.forget(number)
-            return self._judge()
+            return self._judge(losses)
 
     def plan_of(self, best: Tried, name: str, source: str, tried: Sequence[Tried]) -> LayerPlan:
         """What is stored."""
@@ -372,9 +373,10 @@ class Search:
             if self._within()[0] == best:
                 return
 
-    def _judge(self) -> list[Tried]:
-        """Of the plans that hold so far, the cheapest first and each losing less than all cheaper
-        ones, the first that what judges holds too; with those before it."""
+    def _judge(self, losses: Losses) -> list[Tried]:
+        """The first plan that holds on what judges, those refused before it, and that every layer
+        chooses: of the plans that hold so far the cheapest first, each losing less than all
+        cheaper ones; then the last of these with ever fewer layers that reuse."""
         plans: list[tuple[Kind, ...]] = []
         for kinds in self._within():
             if not plans or self.searched[kinds] < self.searched[plans[-1]]:
@@ -384,11 +386,15 @@ class Search:
             plans = [plans[round(n * (len(plans) - 1) / (JUDGED - 1))] for n in range(JUDGED)]
         everyone = self._tried(self.everyone)
         refused: list[Tried] = []
-        for kinds in plans:
-            trial = self._tried(kinds)
+        while plans:
+            trial = self._tried(plans.pop(0))
             if trial.holds:
                 return [trial, *refused[::-1], everyone]
             refused.append(trial)
+            reuses = sum(kind.reuse for kind in trial.kinds)
+            if not plans and reuses > 1:
+                fewer = restored(losses, self.slots, trial.kinds, max(1, reuses // 3))
+                plans = [tuple(fewer)] if self._time(fewer) < 1.0 else []
         return [everyone, *refused[::-1], everyone]
 
     def _tried(self, kinds: tuple[Kind, ...]) -> Tried:

@@ -26,6 +26,7 @@ from loki_compile.planning import (
     loss_of,
     losses_of,
     moved,
+    restored,
 )
 from loki_compile.policies.kinds import Kind
 from loki_compile.simulation import Simulation
@@ -97,7 +98,11 @@ def test_dearer_plans_lose_less_and_plans_know_their_neighbours():
         assert fewer or (plan[0].ranking and all(kind.reuse for kind in plan[1:]))
         for other in fewer:
             assert sum(k.reuse for k in other) == sum(k.reuse for k in plan) + 1
-        near = (*moved(losses, slots, plan), *fewer)
+        reuses = sum(k.reuse for k in plan)
+        more = [restored(losses, slots, plan, count) for count in range(reuses + 1)]
+        assert more[0] == plan and not any(k.reuse for k in more[-1])
+        assert [sum(k.reuse for k in each) for each in more] == [*range(reuses, -1, -1)]
+        near = (*moved(losses, slots, plan), *fewer, *more)
         assert all(each[k.source].ranking for each in near for k in each if k.reuse)
 
 
@@ -225,7 +230,8 @@ def as_if(kl_of, finds):
         # What is hard about a passage is none of the difference.
         kl = torch.rand(len(passage.rows), generator=torch.Generator().manual_seed(number))
         found = torch.full((len(passage.answers),), finds(reuses))
-        return Outcome(kl + kl_of(reuses), torch.ones(len(kl), dtype=torch.bool), found)
+        more = 0.0 if passage.answers else kl_of(reuses)
+        return Outcome(kl + more, torch.ones(len(kl), dtype=torch.bool), found)
 
     return of
 
@@ -233,7 +239,7 @@ def as_if(kl_of, finds):
 @pytest.mark.parametrize(
     "kl_of, finds, most",
     [
-        (lambda reuses: 0.002 * reuses, lambda reuses: True, 5),
+        pytest.param(lambda reuses: 0.002 * reuses, lambda reuses: True, 5, marks=pytest.mark.slow),
         (lambda reuses: 0.002 * reuses, lambda reuses: reuses < 3, 2),
         (lambda reuses: 0.02 * reuses, lambda reuses: True, 0),
     ],
@@ -242,7 +248,7 @@ def test_the_cheapest_plan_within_the_tolerance_that_finds_as_much_is_taken(
     tuning, monkeypatch, kl_of, finds, most
 ):
     monkeypatch.setattr(plan_search, "MOVES", 40)
-    monkeypatch.setattr(plan_search, "JUDGED", 20)
+    monkeypatch.setattr(plan_search, "measured_costs", lambda *_, **__: (COSTS, 3.0))
     monkeypatch.setattr(Evidence, "of", as_if(kl_of, finds))
     done = run(*tuning, "--plans", "32", "--tolerance", "0.0105")
     assert done.exit_code == 0, done.output
