@@ -40,7 +40,7 @@ DENSE, LOKI, REUSE = Kind(dense=True), Kind("loki"), Kind(reuse=True)
 
 def plans_of(args: argparse.Namespace, layers: int) -> dict[str, list[Kind]]:
     """By name, sources not spelled out where a reader reads the last choice before it."""
-    plans = {"every layer chooses": [LOKI] * layers}
+    plans = {"every layer chooses": [LOKI] * layers, "dense": [DENSE] * layers}
     for file in args.plan:
         plans[Path(file).stem] = [kind_of(layer.word) for layer in read_plan(file).layers]
     for name in ("tidal", "tidal-published", "kascade"):
@@ -114,13 +114,15 @@ def main() -> None:
             kl = torch.cat([each.kl for each in text])
             found = torch.cat([each.found for each in outcomes]).float()
             base = kl if base is None else base
+            asked = [x.kl for x, p in zip(outcomes, passages, strict=True) if p.answers]
             low, high = bounds(kl - base)
             least, most = interval(float(found.mean()), len(found))
             rows.append({
                 "plan": name, "kl": float(kl.mean()), "more": [low, high], "tokens": len(kl),
                 "same": float(torch.cat([each.same for each in text]).float().mean()),
                 "needles": int(found.sum()), "asked": len(found), "wilson": [least, most],
-                "missed": missed(kinds), "choose": sum(bool(kind.ranking) for kind in kinds),
+                "answers_kl": float(torch.cat(asked).mean()), "missed": missed(kinds),
+                "choose": sum(bool(kind.ranking) for kind in kinds),
                 "dense": sum(kind.dense for kind in kinds),
                 "words": [str(kind) for kind in kinds],
                 "cpu_s": round(time.process_time() - begin, 1),

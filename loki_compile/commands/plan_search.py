@@ -78,7 +78,8 @@ class Tried:
     """What a plan made of the passages that judge. kinds: of its layers. missed: attention, as
     measured, per layer. choosing: time, of what that takes where every layer chooses. kl: to dense
     logits. more: 95 % bounds of how much of it is more than where every layer chooses, from below
-    and above. needles: found, of `asked`; both count what was run before the plan was refused."""
+    and above. needles: found, of `asked`; answers: KL of their tokens; of what was run before the
+    plan was refused. holds: it may be taken."""
 
     kinds: tuple[Kind, ...]
     missed: float
@@ -88,6 +89,7 @@ class Tried:
     same: float
     needles: int
     asked: int
+    answers: float
     holds: bool
 
     def cells(self) -> list[str]:
@@ -102,6 +104,7 @@ class Tried:
             f"{self.more[0]:+.4f} to {self.more[1]:+.4f}",
             f"{self.same:.1%}",
             f"{self.needles} of {self.asked}",
+            f"{self.answers:.4f}",
             "yes" if self.holds else "no",
         ]
 
@@ -227,6 +230,7 @@ class Search:
                 "tolerance": self.settings.tolerance,
                 "needles": best.needles,
                 "needles asked": best.asked,
+                "kl of answers": best.answers,
                 "missed": best.missed,
                 "choosing": best.choosing,
                 "kl where every layer chooses": tried[-1].kl,
@@ -405,20 +409,23 @@ class Search:
             kl, base = (torch.cat([side.kl for side in sides]) for sides in zip(*text, strict=True))
             if bounds(kl - base)[0] > self.settings.tolerance:
                 break
-        found, wanted = (sum(int(x.found.sum()) for x in sides) for sides in _sides(needles))
-        more = bounds(kl - base)
-        whole = len(text) + len(needles) == len(self.judging)
+        ours, theirs = ([pair[side] for pair in needles] for side in (0, 1))
+        found, wanted = (sum(int(each.found.sum()) for each in side) for side in (ours, theirs))
+        answers, certain = _kl_of(ours), _kl_of(theirs)
+        more, most = bounds(kl - base), self.settings.tolerance
+        holds = len(text) + len(needles) == len(self.judging) and more[1] <= most
+        holds &= found >= wanted and NEEDLES_COUNT * (answers - certain) <= most
         return Tried(
-            kinds,
-            loss_of(losses_of(self.mass), kinds) / len(kinds),
-            self._time(kinds),
-            float(kl.mean()),
-            more,
-            float(torch.cat([each.same for each, _ in text]).float().mean()),
-            found,
-            sum(len(each.found) for each, _ in needles),
-            kinds == self.everyone
-            or (whole and more[1] <= self.settings.tolerance and found >= wanted),
+            kinds=kinds,
+            missed=loss_of(losses_of(self.mass), kinds) / len(kinds),
+            choosing=self._time(kinds),
+            kl=float(kl.mean()),
+            more=more,
+            same=float(torch.cat([each.same for each, _ in text]).float().mean()),
+            needles=found,
+            asked=sum(len(each.found) for each in ours),
+            answers=answers,
+            holds=holds or kinds == self.everyone,
         )
 
     # -- what is kept
@@ -454,5 +461,5 @@ class Search:
             log.warning("cannot keep what was measured (%s): a stop will lose it", error)
 
 
-def _sides(pairs: Sequence[tuple[Outcome, Outcome]]) -> tuple[list[Outcome], list[Outcome]]:
-    return [each for each, _ in pairs], [base for _, base in pairs]
+def _kl_of(outcomes: Sequence[Outcome]) -> float:
+    return float(torch.cat([each.kl for each in outcomes]).mean()) if outcomes else math.nan

@@ -272,7 +272,7 @@ def _table(tried: list[Tried]) -> Table:
     title = "plans that were judged, the one to take first, and every layer choosing for itself"
     table = Table(title=title, title_justify="left")
     columns = "choose", "dense", "missed", "choosing time", "KL", "more than all"
-    for column in (*columns, "same token", "needles", "holds"):
+    for column in (*columns, "same token", "needles", "answers' KL", "holds"):
         table.add_column(column, justify="left" if column == "choose" else "right")
     for each in tried:
         table.add_row(*each.cells())
