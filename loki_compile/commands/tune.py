@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 
 POLICIES = ("tidal", "moa")
+# Prompts' worth of text, at most, that held-out passages are spread over.
+SPREAD = 32
 # Options that one policy alone has, by their parameters.
 OWN = {
     "tidal": (
@@ -183,7 +185,8 @@ def _read_and_held_out(asked: _Asked, tokenizer: Any, steps: int) -> tuple[Tenso
     )
     text, source = text_of(asked.files, "train")
     least = length + TEXTS * steps
-    ids = encode(tokenizer, text[: 16 * (asked.prompts * length + TEXTS * (length + steps))])
+    # Passages are spread over all that lies behind the prompts: text of several kinds judges best.
+    ids = encode(tokenizer, text[: 16 * (asked.prompts + SPREAD) * (length + steps)])
     if len(ids) < length + least:
         raise ValueError(
             f"the text holds {len(ids)} tokens; needs {length + least}, one prompt and as much "
@@ -193,7 +196,7 @@ def _read_and_held_out(asked: _Asked, tokenizer: Any, steps: int) -> tuple[Tenso
     if count < asked.prompts:
         say(f"the text holds {count} prompts of the {asked.prompts} asked for")
     read, held_out = ids[: count * length].view(count, length), ids[count * length :]
-    return read, held_out[: TEXTS * (length + steps)], source
+    return read, held_out, source
 
 
 def _tune_spans(asked: _Asked, density: float, sink: int, effects: str) -> None:
