@@ -38,5 +38,6 @@ Inductor fuses around the ops is in `fused` (rows, layouts, maps), `masks`, `pos
 ranking of scores) and `moments` (of a prompt's queries). `cpu` (C++, in cpu_*.cpp, or the PyTorch
 ops of `cpu_torch`) and `triton_select` (scores in `triton_score`, the choice in `triton_choose`),
 `triton_attend` (shares of ranges in `triton_ranges`) and `triton_pages` implement the ops.
-`span_prefill` is of prompts, by FlexAttention.
+`span_prefill` is of prompts, by FlexAttention; `row_products` of what is no attention: a matrix
+times few rows, as a sum that Inductor vectorises.
 """

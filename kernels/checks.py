@@ -44,17 +44,16 @@ def check_select(
     page: int = 1,
     keys: int | None = None,
     by_probability: bool = False,
-) -> None:
-    """Raise ValueError (what was found, what is allowed) unless `loki::select` takes these."""
+) -> tuple[int, int, int, int]:
+    """Raise ValueError (what was found, what is allowed) unless `loki::select` takes these.
+
+    Returns:
+      (B, heads that choose, S, T).
+    """
     op = "loki::select"
     b, hq, s, d = _rank4(op, "q", q)
-    bi, hkv, rows, r = _rank4(op, "index", index)
-    if page < 1:
-        raise _wrong(op, "page", page, "the keys of a page, or 1 for an index of keys")
-    if (page > 1) != (keys is not None):
-        allowed = "the number of keys where page > 1, None where each row is a key"
-        raise _wrong(op, "keys", f"{keys} with page={page}", allowed)
-    t = keys_ranked(index, page, keys)
+    bi, hkv, _, r = _rank4(op, "index", index)
+    t = _check_paging(op, index, page, keys)
     if q.dtype not in FLOAT_DTYPES:
         raise _wrong(op, "q dtype", q.dtype, "bfloat16, float16 or float32")
     if bi != b:
@@ -64,14 +63,7 @@ def check_select(
     if min(b, s, t, r) < 1 or t > MAX_KEYS:
         raise _wrong(op, "sizes (B, S, T, R)", (b, s, t, r), f"1 or more, T at most {MAX_KEYS}")
     if basis is None:
-        width = d if page == 1 else 2 * d
-        if r != width or rows * page < t or index.dtype not in FLOAT_DTYPES:
-            found = (tuple(index.shape), index.dtype)
-            least = f"P >= {-(-t // page)}, 2 D" if page > 1 else "T, D"
-            allowed = f"(B, Hkv, {least}), D = {d}, bfloat16, float16 or float32: there is no basis"
-            raise _wrong(op, "index", found, allowed)
-        if index_scale is not None:
-            raise _wrong(op, "index_scale", "a tensor", "None, since there is no basis")
+        _check_unprojected(op, q, index, index_scale, page, t)
     else:
         _check_low_rank(op, q, basis, index, index_scale, page)
     _rows_contiguous(op, "q", q, d)
@@ -81,12 +73,18 @@ def check_select(
         allowed = "False with per_head=True: one head ranks alike by scores and by probabilities"
         raise _wrong(op, "by_probability", by_probability, allowed)
     _check_bounded_mask(op, mask, bounds, q, t, per_head)
-    if top_k is not None and top_k < 1:
-        raise _wrong(op, "top_k", top_k, "None, or at least 1")
-    if not 0 < keep_q16 <= KEEP_ALL_Q16:
-        raise _wrong(op, "keep_q16", keep_q16, f"1 to {KEEP_ALL_Q16}")
-    if min(sink, recent, min_keys) < 0:
-        raise _wrong(op, "(sink, recent, min_keys)", (sink, recent, min_keys), "0 or more")
+    _check_budget(op, top_k, keep_q16, sink, recent, min_keys)
+    return b, hq if per_head else hkv, s, t
+
+
+def _check_paging(op: str, index: Tensor, page: int, keys: int | None) -> int:
+    """Whether it is told what the rows of an index stand for; returns T."""
+    if page < 1:
+        raise _wrong(op, "page", page, "the keys of a page, or 1 for an index of keys")
+    if (page > 1) != (keys is not None):
+        allowed = "the number of keys where page > 1, None where each row is a key"
+        raise _wrong(op, "keys", f"{keys} with page={page}", allowed)
+    return keys_ranked(index, page, keys)
 
 
 def _check_bounded_mask(
@@ -110,6 +108,32 @@ def _check_bounded_mask(
         raise _wrong(op, "bounds", found, f"shape {(*mask.shape[:3], 3)}, int32: mask_bounds(mask)")
     _rows_contiguous(op, "bounds", bounds, 3)
     _same_device(op, "bounds", bounds, q)
+
+
+def _check_budget(
+    op: str, top_k: int | None, keep_q16: int, sink: int, recent: int, min_keys: int
+) -> None:
+    if top_k is not None and top_k < 1:
+        raise _wrong(op, "top_k", top_k, "None, or at least 1")
+    if not 0 < keep_q16 <= KEEP_ALL_Q16:
+        raise _wrong(op, "keep_q16", keep_q16, f"1 to {KEEP_ALL_Q16}")
+    if sink < 0 or recent < 0 or min_keys < 0:
+        raise _wrong(op, "(sink, recent, min_keys)", (sink, recent, min_keys), "0 or more")
+
+
+def _check_unprojected(
+    op: str, q: Tensor, index: Tensor, index_scale: Tensor | None, page: int, t: int
+) -> None:
+    """An index of the keys themselves, or of the bounds of their pages."""
+    d, (rows, r) = q.shape[3], index.shape[2:]
+    width = d if page == 1 else 2 * d
+    if r != width or rows * page < t or index.dtype not in FLOAT_DTYPES:
+        found = (tuple(index.shape), index.dtype)
+        least = f"P >= {-(-t // page)}, 2 D" if page > 1 else "T, D"
+        allowed = f"(B, Hkv, {least}), D = {d}, bfloat16, float16 or float32: there is no basis"
+        raise _wrong(op, "index", found, allowed)
+    if index_scale is not None:
+        raise _wrong(op, "index_scale", "a tensor", "None, since there is no basis")
 
 
 def _check_low_rank(
@@ -184,7 +208,7 @@ def check_attend(
     sink_logits: Tensor | None,
     k_pe: Tensor | None = None,
     ranges: Tensor | None = None,
-) -> None:
+) -> tuple[int, int, int, int]:
     """Raise ValueError (what was found, what is allowed) unless `loki::attend` takes these, or
     `loki::attention` where there are no positions.
 
@@ -194,11 +218,32 @@ def check_attend(
     order is read as if it were cut off.
 
     q, k, v and k_pe may each have a dtype of its own: a cache is read as it is stored.
+
+    Returns:
+      (B, Hq, S, Dv), the shape of what attention returns.
     """
     op = "loki::attention" if positions is None else "loki::attend"
+    shape, hkv, t = _check_cache(op, q, k, v, k_pe)
+    if positions is not None:
+        _check_positions(op, positions, q, hkv)
+    if ranges is not None:
+        _check_ranges(op, ranges, q, hkv)
+    if mask is not None:
+        _check_mask(op, mask, q, t)
+    if softcap < 0:
+        raise _wrong(op, "softcap", softcap, "0 (none) or a positive number")
+    if sink_logits is not None:
+        _check_sink_logits(op, sink_logits, q)
+    return shape
+
+
+def _check_cache(
+    op: str, q: Tensor, k: Tensor, v: Tensor, k_pe: Tensor | None
+) -> tuple[tuple[int, int, int, int], int, int]:
+    """Queries, and the keys and values that they attend to; returns (B, Hq, S, Dv), Hkv, T."""
     b, hq, s, d = _rank4(op, "q", q)
     bk, hkv, t, dk = _rank4(op, "k", k)
-    _, _, _, dv = _rank4(op, "v", v)
+    bv, hv, tv, dv = _rank4(op, "v", v)
     more = 0 if k_pe is None else _rank4(op, "k_pe", k_pe)[3]
     if q.dtype not in FLOAT_DTYPES:
         raise _wrong(op, "q dtype", q.dtype, "bfloat16, float16 or float32")
@@ -215,31 +260,26 @@ def check_attend(
             raise _wrong(op, "k_pe", found, allowed)
         _rows_contiguous(op, "k_pe", k_pe, more)
         _same_device(op, "k_pe", k_pe, q)
-    if v.shape[:3] != k.shape[:3]:
+    if bv != bk or hv != hkv or tv != t:
         raise _wrong(op, "shape of v", tuple(v.shape), f"{(bk, hkv, t)} and Dv, as k has")
     if min(b, s, t, dk, dv) < 1 or t > MAX_KEYS:
         allowed = f"1 or more, T at most {MAX_KEYS}"
         raise _wrong(op, "sizes (B, S, T, D, Dv)", (b, s, t, d, dv), allowed)
-    if positions is not None:
-        _check_positions(op, positions, q, hkv)
-    if ranges is not None:
-        _check_ranges(op, ranges, q, hkv)
     _rows_contiguous(op, "q", q, d)
     _rows_contiguous(op, "k", k, dk)
     _rows_contiguous(op, "v", v, dv)
     _same_device(op, "k", k, q)
     _same_device(op, "v", v, q)
-    if mask is not None:
-        _check_mask(op, mask, q, t)
-    if softcap < 0:
-        raise _wrong(op, "softcap", softcap, "0 (none) or a positive number")
-    if sink_logits is not None:
-        if sink_logits.shape != (hq,) or sink_logits.dtype not in FLOAT_DTYPES:
-            found = (tuple(sink_logits.shape), sink_logits.dtype)
-            raise _wrong(
-                op, "sink_logits", found, f"shape (Hq,) = {(hq,)}, bfloat16, float16 or float32"
-            )
-        _same_device(op, "sink_logits", sink_logits, q)
+    return (b, hq, s, dv), hkv, t
+
+
+def _check_sink_logits(op: str, sink_logits: Tensor, q: Tensor) -> None:
+    hq = q.shape[1]
+    if sink_logits.shape != (hq,) or sink_logits.dtype not in FLOAT_DTYPES:
+        found = (tuple(sink_logits.shape), sink_logits.dtype)
+        allowed = f"shape (Hq,) = {(hq,)}, bfloat16, float16 or float32"
+        raise _wrong(op, "sink_logits", found, allowed)
+    _same_device(op, "sink_logits", sink_logits, q)
 
 
 def _check_positions(op: str, positions: Tensor, q: Tensor, hkv: int) -> None:

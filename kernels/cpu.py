@@ -6,11 +6,12 @@ import ctypes
 import functools
 import logging
 import struct
+from collections.abc import Callable
 
 import torch
 from loki_compile.kernels import cpu_build, cpu_torch
 from loki_compile.kernels.budget import Budget
-from loki_compile.kernels.checks import check_attend, check_pages, check_select, keys_ranked
+from loki_compile.kernels.checks import check_attend, check_pages, check_select
 from torch import Tensor
 
 _LOGGER = logging.getLogger("loki_compile")
@@ -60,41 +61,27 @@ def select(
             keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys, per_head=per_head,
             page=page, keys=keys, by_probability=by_probability,
         )  # fmt: skip
-    check_select(
+    b, heads, s, t = check_select(
         q, basis, index, index_scale, mask, bounds,
         top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
         per_head=per_head, page=page, keys=keys, by_probability=by_probability,
     )  # fmt: skip
-    b, hq, s, _ = q.shape
-    heads = hq if per_head else index.shape[1]
-    t = keys_ranked(index, page, keys)
-    slots = Budget(top_k, keep_q16, sink, recent, min_keys).slots(t)
+    budget = Budget(top_k, keep_q16, sink, recent, min_keys)
+    slots = budget.slots(t)
     positions = torch.empty((b, heads, s, slots), dtype=torch.int32)
-    missing = kernels.loki_select(
-        _pack_select(
-            *_view(q),
-            *_basis_view(basis),
-            *_view(index),
-            *(_NO_TENSOR if index_scale is None else _view(index_scale)),
-            *(_NO_TENSOR if mask is None else _view(mask)),
-            *(_NO_TENSOR if bounds is None else _view(bounds)),
-            positions.data_ptr(),
-            slots,
-            t if top_k is None else top_k,
-            keep_q16,
-            sink,
-            recent,
-            min_keys,
-            per_head,
-            torch.get_num_threads(),
-            t,
-            page,
-            by_probability,
-            scale,
-        )
+    block = _pack_select(
+        *_views(q, basis, index, index_scale, mask, bounds),
+        positions.data_ptr(),
+        slots,
+        *_numbers(budget, t),
+        per_head,
+        torch.get_num_threads(),
+        t,
+        page,
+        by_probability,
+        scale,
     )
-    if missing:
-        raise _no_memory("loki::select", missing)
+    _run("loki::select", kernels.loki_select, block)
     return positions
 
 
@@ -126,30 +113,19 @@ def attend(
             k_pe=k_pe,
             ranges=ranges,
         )
-    check_attend(
+    shape = check_attend(
         q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_pe=k_pe,
         ranges=ranges,
     )  # fmt: skip
-    b, hq, s, _ = q.shape
-    out = torch.empty((b, hq, s, v.shape[3]), dtype=q.dtype)
-    missing = kernels.loki_attend(
-        _pack_attend(
-            *_view(q),
-            *_view(k),
-            *(_NO_TENSOR if k_pe is None else _view(k_pe)),
-            *_view(v),
-            *(_NO_TENSOR if positions is None else _view(positions)),
-            *(_NO_TENSOR if ranges is None else _view(ranges)),
-            *(_NO_TENSOR if mask is None else _view(mask)),
-            *(_NO_TENSOR if sink_logits is None else _view(sink_logits.view(1, 1, 1, hq))),
-            out.data_ptr(),
-            torch.get_num_threads(),
-            scale,
-            softcap,
-        )
+    out = torch.empty(shape, dtype=q.dtype)
+    block = _pack_attend(
+        *_views(q, k, k_pe, v, positions, ranges, mask, sink_logits),
+        out.data_ptr(),
+        torch.get_num_threads(),
+        scale,
+        softcap,
     )
-    if missing:
-        raise _no_memory("loki::attention" if positions is None else "loki::attend", missing)
+    _run("loki::attention" if positions is None else "loki::attend", kernels.loki_attend, block)
     return out
 
 
@@ -160,7 +136,7 @@ def update_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> 
         cpu_torch.update_pages(pages, keys, written, page=page)
         return
     check_pages(pages, keys, written, page=page, grows=False)
-    kernels.loki_update_pages(_pack_pages(*_view(pages), *_view(keys), *_view(written), page))
+    kernels.loki_update_pages(_pack_pages(*_views(pages, keys, written), page))
 
 
 def extend_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> Tensor:
@@ -171,21 +147,38 @@ def extend_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> 
     return grown
 
 
-def _no_memory(op: str, missing: int) -> MemoryError:
-    return MemoryError(
-        f"{op}: {missing} bytes of scratch memory could not be allocated; free memory, or decode "
-        "fewer rows or tokens at a time."
-    )
+def _numbers(budget: Budget, t: int) -> tuple[int, ...]:
+    """The budget of rows over so many keys, as the kernels take it."""
+    top_k, *others = budget.numbers
+    return t if top_k is None else top_k, *others
 
 
-def _basis_view(basis: Tensor | None) -> tuple[int, ...]:
-    if basis is None:
-        return _NO_TENSOR
-    return _view(basis if basis.dim() == 4 else basis.unsqueeze(0))
+def _views(*tensors: Tensor | None) -> list[int]:
+    """Tensors as the kernels take them, one after the other; sizes that one lacks come first, and
+    are 1."""
+    block: list[int] = []
+    for tensor in tensors:
+        if tensor is None:
+            block += _NO_TENSOR
+            continue
+        shape, strides = tensor.shape, tensor.stride()
+        if lacks := 4 - len(shape):
+            shape, strides = (1,) * lacks + shape, (0,) * lacks + strides
+        block += (tensor.data_ptr(), _CODES[tensor.dtype], *shape, *strides)
+    return block
 
 
-def _view(tensor: Tensor) -> tuple[int, ...]:
-    return (tensor.data_ptr(), _CODES[tensor.dtype], *tensor.shape, *tensor.stride())
+def _run(op: str, kernel: Callable[[bytes], int], block: bytes) -> None:
+    """
+    Raises:
+      MemoryError: how much scratch memory could not be had.
+    """
+    missing = kernel(block)
+    if missing:
+        raise MemoryError(
+            f"{op}: {missing} bytes of scratch memory could not be allocated; free memory, or "
+            "decode fewer rows or tokens at a time."
+        )
 
 
 @functools.cache

@@ -8,13 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from loki_compile.kernels.budget import Budget
-from loki_compile.kernels.checks import (
-    check_attend,
-    check_pages,
-    check_select,
-    hidden_below,
-    keys_ranked,
-)
+from loki_compile.kernels.checks import check_attend, check_pages, check_select, hidden_below
 from loki_compile.kernels.kept import least_and_greatest
 from torch import Tensor
 
@@ -44,14 +38,13 @@ def select(
     by_probability: bool = False,
 ) -> Tensor:
     """`loki::select`; see `loki_compile.kernels.ops`."""
-    check_select(
+    b, heads, s, t = check_select(
         q, basis, index, index_scale, mask, bounds,
         top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
         per_head=per_head, page=page, keys=keys, by_probability=by_probability,
     )  # fmt: skip
-    b, hq, s, _ = q.shape
-    hkv, t = index.shape[1], keys_ranked(index, page, keys)
-    heads = hq if per_head else hkv
+    hq, hkv = q.shape[1], index.shape[1]
+    budget = Budget(top_k, keep_q16, sink, recent, min_keys)
     each = _scores(q, basis, index, index_scale, scale=scale, page=page)
     if page > 1:
         each = each.repeat_interleave(page, -1)[..., :t]
@@ -67,21 +60,26 @@ def select(
     else:
         score = each.flatten(1, 2) if per_head else each.amax(2)
         score = score if bias is None else score + bias
-    visible = visible.expand(b, heads, s, t)
-    rank = visible.cumsum(-1, dtype=torch.int32)  # 1 for the first visible key
-    count = rank[..., -1:]
-    recent_kept = count.clamp(max=recent)
-    sink_kept = (count - recent_kept).clamp(max=sink)
-    share = ((count.long() * keep_q16 + 65535) >> 16).clamp(max=t if top_k is None else top_k)
-    budget = torch.where(count < min_keys, count, share.maximum(sink_kept + recent_kept))
-    forced = visible & ((rank > count - recent_kept) | (rank <= sink_kept))
-    key = _ordered(score).masked_fill(~visible, _HIDDEN).masked_fill(forced, _FORCED)
-    chosen = visible & _first_best(key, budget)
-    slots = int(Budget(top_k, keep_q16, sink, recent, min_keys).slots(t))
+    chosen = _chosen(score, visible.expand(b, heads, s, t), budget)
+    slots = int(budget.slots(t))
     slot = torch.where(chosen, chosen.cumsum(-1) - 1, slots)
     positions = torch.full((b, heads, s, slots + 1), -1, dtype=torch.int32)
     positions.scatter_(-1, slot, torch.arange(t, dtype=torch.int32).expand(slot.shape))
     return positions[..., :slots].contiguous()
+
+
+def _chosen(score: Tensor, visible: Tensor, budget: Budget) -> Tensor:
+    """Which keys rows choose by their scores, of those that they see; all (B, heads, S, T)."""
+    rank = visible.cumsum(-1, dtype=torch.int32)  # 1 for the first visible key
+    count = rank[..., -1:]
+    recent = count.clamp(max=budget.recent)
+    sink = (count - recent).clamp(max=budget.sink)
+    most = score.shape[-1] if budget.top_k is None else budget.top_k
+    share = ((count.long() * budget.keep_q16 + 65535) >> 16).clamp(max=most)
+    keep = torch.where(count < budget.min_keys, count, share.maximum(sink + recent))
+    forced = visible & ((rank > count - recent) | (rank <= sink))
+    key = _ordered(score).masked_fill(~visible, _HIDDEN).masked_fill(forced, _FORCED)
+    return visible & _first_best(key, keep)
 
 
 def update_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> None:
@@ -132,12 +130,11 @@ def attend(
     ranges: Tensor | None = None,
 ) -> Tensor:
     """`loki::attend`, and `loki::attention` without positions; see `loki_compile.kernels.ops`."""
-    check_attend(
+    b, hq, s, dv = check_attend(
         q, k, v, positions, mask, softcap=softcap, sink_logits=sink_logits, k_pe=k_pe,
         ranges=ranges,
     )  # fmt: skip
-    b, hq, s, d = q.shape
-    t, dv = v.shape[2:]
+    d, t = q.shape[3], v.shape[2]
     if ranges is not None:
         positions = _in_ranges(ranges.expand(b, k.shape[1], s, 4), t)
     elif positions is None:
@@ -159,17 +156,7 @@ def attend(
         scale=scale,
         softcap=softcap,
     )
-    positions = positions.reshape(-1, positions.shape[3])
-    used = (positions >= 0) & (positions < t)
-    out = torch.empty((len(positions), group, dv), dtype=q.dtype)
-    reads = used.any(-1)
-    if not reads.all():  # no position at all: over every key
-        every = torch.arange(t).expand(1, t)
-        for part in _chunks((~reads).nonzero()[:, 0], t * (d + dv)):
-            out[part] = rows.attend(part, every, every >= 0).to(q.dtype)
-    slots = int((used.any(0) * torch.arange(1, used.shape[1] + 1)).max())
-    for part in _chunks(reads.nonzero()[:, 0], slots * (d + dv)):
-        out[part] = rows.attend(part, positions[part, :slots], used[part, :slots]).to(q.dtype)
+    out = rows.attend_all(positions.reshape(-1, positions.shape[3]), q.dtype)
     return out.view(b, heads, s, group, dv).transpose(2, 3).flatten(1, 2).contiguous()
 
 
@@ -198,6 +185,22 @@ class Rows:
     sink_logits: Tensor | None
     scale: float
     softcap: float
+
+    def attend_all(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """Each row over its positions (N, K), or over all keys if it has none: (N, group, Dv)."""
+        t, dv = self.values.shape[2:]
+        dims = self.q.shape[2] + dv
+        used = (positions >= 0) & (positions < t)
+        out = torch.empty((len(positions), self.q.shape[1], dv), dtype=dtype)
+        reads = used.any(-1)
+        if not reads.all():
+            every = torch.arange(t).expand(1, t)
+            for part in _chunks((~reads).nonzero()[:, 0], t * dims):
+                out[part] = self.attend(part, every, every >= 0).to(dtype)
+        slots = int((used.any(0) * torch.arange(1, used.shape[1] + 1)).max())
+        for part in _chunks(reads.nonzero()[:, 0], slots * dims):
+            out[part] = self.attend(part, positions[part, :slots], used[part, :slots]).to(dtype)
+        return out
 
     def attend(self, part: Tensor, at: Tensor, used: Tensor) -> Tensor:
         """Rows `part` over the positions `at`, where `used` (both (n or 1, K)): (n, group, Dv)."""

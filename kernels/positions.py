@@ -143,22 +143,13 @@ def unified_positions(
     last = torch.minimum(last, keep - first)
     always = visible & ((number <= first) | (number > count - last))
     between = visible & ~always
-    with without_autocast(query.device.type):
-        scores = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3).float() @ key.float().mT
-    scores = scale * scores.unflatten(2, (-1, tokens)).flatten(1, 2)  # (B, Hq, S, T)
-    if mask is not None and mask.is_floating_point():
-        scores = scores + mask
+    scores = _scores(query, key, mask, scale)
     scores = scores.masked_fill(~between | scores.isnan(), -torch.inf)
     slots = rule.slots(cached)
     most = torch.sym_min(slots, cached)
     best = scores.topk(most, -1).indices  # (B, Hq, S, most), best first
-    turn = torch.arange(most, device=key.device)[:, None] * query_heads
-    turn = (turn + torch.arange(query_heads, device=key.device)).T[None, :, None]
+    turns = _turns(best, cached)
     never = query_heads * most
-    turns = torch.full((batch, tokens, cached), never, device=key.device, dtype=torch.int64)
-    for head in range(query_heads):
-        named = best[:, head]
-        turns = turns.scatter_reduce(-1, named, turn[:, head].expand_as(named), "amin")
     turns = torch.where(always[:, 0], -1, torch.where(between[:, 0], turns, never + 1))
     chosen = turns.topk(most, -1, largest=False).indices  # (B, S, most)
     chosen = torch.where(torch.arange(most, device=key.device) < keep[:, 0], chosen, cached)
@@ -167,6 +158,30 @@ def unified_positions(
     out = chosen.new_full((batch, tokens, slots), -1)
     out[..., :most] = chosen
     return out[:, None].expand(batch, heads, tokens, slots).contiguous()
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """(B, Hq, S, T) fp32, with what a floating mask adds."""
+    with without_autocast(query.device.type):
+        scores = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3).float() @ key.float().mT
+    scores = scale * scores.unflatten(2, (-1, query.shape[2])).flatten(1, 2)
+    if mask is not None and mask.is_floating_point():
+        scores = scores + mask
+    return scores
+
+
+def _turns(best: Tensor, cached: int) -> Tensor:
+    """When each of the cached keys is first named: int64 (B, S, T), heads in turn, each naming its
+    `best` (B, Hq, S, n), best first; Hq * n where it is never."""
+    batch, query_heads, tokens, most = best.shape
+    turn = torch.arange(most, device=best.device)[:, None] * query_heads
+    turn = (turn + torch.arange(query_heads, device=best.device)).T[None, :, None]
+    never = query_heads * most
+    turns = torch.full((batch, tokens, cached), never, device=best.device, dtype=torch.int64)
+    for head in range(query_heads):
+        named = best[:, head]
+        turns = turns.scatter_reduce(-1, named, turn[:, head].expand_as(named), "amin")
+    return turns
 
 
 def _visible(key: Tensor, mask: Tensor | None) -> Tensor:

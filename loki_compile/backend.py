@@ -11,7 +11,6 @@ whose two variants are compiled when they are first needed. What may be called o
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -22,21 +21,28 @@ from torch import fx
 
 from loki_compile.bind import adapters, bind_caches, growths, load_basis, token_count
 from loki_compile.buffers import with_room
+from loki_compile.caches import CacheBinding
 from loki_compile.config import LokiConfig
 from loki_compile.counts import (
     Tally,
-    attention_noted,
     note_attention,
     say_compiling,
     say_once,
     tally_of,
 )
 from loki_compile.deferred import PRICE, Deferred
-from loki_compile.engines import Engine, autocast_now, compile_late, default, in_blocks
+from loki_compile.engines import (
+    Engine,
+    autocast_now,
+    compile_late,
+    default,
+    in_blocks,
+    with_row_products,
+)
 from loki_compile.floats import ask_for_values, ask_what_inductor_asks
 from loki_compile.kernels.kept import Keeps
 from loki_compile.kernels.ops import begin_building
-from loki_compile.passes.appends import find_appends
+from loki_compile.passes.appends import Append, find_appends
 from loki_compile.passes.attention import PREFILLS, Reason, Skipped
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.dense import (
@@ -56,11 +62,11 @@ from loki_compile.passes.shared_caches import Part, take_parts
 from loki_compile.passes.sites import find_sites
 from loki_compile.passes.span_prefills import find_prefills
 from loki_compile.planned import PlanOfModel
-from loki_compile.policies.kinds import PLANS, SPANS, Kind
-from loki_compile.policies.table import SHARE_AT, Stored, policy_of
+from loki_compile.policies.table import Stored, policy_of
 from loki_compile.prompts import PrefillGraph
 from loki_compile.refusal import Refusal, plainly
-from loki_compile.report import GraphReport, describe, record_graph, shown_ranges
+from loki_compile.remarks import remark_on, remarking_on_no_attention
+from loki_compile.report import GraphReport, describe, record_graph
 from loki_compile.runtime import DecodeGraph
 from loki_compile.steps import Served
 from loki_compile.variants import Variant, Variants
@@ -94,87 +100,162 @@ def loki(
       RuntimeError: under `strict=True`, listing every site that could not be rewritten.
     """
     config = plainly(_checked, {**(options or {}), **unknown}, mode)
-    engine = engine or default()
-    at_once, later = (
-        PRICE.timed(functools.partial(each, mode=mode, options=config.inductor))
-        for each in (engine, in_blocks(engine))
-    )
     normal, parts = _in_one_form(gm)
     of_model = PlanOfModel(normal, example_inputs, parts, config)
     plan = plainly(plan_graph, normal, config, of_model, parts)
-    refusal = _refusal(plan) if config.strict else ""
-    # What is promised to be Inductor's to the bit goes to Inductor.
-    once = config.pack_gqa and is_called_once(plan, normal.graph)
+    at_once, later = _compilers(engine or default(), plan, config, mode)
+    graph = _Graph.of(gm, normal, parts, config, plan, mode)
+    _judge(graph, example_inputs)
+    bindings = plainly(graph.bind, example_inputs)
+    tally = tally_of(gm, example_inputs)
+    late = functools.partial(_late, graph, later, tally)
+    compiled: Callable[..., Any]
+    running: Any  # what tells how it fares
+    if plan.sparse:
+        compiled = running = _decode_graph(graph, example_inputs, bindings, late, tally)
+    else:
+        compiled, running = _dense_graph(graph, example_inputs, late, at_once, tally)
+    added = adapters(normal, bindings, example_inputs, parts)
+    record_graph(plan, config, bindings, running, added)  # last: it may be traced again
+    remark_on(plan, config, tally, of_model)
+    if plan.sites or plan.dense:
+        note_attention()
+        return compiled
+    return remarking_on_no_attention(compiled)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Graph:
+    """A graph as Dynamo traced it, its one form, and what was found in it; none of its inputs.
+
+    once: it is called once, and compiled when that is worth it. in_place: what it makes longer may
+    grow in its memory, and `appends` are what does.
+    """
+
+    gm: fx.GraphModule
+    normal: fx.GraphModule
+    parts: Sequence[Part]
+    config: LokiConfig
+    plan: Plan
+    once: bool
+    in_place: bool
+    appends: Sequence[Append]
+
+    @classmethod
+    def of(
+        cls,
+        gm: fx.GraphModule,
+        normal: fx.GraphModule,
+        parts: Sequence[Part],
+        config: LokiConfig,
+        plan: Plan,
+        mode: str | None,
+    ) -> _Graph:
+        # What is promised to be Inductor's to the bit goes to Inductor.
+        once = config.pack_gqa and is_called_once(plan, normal.graph)
+        in_place = _grows_in_place(normal, config, mode)
+        appends = find_appends(normal.graph) if in_place else ()
+        return cls(gm, normal, parts, config, plan, once, in_place, appends)
+
+    def bind(self, args: Sequence[Any]) -> list[CacheBinding]:
+        """How its caches lie and come in with these inputs."""
+        return bind_caches(self.normal, self.plan, args, self.parts, self.config, self.appends)
+
+
+def _judge(graph: _Graph, example_inputs: Sequence[Any]) -> None:
+    """Refuses what `strict=True` does not allow; has the kernels of what is served built.
+
+    Raises:
+      RuntimeError: a site that cannot be rewritten, under `strict=True`.
+    """
+    plan, once = graph.plan, graph.once
+    refusal = _refusal(plan) if graph.config.strict else ""
     if plan.sparse or refusal or once:
-        ask_what_inductor_asks(gm, example_inputs)  # what is traced again is not judged
+        ask_what_inductor_asks(graph.gm, example_inputs)  # what is traced again is not judged
     if refusal:
         raise Refusal(refusal)
     if plan.sparse or once:  # behind a prompt comes a step
         for device in {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}:
             begin_building(device)
-    in_place = _grows_in_place(normal, config, mode)
-    appends = find_appends(normal.graph) if in_place else ()
-    bindings = plainly(bind_caches, normal, plan, example_inputs, parts, config, appends)
-    tally = tally_of(gm, example_inputs)
-    late = functools.partial(_late, normal, plan, later, tally, once)
+
+
+def _decode_graph(
+    graph: _Graph,
+    example_inputs: Sequence[Any],
+    bindings: list[CacheBinding],
+    late: Callable[[], Callable[..., Variant]],
+    tally: Tally,
+) -> DecodeGraph:
+    """What runs a graph with a sparse site."""
+    gm, normal, plan, config = graph.gm, graph.normal, graph.plan, graph.config
+    counts = [token_count(normal.graph, sparse.site) for sparse in plan.sparse]
+    variants = Variants(normal, plan, config.pack_gqa, late(), counts, graph.appends)
+
+    def serve(args: Sequence[Any]) -> Served:
+        return Served(graph.bind(args), tally_of(gm, args))
+
+    grows, served = growths(normal.graph, graph.appends), Served(bindings, tally)
+    compiled = DecodeGraph(variants, config, graph.parts, served, serve, grows)
+    compiled.remember(example_inputs)
+    return compiled
+
+
+def _dense_graph(
+    graph: _Graph,
+    example_inputs: Sequence[Any],
+    late: Callable[[], Callable[..., Variant]],
+    at_once: Callable[..., Any],
+    tally: Tally,
+) -> tuple[Callable[..., Any], Any]:
+    """What runs a graph without a sparse site, and what tells how it fares, if anything does."""
+    running: Any = None
     compiled: Callable[..., Any]
-    running: Any = None  # what tells how it fares
-    if plan.sparse:
-        counts = [token_count(normal.graph, sparse.site) for sparse in plan.sparse]
-        variants = Variants(normal, plan, config.pack_gqa, late(), counts, appends)
-
-        def serve(args: Sequence[Any]) -> Served:
-            caches = bind_caches(normal, plan, args, parts, config, appends)
-            return Served(caches, tally_of(gm, args))
-
-        grows, served = growths(normal.graph, appends), Served(bindings, tally)
-        compiled = running = DecodeGraph(variants, config, parts, served, serve, grows)
-        compiled.remember(example_inputs)
+    asked = _asked_in(graph.normal, graph.parts, graph.config)
+    form, outputs = _dense_form(graph, asked)
+    form = lay_out_first_keys(form)
+    if graph.once:
+        missed = functools.partial(tally.add, "interpreted_steps")
+        compiled = running = late()(form, _A_PREFILL, missed)
     else:
-        asked = _asked_in(normal, parts, config)
-        form, outputs = _dense_form(gm, normal, plan, parts, config, asked)
-        form = lay_out_first_keys(form)
-        if once:
-            missed = functools.partial(tally.add, "interpreted_steps")
-            compiled = running = late()(form, _A_PREFILL, missed)
-        else:
-            _say_compiling_dense(tally, plan)
-            compiled = at_once(form, example_inputs)
-        # A prompt in parts leaves what steps leave, lest these are traced for two layouts.
-        longer = [(append.output, append.axis) for append in appends]
-        if in_place and (left := [*first_keys(normal.graph), *longer]):
-            compiled = with_room(compiled, left)
-        if asked:  # what was asked of a cache is known by the memory that it leaves in
-            compiled = PrefillGraph(compiled, asked, outputs)
-    added = adapters(normal, bindings, example_inputs, parts)
-    record_graph(plan, config, bindings, running, added)  # last: it may be traced again
-    _say_what_stays_dense(plan, config, tally)
-    _say_which_layers_there_are(plan, config, tally)
-    _say_who_chooses(plan, config, tally, of_model)
-    if plan.sites or plan.dense:
-        note_attention()
-        return compiled
-    return _remarking_on_no_attention(compiled)
+        _say_compiling_dense(tally, graph.plan)
+        compiled = at_once(form, example_inputs)
+    # A prompt in parts leaves what steps leave, lest these are traced for two layouts.
+    longer = [(append.output, append.axis) for append in graph.appends]
+    if graph.in_place and (left := [*first_keys(graph.normal.graph), *longer]):
+        compiled = with_room(compiled, left)
+    if asked:  # what was asked of a cache is known by the memory that it leaves in
+        compiled = PrefillGraph(compiled, asked, outputs)
+    return compiled, running
+
+
+def _compilers(
+    engine: Engine, plan: Plan, config: LokiConfig, mode: str | None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What compiles a graph while Dynamo waits for it, and what compiles one behind its back."""
+    engines = [engine, in_blocks(engine)]
+    # What is promised to be Inductor's to the bit is left to it.
+    if config.pack_gqa and (plan.sites or plan.dense):
+        engines = list(map(with_row_products, engines))
+    at_once, later = (
+        PRICE.timed(functools.partial(each, mode=mode, options=config.inductor)) for each in engines
+    )
+    return at_once, later
 
 
 def _late(
-    normal: fx.GraphModule,
-    plan: Plan,
-    compile_graph: Callable[..., Callable[..., Any]],
-    tally: Tally,
-    once: bool,
+    graph: _Graph, compile_graph: Callable[..., Callable[..., Any]], tally: Tally
 ) -> Callable[..., Variant]:
     """What compiles a form of the graph when it is needed, or, of what is called once, when that
     is worth it."""
     late: Callable[..., Variant] = functools.partial(
         compile_late,
         compile_graph=compile_graph,
-        known=len(fake_mode_of(normal.graph).shape_env.guards),
+        known=len(fake_mode_of(graph.normal.graph).shape_env.guards),
         tally=tally,
-        sites=len(plan.sites) or len(plan.dense),
-        autocast=autocast_now(normal),
+        sites=len(graph.plan.sites) or len(graph.plan.dense),
+        autocast=autocast_now(graph.normal),
     )
-    return functools.partial(Deferred, late) if once else late
+    return functools.partial(Deferred, late) if graph.once else late
 
 
 def is_called_once(plan: Plan, graph: fx.Graph) -> bool:
@@ -206,57 +287,6 @@ def _checked(options: dict[str, Any], mode: str | None) -> LokiConfig:
     if config.basis == "auto":
         return config
     return dataclasses.replace(config, basis=load_basis(config.basis))
-
-
-def _say_which_layers_there_are(plan: Plan, config: LokiConfig, tally: Tally) -> None:
-    """Says once which layers the options name in vain. One layer's fragment tells nothing."""
-    left_out = any(skip.reason is Reason.LAYER_OFF for skip in plan.dense)
-    if len(plan.sites) < 2 or not (plan.sparse or left_out):
-        return
-    sites = list(enumerate(plan.sites))
-    for option, words, picks in config.layers_named():
-        if not any(site.is_among(picks, number) for number, site in sites):
-            paths = [site.path or str(number) for number, site in sites]
-            near = difflib.get_close_matches(str(words), paths, n=1, cutoff=0.0)
-            say_once(
-                (tally.model, option, words),
-                f"{tally.model}: {option} names {words!r}, and none of the {len(paths)} attention "
-                f"sites is that; the nearest is {near[0]!r}. loki_compile.reports() lists all.",
-            )
-
-
-def _say_who_chooses(plan: Plan, config: LokiConfig, tally: Tally, of_model: PlanOfModel) -> None:
-    """Says once what a plan of all layers is for this model."""
-    if len(plan.sites) < 2 or not plan.sparse:
-        return
-    spans = [sparse.choice.spans for sparse in plan.sparse if sparse.choice.spans is not None]
-    if spans and (config.plan_file or Kind(SPANS) in config.kinds or config.policy == SPANS):
-        share = sum(each.share(SHARE_AT) for each in spans) / len(spans)
-        guess = (
-            "which is a guess, as long for every head as top_k: no plan of `loki tune --policy "
-            "moa` is stored for this model"
-        )
-        say_once(
-            (tally.model, "spans", str(config.policy)),
-            f"{tally.model}: policy={config.policy!r}: {len(spans)} layers read their first keys "
-            f"and spans of the last ones, {share:.1%} of {SHARE_AT} keys, "
-            f"{of_model.origin or guess}.",
-        )
-    if config.policy not in PLANS:
-        return
-    numbers = {site.node: site.layer(number) for number, site in enumerate(plan.sites)}
-    chooses = [numbers[s.site.node] for s in plan.sparse if s.source is None]
-    why = of_model.origin or (
-        "which do is a guess: no plan of `loki tune` is stored for this model"
-    )
-    if config.policy != "tidal":
-        why = "as published, scaled to its depth"
-    say_once(
-        (tally.model, "plan", config.policy),
-        f"{tally.model}: policy={config.policy!r}: layers {shown_ranges(chooses)} choose keys, "
-        f"{len(plan.sparse) - len(chooses)} others read what these chose, {len(plan.dense)} are "
-        f"dense; {why}.",
-    )
 
 
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: LokiConfig) -> GraphReport:
@@ -315,20 +345,14 @@ def plan_graph(
     return with_prefills(plan, prompts, policy(candidates))
 
 
-def _dense_form(
-    gm: fx.GraphModule,
-    normal: fx.GraphModule,
-    plan: Plan,
-    parts: Sequence[Part],
-    config: LokiConfig,
-    asked: Sequence[AskedCache],
-) -> tuple[fx.GraphModule, int]:
+def _dense_form(graph: _Graph, asked: Sequence[AskedCache]) -> tuple[fx.GraphModule, int]:
     """What is compiled of a graph without a sparse site, and how many outputs are its own: those
     behind them say what its caches are asked."""
+    normal, plan, config = graph.normal, graph.plan, graph.config
     own = len(normal.graph.output_node().args[0])  # type: ignore[arg-type]
     faster = config.pack_gqa and any(x.group > 1 or served_by_attention(x) for x in plan.sites)
-    if parts or not (asked or faster or plan.prefills):
-        return gm, own
+    if graph.parts or not (asked or faster or plan.prefills):
+        return graph.gm, own
     form, mapping = copy_of(normal)
     if asked:
         form = add_query_moments(form, remap(asked, mapping))
@@ -398,45 +422,3 @@ def _say_compiling_dense(tally: Tally, plan: Plan) -> None:
 
 
 _A_PREFILL = "a prefill, which is dense"
-
-
-def _say_what_stays_dense(plan: Plan, config: LokiConfig, tally: Tally) -> None:
-    """Says once where options or the model leave nothing of a decode step to be sparse."""
-    why = {skip.reason for skip in plan.dense}
-    if plan.sparse:
-        return
-    if Reason.SHORT_CACHE in why:
-        skip = next(skip for skip in plan.dense if skip.reason is Reason.SHORT_CACHE)
-        say_once(
-            (tally.model, "short"),
-            f"{tally.model}: nothing is sparse: {skip.sentence()}. Lower min_context, or decode "
-            "with a longer cache.",
-        )
-    elif why.isdisjoint(PREFILLS) and not all(skip.by_plan for skip in plan.dense):
-        skip = next(skip for skip in plan.dense if not skip.by_plan)
-        say_once(
-            (tally.model, "dense"),
-            f"{tally.model}: no attention site of a graph with {len(plan.dense)} became sparse, "
-            f"the first since {skip.sentence()}. loki_compile.reports() lists all.",
-        )
-
-
-def _remarking_on_no_attention(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """A graph without attention, which says so once where it runs again and no graph had any.
-
-    Its first run tells nothing: where a model falls into several graphs, most of them have none.
-    """
-    calls = 0
-
-    def run(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2 and not attention_noted():
-            say_once(
-                "no attention",
-                "nothing is sparse: no graph so far holds attention that is recognised. "
-                "docs/coverage.md has the spellings that are.",
-            )
-        return compiled(*args)
-
-    return run

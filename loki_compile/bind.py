@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,47 +43,84 @@ def bind_caches(
     Raises:
       ValueError: the basis that the options name does not belong to the model.
     """
-    places = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    own = len(example_inputs)
-    example_inputs = with_parts(example_inputs, parts)
-    is_parameter = parameter_test(gm, example_inputs)
+    inputs = with_parts(example_inputs, parts)
+    graph = _Graph(
+        gm.graph,
+        {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))},
+        dict(enumerate(parts, len(example_inputs))),
+        appends,
+        parameter_test(gm, inputs),
+    )
     bindings = []
     blocks: dict[str, tuple[str, ...]] = {}
-    rotations: dict[str, tuple[tuple[int, int], ...]] = {}
     for number, (cache, keeps) in enumerate(zip(plan.caches, plan.keeps, strict=True)):
         site = next(s.site for s in plan.sparse if s.cache == number)
-        weight = nearest_matrix(cache.new_keys, is_parameter)
+        weight = nearest_matrix(cache.new_keys, graph.is_parameter)
         weights = ""
         if weight is not None:
-            matrix = example_inputs[places[weight]]
+            matrix = inputs[graph.places[weight]]
             weights = weights_fingerprint(matrix)
             blocks[weights] = block_fingerprints(matrix, site.head_dim)
-        place = places[cache.past]
-        dtype = fake_value(cache.past).dtype
-        grown = grown_in_place(cache, appends)
-        bindings.append(
-            CacheBinding(
-                form=_form(cache, in_place=bool(grown)),
-                keeps=keeps,
-                argument=place,
-                part=parts[place - own] if place >= own else None,
-                weights=weights,
-                layer=site.path or cache.source,
-                kv_heads=site.kv_heads,
-                head_dim=site.head_dim,
-                new_tokens=token_count(gm.graph, site) if cache.writes else 0,
-                weight=places[weight] if weight is not None else None,
-                k_pe=places[cache.k_pe.past] if cache.k_pe is not None else None,
-                latent=site.latent is not None,
-                unit_queries=_unit_queries(site, places),
-                pairs=_pairs(cache, site, is_parameter, rotations) if keeps is Keeps.INDEX else (),
-                layout=PageLayout(PAGE, dtype) if keeps is Keeps.PAGES else None,
-                grown=grown,
-            )
-        )
+        bindings.append(graph.binding(cache, keeps, site, weight, weights))
     if config.basis != "auto" or bindings:
         _choose_bases(bindings, blocks, config)
     return bindings
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A graph whose caches are bound: the `places` of its placeholders among its inputs; by place,
+    the `parts` of others; what grows; which nodes are parameters; the `rotations` met so far."""
+
+    graph: fx.Graph
+    places: dict[fx.Node, int]
+    parts: dict[int, Part]
+    appends: Sequence[Append]
+    is_parameter: Callable[[fx.Node], bool]
+    rotations: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+
+    def binding(
+        self,
+        cache: KeyCache,
+        keeps: Keeps,
+        site: AttentionSite,
+        weight: fx.Node | None,
+        weights: str,
+    ) -> CacheBinding:
+        """Of a cache that a site ranks by what it `keeps`, and that a weight makes the keys of;
+        its basis is still to be chosen."""
+        places, place = self.places, self.places[cache.past]
+        dtype = fake_value(cache.past).dtype
+        grown = grown_in_place(cache, self.appends)
+        return CacheBinding(
+            form=_form(cache, in_place=bool(grown)),
+            keeps=keeps,
+            argument=place,
+            part=self.parts.get(place),
+            weights=weights,
+            layer=site.path or cache.source,
+            kv_heads=site.kv_heads,
+            head_dim=site.head_dim,
+            new_tokens=token_count(self.graph, site) if cache.writes else 0,
+            weight=places[weight] if weight is not None else None,
+            k_pe=places[cache.k_pe.past] if cache.k_pe is not None else None,
+            latent=site.latent is not None,
+            unit_queries=_unit_queries(site, places),
+            pairs=self._pairs(cache, site) if keeps is Keeps.INDEX else (),
+            layout=PageLayout(PAGE, dtype) if keeps is Keeps.PAGES else None,
+            grown=grown,
+        )
+
+    def _pairs(self, cache: KeyCache, site: AttentionSite) -> tuple[tuple[int, int], ...]:
+        """The dims of the cache's rows that turn together; () where that cannot be told, or differs
+        between its writes. Of rows that are expanded to keys it is not asked."""
+        if site.latent is not None:
+            return ()
+        found = {
+            rotated_pairs(source, site.tokens, site.head_dim, self.is_parameter, self.rotations)
+            for source in cache.new_keys
+        }
+        return found.pop() if len(found) == 1 else ()
 
 
 def token_count(graph: fx.Graph, site: AttentionSite) -> int | GivenSize:
@@ -137,23 +175,6 @@ def _form(cache: KeyCache, in_place: bool) -> CacheForm:
         k_pe_output=None if cache.k_pe is None else cache.k_pe.output,
         in_place=in_place,
     )
-
-
-def _pairs(
-    cache: KeyCache,
-    site: AttentionSite,
-    is_parameter: Callable[[fx.Node], bool],
-    known: dict[str, tuple[tuple[int, int], ...]],
-) -> tuple[tuple[int, int], ...]:
-    """The dims of the cache's rows that turn together; () where that cannot be told, or differs
-    between its writes. Of rows that are expanded to keys it is not asked."""
-    if site.latent is not None:
-        return ()
-    found = {
-        rotated_pairs(source, site.tokens, site.head_dim, is_parameter, known)
-        for source in cache.new_keys
-    }
-    return found.pop() if len(found) == 1 else ()
 
 
 def _unit_queries(

@@ -9,10 +9,12 @@ looks like.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,6 @@ def calibrate(
     model = getattr(model, "_orig_mod", model)
     device = next(model.parameters()).device
     seen = Seen(pre_rotary=calibration == "pre-rotary", kind=kind, rank=rank)
-    extra = _accepted(model, {"use_cache": False, "logits_to_keep": 1})
     sizes: list[int] = []
     if partial is not None or expect is not None:
         batches = list(batches)
@@ -105,28 +106,8 @@ def calibrate(
     try:
         done = kept.restore(seen) if kept is not None else 0
         pace = Pace(sum(sizes[done:]))
-        with watched(model, seen.observe) as run:
-            for number, batch in enumerate(batches):
-                inputs = _inputs(batch, device)
-                if number >= done:
-                    begin = time.perf_counter()
-                    seen.start(inputs.get("attention_mask"))
-                    run(**{**extra, **inputs})
-                    if seen.error is not None:
-                        raise seen.error
-                    seen.per_batch = seen.per_batch or seen.in_batch
-                    if seen.in_batch < max(seen.per_batch, 1):
-                        raise _unseen(seen, seen.per_batch)
-                    if kept is not None:
-                        kept.keep(seen, number)
-                    pace.read(_tokens(batch), time.perf_counter() - (seen.running_since or begin))
-                if progress is not None:
-                    progress(_tokens(batch))
-                if expect is not None and number >= done:
-                    pace.probe(seen)
-                    expect(pace.left(seen))
-                done = max(done, number + 1)
-        if not done:
+        reading = _Reading(model, seen, kept, pace, progress, expect)
+        if not reading.all(batches, done):
             raise ValueError(
                 "found no batches to calibrate with; needs at least one: pass more text."
             )
@@ -146,6 +127,55 @@ def calibrate(
         source=source,
         versions=versions(),
     )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A model that reads batches, what is `seen` of it meanwhile, and who is told. What was seen
+    is `kept` on the way, if anything is."""
+
+    model: nn.Module
+    seen: Seen
+    kept: Kept | None
+    pace: Pace
+    progress: Callable[[int], None] | None
+    expect: Callable[[float], None] | None
+
+    def all(self, batches: Iterable[Tensor | Mapping[str, Any]], done: int) -> int:
+        """Reads the batches behind those that are `done`; how many are then."""
+        device = next(self.model.parameters()).device
+        extra = _accepted(self.model, {"use_cache": False, "logits_to_keep": 1})
+        with watched(self.model, self.seen.observe) as run:
+            for number, batch in enumerate(batches):
+                inputs = _inputs(batch, device)
+                if number >= done:
+                    self._one(number, _tokens(batch), functools.partial(run, **extra), inputs)
+                if self.progress is not None:
+                    self.progress(_tokens(batch))
+                if self.expect is not None and number >= done:
+                    self.pace.probe(self.seen)
+                    self.expect(self.pace.left(self.seen))
+                done = max(done, number + 1)
+        return done
+
+    def _one(
+        self, number: int, tokens: int, run: Callable[..., Any], inputs: dict[str, Any]
+    ) -> None:
+        """
+        Raises:
+          ValueError, RuntimeError: keys that could not be seen.
+        """
+        seen, begin = self.seen, time.perf_counter()
+        seen.start(inputs.get("attention_mask"))
+        run(**inputs)
+        if seen.error is not None:
+            raise seen.error
+        seen.per_batch = seen.per_batch or seen.in_batch
+        if seen.in_batch < max(seen.per_batch, 1):
+            raise _unseen(seen, seen.per_batch)
+        if self.kept is not None:
+            self.kept.keep(seen, number)
+        self.pace.read(tokens, time.perf_counter() - (seen.running_since or begin))
 
 
 def check_choices(calibration: str, kind: str, rank: int | float) -> None:

@@ -16,6 +16,7 @@ from loki_compile.floats import RestartAnalysis, float_inputs
 from loki_compile.passes.blocks import Piece, find_blocks
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.graphs import copy_of, fake_mode_of
+from loki_compile.passes.row_products import find_row_products, sum_rows
 
 log = logging.getLogger("loki_compile")
 
@@ -149,6 +150,25 @@ def in_blocks(engine: Engine) -> Engine:
     return inductor_by_blocks if engine is inductor else engine
 
 
+def with_row_products(engine: Engine) -> Engine:
+    """Inductor for graphs that need not be its own to the bit: on CPUs, products with few rows are
+    sums that it vectorises (`passes.row_products`). Another engine is left as it is; so is
+    `freezing`, under which weights get an order of their own."""
+    if engine not in (inductor, inductor_by_blocks):
+        return engine
+
+    def run(
+        gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None, options: dict[str, Any]
+    ):
+        with torch._inductor.config.patch(options):
+            frozen = torch._inductor.config.freezing
+        if not frozen and any(isinstance(value, torch.Tensor) for value in inputs):
+            gm = sum_rows(gm, find_row_products(gm.graph))
+        return engine(gm, inputs, mode=mode, options=options)
+
+    return run
+
+
 def interpreter(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
     """The engine that runs a graph as it is, node by node: nothing to wait for, nothing fused."""
     run: Callable[..., Any] = gm.forward
@@ -241,9 +261,16 @@ def compile_late(
         )
         return gm
     added = shape_env.guards[known:]
-    if not added:
-        return run
+    return run if not added else _where_guards_hold(run, gm, added, missed)
+
+
+def _where_guards_hold(
+    run: Callable[..., Any], gm: fx.GraphModule, added: Sequence[Any], missed: Callable[[], None]
+) -> Variant:
+    """A compiled graph that is called where guards hold; elsewhere the same graph runs node by
+    node, and `missed` is told."""
     log.debug("late guards: %s", [guard.expr for guard in added])
+    values, shape_env = _fakes(gm), fake_mode_of(gm.graph).shape_env
     symbols = [v for v in values if isinstance(v, torch.SymInt)]
     places = [i for i, v in enumerate(values) if isinstance(v, torch.SymInt)]
     code = shape_env.produce_guards_expression(

@@ -206,22 +206,7 @@ class Tape(fx.Interpreter):
     def _piece(self, cut: _Cut, end: int, grads: dict[fx.Node, Tensor], see: See) -> None:
         """Nodes behind a cut, up to number `end`; `grads` of what they make becomes that of what
         crosses the cut."""
-        self.env.clear()
-        self.args_iter = iter([x.detach() if _is_tensor(x) else x for x in self.args.values()])
-        for node in self.given:
-            self.env[node] = self._unlearned(self.run_node(node))
-        leaves: dict[fx.Node, Tensor] = {}
-        for node, value in cut.values.items():
-            if _counts(value) and value._version != cut.versions[node]:
-                raise ValueError(
-                    f"{node.name} is changed in place by a later layer: its gradient cannot be "
-                    "told. Needs a model that leaves hidden states as they are"
-                )
-            if _is_tensor(value) and value.is_floating_point():
-                leaves[node] = value.detach().requires_grad_()
-                value = leaves[node].clone()  # which may be written in place
-            self.env[node] = value
-        cut.values.clear()
+        leaves = self._leaves(cut)
         seen: list[tuple[Attended, Tensor]] = []
         heads: dict[fx.Node, Tensor] = {}
         for place in range(cut.at + 1, end + 1):
@@ -255,6 +240,30 @@ class Tape(fx.Interpreter):
         for node, grad in zip(leaves, found[len(seen) :], strict=True):
             if grad is not None:
                 grads[node] = grads[node] + grad if node in grads else grad
+
+    def _leaves(self, cut: _Cut) -> dict[fx.Node, Tensor]:
+        """Begins behind a cut: gives up what it kept, of which floating values are leaves.
+
+        Raises:
+          ValueError: one of them has changed since.
+        """
+        self.env.clear()
+        self.args_iter = iter([x.detach() if _is_tensor(x) else x for x in self.args.values()])
+        for node in self.given:
+            self.env[node] = self._unlearned(self.run_node(node))
+        leaves: dict[fx.Node, Tensor] = {}
+        for node, value in cut.values.items():
+            if _counts(value) and value._version != cut.versions[node]:
+                raise ValueError(
+                    f"{node.name} is changed in place by a later layer: its gradient cannot be "
+                    "told. Needs a model that leaves hidden states as they are"
+                )
+            if _is_tensor(value) and value.is_floating_point():
+                leaves[node] = value.detach().requires_grad_()
+                value = leaves[node].clone()  # which may be written in place
+            self.env[node] = value
+        cut.values.clear()
+        return leaves
 
     def _unlearned(self, value: Any) -> Any:
         """Weights take no part."""

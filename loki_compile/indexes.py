@@ -222,9 +222,16 @@ def build(
         )  # fmt: skip
     else:
         record = IndexRecord(tensors, cached.stamps(), filled, binding.layout, made, bound, fit)
+    _keep(binding, cached, record, by_spectrum=isinstance(rank, str) and rank != AUTO)
+    tally.add("rebuilds")
+    return record
+
+
+def _keep(binding: CacheBinding, cached: Cached, record: IndexRecord, *, by_spectrum: bool) -> None:
+    """Has a record found by its cache. `by_spectrum`: what the spectrum asks for sets its rank."""
     with _lock:
-        held = cached.after[0].kept if form.in_place else _indexes.setdefault(cached.base, {})
-        by_spectrum = isinstance(rank, str) and rank != AUTO
+        in_place = binding.form.in_place
+        held = cached.after[0].kept if in_place else _indexes.setdefault(cached.base, {})
         if by_spectrum and isinstance(binding.layout, IndexLayout):
             # Those of lower rank than this one, and never looked for again.
             for identity in [key for key in held if key[::2] == binding.identity[::2]]:
@@ -232,8 +239,6 @@ def build(
                 if isinstance(other, IndexLayout) and other.dtype == binding.layout.dtype:
                     del held[identity]
         held[binding.identity] = record
-    tally.add("rebuilds")
-    return record
 
 
 def _basis(

@@ -22,6 +22,7 @@ from loki_compile.policies.kinds import SPANS, Kind
 if TYPE_CHECKING:
     from loki_compile.caches import CacheBinding
     from loki_compile.config import LokiConfig
+    from loki_compile.passes.attention import AttentionSite, Skipped
     from loki_compile.passes.plan import Plan, SparseSite
 
 log = logging.getLogger("loki_compile")
@@ -329,57 +330,57 @@ def describe(
 
     adapters: low-rank adapters that the graph adds, which a stored basis was not fitted for.
     """
-    entries: list[tuple[Any, SiteReport]] = []
-    for sparse in plan.sparse:
-        site, binding = sparse.site, bindings[sparse.cache]
-        rank = binding.rank(config.rank) if binding.keeps is Keeps.INDEX else None
-        policy = _policy_text(plan, sparse)
-        entries.append(
-            (
-                site.node,
-                SiteReport(
-                    path=site.path,
-                    cache=plan.caches[sparse.cache].source,
-                    outcome="dense by plan" if sparse.reads_all else "sparse",
-                    reason=f"reads all keys, and chooses for others ({policy})"
-                    if sparse.reads_all
-                    else "",
-                    see=_see(Reason.READS_ALL) if sparse.reads_all else "",
-                    query_heads=site.query_heads,
-                    kv_heads=site.kv_heads,
-                    head_dim=site.head_dim,
-                    rank=rank,
-                    basis=_basis_text(binding, adapters),
-                    index_bytes_per_token=_bytes_per_token(binding, rank, config),
-                    note=sparse.note,
-                    policy=policy,
-                    reads="" if sparse.source is None else plan.sparse[sparse.source].site.path,
-                    spans=_spans_text(sparse),
-                ),
-            )
-        )
+    entries: list[tuple[Any, SiteReport]] = [
+        (sparse.site.node, _sparse_report(plan, sparse, bindings[sparse.cache], config, adapters))
+        for sparse in plan.sparse
+    ]
     known = {site.node: site for site in plan.sites}
-    for skip in plan.dense:
-        found = known.get(skip.node)
-        entries.append(
-            (
-                skip.node,
-                SiteReport(
-                    path=skip.path,
-                    cache="",
-                    outcome="dense by plan" if skip.by_plan else "dense",
-                    reason=skip.sentence(),
-                    see=_see(skip.reason),
-                    query_heads=found.query_heads if found else None,
-                    kv_heads=found.kv_heads if found else None,
-                    head_dim=found.head_dim if found else None,
-                ),
-            )
-        )
+    entries += [(skip.node, _dense_report(skip, known.get(skip.node))) for skip in plan.dense]
     if entries:
         position = {node: i for i, node in enumerate(entries[0][0].graph.nodes)}
         entries.sort(key=lambda entry: position[entry[0]])
     return GraphReport(tuple(report for _, report in entries))
+
+
+def _sparse_report(
+    plan: Plan, sparse: SparseSite, binding: CacheBinding, config: LokiConfig, adapters: int
+) -> SiteReport:
+    site, policy = sparse.site, _policy_text(plan, sparse)
+    rank = binding.rank(config.rank) if binding.keeps is Keeps.INDEX else None
+    outcome, reason, see = "sparse", "", ""
+    if sparse.reads_all:
+        outcome, see = "dense by plan", _see(Reason.READS_ALL)
+        reason = f"reads all keys, and chooses for others ({policy})"
+    return SiteReport(
+        path=site.path,
+        cache=plan.caches[sparse.cache].source,
+        outcome=outcome,
+        reason=reason,
+        see=see,
+        query_heads=site.query_heads,
+        kv_heads=site.kv_heads,
+        head_dim=site.head_dim,
+        rank=rank,
+        basis=_basis_text(binding, adapters),
+        index_bytes_per_token=_bytes_per_token(binding, rank, config),
+        note=sparse.note,
+        policy=policy,
+        reads="" if sparse.source is None else plan.sparse[sparse.source].site.path,
+        spans=_spans_text(sparse),
+    )
+
+
+def _dense_report(skip: Skipped, site: AttentionSite | None) -> SiteReport:
+    return SiteReport(
+        path=skip.path,
+        cache="",
+        outcome="dense by plan" if skip.by_plan else "dense",
+        reason=skip.sentence(),
+        see=_see(skip.reason),
+        query_heads=site.query_heads if site else None,
+        kv_heads=site.kv_heads if site else None,
+        head_dim=site.head_dim if site else None,
+    )
 
 
 def _see(reason: Reason) -> str:

@@ -86,13 +86,17 @@ def span_effects(
         effect = reach.sums(attention * moves) / mass - whole
         moved[head, tile.rows] = effect.masked_fill(reach.whole, 0.0).sum(0)
         if entrywise:
-            entries = attention * (whole - moves) / (1.0 - attention + _PUBLISHED_EPSILON)
-            entries = entries.abs()
-            left = entries.sum(-1, keepdim=True) - reach.sums(entries)
-            left = left.masked_fill(reach.whole, 0.0).clamp_min(0.0)
-            single[head] += left.sum((0, 1))
+            single[head] += _entrywise(attention, moves - whole, reach)
         visible = int(reach.visible[-1])
     return SpanEffects(moved, single if entrywise else None, visible)
+
+
+def _entrywise(attention: Tensor, moves: Tensor, reach: _Reach) -> Tensor:
+    """As published, (R,): what each entry would move the loss by if it alone were left out, of
+    those that are. moves (G, n, T): what a key has beyond the row's output, along its gradient."""
+    entries = (attention * moves / (1.0 - attention + _PUBLISHED_EPSILON)).abs()
+    left = entries.sum(-1, keepdim=True) - reach.sums(entries)
+    return left.masked_fill(reach.whole, 0.0).clamp_min(0.0).sum((0, 1))
 
 
 def attend_spans(

@@ -35,6 +35,7 @@ what reads it (decides, never edits),
     appends        tensors that a graph makes longer, and whether that can be done in their memory
     rollback       what to save so that a graph that failed half-way can be run again
     blocks         a graph as a row of pieces, of which equal ones are compiled once
+    row_products   a matrix times few rows: what is found, and its one edit
 
 and what rewrites it (edits, never decides):
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loki_compile.kernels.kept import Keeps
@@ -93,9 +93,6 @@ def make_plan(
     Raises:
       ValueError: a choice that names as its source no earlier site of the same slots.
     """
-    dense = list(skipped)
-    sparse: list[SparseSite] = []
-    caches: list[tuple[KeyCache, Keeps]] = []
     writes = writes_of(sites[0].node.graph) if sites else []
     found = [_found(site, number, writes, layers) for number, site in enumerate(sites)]
     cached = [None if isinstance(each, Skipped) else each for each in found]
@@ -105,54 +102,81 @@ def make_plan(
     ]
     choices = list(policy(candidates))
     read = _sources(choices)
-    places: dict[Any, int] = {}  # of whose positions are read, in `sparse`
-    lenders: list[tuple[AttentionSite, KeyCache]] = []  # as `sparse`
+    draft = _Draft(writes, list(skipped))
     for number, (each, choice) in enumerate(zip(found, choices, strict=True)):
         _check_source(candidates, choices, number)
         if isinstance(each, Skipped):
-            dense.append(each)
+            draft.dense.append(each)
             continue
-        site, cache = each
-        slots = candidates[number].slots
-        source = None if choice.source is None else places.get(choice.source)
-        if choice.source is not None and source is None:
-            # Of those that would read what a dense site chose, the first chooses for the others.
-            source = places.get((choice.source, slots))
-            choice = _itself(choice, candidates[choice.source].site, chooses=source is None)
-        left_out = _left_out(site, cache, choice, reads=source is not None, read=number in read)
+        source, choice, own = draft.source_of(number, choice, candidates)
+        left_out = _left_out(*each, choice, reads=source is not None, read=number in read)
         if left_out is not None:
-            dense.append(left_out)
+            draft.dense.append(left_out)
             continue
+        draft.add(each, choice, source, own)
+    return Plan(
+        tuple(draft.sparse),
+        tuple(draft.dense),
+        tuple(sites),
+        tuple(cache for cache, _ in draft.caches),
+        tuple(keeps for _, keeps in draft.caches),
+    )
+
+
+@dataclass
+class _Draft:
+    """What is decided of the sites so far: `places` in `sparse`, of whose positions are read by
+    others, and what each of `sparse` was found to be."""
+
+    writes: list[Write]
+    dense: list[Skipped]
+    sparse: list[SparseSite] = field(default_factory=list)
+    caches: list[tuple[KeyCache, Keeps]] = field(default_factory=list)
+    places: dict[Any, int] = field(default_factory=dict)
+    lenders: list[tuple[AttentionSite, KeyCache]] = field(default_factory=list)
+
+    def source_of(
+        self, number: int, choice: Choice, candidates: Sequence[Candidate]
+    ) -> tuple[int | None, Choice, Any]:
+        """The place of the site whose positions a site reads, None if it chooses itself; its
+        choice; and what it is to be found by among `places`."""
+        if choice.source is None:
+            return None, choice, number
+        source = self.places.get(choice.source)
+        own = (choice.source, candidates[number].slots)
+        if source is None:
+            # Of those that would read what a dense site chose, the first chooses for the others.
+            source = self.places.get(own)
+            choice = _itself(choice, candidates[choice.source].site, chooses=source is None)
+        return source, choice, own
+
+    def add(
+        self, found: tuple[AttentionSite, KeyCache], choice: Choice, source: int | None, own: Any
+    ) -> None:
+        site, cache = found
         assert choice.ranking is not None
         kept = (cache, Keeps.NOTHING if source is not None else choice.ranking.keeps)
-        if kept not in caches:
-            caches.append(kept)
+        if kept not in self.caches:
+            self.caches.append(kept)
         if any(term.varies(heads) for term in site.masks for heads in "hg"):
             choice = dataclasses.replace(choice, per_head=True)
         if source is not None:
-            hold_to(each, lenders[source], writes)
+            hold_to(found, self.lenders[source], self.writes)
         else:
-            places[number if choice.source is None else (choice.source, slots)] = len(sparse)
-        lenders.append(each)
+            self.places[own] = len(self.sparse)
+        self.lenders.append(found)
         device = fake_value(cache.past).device.type
-        sparse.append(
+        self.sparse.append(
             SparseSite(
                 site,
-                caches.index(kept),
+                self.caches.index(kept),
                 cache.views,
                 choice,
                 note="; ".join(filter(None, (choice.note, BACKENDS[device].note()))),
-                masks_at=masks_at(site, writes),
+                masks_at=masks_at(site, self.writes),
                 source=source,
             )
         )
-    return Plan(
-        tuple(sparse),
-        tuple(dense),
-        tuple(sites),
-        tuple(cache for cache, _ in caches),
-        tuple(keeps for _, keeps in caches),
-    )
 
 
 def with_prefills(plan: Plan, sites: Sequence[AttentionSite], choices: Sequence[Choice]) -> Plan:

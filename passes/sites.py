@@ -7,7 +7,7 @@ graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,18 +113,12 @@ def _looked_into(core: Core, max_query_tokens: int | None, writes: list[Write]) 
     query = before_widening(core.query)
     _refuse_dtypes(core, query, key, value)
     q_shape = (sizes["b"], sizes["h"] * sizes["g"], sizes["s"], sizes["d"])
-    heads, head_dim, group_dim = concrete(q_shape[1]), concrete(q_shape[3]), concrete(sizes["g"])
-    kv_heads, value_dim = concrete(k_shape[1]), concrete(v_shape[3])
-    if (
-        heads is None
-        or head_dim is None
-        or group_dim is None
-        or kv_heads is None
-        or value_dim is None
-    ):
-        raise No(Reason.LAYOUT, [q_shape, k_shape, v_shape])
+    shapes = q_shape, k_shape, v_shape
+    heads, head_dim, group_dim, kv_heads, value_dim = _constants(
+        (q_shape[1], q_shape[3], sizes["g"], k_shape[1], v_shape[3]), shapes
+    )
     if not same_size(q_shape[0], k_shape[0]) or not same_size(q_shape[0], v_shape[0]):
-        raise No(Reason.LAYOUT, f"batch {[s[0] for s in (q_shape, k_shape, v_shape)]}")
+        raise No(Reason.LAYOUT, f"batch {[shape[0] for shape in shapes]}")
     group = _group(core, (key, value), (heads, group_dim), (kv_heads, v_shape[1]))
     # Whoever observes heads takes them to be in blocks.
     if key.interleaved and max_query_tokens is None:
@@ -172,6 +166,14 @@ def _sizes(core: Core) -> tuple[dict[str, Any], tuple[Any, ...], tuple[Any, ...]
         for shape, order in zip(shapes[1:], (core.key_order, core.value_order), strict=True)
     )
     return {letter: sizes.get(letter, 1) for letter in "bhgsd"}, k_shape, v_shape
+
+
+def _constants(sizes: Sequence[Any], shapes: Sequence[tuple[Any, ...]]) -> list[int]:
+    """Sizes that no call may change, of a core with these shapes."""
+    known = [number for size in sizes if (number := concrete(size)) is not None]
+    if len(known) < len(sizes):
+        raise No(Reason.LAYOUT, list(shapes))
+    return known
 
 
 def _refuse_prefill(core: Core, tokens: Any, most: int | None) -> None:

@@ -20,6 +20,7 @@ from loki_compile.commands.options import (
     CHOICE_OPTIONS,
     MODEL_HELP,
     MODEL_OPTIONS,
+    AskedModel,
     loki_options,
     say_if_dense,
     text_of,
@@ -70,7 +71,6 @@ DENSE = "eager,inductor,packed,packed-inductor,exact"
 @with_options(CHOICE_OPTIONS)
 @with_options(MODEL_OPTIONS)
 def command(
-    name: str,
     contexts: tuple[int, ...],
     all_lengths: bool,
     cache: str,
@@ -83,10 +83,7 @@ def command(
     clock: str,
     file: Path | None,
     picture: Path | None,
-    device: str | None,
-    dtype: str,
-    random_weights: bool,
-    **loki: Any,
+    **given: Any,
 ) -> None:
     """What a token of MODEL costs by context, for each way of decoding, in one run.
 
@@ -95,25 +92,57 @@ def command(
     query groups, our own attention over all keys, and each policy; static and growing caches. Each
     way is checked against eager's logits before it is timed; all are timed in turn.
     """
-    from loki_compile.commands.models import (
-        RANDOM,
-        check_placement,
-        check_writable,
-        load_config,
-        load_model,
-    )
-    from loki_compile.commands.picture import check_picture
+    from loki_compile.commands.models import RANDOM, load_config
     from loki_compile.commands.rounds import room_for
+
+    asked = AskedModel.taken(given)
+    options = loki_options(**given)
+    chosen, beside = _ways_asked(policies, dense, options)
+    asked.check()
+    picture = _checked_picture(file, picture)
+    if files and RANDOM.fullmatch(asked.name):
+        raise ValueError(f"--text: {asked.name} has no tokenizer; needs no text: leave out --text.")
+    lengths = _lengths(contexts, all_lengths, load_config(asked.name), rounds)
+    settings = _settings(asked, list(chosen), beside, options, files, prompt, rounds)
+    kept = Kept(file, settings, clock)
+    kept.resume()
+    read = [length for length in lengths if length <= prompt]
+    ids = _token_ids(asked.name, files, max(read) + room_for(rounds)) if read else None
+    for each in chosen.values():
+        say_if_dense(each, max(lengths))
+    groups = [(kind, length) for length in lengths for kind in KINDS[cache]]
+    _run_left(asked, kept, groups, beside, chosen, ids, prompt, rounds, seconds)
+    show_all(asked.name, kept, KINDS[cache], picture)
+
+
+def _ways_asked(
+    policies: Sequence[str], dense: str, options: dict[str, Any]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The options of each policy that is named, and the ways over all keys.
+
+    Raises:
+        ValueError: there is no such policy or way.
+    """
     from loki_compile.commands.ways import DENSE as KNOWN
     from loki_compile.commands.ways import policy_options
 
-    options = loki_options(**loki)
     words = [word for each in policies for word in policy_words(each)]
     chosen = {word: policy_options(word, options) for word in words}
     beside = _words("--dense", dense.split(","))
     if unknown := [word for word in beside if word not in KNOWN]:
         raise ValueError(f"--dense {unknown[0]}: needs some of {', '.join(KNOWN)}.")
-    check_placement(device, dtype)
+    return chosen, beside
+
+
+def _checked_picture(file: Path | None, picture: Path | None) -> Path | None:
+    """Where the picture goes: beside the rows, if nowhere else.
+
+    Raises:
+        ValueError: one of both cannot be written or drawn.
+    """
+    from loki_compile.commands.models import check_writable
+    from loki_compile.commands.picture import check_picture
+
     if picture is None and file is not None:
         picture = file.with_suffix(".png")
     for option, path in (("--out", file), ("--picture", picture)):
@@ -121,41 +150,48 @@ def command(
             check_writable(option, path)
     if picture is not None:
         check_picture("--picture", picture)
-    if files and RANDOM.fullmatch(name):
-        raise ValueError(f"--text: {name} has no tokenizer; needs no text: leave out --text.")
-    room = room_for(rounds)
-    lengths = _lengths(contexts, all_lengths, load_config(name), rounds)
-    settings = {
-        "model": name,
-        "device": device or "auto",
-        "dtype": dtype,
-        "random_weights": random_weights,
-        "policies": list(chosen),
-        "dense": beside,
+    return picture
+
+
+def _settings(
+    asked: AskedModel,
+    policies: list[str],
+    dense: list[str],
+    options: dict[str, Any],
+    files: Sequence[str],
+    prompt: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """What rows of one file have in common."""
+    return {
+        "model": asked.name,
+        "device": asked.device or "auto",
+        "dtype": asked.dtype,
+        "random_weights": asked.random_weights,
+        "policies": policies,
+        "dense": dense,
         "options": options,
         "text": list(files),
         "prompt": prompt,
         "rounds": rounds,
     }
-    kept = Kept(file, settings, clock)
-    kept.resume()
-    read = [length for length in lengths if length <= prompt]
-    ids = _token_ids(name, files, max(read) + room) if read else None
-    for each in chosen.values():
-        say_if_dense(each, max(lengths))
-    groups = [(kind, length) for length in lengths for kind in KINDS[cache]]
+
+
+def _run_left(
+    asked: AskedModel, kept: Kept, groups: Sequence[tuple[str, int]], *of_run: Any
+) -> None:
+    """`run_all` over the kinds of cache and lengths that are not kept yet."""
     left = [group for group in groups if not kept.has(*group)]
     if len(left) < len(groups):
-        say(f"{file} holds {len(groups) - len(left)} of {len(groups)} lengths already")
-    if left:
-        try:
-            say(f"loading {name}")
-            model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
-            run_all(name, model, kept, left, beside, chosen, ids, prompt, rounds, seconds)
-        except KeyboardInterrupt:
-            say(_stopped(kept, groups))
-            raise click.exceptions.Exit(STOPPED) from None
-    show_all(name, kept, KINDS[cache], picture)
+        say(f"{kept.path} holds {len(groups) - len(left)} of {len(groups)} lengths already")
+    if not left:
+        return
+    try:
+        say(f"loading {asked.name}")
+        run_all(asked.name, asked.load(), kept, left, *of_run)
+    except KeyboardInterrupt:
+        say(_stopped(kept, groups))
+        raise click.exceptions.Exit(STOPPED) from None
 
 
 def policy_words(text: str) -> list[str]:

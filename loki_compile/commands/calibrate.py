@@ -13,6 +13,7 @@ from loki_compile.commands.options import (
     NUMBER,
     OUT_OPTION,
     READING_OPTIONS,
+    AskedModel,
     text_of,
     with_options,
 )
@@ -50,14 +51,15 @@ def command(**given: Any) -> None:
     How long it takes is said after the first prompt. Ctrl-C loses nothing: the same command goes on
     from there (it is kept beside the store, in `partial`).
     """
+    asked = AskedModel.taken(given)
+    files = (*given.pop("first_text"), *given.pop("more_text"))
     with going_on():
-        _calibrate(**given)
+        _calibrate(asked, files, **given)
 
 
 def _calibrate(
-    name: str,
-    more_text: tuple[str, ...],
-    first_text: tuple[str, ...],
+    asked: AskedModel,
+    files: tuple[str, ...],
     tokens: int | None,
     length: int | None,
     kind: str,
@@ -66,24 +68,9 @@ def _calibrate(
     rank: str,
     calibration: str,
     folder: Path | None,
-    device: str | None,
-    dtype: str,
-    random_weights: bool,
 ) -> None:
-    import torch
-
     from loki_compile.calibration import check_choices, check_lengths
-    from loki_compile.commands.models import (
-        batches_of,
-        check_placement,
-        check_writable,
-        encode,
-        fitting_context,
-        load_config,
-        load_model,
-        load_tokenizer,
-    )
-    from loki_compile.commands.reference_data import calibration_prompts
+    from loki_compile.commands.models import check_writable, fitting_context, load_config
     from loki_compile.pca_store.partial import default_partial_root
     from loki_compile.pca_store.store import Store
 
@@ -92,31 +79,24 @@ def _calibrate(
         tokens = 16384 if kind == "score-optimal" else 65536
     columns = NUMBER.convert(rank, None, None)
     check_choices(calibration, kind, columns)
-    check_placement(device, dtype)
+    asked.check()
     store = Store(folder)
     check_writable("--out" if folder else "the store", store.root, folder=True)
-    files = (*first_text, *more_text)
-    text, source = text_of(files, "train") if files else ("", "")
-    length = fitting_context("--length", length, 4096, load_config(name))
-    tokenizer = load_tokenizer(name)
-    if files:
-        batches = batches_of(encode(tokenizer, text[: 16 * tokens]), length, tokens)
-    else:
-        prompts, source = calibration_prompts(tokenizer, length, tokens)
-        batches = [torch.tensor([prompt]) for prompt in prompts]
+    text, source = text_of(files, "train") if files else (None, "")
+    length = fitting_context("--length", length, 4096, load_config(asked.name))
+    batches, source = _batches(asked.name, text, source, length, tokens)
     check_lengths(batches, kind)
     total = sum(batch.numel() for batch in batches)
     if total < tokens:
         say(f"the text holds {total} tokens of the {tokens} asked for; all are used")
-    say(f"loading {name}; then it reads {len(batches)} prompts eagerly, {total} tokens")
-    model = load_model(name, device=device, dtype=dtype, random_weights=random_weights)
+    say(f"loading {asked.name}; then it reads {len(batches)} prompts eagerly, {total} tokens")
     basis_set = _watched_calibration(
-        model,
+        asked.load(),
         batches,
         calibration=calibration,
         kind=kind,
         rank=columns,
-        name=name,
+        name=asked.name,
         source=source,
         partial=default_partial_root(),
         refine_seconds=60 * minutes if refine else None,
@@ -126,6 +106,22 @@ def _calibrate(
     if measured := missed(basis_set):
         say(measured)
     show(f"wrote {path}")
+
+
+def _batches(
+    name: str, text: str | None, source: str, length: int, tokens: int
+) -> tuple[list[Tensor], str]:
+    """Prompts (1, T) of a text, or of what is read where there is none; and what the text is."""
+    import torch
+
+    from loki_compile.commands.models import batches_of, encode, load_tokenizer
+    from loki_compile.commands.reference_data import calibration_prompts
+
+    tokenizer = load_tokenizer(name)
+    if text is not None:
+        return batches_of(encode(tokenizer, text[: 16 * tokens]), length, tokens), source
+    prompts, source = calibration_prompts(tokenizer, length, tokens)
+    return [torch.tensor([prompt]) for prompt in prompts], source
 
 
 def _watched_calibration(model: Any, batches: list[Tensor], **settings: Any) -> BasisSet:

@@ -101,24 +101,15 @@ def run_demo(
         stored = None if anew else stored_basis(model, options, slots)
         if stored is not None:
             entry, config, found = stored
-            name_of = "bundled with the model" if entry.path == BUNDLED_BASIS else entry.name
-            say(
-                f"basis: {name_of}, stored {entry.header.created[:10]} from "
-                f"{entry.header.tokens} tokens of {entry.header.source or 'unknown text'}; "
-                "--calibrate fits one anew"
-            )
+            say(_where_from(entry))
         else:
             basis = fitted_basis(model, tokenizer, name, context, options)
             config = LokiConfig.from_options({**options, "basis": basis})
             found = decode_reports(model, "static", slots, config.to_options())
         out.print(site_table(found, config, context))
         out.print(summary(found, config, context), highlight=False)
-        outcomes = {}
         steps = variants(model, {"loki": config.to_options()})
-        for number, (label, step) in enumerate(steps.items(), 1):
-            how = "decodes" if label == "eager" else "Inductor compiles at the first steps, decodes"
-            with phase(f"{label} ({number} of {len(steps)}): {how} behind {context} tokens"):
-                outcomes[label] = try_out(model, step, prompts)
+        outcomes = _outcomes(model, steps, prompts, context)
         begin = announcing("timing")
         ms = latencies(model, steps, context, room=NEW_TOKENS, begin=begin)
         dense = min("eager", "inductor", key=ms.__getitem__)
@@ -156,8 +147,35 @@ def stored_basis(
     return None
 
 
+def _where_from(entry: StoredBasis) -> str:
+    name = "bundled with the model" if entry.path == BUNDLED_BASIS else entry.name
+    return (
+        f"basis: {name}, stored {entry.header.created[:10]} from "
+        f"{entry.header.tokens} tokens of {entry.header.source or 'unknown text'}; "
+        "--calibrate fits one anew"
+    )
+
+
 class _TooLong(Exception):
     """A fit that would take so many seconds."""
+
+
+class _Foretold:
+    """Told what a fit will still take: says it once, if that is not too long.
+
+    Raises:
+        _TooLong: it is.
+    """
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def __call__(self, seconds: float) -> None:
+        if not self.said and seconds > FIT_SECONDS:
+            raise _TooLong(seconds)
+        if not self.said:
+            say(f"  about {duration(seconds)} to go")
+        self.said = True
 
 
 def fitted_basis(
@@ -173,16 +191,7 @@ def fitted_basis(
     prompts, source = calibration_prompts(tokenizer, length, CALIBRATION_TOKENS)
     rank = AUTO_SHARE if rank == AUTO else rank
     every = isinstance(rank, str)  # "variance:0.9" needs all columns
-    said = False
     begin = time.perf_counter()
-
-    def expect(seconds: float) -> None:
-        nonlocal said
-        if not said and seconds > FIT_SECONDS:
-            raise _TooLong(seconds)
-        if not said:
-            say(f"  about {duration(seconds)} to go")
-        said = True
 
     def fitted(kind: str, prompts: Sequence[list[int]], **more: Any) -> BasisSet:
         return calibrate(
@@ -199,7 +208,7 @@ def fitted_basis(
     total = sum(map(len, prompts))
     with phase(f"basis: one is fitted for {name}: reads {total} tokens eagerly, then fits"):
         try:
-            basis = fitted(kind, prompts, expect=expect)
+            basis = fitted(kind, prompts, expect=_Foretold())
         except _TooLong as found:
             each = time.perf_counter() - begin
             prompts = prompts[: max(1, int(FIT_SECONDS / each))]
@@ -267,6 +276,18 @@ def try_out(model: Any, step: Step, prompts: Prompts) -> Outcome:
     return Outcome(
         text, tuple(right), tuple(generate(model, step, prompts.text, NEW_TOKENS, cache))
     )
+
+
+def _outcomes(
+    model: Any, steps: dict[str, Step], prompts: Prompts, context: int
+) -> dict[str, Outcome]:
+    """What each variant did; which is at work is said."""
+    outcomes = {}
+    for number, (label, step) in enumerate(steps.items(), 1):
+        how = "decodes" if label == "eager" else "Inductor compiles at the first steps, decodes"
+        with phase(f"{label} ({number} of {len(steps)}): {how} behind {context} tokens"):
+            outcomes[label] = try_out(model, step, prompts)
+    return outcomes
 
 
 def _headline(model: Any, name: str, context: int) -> str:

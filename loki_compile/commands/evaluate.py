@@ -18,6 +18,7 @@ from loki_compile.commands.options import (
     MODEL_HELP,
     MODEL_OPTIONS,
     NUMBER,
+    AskedModel,
     dense_because,
     with_options,
 )
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
     from loki_compile.commands.trials import Setting
 
 _ALL = "all"
+# Options, by their parameters: of cases, those of which all combinations are settings, and of what
+# decodes.
+SHAPES = ("steps", "pieces", "seeds", "depths")
+COMBINED = ("policies", "budgets", "ranks", "bases", "named")
+DECODING = ("engine", "cache", "mass_steps")
 
 
 @click.command(epilog=MODEL_HELP)
@@ -99,75 +105,51 @@ def command(folder: Path | None, **given: Any) -> None:
         how = "the same command goes on from there" if folder else "--out would have kept them"
         return f" with {len(kept[0].rows)} results; {how}"
 
+    asked = AskedModel.taken(given)
     with going_on(rest):
-        _evaluate(kept, folder=folder, **given)
+        _evaluate(kept, asked, folder, **given)
 
 
 def _evaluate(
     kept: list[Records],
-    name: str,
+    asked: AskedModel,
+    folder: Path | None,
     files: tuple[str, ...],
     contexts: tuple[int, ...],
     tasks: tuple[str, ...],
-    steps: int,
-    pieces: int,
-    seeds: int,
-    depths: int,
     question: str,
-    policies: tuple[str, ...],
-    budgets: tuple[Any, ...],
-    ranks: tuple[Any, ...],
-    bases: tuple[str, ...],
-    named: tuple[str, ...],
-    engine: str,
-    cache: str,
-    mass_steps: int,
-    folder: Path | None,
-    device: str | None,
-    dtype: str,
-    random_weights: bool,
-    **loki: Any,
+    **given: Any,
 ) -> None:
     from loki_compile.commands.models import (
-        check_placement,
         check_writable,
         fitting_context,
         load_config,
-        load_model,
         load_tokenizer,
     )
     from loki_compile.commands.scores import Records
     from loki_compile.commands.stored import weights_of
 
-    settings = settings_of(policies, budgets, ranks, bases, named, loki)
-    check_placement(device, dtype)
+    shapes = {name: given.pop(name) for name in SHAPES}
+    combined = {name: given.pop(name) for name in COMBINED}
+    decoding = {name: given.pop(name) for name in DECODING}
+    settings = settings_of(**combined, others=given)
+    asked.check()
     if folder is not None:
         check_writable("--out", folder, folder=True)
     wanted = _tasks(tasks)
-    config = load_config(name)
-    lengths = [fitting_context("--context", given, 4096, config) for given in contexts or (None,)]
-    tokenizer = load_tokenizer(name)
-    shapes = {"steps": steps, "pieces": pieces, "seeds": seeds, "depths": depths}
+    config = load_config(asked.name)
+    lengths = [fitting_context("--context", each, 4096, config) for each in contexts or (None,)]
+    tokenizer = load_tokenizer(asked.name)
     cases = cases_of(tokenizer, wanted, not tasks, files, lengths, shapes)
     _say_what_is_dense(settings, min(lengths))
-    run = {
-        "model": name,
-        "config": f"{zlib.crc32(config.to_json_string().encode()):08x}",
-        "dtype": dtype,
-        "device": device or "",
-        "engine": engine,
-        "cache": cache,
-        "mass_steps": mass_steps,
-        "options": {key: value for key, value in loki.items() if value is not None},
-    }
-    records = Records(folder, run)
+    records = Records(folder, _run(asked, config, decoding, given))
     kept.append(records)
     protocols = ("sparse", "dense") if question == "both" else (question,)
 
     @functools.cache
     def model() -> Any:
-        say(f"loading {name}")
-        return load_model(name, device=device, dtype=dtype, random_weights=random_weights)
+        say(f"loading {asked.name}")
+        return asked.load()
 
     settings = with_what_is_stored(settings, functools.cache(lambda: weights_of(model())))
     work = _missing(cases, settings, protocols, records)
@@ -177,6 +159,20 @@ def _evaluate(
         _report(records, settings, cases, folder)
         raise
     _report(records, settings, cases, folder)
+
+
+def _run(
+    asked: AskedModel, config: Any, decoding: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    """What results in one folder have in common."""
+    return {
+        "model": asked.name,
+        "config": f"{zlib.crc32(config.to_json_string().encode()):08x}",
+        "dtype": asked.dtype,
+        "device": asked.device or "",
+        **decoding,
+        "options": {key: value for key, value in options.items() if value is not None},
+    }
 
 
 # --------------------------------------------------------------------------- before any model
@@ -224,52 +220,66 @@ def cases_of(
     Raises:
         ValueError: too little text, a length or a tokenizer that does not do.
     """
-    from loki_compile.commands.models import read_text
     from loki_compile.commands.reference_data import stdlib_text
-    from loki_compile.commands.tasks import generated_case, recall_cases, text_cases
+    from loki_compile.commands.tasks import recall_cases
 
-    files = list(dict.fromkeys(files))
-    alike = Counter(Path(file).name for file in files)
-    names = [file if alike[Path(file).name] > 1 else Path(file).name for file in files]
-    texts = {name: read_text([file]) for name, file in zip(names, files, strict=True)}
-    texts = texts or {"python": stdlib_text("held_out")}
+    texts = _texts(files) or {"python": stdlib_text("held_out")}
     kinds: list[list[Case]] = []
-    steps, seeds, depths = shapes["steps"], shapes["seeds"], shapes["depths"]
+    steps, seeds = shapes["steps"], shapes["seeds"]
     for length in lengths:
         if steps > length - 2 and "text" in tasks:
             raise ValueError(f"--steps {steps}: needs at most {length - 2} of {length} tokens.")
         for task in tasks:
-            if task == "text":
-                for name, text in texts.items():
-                    pieces = text_cases(tokenizer, name, text, length, steps, shapes["pieces"])
-                    if len(pieces) < shapes["pieces"]:
-                        say(f"the text {name} holds {len(pieces)} pieces of {length} tokens, of "
-                            f"the {shapes['pieces']} asked for")  # fmt: skip
-                    kinds.append(pieces)
-            elif task == "recall":
-                try:
-                    kinds.append(recall_cases(tokenizer, length, seeds))
-                except ValueError as error:
-                    raise ValueError(f"--task recall --context {length}: {error}") from None
-            elif task == "passkey":
-                for number in range(depths):
-                    depth = number / (depths - 1)
-                    kinds.append(
-                        [
-                            generated_case(tokenizer, task, "", length, seed, depth)
-                            for seed in range(seeds)
-                        ]
-                    )
-            else:
-                filler = next(iter(texts.values()))
-                kinds.append(
-                    [generated_case(tokenizer, task, filler, length, seed) for seed in range(seeds)]
-                )
+            kinds += _kinds_of(tokenizer, task, texts, length, shapes)
         if by_default:
             with contextlib.suppress(ValueError):  # other words, or they do not fit
                 kinds.append(recall_cases(tokenizer, length, seeds))
     rounds = max(map(len, kinds))
     return [kind[number] for number in range(rounds) for kind in kinds if number < len(kind)]
+
+
+def _texts(files: Sequence[str]) -> dict[str, str]:
+    """The texts of files, by names that tell them apart."""
+    from loki_compile.commands.models import read_text
+
+    files = list(dict.fromkeys(files))
+    alike = Counter(Path(file).name for file in files)
+    names = [file if alike[Path(file).name] > 1 else Path(file).name for file in files]
+    return {name: read_text([file]) for name, file in zip(names, files, strict=True)}
+
+
+def _kinds_of(
+    tokenizer: Any, task: str, texts: dict[str, str], length: int, shapes: dict[str, int]
+) -> list[list[Case]]:
+    """The cases of one task at one length, by kind: by text, or by depth.
+
+    Raises:
+        ValueError: too little text, a length or a tokenizer that does not do.
+    """
+    from loki_compile.commands.tasks import generated_case, recall_cases, text_cases
+
+    seeds, depths = range(shapes["seeds"]), shapes["depths"]
+    if task == "text":
+        kinds = []
+        for name, text in texts.items():
+            pieces = text_cases(tokenizer, name, text, length, shapes["steps"], shapes["pieces"])
+            if len(pieces) < shapes["pieces"]:
+                say(f"the text {name} holds {len(pieces)} pieces of {length} tokens, of "
+                    f"the {shapes['pieces']} asked for")  # fmt: skip
+            kinds.append(pieces)
+        return kinds
+    if task == "recall":
+        try:
+            return [recall_cases(tokenizer, length, len(seeds))]
+        except ValueError as error:
+            raise ValueError(f"--task recall --context {length}: {error}") from None
+    if task == "passkey":
+        return [
+            [generated_case(tokenizer, task, "", length, seed, depth) for seed in seeds]
+            for depth in (number / (depths - 1) for number in range(depths))
+        ]
+    filler = next(iter(texts.values()))
+    return [[generated_case(tokenizer, task, filler, length, seed) for seed in seeds]]
 
 
 def _missing(

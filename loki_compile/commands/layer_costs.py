@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,61 +35,72 @@ def measured_costs(
       rank: dims of the index (int8), a fraction of head_dim, or "auto".
       by_probability: how layers choose that choose for others.
     """
-    rank = columns_of(rank, of_model[2])
-    ways = _ways(of_model, dtype, device, tokens, rank, budget, by_probability=by_probability)
+    heads, kv_heads, dims = of_model
+    rank = columns_of(rank, dims)
+
+    layer = _Layer(heads, kv_heads, dims, tokens, dtype, device, rank, budget)
+    ways: list[Callable[[], Tensor]] = [
+        layer.dense,
+        lambda: layer.choose(layer.basis, layer.index, by_probability),
+        lambda: layer.choose(None, layer.keys, by_probability),
+        layer.read,
+        lambda: layer.choose(layer.basis, layer.index, False),
+    ]
     *each, alone = _seconds(ways, device)
     return Costs(*each), alone + each[3]
 
 
-def _ways(
-    of_model: tuple[int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    tokens: int,
-    rank: int,
-    budget: Budget,
-    *,
-    by_probability: bool,
-) -> list[Callable[[], Tensor]]:
-    """Dense attention, choosing by the index and by the keys, reading, and choosing by the index
-    for itself alone: over noise."""
-    heads, kv_heads, dims = of_model
+class _Layer:
+    """Noise in the place of one layer's queries, cache and index (int8), and what is done with
+    them at a step."""
 
-    def noise(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, device=device).to(kind)
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        dims: int,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        rank: int,
+        budget: Budget,
+    ) -> None:
+        def noise(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+            return torch.randn(shape, device=device).to(kind)
 
-    query, keys = noise(1, heads, 1, dims), noise(1, kv_heads, tokens, dims)
-    values = noise(1, kv_heads, tokens, dims)
-    basis = noise(kv_heads, dims, rank, kind=torch.float32)
-    index, scales = index_rows(keys, basis, torch.int8)
-    words: dict[str, Any] = {
-        "scale": dims**-0.5,
-        "top_k": budget.top_k,
-        "keep_q16": budget.keep_q16,
-        "sink": budget.sink,
-        "recent": budget.recent,
-        "min_keys": 0,
-        "per_head": False,
-    }
+        self.budget, self.scale = budget, dims**-0.5
+        self.query, self.keys = noise(1, heads, 1, dims), noise(1, kv_heads, tokens, dims)
+        self.values = noise(1, kv_heads, tokens, dims)
+        self.basis = noise(kv_heads, dims, rank, kind=torch.float32)
+        self.index, self.scales = index_rows(self.keys, self.basis, torch.int8)
+        self.positions = self.choose(self.basis, self.index, False)
 
-    def choose(low: Tensor | None, rows: Tensor, summed: bool) -> Tensor:
-        of_rows = None if low is None else scales
-        return select(query, low, rows, of_rows, None, None, by_probability=summed, **words)
+    def choose(self, basis: Tensor | None, rows: Tensor, by_probability: bool) -> Tensor:
+        budget = self.budget
+        return select(
+            self.query,
+            basis,
+            rows,
+            None if basis is None else self.scales,
+            None,
+            None,
+            scale=self.scale,
+            top_k=budget.top_k,
+            keep_q16=budget.keep_q16,
+            sink=budget.sink,
+            recent=budget.recent,
+            min_keys=0,
+            per_head=False,
+            by_probability=by_probability,
+        )
 
-    positions = choose(basis, index, False)
-
-    def dense() -> Tensor:
-        packed = rows_of_group(query, kv_heads)
+    def dense(self) -> Tensor:
+        packed = rows_of_group(self.query, self.keys.shape[1])
         attention = torch.nn.functional.scaled_dot_product_attention
-        return rows_of_heads(attention(packed, keys, values))
+        return rows_of_heads(attention(packed, self.keys, self.values))
 
-    return [
-        dense,
-        lambda: choose(basis, index, by_probability),
-        lambda: choose(None, keys, by_probability),
-        lambda: attend(query, keys, values, positions, None, scale=dims**-0.5),
-        lambda: choose(basis, index, False),
-    ]
+    def read(self) -> Tensor:
+        return attend(self.query, self.keys, self.values, self.positions, None, scale=self.scale)
 
 
 def _seconds(ways: Sequence[Callable[[], Tensor]], device: torch.device) -> list[float]:

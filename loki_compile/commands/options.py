@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,38 @@ def with_options(options: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
         return command
 
     return add
+
+
+@dataclass(frozen=True)
+class AskedModel:
+    """MODEL, and the options of how it is loaded."""
+
+    name: str
+    device: str | None
+    dtype: str
+    random_weights: bool
+
+    @classmethod
+    def taken(cls, given: dict[str, Any]) -> AskedModel:
+        """Out of all that a command was given."""
+        return cls(**{field.name: given.pop(field.name) for field in fields(cls)})
+
+    def check(self) -> None:
+        """Refuses a device or a dtype that there is not, before anything is loaded.
+
+        Raises:
+            ValueError: as said.
+        """
+        from loki_compile.commands.models import check_placement
+
+        check_placement(self.device, self.dtype)
+
+    def load(self) -> Any:
+        from loki_compile.commands.models import load_model
+
+        return load_model(
+            self.name, device=self.device, dtype=self.dtype, random_weights=self.random_weights
+        )
 
 
 def loki_options(**given: Any) -> dict[str, Any]:

@@ -87,30 +87,19 @@ def measured(
       most_seconds: ends the rounds early, after the third.
       begin: told what begins.
     """
-    context, device = len(ids) - room_for(rounds), model.device
+    case, device = _Case(kind, ids, len(ids) - room_for(rounds), reads), model.device
     torch._dynamo.reset()
-    truth = _filled(model, kind, ids, context, rounds, reads)
+    truth = _filled(model, case)
     decoders: list[Decoder] = []
     rows: list[Row] = []
     for way in ways:
         about = "compiles and warms up" if way.step is not way.model else "warms up"
         begin(f"{way.name}: {'reads the prompt, ' if reads else ''}{about}")
-        decoder = None
-        try:
-            decoder = _begun(way, kind, truth, ids, context, rounds, reads)
-            decoder.warm(device)
-        except Exception as error:  # of a model, a compiler or a kernel: the others go on
-            if not decoders:  # without eager there is nothing to compare with
-                raise
-            row = Row(kind, context, way.name, way.dense)
-            first = str(error).strip().partition("\n")[0]
-            row.note = f"failed: {type(error).__name__}: {first}"
-            rows.append(row)
-            continue
-        row = _checked(decoder, decoders[0] if decoders else decoder, kind, context, reads)
+        row, decoder = _warmed(way, case, truth, decoders[0] if decoders else None)
         rows.append(row)
-        if not row.note:
+        if decoder is not None and not row.note:
             decoders.append(decoder)
+        del decoder  # with its cache, if it is not to be timed
     del truth
     a_round = sum(decoder.warm_up[-1].wall for decoder in decoders) * STEPS
     begin(f"measuring in turn, about {math.ceil(min(rounds * a_round, most_seconds))} s")
@@ -123,27 +112,54 @@ def measured(
     return rows
 
 
-def _filled(model: Any, kind: str, ids: Tensor, context: int, rounds: int, reads: bool) -> Any:
+@dataclass(frozen=True)
+class _Case:
+    """The tokens behind which ways decode: of `ids`, the first `context`, which they read
+    themselves (`reads`) or are given as noise; in a kind of cache."""
+
+    kind: str
+    ids: Tensor
+    context: int
+    reads: bool
+
+
+def _filled(model: Any, case: _Case) -> Any:
     """The cache that every way begins with: of the prompt as eager reads it, or of noise."""
-    if not reads:
-        return filled_cache(model, kind, context, room_for(rounds))
-    cache = new_cache(model, kind, len(ids))
-    prefill(model, ids[None, :context], cache)
+    slots = len(case.ids)
+    if not case.reads:
+        return filled_cache(model, case.kind, case.context, slots - case.context)
+    cache = new_cache(model, case.kind, slots)
+    prefill(model, case.ids[None, : case.context], cache)
     return cache
 
 
-def _begun(
-    way: Way, kind: str, truth: Any, ids: Tensor, context: int, rounds: int, reads: bool
-) -> Decoder:
+def _warmed(way: Way, case: _Case, truth: Any, eager: Decoder | None) -> tuple[Row, Decoder | None]:
+    """The row of a way that has taken its first steps, and what goes on with it; None where it
+    raised. `eager`: the first way's; None for that itself."""
+    try:
+        decoder = _begun(way, case, truth)
+        decoder.warm(case.ids.device)
+    except Exception as error:  # of a model, a compiler or a kernel: the others go on
+        if eager is None:  # without eager there is nothing to compare with
+            raise
+        row = Row(case.kind, case.context, way.name, way.dense)
+        first = str(error).strip().partition("\n")[0]
+        row.note = f"failed: {type(error).__name__}: {first}"
+        return row, None
+    return _checked(decoder, eager or decoder, case), decoder
+
+
+def _begun(way: Way, case: _Case, truth: Any) -> Decoder:
     """A way with its cache. Where it read the prompt itself, the cache lies as it left it and holds
     what eager made of it, lest ways differ by what they begin with."""
     # Else the way before it would have told Dynamo which sizes change: it is traced as if alone.
     torch._dynamo.pgo.reset_code_state()
     clear_reports()
+    ids, context = case.ids, case.context
     tokens = (token.view(1, 1) for token in ids[context:])
-    if not reads:
+    if not case.reads:
         return Decoder(way, copy.deepcopy(truth), tokens)
-    cache = new_cache(way.model, kind, len(ids))
+    cache = new_cache(way.model, case.kind, len(ids))
     keep = "logits_to_keep" in inspect.signature(way.model.forward).parameters
     extra = {"logits_to_keep": 1} if keep else {}
 
@@ -159,9 +175,9 @@ def _begun(
     return decoder
 
 
-def _checked(decoder: Decoder, eager: Decoder, kind: str, context: int, reads: bool) -> Row:
+def _checked(decoder: Decoder, eager: Decoder, case: _Case) -> Row:
     """The row of a way that has warmed up; its note says why it is not to be timed."""
-    row = Row(kind, context, decoder.way.name, decoder.way.dense)
+    row = Row(case.kind, case.context, decoder.way.name, decoder.way.dense)
     pairs = [(a.double(), b.double()) for a, b in zip(decoder.logits, eager.logits, strict=True)]
     row.error = max(float((a - b).norm() / b.norm()) for a, b in pairs)
     row.kl = statistics.fmean(_kl(b, a) for a, b in pairs)
@@ -173,7 +189,7 @@ def _checked(decoder: Decoder, eager: Decoder, kind: str, context: int, reads: b
         row.note = "not timed: its logits are not finite"
     elif decoder.way.dense and row.error > bound:
         row.note = f"not timed: {row.error:.1e} from eager's logits, allowed {bound:.0e}"
-    elif not decoder.way.dense and reads and row.kl > KL_BOUND:
+    elif not decoder.way.dense and case.reads and row.kl > KL_BOUND:
         row.note = f"not timed: {row.kl:.1f} nats from eager, allowed {KL_BOUND:.0f}"
     return row
 

@@ -100,28 +100,37 @@ def draw_quality(found: Sequence[Row], policies: dict[str, str], path: Path) -> 
                 if points:
                     marks = "o^sDvPX*"[number % 8] + "-"
                     place.plot(*zip(*points, strict=True), marks, label=name, markersize=4)
-            level = None if up == "kl" else _height(dense, up)
-            if level is not None:
-                place.axhline(level, color="black", linestyle="--", linewidth=1, label="dense")
-            if over == "step_ms" and dense.get(over) is not None:
-                place.axvline(dense[over], color="black", linestyle=":", linewidth=1)
-                at = {"xycoords": place.get_xaxis_transform(), "rotation": 90, "fontsize": 7}
-                place.annotate("dense", (dense[over], 0.98), ha="right", va="top", **at)
-            if over == "bytes_share":
-                place.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-            if up == "kl":
-                place.set_yscale("log")
-                for which in (place.yaxis.set_major_formatter, place.yaxis.set_minor_formatter):
-                    which(_nats)
+            _draw_dense(place, dense, up, over)
+            _scale_axes(place, up, over)
             place.set_xlabel(over_label, fontsize=8)
             place.set_ylabel(up_label, fontsize=8)
-            place.tick_params(labelsize=7, which="both")
-            place.grid(alpha=0.3)
     shown = next((place for place in axes.flat if place.get_legend_handles_labels()[0]), None)
     if shown is not None:
         shown.legend(fontsize=7)
     figure.savefig(path, dpi=130)
     return True
+
+
+def _draw_dense(place: Any, dense: Row, up: str, over: str) -> None:
+    """Lines where dense decoding lies; by divergence and by bytes it is the axis itself."""
+    level = None if up == "kl" else _height(dense, up)
+    if level is not None:
+        place.axhline(level, color="black", linestyle="--", linewidth=1, label="dense")
+    if over == "step_ms" and dense.get(over) is not None:
+        place.axvline(dense[over], color="black", linestyle=":", linewidth=1)
+        at = {"xycoords": place.get_xaxis_transform(), "rotation": 90, "fontsize": 7}
+        place.annotate("dense", (dense[over], 0.98), ha="right", va="top", **at)
+
+
+def _scale_axes(place: Any, up: str, over: str) -> None:
+    if over == "bytes_share":
+        place.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    if up == "kl":
+        place.set_yscale("log")
+        for which in (place.yaxis.set_major_formatter, place.yaxis.set_minor_formatter):
+            which(_nats)
+    place.tick_params(labelsize=7, which="both")
+    place.grid(alpha=0.3)
 
 
 def _nats(value: float, _: Any) -> str:

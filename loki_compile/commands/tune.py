@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from loki_compile.commands.options import (
     NUMBER,
     OUT_OPTION,
     READING_OPTIONS,
+    AskedModel,
     check_installed,
     check_picture,
     loki_options,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-    from loki_compile.commands.plan_search import Tried
+    from loki_compile.commands.plan_search import Search, Tried
     from loki_compile.commands.span_search import Compared, SpanSearch
 
 
@@ -93,114 +93,119 @@ def command(context: click.Context, policy: str, **given: Any) -> None:
                 raise ValueError(
                     f"{name}: that is of --policy {other}; needs --policy {other}, or leave it out"
                 )
-    own = {name: given[name] for name in OWN[policy]}
-    files = (*given["first_text"], *given["more_text"])
-    asked = _Asked(files=files, **{each.name: given[each.name] for each in fields(_Asked)[1:]})
+    own = {name: given.pop(name) for name in OWN[policy]}
+    common = {name: value for name, value in given.items() if name not in sum(OWN.values(), ())}
+    model = AskedModel.taken(common)
+    files = (*common.pop("first_text"), *common.pop("more_text"))
     with going_on():
-        (_tune_layers if policy == "tidal" else _tune_spans)(asked, **own)
+        (_tune_layers if policy == "tidal" else _tune_spans)(model, files, **common, **own)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What is given for any policy."""
-
-    files: tuple[str, ...]
-    name: str
-    prompts: int
-    length: int | None
-    folder: Path | None
-    device: str | None
-    dtype: str
-    random_weights: bool
-
-    def store(self) -> Path:
-        """The folder that plans go to.
-
-        Raises:
-          ValueError: it cannot be written, or there is no such device or dtype.
-        """
-        from loki_compile.commands.models import check_placement, check_writable
-        from loki_compile.pca_store.store import Store
-
-        root = Store(self.folder).root
-        check_placement(self.device, self.dtype)
-        check_writable("--out" if self.folder else "the store", root, folder=True)
-        return root
-
-    def model(self) -> Any:
-        from loki_compile.commands.models import load_model
-
-        return load_model(
-            self.name, device=self.device, dtype=self.dtype, random_weights=self.random_weights
-        )
-
-
-def _tune_layers(asked: _Asked, picture: Path | None, **own: Any) -> None:
-    from loki_compile.commands.models import load_tokenizer
+def _tune_layers(
+    asked: AskedModel,
+    files: tuple[str, ...],
+    prompts: int,
+    length: int | None,
+    folder: Path | None,
+    picture: Path | None,
+    **of_search: Any,
+) -> None:
+    from loki_compile.commands.models import (
+        check_writable,
+        fitting_context,
+        load_config,
+        load_tokenizer,
+    )
     from loki_compile.commands.picture import draw_mass, plan_lines
     from loki_compile.commands.plan_search import Search, Settings
     from loki_compile.pca_store.layer_plan import save_plan
+    from loki_compile.pca_store.store import Store
 
-    settings = Settings(**own)
-    chosen = {name: own[name] for name in ("top_k", "rank", "group_choice")}
-    loki_options(policy="tidal", **chosen)
-    root = asked.store()
+    settings = Settings(**of_search)
+    loki_options(
+        policy="tidal",
+        top_k=settings.top_k,
+        rank=settings.rank,
+        group_choice=settings.group_choice,
+    )
+    root = Store(folder).root
+    asked.check()
+    check_writable("--out" if folder else "the store", root, folder=True)
     check_picture(picture)
+    config, steps = load_config(asked.name), settings.steps
+    length = fitting_context("--length", length, 2048, config, room=2 * steps)
+    text, source = text_of(files, "train")
     tokenizer = load_tokenizer(asked.name)
-    read, held_out, source = _read_and_held_out(asked, tokenizer, settings.steps)
+    read, held_out = _prompts_of(tokenizer, text, prompts, length, steps)
     say(f"loading {asked.name}; then it reads {len(read)} prompts eagerly, {read.numel()} tokens")
-    search = Search(asked.model(), tokenizer, settings, list(read[:, None]), held_out)
-    with progress() as bar:
-        reading = bar.add_task(f"reading with {asked.name}", total=read.numel())
-        trying = bar.add_task("trying plans on held-out text", total=None, visible=False)
-        search.read(lambda done: bar.advance(reading, done))
-        bar.update(trying, visible=True, total=search.runs)
-        tried = search.compare(lambda done: bar.advance(trying, done))
-        bar.update(trying, total=1, completed=1)
+    search = Search(asked.load(), tokenizer, settings, list(read[:, None]), held_out)
+    tried = _searched(search, asked.name, read.numel())
     plan = search.plan_of(tried[0], asked.name, source, tried)
     path = save_plan(plan, root)
     search.forget()
     out.print(_table(tried))
     for line in plan_lines(plan):
         show(line)
-    if tried[0].kinds == tried[-1].kinds:
-        say("no plan in which layers reuse was within --tolerance: every layer chooses")
     if picture is not None:
         draw_mass(plan, picture)
         show(f"wrote {picture}")
     show(f'wrote {path}; policy="tidal" uses it')
 
 
-def _read_and_held_out(asked: _Asked, tokenizer: Any, steps: int) -> tuple[Tensor, Tensor, str]:
-    """Prompts (count, length), ids behind them that judge plans, and what the text is.
+def _prompts_of(
+    tokenizer: Any, text: str, prompts: int, length: int, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Token ids of prompts to read (n, length), and of all text behind them that plans are judged
+    by (T,).
 
     Raises:
-      ValueError: too little text.
+        ValueError: the text does not hold one prompt and as much held out.
     """
-    from loki_compile.commands.models import encode, fitting_context, load_config
+    from loki_compile.commands.models import encode
     from loki_compile.commands.plan_search import TEXTS
 
-    length = fitting_context(
-        "--length", asked.length, 2048, load_config(asked.name), room=2 * steps
-    )
-    text, source = text_of(asked.files, "train")
     least = length + TEXTS * steps
     # Passages are spread over all that lies behind the prompts: text of several kinds judges best.
-    ids = encode(tokenizer, text[: 16 * (asked.prompts + SPREAD) * (length + steps)])
+    ids = encode(tokenizer, text[: 16 * (prompts + SPREAD) * (length + steps)])
     if len(ids) < length + least:
         raise ValueError(
             f"the text holds {len(ids)} tokens; needs {length + least}, one prompt and as much "
             "held out: pass more text, or a smaller --length"
         )
-    count = min(asked.prompts, (len(ids) - least) // length)
-    if count < asked.prompts:
-        say(f"the text holds {count} prompts of the {asked.prompts} asked for")
-    read, held_out = ids[: count * length].view(count, length), ids[count * length :]
-    return read, held_out, source
+    count = min(prompts, (len(ids) - least) // length)
+    if count < prompts:
+        say(f"the text holds {count} prompts of the {prompts} asked for")
+    return ids[: count * length].view(count, length), ids[count * length :]
 
 
-def _tune_spans(asked: _Asked, density: float, sink: int, effects: str) -> None:
-    from loki_compile.commands.models import fitting_context, load_config, load_tokenizer
+def _searched(search: Search, name: str, tokens: int) -> list[Tried]:
+    """The plans that a search has judged, the one to take first, with bars."""
+    with progress() as bar:
+        reading = bar.add_task(f"reading with {name}", total=tokens)
+        trying = bar.add_task("trying plans on held-out text", total=None, visible=False)
+        search.read(lambda done: bar.advance(reading, done))
+        bar.update(trying, visible=True, total=search.runs)
+        tried = search.compare(lambda done: bar.advance(trying, done))
+        bar.update(trying, total=1, completed=1)
+    if tried[0].kinds == tried[-1].kinds:
+        say("no plan in which layers reuse was within --tolerance: every layer chooses")
+    return tried
+
+
+def _tune_spans(
+    asked: AskedModel,
+    files: tuple[str, ...],
+    prompts: int,
+    length: int | None,
+    folder: Path | None,
+    **of_search: Any,
+) -> None:
+    from loki_compile.commands.models import (
+        check_writable,
+        fitting_context,
+        load_config,
+        load_tokenizer,
+    )
     from loki_compile.commands.span_search import (
         EFFECTS,
         SpanSearch,
@@ -209,35 +214,42 @@ def _tune_spans(asked: _Asked, density: float, sink: int, effects: str) -> None:
         span_prompts,
     )
     from loki_compile.pca_store.layer_plan import SPANS_SUFFIX, save_plan
+    from loki_compile.pca_store.store import Store
 
     check_installed("scipy")
-    if effects not in EFFECTS:
-        raise ValueError(f"--effects {effects}: needs one of {', '.join(EFFECTS)}")
-    root = asked.store()
-    settings = SpanSettings(density, sink, effects)
-    longest = fitting_context("--length", asked.length, 4096, load_config(asked.name))
+    settings = SpanSettings(**of_search)
+    if settings.effects not in EFFECTS:
+        raise ValueError(f"--effects {settings.effects}: needs one of {', '.join(EFFECTS)}")
+    root = Store(folder).root
+    asked.check()
+    check_writable("--out" if folder else "the store", root, folder=True)
+    longest = fitting_context("--length", length, 4096, load_config(asked.name))
     lengths = lengths_of(longest, settings)
-    text, source = text_of(asked.files, "train")
-    made, what = span_prompts(
-        load_tokenizer(asked.name), text, lengths, asked.prompts, given=bool(asked.files)
-    )
+    text, source = text_of(files, "train")
+    tokenizer = load_tokenizer(asked.name)
+    made, what = span_prompts(tokenizer, text, lengths, prompts, given=bool(files))
     say(f"loading {asked.name}; what counts in {source}: {what}")
-    search = SpanSearch(asked.model(), settings, made)
-    for lacking in search.lacking(asked.prompts):
+    search = SpanSearch(asked.load(), settings, made)
+    for lacking in search.lacking(prompts):
         say(lacking)
-    held_out = sum(map(len, search.held_out))
-    with search, progress() as bar:
-        reading = bar.add_task(f"profiling {asked.name}", total=search.tokens)
-        comparing = bar.add_task("held-out text", total=held_out, visible=False)
-        search.read(lambda done: bar.advance(reading, done))
-        search.choose()
-        bar.update(comparing, visible=held_out > 0)
-        compared = search.compare(lambda done: bar.advance(comparing, done))
+    compared = _profiled(search, asked.name)
     plan = search.plan_of(asked.name, f"{source}: {what}"[:4096], compared)
     path = save_plan(plan, root, SPANS_SUFFIX)
     search.forget()
     _show_spans(search, compared, longest)
     show(f'wrote {path}; policy="moa" uses it')
+
+
+def _profiled(search: SpanSearch, name: str) -> Compared:
+    """What the spans that a search has chosen make of held-out text, with bars."""
+    held_out = sum(map(len, search.held_out))
+    with search, progress() as bar:
+        reading = bar.add_task(f"profiling {name}", total=search.tokens)
+        comparing = bar.add_task("held-out text", total=held_out, visible=False)
+        search.read(lambda done: bar.advance(reading, done))
+        search.choose()
+        bar.update(comparing, visible=held_out > 0)
+        return search.compare(lambda done: bar.advance(comparing, done))
 
 
 def _show_spans(search: SpanSearch, compared: Compared, longest: int) -> None:

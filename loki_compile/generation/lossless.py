@@ -240,15 +240,9 @@ def _generate(
         streamer.put(input_ids.cpu())  # as `generate` does with one that it was given
     else:
         streamer = model_kwargs.pop("streamer", None)
-    wanted = config.return_dict_in_generate
-    for name in ("output_attentions", "output_hidden_states"):
-        if wanted and getattr(config, name, False):
-            raise ValueError(
-                f"loki_compile.lossless: found {name}=True; needed False: drafts have them too."
-            )
-    pad, prompt = config._pad_token_tensor, input_ids.shape[1]
-    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    going = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    _require_tokens_alone(config)
+    prompt = input_ids.shape[1]
+    text = _Text(config, stopping_criteria, streamer, input_ids)
     logits = model._prefill(input_ids, config, model_kwargs).logits[:, -1:]
     feed = Feed(model, model_kwargs["past_key_values"], model_kwargs, prepared=True)
     feed.tally()
@@ -256,37 +250,65 @@ def _generate(
     scores: Any = logits_processor if len(logits_processor) else None
     made = _scored(scores, input_ids, logits[:, -1]).unsqueeze(1)
     tokens = _choose(made[:, 0], config.do_sample)
-    all_scores: list[Tensor] = []
-    all_logits: list[Tensor] = []
-    while True:
-        for n, token in enumerate(tokens.unbind(1)):
-            if ends:
-                token = torch.where(going, token, pad.to(token))
-            input_ids = torch.cat((input_ids, token.unsqueeze(1)), 1)
-            if streamer is not None:
-                streamer.put(token.cpu())
-            if wanted:
-                all_scores += [made[:, n]] if config.output_scores else []
-                all_logits += [logits[:, n].float()] if config.output_logits else []
-            done = stopping_criteria(input_ids, tuple(all_scores) or None)
-            going = going & ~done
-            if not going.any():
-                feed.rewind(tokens.shape[1] - 1 - n)
-                break
-        if not going.any():
-            break
-        limit = min(config.max_length - input_ids.shape[1], feed.room) - 1
+    while (over := text.take(tokens, logits, made)) is None:
+        limit = min(config.max_length - text.ids.shape[1], feed.room) - 1
         tokens, (logits, made) = cycle(
-            feed, pace, input_ids, limit, config.do_sample, scores, going
+            feed, pace, text.ids, limit, config.do_sample, scores, text.going
         )
+    feed.rewind(over)
     if streamer is not None:
         streamer.end()
-    if not wanted:
-        return input_ids
+    if not config.return_dict_in_generate:
+        return text.ids
     output: Any = importlib.import_module(type(model)._sample.__module__)
     return output.GenerateDecoderOnlyOutput(
-        sequences=input_ids,
-        scores=tuple(all_scores) if config.output_scores else None,
-        logits=tuple(all_logits) if config.output_logits else None,
+        sequences=text.ids,
+        scores=tuple(text.scores) if config.output_scores else None,
+        logits=tuple(text.logits) if config.output_logits else None,
         past_key_values=feed.cache,
     )
+
+
+def _require_tokens_alone(config: Any) -> None:
+    """
+    Raises:
+      ValueError: what is asked for beside tokens and scores, drafts have too.
+    """
+    for name in ("output_attentions", "output_hidden_states"):
+        if config.return_dict_in_generate and getattr(config, name, False):
+            raise ValueError(
+                f"loki_compile.lossless: found {name}=True; needed False: drafts have them too."
+            )
+
+
+class _Text:
+    """What `generate` returns, as it becomes longer: `ids` (B, T) with the prompt, and scores and
+    logits (B, V) of each token where they are asked for. Rows that are `going` (B,) have no end."""
+
+    def __init__(self, config: Any, stopping_criteria: Any, streamer: Any, ids: Tensor) -> None:
+        self.config, self.stopping_criteria, self.streamer = config, stopping_criteria, streamer
+        self.ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        self.ids = ids
+        self.going = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
+
+    def take(self, tokens: Tensor, logits: Tensor, made: Tensor) -> int | None:
+        """Takes tokens (B, n), chosen by logits and scores (B, n, V), until no row goes on: how
+        many are left over then; None while one does."""
+        config = self.config
+        wanted = config.return_dict_in_generate
+        for n, token in enumerate(tokens.unbind(1)):
+            if self.ends:
+                token = torch.where(self.going, token, config._pad_token_tensor.to(token))
+            self.ids = torch.cat((self.ids, token.unsqueeze(1)), 1)
+            if self.streamer is not None:
+                self.streamer.put(token.cpu())
+            if wanted:
+                self.scores += [made[:, n]] if config.output_scores else []
+                self.logits += [logits[:, n].float()] if config.output_logits else []
+            done = self.stopping_criteria(self.ids, tuple(self.scores) or None)
+            self.going = self.going & ~done
+            if not self.going.any():
+                return tokens.shape[1] - 1 - n
+        return None

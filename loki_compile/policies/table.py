@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 from loki_compile.config import LokiConfig
@@ -44,23 +45,7 @@ def policy_of(config: LokiConfig, stored: Stored = lambda candidates, policy: No
     plan = name in PLANS or bool(config.plan_file)
     reuses = plan or any(kind.reuse for kind in config.kinds)
 
-    def make(kind: Kind, candidate: Candidate) -> Choice:
-        per_head = config.share == "head" or name == "tidal-published"
-        by_probability = config.group_choice == "probability" or name == "kascade"
-        budget = config.budget
-        if budget.recent == 0 and reuses:
-            budget = dataclasses.replace(budget, recent=1)  # a reader's newest key is no other's
-        ranking = RANKINGS[kind.ranking] if kind.ranking else None
-        site, spans = candidate.site, None
-        if kind.ranking == SPANS:
-            spans = spans_of(kind, site.kv_heads, site.path or "a site", config)
-        if spans is not None and kind.spans and spans.whole:
-            ranking = spans = None
-        note = "" if spans is None else f"{spans.share(SHARE_AT):.0%} of {SHARE_AT} keys"
-        return Choice(
-            ranking, budget, per_head, by_probability, dense_result=kind.dense, note=note,
-            spans=spans,
-        )  # fmt: skip
+    make = functools.partial(_choice, config, name, reuses)
 
     def choose(candidates: Sequence[Candidate]) -> list[Choice]:
         layers = [candidate.site.layer(number) for number, candidate in enumerate(candidates)]
@@ -88,6 +73,28 @@ def policy_of(config: LokiConfig, stored: Stored = lambda candidates, policy: No
         return choices_of(candidates, of_sites, layers, make, next(chooses, "loki"))
 
     return choose
+
+
+def _choice(
+    config: LokiConfig, name: str, reuses: bool, kind: Kind, candidate: Candidate
+) -> Choice:
+    """What a site does that is of a kind, under the policy `name`; whether any site reuses."""
+    per_head = config.share == "head" or name == "tidal-published"
+    by_probability = config.group_choice == "probability" or name == "kascade"
+    budget = config.budget
+    if budget.recent == 0 and reuses:
+        budget = dataclasses.replace(budget, recent=1)  # a reader's newest key is no other's
+    ranking = RANKINGS[kind.ranking] if kind.ranking else None
+    site, spans = candidate.site, None
+    if kind.ranking == SPANS:
+        spans = spans_of(kind, site.kv_heads, site.path or "a site", config)
+    if spans is not None and kind.spans and spans.whole:
+        ranking = spans = None
+    note = "" if spans is None else f"{spans.share(SHARE_AT):.0%} of {SHARE_AT} keys"
+    return Choice(
+        ranking, budget, per_head, by_probability, dense_result=kind.dense, note=note,
+        spans=spans,
+    )  # fmt: skip
 
 
 def spans_of(kind: Kind, kv_heads: int, where: str, config: LokiConfig) -> Spans:

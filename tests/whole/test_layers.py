@@ -26,6 +26,7 @@ ROOMS = {
                 "moments",
                 "ops",
                 "positions",
+                "row_products",
                 "span_prefill",
                 "spans",
             )
@@ -358,6 +359,31 @@ def test_the_readme_lists_every_option_with_its_default():
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_no_file_is_long(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) < 480
+
+
+def long_functions(text, most=50):
+    """(name, lines) of each function of more lines than that, its docstring among them."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = node.end_lineno - node.lineno + 1
+            if lines > most:
+                yield node.name, lines
+
+
+def test_few_functions_are_long():
+    found = [
+        f"{named(path)} {name}: {lines} lines"
+        for path in FILES
+        for name, lines in long_functions(path.read_text(encoding="utf-8"))
+    ]
+    print("\n".join(found))
+    assert len(found) < 9, "split one of these: " + ", ".join(found)
+
+
+def test_a_long_function_is_found():
+    text = "class A:\n    @cache\n    def b(self):\n" + "        x = 1\n" * 50
+    assert list(long_functions(text)) == [("b", 51)]
+    assert not list(long_functions(text, most=51))
 
 
 def test_what_runs_at_each_step_knows_no_graph():

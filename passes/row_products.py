@@ -1,0 +1,79 @@
+"""Products of a matrix with few rows, as decoding has them, which `kernels.row_products` serves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from loki_compile.kernels.row_products import MAX_ROWS, row_products
+from loki_compile.passes.calls import concrete, fake_value, op_name
+from loki_compile.passes.graphs import call, finish
+from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class RowProduct:
+    """`node`: `rows` (..., K) times `weight`, (N, K), or (K, N) where `transposed`, plus `bias`."""
+
+    node: fx.Node
+    rows: fx.Node
+    weight: fx.Node
+    transposed: bool
+    bias: fx.Node | None = None
+
+
+def find_row_products(graph: fx.Graph) -> list[RowProduct]:
+    """Products on a CPU of at most `MAX_ROWS` rows with a matrix whose every output's numbers are
+    one run of memory, in one dtype (under autocast others may come in), no gradients recorded."""
+    found = (_product(node) for node in graph.nodes if node.op == "call_function")
+    return [product for product in found if product is not None and _served(product)]
+
+
+def _product(node: fx.Node) -> RowProduct | None:
+    name, operands = op_name(node), (*node.args, *node.kwargs.values())
+    if name == "linear" and len(node.args) >= 2 and set(node.kwargs) <= {"bias"}:
+        rows, weight, bias = (*operands, None)[:3]
+    elif name in ("matmul", "mm") and len(node.args) == 2 and not node.kwargs:
+        (rows, weight), bias = operands, None
+    else:
+        return None
+    if not isinstance(rows, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    return RowProduct(node, rows, weight, name != "linear", bias)
+
+
+def _served(product: RowProduct) -> bool:
+    nodes = (product.rows, product.weight, *([product.bias] if product.bias is not None else []))
+    values = [fake_value(node) for node in (product.node, *nodes)]
+    if not all(isinstance(x, Tensor) and not is_traceable_wrapper_subclass(x) for x in values):
+        return False
+    if any(x.device.type != "cpu" or x.dtype != values[0].dtype for x in values):
+        return False
+    if values[0].dtype not in _DTYPES or values[0].requires_grad:
+        return False
+    rows, weight = values[1:3]
+    sizes = [concrete(size) for size in (*rows.shape, *weight.shape)]
+    if None in sizes or weight.dim() != 2 or min(weight.shape) < 2:
+        return False
+    run = concrete(weight.stride(0 if product.transposed else 1))
+    return run == 1 and 1 <= math.prod(rows.shape[:-1]) <= MAX_ROWS
+
+
+def sum_rows(gm: fx.GraphModule, products: Sequence[RowProduct]) -> fx.GraphModule:
+    """Swaps them for `row_products`."""
+    graph = gm.graph
+    for product in products:
+        node = product.node
+        with graph.inserting_before(node):
+            weight = product.weight
+            if product.transposed:
+                weight = call(graph, torch.t, weight, like=node)
+            new = call(graph, row_products, product.rows, weight, product.bias, like=node)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    return finish(gm) if products else gm
