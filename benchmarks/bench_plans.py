@@ -127,7 +127,7 @@ def main() -> None:
                 "words": [str(kind) for kind in kinds],
                 "cpu_s": round(time.process_time() - begin, 1),
             })  # fmt: skip
-            write_rows("plans", [{**rows[-1], **vars(args), **stamp("cpu")}])
+            write_rows("plans", [{"given": vars(args), **rows[-1], **stamp("cpu")}])
             print({key: value for key, value in rows[-1].items() if key != "words"}, flush=True)
 
 

@@ -87,22 +87,24 @@ def needle_passage(
     room = steps - 1
     for place in drawn.sample(PLACES, most):
         words = (_NEEDLE.format(place), f" {drawn.randrange(10000, 100000)}", ".")
-        tokens = [encode(tokenizer, word) for word in words]
-        room -= sum(map(len, tokens))
+        encoded = [encode(tokenizer, word) for word in words]
+        room -= sum(map(len, encoded))
         if room < 0 and needles:
             break
-        first = len(tokens[0])
-        needles.append((torch.cat(tokens), first, first + len(tokens[1])))
+        first = len(encoded[0])
+        needles.append((torch.cat(encoded), first, first + len(encoded[1])))
     order = drawn.sample(needles, len(needles))
     asked = torch.cat([tokens for tokens, _, _ in order])
     hay = hay[: max(0, length + steps - 2 * len(asked))]
-    parts, at = [], 0
+    parts: list[Tensor] = []
+    at = 0
     for number, (tokens, _, _) in enumerate(needles):
         until = round((number + 0.5) / len(needles) * len(hay))
         parts += [hay[at:until], tokens]
         at = until
     ids = torch.cat([*parts, hay[at:], asked])
-    answers, here = [], len(ids) - len(asked)
+    answers: list[tuple[int, int]] = []
+    here = len(ids) - len(asked)
     for tokens, begin, end in order:
         answers.append((here + begin, here + end))
         here += len(tokens)

@@ -143,6 +143,7 @@ class Search:
         key = run_key(model, {**asdict(settings), "search": 2}, [*prompts, held_out[None]])
         self.kept = Partial(default_partial_root(), key)
         self.seen: CapturedMass | None = None
+        self.searched: dict[tuple[Kind, ...], float] = {}  # what plans lose
 
     @property
     def runs(self) -> int:
@@ -198,7 +199,7 @@ class Search:
         self.costs, alone = self._costs()
         self.choosing = len(self.slots) * (alone - self.costs.read)
         self.everyone = (Kind("loki"),) * len(self.slots)
-        self.tell, self.searched = progress, {}
+        self.tell = progress
         with watched(self.model, self.simulation.look) as run:
             self.evidence = Evidence(
                 self.model, self.simulation, run, self.paths, self.passages, self._stored()
@@ -402,7 +403,8 @@ class Search:
         return [everyone, *refused[::-1], everyone]
 
     def _tried(self, kinds: tuple[Kind, ...]) -> Tried:
-        text, needles = [], []
+        text: list[tuple[Outcome, Outcome]] = []
+        needles: list[tuple[Outcome, Outcome]] = []
         for number in self.judging:
             pair = self._outcome(kinds, number), self._outcome(self.everyone, number)
             (needles if self.passages[number].answers else text).append(pair)
