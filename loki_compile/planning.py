@@ -10,7 +10,7 @@ several prices of time are to be compared on the model itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loki_compile.captured import Mass
@@ -138,34 +138,34 @@ def loss_of(losses: Losses, kinds: Sequence[Kind]) -> float:
     return total
 
 
-def candidates(
-    losses: Losses,
-    slots: Sequence[int],
-    costs: Costs,
-    most: float,
-    count: int,
-    *,
-    indexes: int | None = None,
+def front(
+    losses: Losses, slots: Sequence[int], costs: Costs, most: float, count: int
 ) -> list[list[Kind]]:
-    """Different plans that take at most `most` seconds, of those that some price of time makes
-    best, the least loss first.
-
-    indexes: layers that may keep an index, at most.
-    """
-    found: dict[tuple[Kind, ...], None] = {}
+    """Different plans, each with the least loss at some price of time, the cheapest first, that
+    take at most `most` seconds: each loses less than all cheaper ones. Of more than `count` some
+    that are spread evenly."""
+    found: dict[tuple[Kind, ...], tuple[float, float]] = {}
     for allowed in (OWN, OWN[:1], (OWN[0], OWN[3])):
         for step in range(161):
             price = 10 ** (-6 + step / 20) / max(costs.read, 1e-12)
             plan = tuple(best_plan(losses, slots, costs, price, allowed))
-            keep = sum(kind.ranking == "loki" for kind in plan)
-            if math.fsum(map(costs.of, plan)) <= most and keep <= (indexes or len(plan)):
-                found[plan] = None
-    plans = sorted(found, key=lambda plan: loss_of(losses, plan))
-    return [list(plan) for plan in plans[:count]]
+            seconds = math.fsum(map(costs.of, plan))
+            if seconds <= most:
+                found[plan] = seconds, loss_of(losses, plan)
+    plans: list[list[Kind]] = []
+    least = math.inf
+    for plan in sorted(found, key=found.__getitem__):
+        if found[plan][1] < least:
+            least = found[plan][1]
+            plans.append(list(plan))
+    if len(plans) <= count:
+        return plans
+    return [plans[round(n * (len(plans) - 1) / max(1, count - 1))] for n in range(count)]
 
 
 def moved(losses: Losses, slots: Sequence[int], kinds: Sequence[Kind]) -> list[list[Kind]]:
-    """Neighbours of a plan: each layer that does not reuse trades places with one beside it."""
+    """Neighbours of a plan: each layer that does not reuse trades places with one beside it; the
+    least loss first."""
     found = []
     for layer, kind in enumerate(kinds):
         for other in (layer - 1, layer + 1):
@@ -173,21 +173,56 @@ def moved(losses: Losses, slots: Sequence[int], kinds: Sequence[Kind]) -> list[l
                 continue
             trial = [*kinds]
             trial[layer], trial[other] = Kind(reuse=True), kind
-            known = _with_sources(losses, slots, trial)
+            known = with_sources(losses.heads, slots, trial)
             if known is not None:
                 found.append(known)
-    return found
+    return sorted(found, key=lambda plan: loss_of(losses, plan))
 
 
-def _with_sources(losses: Losses, slots: Sequence[int], kinds: Sequence[Kind]) -> list[Kind] | None:
-    """The plan with each reader's source spelled out; None where one has none."""
+def dropped(losses: Losses, slots: Sequence[int], kinds: Sequence[Kind]) -> list[list[Kind]]:
+    """Cheaper neighbours of a plan: each layer that does not reuse does, the least loss first."""
+    found = []
+    for layer, kind in enumerate(kinds):
+        if not kind.reuse:
+            trial = [*kinds]
+            trial[layer] = Kind(reuse=True)
+            known = with_sources(losses.heads, slots, trial)
+            if known is not None:
+                found.append(known)
+    return sorted(found, key=lambda plan: loss_of(losses, plan))
+
+
+def restored(losses: Losses, slots: Sequence[int], kinds: Sequence[Kind], count: int) -> list[Kind]:
+    """A dearer plan: of the layers that reuse, the `count` that lose the most by it choose by the
+    index."""
+    lost = {
+        layer: losses.read[kinds[kind.source].ranking][kind.source][layer]
+        - losses.own["loki"][layer]
+        for layer, kind in enumerate(kinds)
+        if kind.source is not None
+    }
+    worst = sorted(lost, key=lost.__getitem__, reverse=True)[:count]
+    trial = [Kind("loki") if layer in worst else kind for layer, kind in enumerate(kinds)]
+    plan = with_sources(losses.heads, slots, trial)
+    assert plan is not None  # each still has the source that it had, or one behind that
+    return plan
+
+
+def with_sources(
+    heads: Mapping[tuple[str, int, int], tuple[int, ...]],
+    slots: Sequence[int],
+    kinds: Sequence[Kind],
+) -> list[Kind] | None:
+    """The plan with each reader's source spelled out, the last of its class that chose, and its map
+    of `heads` (by ranking, source and reader); None where a reader has no source."""
     latest: dict[int, tuple[int, str]] = {}
     plan = []
     for layer, kind in enumerate(kinds):
         if kind.reuse:
             if slots[layer] not in latest:
                 return None
-            kind = _reading(losses, latest[slots[layer]], layer)
+            source, ranking = latest[slots[layer]]
+            kind = Kind(reuse=True, source=source, heads=heads[ranking, source, layer])
         elif kind.ranking:
             latest[slots[layer]] = (layer, kind.ranking)
         plan.append(kind)

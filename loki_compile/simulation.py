@@ -28,7 +28,8 @@ class Simulation:
     """Runs graphs under `kinds`, by the path of each layer; `look` is what `watched` takes.
 
     bases: of layers, by their paths; of one that has none a basis is fitted from the keys of the
-    first call. refused: why an attention core cannot be simulated, by its path.
+    first call. fitting: calls are prompts, and leave behind in `bases` what is fitted to their keys
+    and queries. refused: why an attention core cannot be simulated, by its path.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Simulation:
     ) -> None:
         self.budget, self.rank, self.by_probability = budget, rank, by_probability
         self.bases = dict(bases)
+        self.fitting = False
         self.kinds: dict[str, Kind] = {}
         self.sources: dict[str, str] = {}
         self.refused: dict[str, str] = {}
@@ -81,9 +83,22 @@ class _Run(fx.Interpreter):
     def __init__(
         self, gm: fx.GraphModule, sites: Mapping[fx.Node, AttentionSite], simulation: Simulation
     ) -> None:
-        super().__init__(gm, garbage_collect_values=False)
+        super().__init__(gm)
         self.sites, self.simulation = sites, simulation
+        self._keep_until_sites()
         self.chosen: dict[str, Tensor] = {}
+
+    def _keep_until_sites(self) -> None:
+        """What a core's views are views of lives until the core has run."""
+        until: dict[fx.Node, fx.Node] = {}
+        for core, site in self.sites.items():
+            for node in (site.query, site.key.base, site.value.base):
+                until[node] = max(core, until.get(node, core))
+        for user, used in [*self.user_to_last_uses.items()]:
+            early = [node for node in used if node in until and user < until[node]]
+            for node in early:
+                used.remove(node)
+                self.user_to_last_uses.setdefault(until[node], []).append(node)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -91,13 +106,18 @@ class _Run(fx.Interpreter):
         if site is None:
             return result
         kind = self.simulation.kinds.get(site.path, Kind(dense=True))
-        if kind.dense and not kind.ranking:
+        if kind.dense and not kind.ranking and not self.simulation.fitting:
             return result
         query = self.env[site.query]
         if site.core.query_layout != QUERIES:
             query = queries_by_head(query, site.core.query_layout)
-        grouped = query.float().unflatten(1, (site.kv_heads, -1))  # (B, Hkv, G, S, D)
         keys = by_head(self.env[site.key.base], site.key)
+        if self.simulation.fitting:
+            moments = KeyCovariance(site.kv_heads, site.head_dim)
+            moments.update(keys.detach(), query.detach())
+            self.simulation.bases[site.path] = moments.score_optimal()
+            return result
+        grouped = query.float().unflatten(1, (site.kv_heads, -1))  # (B, Hkv, G, S, D)
         scores = site.scale * torch.einsum("bhgsd,bhtd->bhgst", grouped, keys.float())
         seen = self._seen(site, scores)
         if kind.ranking:
@@ -153,10 +173,11 @@ def agreed_on(scores: Tensor, seen: Tensor, *, by_probability: bool) -> Tensor:
 def chosen_keys(wanted: Tensor, seen: Tensor, budget: Budget) -> Tensor:
     """Which keys rows choose: bool like `wanted` (..., T), of those `seen`, which come first."""
     count = seen.sum(-1, keepdim=True)
-    keep = budget.keys_of(count)
+    keep = budget.keys_of(count).clamp(min=1)
     at = torch.arange(wanted.shape[-1], device=wanted.device)
     always = (at < budget.sink) | (at >= count - max(budget.recent, 1))
     ranked = wanted.masked_fill(always, torch.inf).masked_fill(~seen, -torch.inf)
-    order = ranked.sort(dim=-1, descending=True, stable=True).indices
-    place = torch.empty_like(order).scatter_(-1, order, at.expand_as(order))
-    return (place < keep) & seen
+    best = ranked.topk(int(keep.max())).values
+    least = best.gather(-1, keep - 1)  # of what is chosen; of those equal to it the first are
+    above, equal = ranked > least, ranked == least
+    return (above | (equal & (equal.cumsum(-1) <= keep - above.sum(-1, keepdim=True)))) & seen

@@ -1,11 +1,16 @@
-"""The search behind `loki tune`: measure attention and times, propose plans, compare them."""
+"""The search behind `loki tune`: measure attention and times, propose plans, judge them.
+
+Each stage has text of its own: prompts (head maps, captured attention), passages to search on
+(which layers bear reuse, which plans are worth judging), passages to judge by.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -13,19 +18,29 @@ import torch
 from torch import Tensor
 
 from loki_compile.captured import CapturedMass, captured_mass, summed_up
+from loki_compile.commands.evidence import (
+    Evidence,
+    Outcome,
+    bounds,
+    needle_passage,
+    text_passages,
+)
 from loki_compile.commands.layer_costs import measured_costs
-from loki_compile.commands.measure import Step, decode_reports, prefill
-from loki_compile.commands.models import encode
+from loki_compile.commands.measure import decode_reports
 from loki_compile.config import LokiConfig
+from loki_compile.pca_store.basis import Basis
 from loki_compile.pca_store.layer_plan import LayerPlan, PlannedLayer
 from loki_compile.pca_store.partial import Partial, PartialError, default_partial_root
 from loki_compile.pca_store.store import Store
 from loki_compile.planning import (
     Costs,
-    candidates,
+    Losses,
+    dropped,
+    front,
     loss_of,
     losses_of,
     moved,
+    restored,
     unread_are_dense,
 )
 from loki_compile.policies.kinds import Kind
@@ -36,24 +51,22 @@ from loki_compile.watching import watched
 
 log = logging.getLogger("loki_compile")
 
-# Layers that may keep an index: a third of what every layer choosing for itself keeps.
-INDEXES = 3
-# Plans that are asked for needles, the best by divergence; at so many depths of both lengths.
-ASKED, DEPTHS = 3, (0.2, 0.7)
-# Neighbours of the best plan that are tried.
-MOVES = 24
-NEEDLE = " The magic number of Oslo is{}."
-NUMBERS = (" 48213", " 70956", " 31584", " 92607")
-QUESTION = " What is the magic number of Oslo? The magic number of Oslo is"
+# Passages of text: the first is searched on, the others judge.
+TEXTS = 4
+# Needle answers are few, and dense attention is sure of them: what their divergence counts beside
+# that of text while plans are searched.
+NEEDLES_COUNT = 0.25
+# Neighbours of plans that are tried, so many of each kind at a time, and plans that are judged.
+MOVES, AT_ONCE, JUDGED = 40, 3, 5
 
 
 @dataclass(frozen=True)
 class Settings:
-    """As `loki tune` takes them."""
+    """As `loki tune` takes them. tolerance: nats of KL more than where every layer chooses."""
 
     top_k: int | float
     rank: int | float | str
-    cost: float
+    tolerance: float
     cost_context: int
     plans: int
     steps: int
@@ -62,29 +75,37 @@ class Settings:
 
 @dataclass(frozen=True)
 class Tried:
-    """What a plan made of held-out text. kinds: of its layers, () where each chooses for itself.
-    missed: attention, as measured, per layer. choosing: time, of what that takes there. kl: to
-    dense logits. needles: found, None where nobody asked."""
+    """What a plan made of the passages that judge. kinds: of its layers. missed: attention, as
+    measured, per layer. choosing: time, of what that takes where every layer chooses. kl: to dense
+    logits. more: 95 % bounds of how much of it is more than where every layer chooses, from below
+    and above. needles: found, of `asked`; answers: KL of their tokens; of what was run before the
+    plan was refused. holds: it may be taken."""
 
     kinds: tuple[Kind, ...]
     missed: float
     choosing: float
     kl: float
+    more: tuple[float, float]
     same: float
-    needles: int | None = None
+    needles: int
+    asked: int
+    answers: float
+    holds: bool
 
     def cells(self) -> list[str]:
         chooses = [n for n, kind in enumerate(self.kinds) if kind.ranking]
         dense = [n for n, kind in enumerate(self.kinds) if kind.dense]
-        asked = "" if self.needles is None else f"{self.needles} of {2 * len(DEPTHS)}"
         return [
-            shown_ranges(chooses) if self.kinds else "all",
+            shown_ranges(chooses),
             shown_ranges(dense),
             f"{self.missed:.3f}",
             f"{self.choosing:.2f}",
             f"{self.kl:.4f}",
+            f"{self.more[0]:+.4f} to {self.more[1]:+.4f}",
             f"{self.same:.1%}",
-            asked,
+            f"{self.needles} of {self.asked}",
+            f"{self.answers:.4f}",
+            "yes" if self.holds else "no",
         ]
 
 
@@ -99,9 +120,8 @@ class Search:
         prompts: Sequence[Tensor],
         held_out: Tensor,
     ) -> None:
-        """prompts: ids (1, T) each; held_out (T,): before the last `settings.steps`, context."""
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.prompts, self.held_out = prompts, held_out
+        """prompts: ids (1, T) each; held_out (T',): T and TEXTS times `settings.steps`, or more."""
+        self.model, self.settings, self.prompts = model, settings, prompts
         self.options = {
             "top_k": settings.top_k,
             "rank": settings.rank,
@@ -109,18 +129,28 @@ class Search:
             "min_context": 0,
         }
         self.config = LokiConfig.from_options(self.options)
-        key = run_key(model, {**asdict(settings), "search": 1}, [*prompts, held_out[None]])
+        length, steps = prompts[0].shape[1], settings.steps
+        before, behind = held_out[:length], held_out[-length:]
+        hays = (before, length), (behind, length), (behind, length // 2)
+        asked = [
+            needle_passage(tokenizer, hay, size, steps, seed)
+            for seed, (hay, size) in enumerate(hays)
+        ]
+        first, *texts = text_passages(held_out, length, steps, TEXTS)
+        # What is searched on, then what judges: needles second, so that a refusal is cheap.
+        self.passages = [first, asked[0], texts[0], asked[1], *texts[1:], asked[2]]
+        self.searching, self.judging = range(2), range(2, len(self.passages))
+        key = run_key(model, {**asdict(settings), "search": 2}, [*prompts, held_out[None]])
         self.kept = Partial(default_partial_root(), key)
-        self.needles = self._needles()
-        self.hays: dict[int, Any] = {}  # prefilled caches of these
         self.seen: CapturedMass | None = None
+        self.searched: dict[tuple[Kind, ...], float] = {}  # what plans lose
 
     @property
     def runs(self) -> int:
-        """How often the model will run, at most, once it has read."""
+        """How often the model will run over a passage, at most."""
         assert self.seen is not None
-        needles = len(self.needles) * (ASKED + 1)
-        return 1 + 2 * len(self.seen.paths) + self.settings.plans + MOVES + 1 + needles
+        searched = 1 + len(self.seen.paths) + self.settings.plans + MOVES
+        return len(self.searching) * searched + len(self.judging) * 2 * JUDGED
 
     def read(self, progress: Callable[[int], None]) -> None:
         """Measures what each layer's choice captures of every later layer's attention.
@@ -158,55 +188,31 @@ class Search:
         self._keep("mass", sums, {"rows": self.seen.rows})
 
     def compare(self, progress: Callable[[int], None]) -> list[Tried]:
-        """The plans that the program proposes, the best first, and behind them every layer choosing
-        for itself.
+        """The plans that were judged: first the one to take, the cheapest that holds, and last
+        that every layer chooses.
 
         Raises:
           ValueError: nothing to choose from.
         """
         assert self.seen is not None
-        self.mass, slots = summed_up(self.seen), self._slots()
-        costs, alone = self._costs()
-        layers = len(slots)
-        choosing = layers * (alone - costs.read)
-        most = layers * costs.read + self.settings.cost * choosing
-
-        def time_of(kinds: Sequence[Kind]) -> float:
-            return (sum(map(costs.of, kinds)) - layers * costs.read) / choosing
-
+        self.mass, self.slots = summed_up(self.seen), self._slots()
+        self.costs, alone = self._costs()
+        self.choosing = len(self.slots) * (alone - self.costs.read)
+        self.everyone = (Kind("loki"),) * len(self.slots)
+        self.tell = progress
         with watched(self.model, self.simulation.look) as run:
-            self._prefilled(run)
-            losses = losses_of(self.mass, *self._sensitivities(progress))
-            found = candidates(
-                losses, slots, costs, most, self.settings.plans, indexes=max(1, layers // INDEXES)
+            self.evidence = Evidence(
+                self.model, self.simulation, run, self.paths, self.passages, self._stored()
             )
-            if not found:
-                raise ValueError(
-                    f"found no plan whose choosing takes at most --cost {self.settings.cost} of "
-                    "what it takes where every layer chooses: needs a larger --cost"
-                )
-
-            def tried(kinds: Sequence[Kind]) -> Tried:
-                kl, same = self._divergence(kinds, progress)
-                return Tried(tuple(kinds), self._missed(kinds), time_of(kinds), kl, same)
-
-            plans = sorted(map(tried, found), key=lambda each: each.kl)
-            left = MOVES
-            while left > 0:
-                better = plans[0]
-                for kinds in moved(losses, slots, better.kinds)[:left]:
-                    left -= 1
-                    if (trial := tried(kinds)).kl < better.kl:
-                        better = trial
-                if better is plans[0]:
-                    break
-                plans.insert(0, better)
-            everyone = tried([Kind("loki")] * layers)
-            everyone = replace(everyone, choosing=1.0)
-            asked = [self._asked(each, run, progress) for each in (everyone, *plans[:ASKED])]
-        base, *best = asked
-        best.sort(key=lambda each: (-(each.needles or 0), each.kl))
-        return [*best, *plans[ASKED : self.settings.plans], replace(base, kinds=())]
+            self._loss(self.everyone)
+            losses = losses_of(self.mass, *self._effects())
+            most = len(self.slots) * alone
+            for kinds in front(losses, self.slots, self.costs, most, self.settings.plans):
+                self._loss(kinds)
+            self._polish(losses)
+            for number in self.searching:
+                self.evidence.forget(number)
+            return self._judge(losses)
 
     def plan_of(self, best: Tried, name: str, source: str, tried: Sequence[Tried]) -> LayerPlan:
         """What is stored."""
@@ -221,7 +227,11 @@ class Search:
             mass=tuple(map(tuple, rows)),
             scores={
                 "kl": best.kl,
+                "more than where every layer chooses": best.more,
+                "tolerance": self.settings.tolerance,
                 "needles": best.needles,
+                "needles asked": best.asked,
+                "kl of answers": best.answers,
                 "missed": best.missed,
                 "choosing": best.choosing,
                 "kl where every layer chooses": tried[-1].kl,
@@ -279,133 +289,146 @@ class Search:
             by_probability=self.settings.group_choice == "probability",
         )
 
-    # -- what a plan makes of text
-
-    @torch.no_grad()
-    def _prefilled(self, run: Step) -> None:
-        """Fills the cache up to the steps that count, and has dense attention take these."""
-        start = len(self.held_out) - self.settings.steps
-        self.cache = self._empty()
-        ids = self.held_out[None].to(self.model.device)
-        prefill(self.model, ids[:, :start], self.cache)
-        self.run, self.fed = run, ids[:, start:]
-        if self.seen is not None and self.seen.bases is not None:
-            for (weights, use), path in self.seen.layers.items():
-                basis = self.seen.bases.find(weights, occurrence=use)
-                if basis is not None:
-                    self.simulation.bases[path] = basis
-        self.dense = self.decoded([Kind(dense=True)] * len(self.paths))
-        self._check_simulated()
-
-    def _check_simulated(self) -> None:
-        """
-        Raises:
-          ValueError: attention of a layer cannot be simulated.
-        """
-        missing = [path for path in self.paths if path not in self.simulation.served]
-        if missing:
-            why = self.simulation.refused.get(missing[0], "it was not seen with a cache")
-            raise ValueError(
-                f"what a plan makes of {missing[0]} cannot be told: {why}. Needs plain attention; "
-                "write a plan by hand, as a dict of policy="
-            )
+    def _stored(self) -> dict[str, Basis]:
+        """The stored bases of all layers, or none."""
+        assert self.seen is not None
+        if self.seen.bases is None:
+            return {}
+        found = {}
+        for (weights, use), path in self.seen.layers.items():
+            basis = self.seen.bases.find(weights, occurrence=use)
+            if basis is None:
+                return {}
+            found[path] = basis
+        return found
 
     @property
     def paths(self) -> list[str]:
         assert self.seen is not None
         return self.seen.paths
 
-    @torch.no_grad()
-    def decoded(self, kinds: Sequence[Kind]) -> Tensor:
-        """Log-probabilities (steps, vocabulary) behind the held-out tokens."""
-        self.simulation.under(kinds, self.paths)
-        out = self.run(self.fed, past_key_values=self._copied(self.cache))
-        return out.logits[0].float().log_softmax(-1)
+    # -- what a plan makes of text
 
-    def _empty(self) -> Any:
-        from transformers import DynamicCache
+    def _time(self, kinds: Sequence[Kind]) -> float:
+        """For choosing and dense layers, of what it takes where every layer chooses."""
+        if tuple(kinds) == self.everyone:
+            return 1.0
+        read = len(kinds) * self.costs.read
+        return (math.fsum(map(self.costs.of, kinds)) - read) / self.choosing
 
-        return DynamicCache(config=self.model.config)
-
-    def _copied(self, cache: Any) -> Any:
-        copy = self._empty()
-        for number, layer in enumerate(cache.layers):
-            copy.update(layer.keys.clone(), layer.values.clone(), number)
-        return copy
-
-    def _divergence(
-        self, kinds: Sequence[Kind], progress: Callable[[int], None]
-    ) -> tuple[float, float]:
-        """KL divergence of a plan's tokens from dense ones, and the share of same tokens."""
-        name = _name("kl", kinds)
+    def _outcome(self, kinds: Sequence[Kind], number: int) -> Outcome:
+        words = " ".join(map(str, kinds))
+        name = f"{number}-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
         known = self._recall(name)
         if known is None:
-            here = self.decoded(kinds)
-            kl = float((self.dense.exp() * (self.dense - here)).sum(-1).mean())
-            same = float((self.dense.argmax(-1) == here.argmax(-1)).float().mean())
-            known = {}, [kl, same]
-            self._keep(name, *known)
-        progress(1)
-        kl, same = known[1]
-        return kl, same
+            outcome = self.evidence.of(kinds, number)
+            self._keep(name, asdict(outcome), None)
+        else:
+            outcome = Outcome(**known[0])
+        self.tell(1)
+        return outcome
 
-    def _sensitivities(self, progress: Callable[[int], None]) -> tuple[list[float], list[float]]:
-        """Of each layer the divergence where it alone chooses for itself, or reads what the layer
-        before it chose, and all others are dense."""
-        own, read = [], []
-        for layer in range(len(self.paths)):
-            kinds = [Kind(dense=True)] * len(self.paths)
-            kinds[layer] = Kind("loki")
-            own.append(self._divergence(kinds, progress)[0])
+    def _loss(self, kinds: Sequence[Kind]) -> float:
+        """What is searched for the least of; infinite for a plan that text alone refuses."""
+        kinds = tuple(kinds)
+        if kinds not in self.searched:
+            text = self._outcome(kinds, 0).kl
+            more = text - self._outcome(self.everyone, 0).kl
+            loss = math.inf
+            if bounds(more)[0] <= self.settings.tolerance:
+                loss = float(text.mean() + NEEDLES_COUNT * self._outcome(kinds, 1).kl.mean())
+            self.searched[kinds] = loss
+        return self.searched[kinds]
+
+    def _effects(self) -> tuple[list[float], list[float]]:
+        """Of each layer what the model loses where it chooses for itself, as all do: a share of
+        that, by what it misses; and where it alone reads what the layer before it chose."""
+        base = self._loss(self.everyone)
+        missed = losses_of(self.mass).own["loki"]
+        own = [base * each / max(sum(missed), 1e-9) for each in missed]
+        read = []
+        for layer, alone in enumerate(own):
             heads = self.mass.heads.get(("loki", layer - 1, layer))
-            if heads is None:
-                read.append(own[-1])
-                progress(1)
+            if heads is None or self.slots[layer] != self.slots[layer - 1]:
+                read.append(alone)
                 continue
-            kinds[layer - 1] = Kind("loki", dense=True)
+            kinds = [*self.everyone]
             kinds[layer] = Kind(reuse=True, source=layer - 1, heads=heads)
-            read.append(self._divergence(kinds, progress)[0])
+            text, needles = (self._outcome(kinds, number).kl.mean() for number in self.searching)
+            lost = float(text + NEEDLES_COUNT * needles) - base
+            read.append(alone + max(lost, 0.0))
         return own, read
 
-    def _missed(self, kinds: Sequence[Kind]) -> float:
-        return loss_of(losses_of(self.mass), kinds) / len(kinds)
+    def _within(self) -> list[tuple[Kind, ...]]:
+        """The plans that hold on what is searched on, the cheapest first."""
+        most = self._loss(self.everyone) + self.settings.tolerance
+        plans = [kinds for kinds, loss in self.searched.items() if loss <= most]
+        return sorted(plans, key=lambda kinds: (self._time(kinds), self.searched[kinds]))
 
-    def _needles(self) -> list[tuple[Tensor, int, int]]:
-        """Prompts at two lengths, each with a number hidden in it and asked for: ids (T,) with the
-        answer at their end, where the question begins, and the answer's length."""
-        hay = self.held_out[: -self.settings.steps]
-        made: list[tuple[Tensor, int, int]] = []
-        question = encode(self.tokenizer, QUESTION)
-        for length in (len(hay) // 2, len(hay)):
-            for place, depth in enumerate(DEPTHS):
-                answer = encode(self.tokenizer, NUMBERS[len(made) % len(NUMBERS)])
-                needle = encode(self.tokenizer, NEEDLE.format(NUMBERS[len(made) % len(NUMBERS)]))
-                room = length - len(needle) - len(question) - len(answer)
-                at = int(depth * room) + place
-                ids = torch.cat((hay[:at], needle, hay[at:room], question, answer))
-                made.append((ids, len(ids) - len(question) - len(answer), len(answer)))
-        return made
+    def _polish(self, losses: Losses) -> None:
+        """Tries neighbours of the cheapest plan that holds, as long as that finds a better one."""
+        left = MOVES
+        while left > 0:
+            best = self._within()[0]
+            ways = (dropped, moved)
+            near = [each for way in ways for each in way(losses, self.slots, best)[:AT_ONCE]]
+            for kinds in [each for each in near if tuple(each) not in self.searched][:left]:
+                self._loss(kinds)
+                left -= 1
+            if self._within()[0] == best:
+                return
 
-    @torch.no_grad()
-    def _asked(self, tried: Tried, run: Step, progress: Callable[[int], None]) -> Tried:
-        """With the needles that were found: each token of a number behind the true ones."""
-        name = _name("needles", tried.kinds)
-        known = self._recall(name)
-        if known is None:
-            found = 0
-            self.simulation.under(tried.kinds, self.paths)
-            for number, (ids, start, answer) in enumerate(self.needles):
-                ids = ids[None].to(self.model.device)
-                if number not in self.hays:
-                    self.hays[number] = self._empty()
-                    prefill(self.model, ids[:, :start], self.hays[number])
-                cache = self._copied(self.hays[number])
-                logits = run(ids[:, start:-1], past_key_values=cache).logits[0, -answer:]
-                found += bool((logits.argmax(-1) == ids[0, -answer:]).all())
-                progress(1)
-            known = {}, found
-            self._keep(name, *known)
-        return replace(tried, needles=known[1])
+    def _judge(self, losses: Losses) -> list[Tried]:
+        """The first plan that holds on what judges, those refused before it, and that every layer
+        chooses: of the plans that hold so far the cheapest first, each losing less than all
+        cheaper ones; then the last of these with ever fewer layers that reuse."""
+        plans: list[tuple[Kind, ...]] = []
+        for kinds in self._within():
+            if not plans or self.searched[kinds] < self.searched[plans[-1]]:
+                plans.append(kinds)
+        plans = [kinds for kinds in plans if self._time(kinds) < 1.0]
+        if len(plans) > JUDGED:
+            plans = [plans[round(n * (len(plans) - 1) / (JUDGED - 1))] for n in range(JUDGED)]
+        everyone = self._tried(self.everyone)
+        refused: list[Tried] = []
+        while plans:
+            trial = self._tried(plans.pop(0))
+            if trial.holds:
+                return [trial, *refused[::-1], everyone]
+            refused.append(trial)
+            reuses = sum(kind.reuse for kind in trial.kinds)
+            if not plans and reuses > 1:
+                fewer = restored(losses, self.slots, trial.kinds, max(1, reuses // 3))
+                plans = [tuple(fewer)] if self._time(fewer) < 1.0 else []
+        return [everyone, *refused[::-1], everyone]
+
+    def _tried(self, kinds: tuple[Kind, ...]) -> Tried:
+        text: list[tuple[Outcome, Outcome]] = []
+        needles: list[tuple[Outcome, Outcome]] = []
+        for number in self.judging:
+            pair = self._outcome(kinds, number), self._outcome(self.everyone, number)
+            (needles if self.passages[number].answers else text).append(pair)
+            kl, base = (torch.cat([side.kl for side in sides]) for sides in zip(*text, strict=True))
+            if bounds(kl - base)[0] > self.settings.tolerance:
+                break
+        ours, theirs = ([pair[side] for pair in needles] for side in (0, 1))
+        found, wanted = (sum(int(each.found.sum()) for each in side) for side in (ours, theirs))
+        answers, certain = _kl_of(ours), _kl_of(theirs)
+        more, most = bounds(kl - base), self.settings.tolerance
+        holds = len(text) + len(needles) == len(self.judging) and more[1] <= most
+        holds &= found >= wanted and NEEDLES_COUNT * (answers - certain) <= most
+        return Tried(
+            kinds=kinds,
+            missed=loss_of(losses_of(self.mass), kinds) / len(kinds),
+            choosing=self._time(kinds),
+            kl=float(kl.mean()),
+            more=more,
+            same=float(torch.cat([each.same for each, _ in text]).float().mean()),
+            needles=found,
+            asked=sum(len(each.found) for each in ours),
+            answers=answers,
+            holds=holds or kinds == self.everyone,
+        )
 
     # -- what is kept
 
@@ -440,6 +463,5 @@ class Search:
             log.warning("cannot keep what was measured (%s): a stop will lose it", error)
 
 
-def _name(what: str, kinds: Sequence[Kind]) -> str:
-    words = " ".join(map(str, kinds))
-    return f"{what}-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
+def _kl_of(outcomes: Sequence[Outcome]) -> float:
+    return float(torch.cat([each.kl for each in outcomes]).mean()) if outcomes else math.nan

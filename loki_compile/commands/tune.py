@@ -31,9 +31,14 @@ if TYPE_CHECKING:
 
 
 POLICIES = ("tidal", "moa")
+# Prompts' worth of text, at most, that held-out passages are spread over.
+SPREAD = 32
 # Options that one policy alone has, by their parameters.
 OWN = {
-    "tidal": ("top_k", "rank", "group_choice", "cost", "cost_context", "plans", "steps", "picture"),
+    "tidal": (
+        *("top_k", "rank", "group_choice", "tolerance", "cost_context", "plans", "steps"),
+        "picture",
+    ),
     "moa": ("density", "sink", "effects"),
 }
 
@@ -59,14 +64,16 @@ OWN = {
               help="tidal: dims of the index.")  # fmt: skip
 @click.option("--group-choice", default="max", show_default=True,
               help='tidal: "max" or "probability".')  # fmt: skip
-@click.option("--cost", type=click.FloatRange(0.05, 1.0), default=0.5, show_default=True,
-              help="tidal: time of choosing, of that where every layer chooses.")  # fmt: skip
+@click.option("--tolerance", type=click.FloatRange(0.0), default=0.01, show_default=True,
+              help="tidal: nats of KL to dense that the plan may have more than choosing in every "
+              "layer, at 95 % confidence; the cheapest such plan that finds as many needles is "
+              "taken.")  # fmt: skip
 @click.option("--cost-context", type=click.IntRange(256), default=32768, show_default=True,
               help="tidal: cached tokens that times are measured at.")  # fmt: skip
-@click.option("--plans", type=click.IntRange(1, 32), default=8, show_default=True,
-              help="tidal: plans that are compared on held-out text.")  # fmt: skip
-@click.option("--steps", type=click.IntRange(4), default=48, show_default=True,
-              help="tidal: tokens of held-out text that each plan decodes.")  # fmt: skip
+@click.option("--plans", type=click.IntRange(1, 32), default=10, show_default=True,
+              help="tidal: plans, from cheap to dear, that the search begins with.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(48), default=128, show_default=True,
+              help="tidal: tokens decoded of each passage; five of these judge.")  # fmt: skip
 @OUT_OPTION
 @click.option("--picture", type=click.Path(path_type=Path), help="tidal: PNG to write. [none]")
 @with_options(MODEL_OPTIONS)
@@ -126,7 +133,7 @@ def _tune_layers(
     check_writable("--out" if folder else "the store", root, folder=True)
     check_picture(picture)
     config, steps = load_config(asked.name), settings.steps
-    length = fitting_context("--length", length, 2048, config, room=steps + 64)
+    length = fitting_context("--length", length, 2048, config, room=2 * steps)
     text, source = text_of(files, "train")
     tokenizer = load_tokenizer(asked.name)
     read, held_out = _prompts_of(tokenizer, text, prompts, length, steps)
@@ -148,35 +155,41 @@ def _tune_layers(
 def _prompts_of(
     tokenizer: Any, text: str, prompts: int, length: int, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Token ids of prompts to read (n, length), and of text that is held out (length + steps,).
+    """Token ids of prompts to read (n, length), and of all text behind them that plans are judged
+    by (T,).
 
     Raises:
         ValueError: the text does not hold one prompt and as much held out.
     """
     from loki_compile.commands.models import encode
+    from loki_compile.commands.plan_search import TEXTS
 
-    needed = (prompts + 1) * length + steps
-    ids = encode(tokenizer, text[: 16 * needed])
-    if len(ids) < 2 * length + steps:
+    least = length + TEXTS * steps
+    # Passages are spread over all that lies behind the prompts: text of several kinds judges best.
+    ids = encode(tokenizer, text[: 16 * (prompts + SPREAD) * (length + steps)])
+    if len(ids) < length + least:
         raise ValueError(
-            f"the text holds {len(ids)} tokens; needs {2 * length + steps}, one prompt and as much "
+            f"the text holds {len(ids)} tokens; needs {length + least}, one prompt and as much "
             "held out: pass more text, or a smaller --length"
         )
-    count = min(prompts, (len(ids) - steps) // length - 1)
+    count = min(prompts, (len(ids) - least) // length)
     if count < prompts:
         say(f"the text holds {count} prompts of the {prompts} asked for")
-    read, held_out = ids[: count * length].view(count, length), ids[count * length :]
-    return read, held_out[: length + steps]
+    return ids[: count * length].view(count, length), ids[count * length :]
 
 
 def _searched(search: Search, name: str, tokens: int) -> list[Tried]:
-    """The plans that a search has tried, best first, with bars."""
+    """The plans that a search has judged, the one to take first, with bars."""
     with progress() as bar:
         reading = bar.add_task(f"reading with {name}", total=tokens)
         trying = bar.add_task("trying plans on held-out text", total=None, visible=False)
         search.read(lambda done: bar.advance(reading, done))
         bar.update(trying, visible=True, total=search.runs)
-        return search.compare(lambda done: bar.advance(trying, done))
+        tried = search.compare(lambda done: bar.advance(trying, done))
+        bar.update(trying, total=1, completed=1)
+    if tried[0].kinds == tried[-1].kinds:
+        say("no plan in which layers reuse was within --tolerance: every layer chooses")
+    return tried
 
 
 def _tune_spans(
@@ -271,9 +284,10 @@ def _span_table(
 def _table(tried: list[Tried]) -> Table:
     from rich.table import Table
 
-    title = "plans on held-out text, best first, and every layer choosing for itself"
+    title = "plans that were judged, the one to take first, and every layer choosing for itself"
     table = Table(title=title, title_justify="left")
-    for column in ("choose", "dense", "missed", "choosing time", "KL", "same token", "needles"):
+    columns = "choose", "dense", "missed", "choosing time", "KL", "more than all"
+    for column in (*columns, "same token", "needles", "answers' KL", "holds"):
         table.add_column(column, justify="left" if column == "choose" else "right")
     for each in tried:
         table.add_row(*each.cells())
