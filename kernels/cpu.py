@@ -211,7 +211,7 @@ class _Result:
     """A tensor that a kernel fills: which of its parameters is the address, shape and dtype."""
 
     word: int
-    shape: tuple[int, ...]
+    shape: Sequence[int | torch.SymInt]
     dtype: torch.dtype
 
 

@@ -19,12 +19,12 @@ _HIDDEN = torch.iinfo(torch.int32).min
 _GATHERED = 1 << 22
 
 
-def select(*tensors: Tensor | None, **options: Any) -> Tensor:
+def select(*tensors: Any, **options: Any) -> Tensor:
     """`loki::select`; see `loki_compile.kernels.ops`."""
     return _select(False, *tensors, **options)[0]
 
 
-def select_weighed(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+def select_weighed(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """`loki::select_weighed`; see `loki_compile.kernels.ops`."""
     return _select(True, *tensors, **options)
 

@@ -181,8 +181,7 @@ class _Call:
         )
 
     def _launch(self) -> AttendLaunch:
-        given = (self.q, self.k, self.v)
-        given = given if self.k_pe is None else (*given, self.k_pe)
+        given = [x for x in (self.q, self.k, self.v, self.k_pe) if x is not None]
         return attend_launch(
             self.device,
             group=self.each,

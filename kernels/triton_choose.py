@@ -430,5 +430,5 @@ def choose_kernel(
         )
         # A row that reads all it sees, and one that sees nothing finite.
         whole = (count < 0) | (n == count) | (weight_of_all == 0.0)
-        tl.store(p_weighed + i_row * 2, n.to(tl.float32))
+        tl.store(p_weighed + i_row * 2, n + 0.0)
         tl.store(p_weighed + i_row * 2 + 1, tl.where(whole, 0.0, tl.maximum(left_out, 0.0)))

@@ -76,7 +76,7 @@ from loki_compile.kernels.triton_weigh import PART_FIELDS, SPLITS_MAX
 from torch import Tensor
 
 
-def select(q: Tensor, *tensors: Tensor | None, **options: Any) -> Tensor:
+def select(q: Tensor, *tensors: Any, **options: Any) -> Tensor:
     """`loki::select`; see `loki_compile.kernels.ops`. `launch` replaces the table's choice."""
     positions, _, stages = select_stages(q, *tensors, **options)
     with torch.cuda.device_of(q):
@@ -85,7 +85,7 @@ def select(q: Tensor, *tensors: Tensor | None, **options: Any) -> Tensor:
     return positions
 
 
-def select_weighed(q: Tensor, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+def select_weighed(q: Tensor, *tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """`loki::select_weighed`; see `loki_compile.kernels.ops`. `launch` as for `select`."""
     positions, weighed, stages = select_stages(q, *tensors, **options, weigh=True)
     assert weighed is not None

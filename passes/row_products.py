@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from loki_compile.kernels.row_products import is_few, row_products
@@ -35,7 +36,8 @@ def find_row_products(graph: fx.Graph) -> list[RowProduct]:
 
 
 def _product(node: fx.Node) -> RowProduct | None:
-    name, operands = op_name(node), (*node.args, *node.kwargs.values())
+    name = op_name(node)
+    operands: tuple[Any, ...] = (*node.args, *node.kwargs.values())
     if name == "linear" and len(node.args) >= 2 and set(node.kwargs) <= {"bias"}:
         rows, weight, bias = (*operands, None)[:3]
     elif name in ("matmul", "mm") and len(node.args) == 2 and not node.kwargs:
