@@ -44,6 +44,7 @@ class Reason(enum.Enum):
     OPAQUE_VIEW = "the way from the cache to the keys runs through `{}`, which is not understood"
     WRITE = "the cache is written by `{}` in a form that cannot be mirrored: {}"
     CACHE_LEAVES = "the appended keys leave the graph as something else than the cache: {}"
+    TRANSFORM = "it is computed inside a transform of torch.func, such as vmap: {}"
     GRAD = "gradients are recorded here: decode under torch.no_grad() or torch.inference_mode()"
     SHORT_CACHE = "the cache holds {} keys, which never exceeds min_context={}: dense by plan"
     LAYER_OFF = "left out by layers={}"

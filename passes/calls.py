@@ -151,6 +151,17 @@ def fake_value(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
+def is_transformed(node: fx.Node) -> bool:
+    """Whether a tensor is one inside a transform of torch.func, as `vmap`.
+
+    Private API, checked on torch 2.11 and 2.13: `is_functorch_wrapped_tensor`.
+    """
+    value = fake_value(node)
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(
+        value
+    )
+
+
 def shape_of(node: Any) -> torch.Size | None:
     """Shape of the node's fake tensor (entries may be symbolic), or None for anything else."""
     value = fake_value(node) if isinstance(node, fx.Node) else None

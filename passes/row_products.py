@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from loki_compile.kernels.row_products import is_few, row_products
-from loki_compile.passes.calls import concrete, fake_value, op_name
+from loki_compile.passes.calls import concrete, fake_value, is_transformed, op_name
 from loki_compile.passes.graphs import call, finish
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -53,6 +53,8 @@ def _served(product: RowProduct) -> bool:
     nodes = (product.rows, product.weight, *([product.bias] if product.bias is not None else []))
     values = [fake_value(node) for node in (product.node, *nodes)]
     if not all(isinstance(x, Tensor) and not is_traceable_wrapper_subclass(x) for x in values):
+        return False
+    if is_transformed(product.node):
         return False
     if any(x.device.type != "cpu" or x.dtype != values[0].dtype for x in values):
         return False

@@ -28,6 +28,7 @@ from loki_compile.passes.calls import (
     concrete,
     fake_value,
     hint_of,
+    is_transformed,
     may_overlap,
     module_path,
     op_name,
@@ -105,6 +106,8 @@ def _site(core: Core, max_query_tokens: int | None, writes: list[Write]) -> Atte
 
 
 def _looked_into(core: Core, max_query_tokens: int | None, writes: list[Write]) -> AttentionSite:
+    if is_transformed(core.node):
+        raise No(Reason.TRANSFORM, op_name(core.node))
     sizes, k_shape, v_shape = _sizes(core)
     _refuse_prefill(core, sizes["s"], max_query_tokens)
     key = heads_at(core.key, core.key_order, core, writes, scaled=True)

@@ -99,6 +99,22 @@ def test_a_graph_without_attention_is_inductors():
     assert torch.equal(torch.compile(module, backend="loki")(x), theirs)
 
 
+def test_attention_inside_vmap_is_as_it_was_and_says_why():
+    keys = torch.randn(1, 1, 5, 8)
+
+    def attend_to(row):
+        query = row[None, None, None]
+        return torch.nn.functional.scaled_dot_product_attention(query, keys, keys)[0, 0, 0]
+
+    def attend(rows):
+        return torch.vmap(attend_to)(rows)
+
+    rows = torch.randn(3, 8)
+    with torch.no_grad(), engines.default_engine(engines.interpreter):
+        assert torch.allclose(torch.compile(attend, backend="loki")(rows), attend(rows), atol=1e-6)
+    assert "torch.func" in str(reports())
+
+
 # --- Inductor below
 
 
