@@ -61,6 +61,17 @@ def plans_of(args: argparse.Namespace, layers: int) -> dict[str, list[Kind]]:
     return plans
 
 
+def _named(args: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, files by their names alone."""
+
+    def name(value: Any) -> Any:
+        if isinstance(value, list):
+            return [name(each) for each in value]
+        return Path(value).name if isinstance(value, str | Path) else value
+
+    return {key: name(value) for key, value in vars(args).items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -127,7 +138,7 @@ def main() -> None:
                 "words": [str(kind) for kind in kinds],
                 "cpu_s": round(time.process_time() - begin, 1),
             })  # fmt: skip
-            write_rows("plans", [{"given": vars(args), **rows[-1], **stamp("cpu")}])
+            write_rows("plans", [{"given": _named(args), **rows[-1], **stamp("cpu")}])
             print({key: value for key, value in rows[-1].items() if key != "words"}, flush=True)
 
 
