@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import stamp, write_rows
