@@ -15,35 +15,12 @@ from loki_compile.kernels.checks import hidden_below, keys_ranked
 from torch import Tensor
 
 
-def select(
-    q: Tensor,
-    basis: Tensor | None,
-    index: Tensor,
-    index_scale: Tensor | None,
-    mask: Tensor | None,
-    bounds: Tensor | None,
-    *,
-    scale: float,
-    top_k: int | None,
-    keep_q16: int,
-    sink: int,
-    recent: int,
-    min_keys: int,
-    per_head: bool,
-    page: int = 1,
-    keys: int | None = None,
-    by_probability: bool = False,
-    mass: float = 0.0,
-) -> Tensor:
+def select(*tensors: Any, **options: Any) -> Tensor:
     """Positions (B, Hkv or Hq, S, K) int32: chosen keys ascending, then -1.
 
-    `bounds` says nothing that `mask` does not, and is not read.
+    Operands as of `select_weighed`. `bounds` says nothing that `mask` does not, and is not read.
     """
-    return select_weighed(
-        q, basis, index, index_scale, mask, bounds, scale=scale, top_k=top_k, keep_q16=keep_q16,
-        sink=sink, recent=recent, min_keys=min_keys, per_head=per_head, page=page, keys=keys,
-        by_probability=by_probability, mass=mass,
-    )[0]  # fmt: skip
+    return select_weighed(*tensors, **options)[0]
 
 
 def select_weighed(

@@ -187,7 +187,7 @@ def say_once(key: Any, sentence: str | Callable[[], str]) -> None:
         _notices.log(logging.WARNING if first else logging.INFO, "loki_compile: %s", text)
 
 
-def warn_of_left_out(tally: Tally, most: float, layers: dict[str, Reading]) -> None:
+def warn_of_left_out(most: float, tally: Tally, layers: dict[str, Reading]) -> None:
     """Warns, once of each layer, of those that leave out more than `most` of their attention."""
     worst: list[tuple[float, str]] = []
     for path, reading in layers.items():

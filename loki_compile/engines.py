@@ -127,7 +127,7 @@ def with_row_products(engine: Engine) -> Engine:
 
     def run(
         gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None, options: dict[str, Any]
-    ):
+    ) -> Callable[..., Any]:
         with torch._inductor.config.patch(options):
             frozen = torch._inductor.config.freezing
         if not frozen and any(isinstance(value, torch.Tensor) for value in inputs):

@@ -7,15 +7,20 @@ the host every so many steps, and looked at once the copy has arrived by itself.
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from loki_compile.recovery import ordinary_tensors
+
+if TYPE_CHECKING:
+    from loki_compile.counts import Tally
 
 # Steps from one look at the sums to the next; the first look is behind as many.
 LOOK_EVERY = 32
@@ -85,6 +90,50 @@ class Readings:
                 return
             self._arriving = None
         tell(_readings(self.paths, sum(arriving.copies), arriving.steps))
+
+
+class Told:
+    """What sparse steps of one graph tell of its weighed sites, as the last of their outputs."""
+
+    def __init__(
+        self, paths: Sequence[str], tell: Callable[[Tally, dict[str, Reading]], None] | None
+    ):
+        """
+        Args:
+          paths: of the weighed sites, in the order of their outputs; two may have one.
+          tell: is told every so many steps what a model's layers read; None: nobody.
+        """
+        self.paths = tuple(paths)
+        self.names = _names(paths)
+        self.tell = tell
+
+    def take(self, tally: Tally, outputs: list[Any]) -> None:
+        """Takes what rows read off the outputs of a step; waits for no device."""
+        if not self.names:
+            return
+        readings = tally.readings_of(self.names)
+        readings.add(outputs[-len(self.names) :])
+        del outputs[-len(self.names) :]
+        if self.tell is not None:
+            readings.look(functools.partial(self.tell, tally))
+
+    def of(self, tally: Tally) -> dict[str, Reading]:
+        """Of each site of the graph, by its path: what it read so far. Waits for the device."""
+        known = tally.readings.get(self.names)
+        read = {} if known is None else known.read()
+        pairs = zip(self.paths, self.names, strict=True)
+        return {path: read[name] for path, name in pairs if name in read}
+
+
+def _names(paths: Sequence[str]) -> tuple[str, ...]:
+    """Of each of the sites one that no other has."""
+    seen: Counter[str] = Counter()
+    names = []
+    for path in paths:
+        seen[path] += 1
+        more = "" if path and seen[path] == 1 else f" {seen[path]}"
+        names.append(f"{path or 'site'}{more}")
+    return tuple(names)
 
 
 class _Arriving:

@@ -30,7 +30,7 @@ from loki_compile.index_record import IndexRecord
 from loki_compile.kernels.kept import Layout
 from loki_compile.passes.attention import MAX_QUERY_TOKENS
 from loki_compile.passes.shared_caches import Part, with_parts
-from loki_compile.readings import Reading
+from loki_compile.readings import Reading, Told
 from loki_compile.recovery import Rollback, Saved, is_shortage, ordinary_tensors
 from loki_compile.setbacks import Setbacks
 from loki_compile.step_indexes import StepIndexes
@@ -80,6 +80,9 @@ class DecodeGraph:
         self.turn = 0
         self.watch = Watch()
         self.own = StepIndexes(variants, config, self.watch)
+        most = config.watch_mass
+        tell = None if most is None else functools.partial(warn_of_left_out, most)
+        self.told = Told([s.site.path for s in variants.plan.sparse if s.weighed], tell)
         self.setbacks = Setbacks(self.watch, self.sparse)
         self.fast = FastPath(served, variants, self.growing, self.own.layouts, config.min_context)
 
@@ -151,11 +154,7 @@ class DecodeGraph:
     def readings(self) -> dict[str, Reading]:
         """Of each site whose rows are weighed, by its path: what they read so far. Waits for the
         device."""
-        found = self.served.tally.readings.get(self.variants.weighed)
-        told = {} if found is None else found.read()
-        paths = [sparse.site.path for sparse in self.variants.plan.sparse if sparse.weighed]
-        names = zip(paths, self.variants.weighed, strict=True)
-        return {path: told[name] for path, name in names if name in told}
+        return self.told.of(self.served.tally)
 
     def _missed(self) -> None:
         self.interpreted += 1
@@ -314,7 +313,7 @@ class DecodeGraph:
             return self._after(error, step, "the sparse variant failed", saved)
         if not exact:
             self._say_it_ran(step, records)
-            self._note_readings(step, outputs)
+            self.told.take(step.served.tally, outputs)
         try:
             self._adopt(step, outputs, records)
         except Exception as error:  # out of memory: the step is right, its index is built anew
@@ -371,23 +370,11 @@ class DecodeGraph:
             return self._after(error, step, "the sparse variant failed", saved)
         trail.go_on(step, self.fast.watched(step))
         trail.unsettle()
-        if self.variants.weighed and not exact:
+        if self.told.names and not exact:
             outputs = list(outputs)
-            self._note_readings(step, outputs)
+            self.told.take(step.served.tally, outputs)
         self._count(step, exact)
         return outputs
-
-    def _note_readings(self, step: Step, outputs: list[Any]) -> None:
-        """Takes what rows read off the outputs of a sparse step; no device sync."""
-        names = self.variants.weighed
-        if not names:
-            return
-        tally = step.served.tally
-        readings = tally.readings_of(names)
-        readings.add(outputs[-len(names) :])
-        del outputs[-len(names) :]
-        if self.config.watch_mass is not None:
-            readings.look(functools.partial(warn_of_left_out, tally, self.config.watch_mass))
 
     def _variant(self, layouts: tuple[Layout | None, ...], exact: bool) -> Variant | None:
         """The variant that takes these indexes, compiled at its first use. None: stay dense."""

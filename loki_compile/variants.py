@@ -85,7 +85,6 @@ class Variants:
         self.capacity: torch.SymInt | None = None
         self.compile_graph = compile_graph
         self.rules = {sparse.choice.rule for sparse in plan.sparse}
-        self.weighed = _names([s.site.path for s in plan.sparse if s.weighed])
         self.token_counts = [count for count in set(counts) if not isinstance(count, int)]
         self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self.undo = what_to_save(gm.graph)
@@ -186,17 +185,6 @@ class Variants:
             graph = self.seen_graphs[masks]
             known[masks] = None if graph is None else graph(*args)[0]
         return known[masks]
-
-
-def _names(paths: Sequence[str]) -> tuple[str, ...]:
-    """Of each of the sites one that no other has."""
-    seen: Counter[str] = Counter()
-    names = []
-    for path in paths:
-        seen[path] += 1
-        more = "" if path and seen[path] == 1 else f" {seen[path]}"
-        names.append(f"{path or 'site'}{more}")
-    return tuple(names)
 
 
 def _fill_graph(gm: fx.GraphModule, plan: Plan) -> FillGraph | None:

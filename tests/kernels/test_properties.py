@@ -442,18 +442,25 @@ def test_a_mass_is_held_by_the_fewest_keys(case, data):
     count("selection: mass")
 
 
-@given(make_case(values=("integers",)), st.sampled_from([0.1, 0.6, 0.93]))
-@cases(SHARE)
-def test_of_equal_weights_the_lower_positions_hold_the_mass(case, mass):
-    """As many keys by a fixed budget are the same keys."""
-    case = replace(case, mask="none", min_keys=0)
+def tied(case: Case) -> list:
+    """Operands whose scores are exact, and most of them equal to others: small integers."""
     inputs = case.select_inputs()
     inputs[1] = torch.eye(case.d)[:, : case.r].expand(case.hkv, -1, -1).contiguous()
     index = torch.randint(-2, 3, inputs[2].shape, generator=case.generator(9))
     inputs[2] = case.laid_out(index.to(case.index_dtype), 77)
     if inputs[3] is not None:
+        # Integers that a query rounded to 16 bits still holds exactly.
         inputs[0] = inputs[0].clamp(-1, 1)
         inputs[3] = torch.ones(inputs[3].shape)
+    return inputs
+
+
+@given(make_case(values=("integers",)), st.sampled_from([0.1, 0.6, 0.93]))
+@cases(SHARE)
+def test_of_equal_weights_the_lower_positions_hold_the_mass(case, mass):
+    """As many keys by a fixed budget are the same keys."""
+    case = replace(case, mask="none", min_keys=0)
+    inputs = tied(case)
     options = {**case.options(), "scale": 0.5}
     for implementation in implementations():
         positions = implementation.select(*inputs, **options, mass=mass)
@@ -489,15 +496,7 @@ def test_bounds_of_pages_follow_the_cache(case, data):
 @given(make_case(values=("integers",)))
 @cases(SHARE)
 def test_equal_scores_go_to_the_lower_position(case):
-    """Small integers in every place: scores are exact, and most are equal to others."""
-    inputs = case.select_inputs()
-    inputs[1] = torch.eye(case.d)[:, : case.r].expand(case.hkv, -1, -1).contiguous()
-    index = torch.randint(-2, 3, inputs[2].shape, generator=case.generator(9))
-    inputs[2] = case.laid_out(index.to(case.index_dtype), 77)
-    if inputs[3] is not None:
-        # Integers that a query rounded to 16 bits still holds exactly.
-        inputs[0] = inputs[0].clamp(-1, 1)
-        inputs[3] = torch.ones(inputs[3].shape)
+    inputs = tied(case)
     if inputs[4] is not None and inputs[4].dtype != torch.bool:
         inputs[4] = inputs[4].masked_fill(inputs[4] > hidden_below(case.dtype), 0)
     options = {**case.options(), "scale": 0.5}

@@ -20,6 +20,8 @@ from toy_writes import cat_bhtd, index_copy_method
 
 from loki_compile import explain, readings, reports, stats
 from loki_compile.counts import reset_stats
+from loki_compile.policies.kinds import why_unweighed
+from loki_compile.policies.table import RANKINGS
 
 STEPS = 3
 FEW = {
@@ -128,6 +130,12 @@ def test_what_is_told_is_what_the_definition_reads_and_leaves_out(top_k, interpr
     (site,) = reports()[-1].sites
     assert (site.keys, site.left_out) == (told["keys"], told["left_out"])
     assert f"reads {keys:.0f} keys, leaves out {left_out:.1%}" in str(reports())
+
+
+def test_what_is_refused_a_mass_is_what_weighs_no_keys():
+    assert {name for name, each in RANKINGS.items() if not each.weighs} == {
+        name for name in RANKINGS if why_unweighed(name)
+    }
 
 
 @torch.no_grad()
