@@ -112,13 +112,14 @@ def prepare_kernel(
     index_scale_sb, index_scale_sh, index_scale_st,
     mask_sb, mask_sh, mask_ss, mask_st, bounds_sb, bounds_sh, bounds_ss,
     H, S, T, scale, hidden_below, top_k, keep_q16, sink, recent, min_keys,
+    p_budgets, budgets_sb, budgets_sh, budgets_ss, slots,
     D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr,
     ALIGN: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr,
     DOT: tl.constexpr, BLOCK_T: tl.constexpr, SCORED: tl.constexpr, SAMPLE: tl.constexpr,
-    LIST_ALL: tl.constexpr,
+    LIST_ALL: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """Digits and record of one row; grid (rows,)."""
+    """Digits and record of one row; grid (rows,). OWN: rows have budgets of their own."""
     i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
     COLUMNS: tl.constexpr = HEADS * PACK
     GROUP_PAD: tl.constexpr = (GROUP + COLUMNS - 1) // COLUMNS * COLUMNS
@@ -147,12 +148,20 @@ def prepare_kernel(
     share = ((count.to(tl.int64) * keep_q16 + 65535) >> 16).to(tl.int32)
     budget = tl.maximum(tl.minimum(share, top_k), n_sink + n_recent)
     budget = tl.where(count < min_keys, count, budget)
+    if OWN:
+        p_budgets += i_b * budgets_sb + i_h * budgets_sh + i_s * budgets_ss
+        budget = tl.minimum(tl.minimum(tl.maximum(tl.load(p_budgets), 0), count), slots)
+        n_recent = tl.minimum(tl.maximum(tl.load(p_budgets + 1), 0), budget)
+        n_sink = tl.minimum(sink, budget - n_recent)
     recent_from, sink_until = _forced_window(
         start, end, read_until, n_sink, n_recent, p_mask, mask_st, hidden_below, MASK
     )
 
     floor = tl.full((), HIDDEN + 1, tl.int32)
-    if count > LIST_ALL:
+    ranks = count > LIST_ALL
+    if OWN:
+        ranks = ranks & (budget > n_sink + n_recent)
+    if ranks:
         tl.debug_barrier()  # the digits were stored by other threads of this program
         high = 0
         low = 0
@@ -186,6 +195,8 @@ def prepare_kernel(
             floor, _, _ = _bisect(
                 p_sample, SAMPLE, floor, top, n_seen, top * 0, want, want // 8, SAMPLE
             )
+    if OWN:  # what is always chosen is all that is listed
+        floor = tl.where(budget == n_sink + n_recent, FORCED, floor)
     tl.store(p_rows + ROW_START, start)
     tl.store(p_rows + ROW_END, end)
     tl.store(p_rows + ROW_READ, read_until)
@@ -253,8 +264,10 @@ def list_kernel(
     PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
     MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
     BLOCK_T: tl.constexpr, SCORED: tl.constexpr, STAGES: tl.constexpr, WEIGH: tl.constexpr,
+    OWN: tl.constexpr,
 ):  # fmt: skip
-    """List one part of one row's window; grid (rows, splits).
+    """List one part of one row's window; grid (rows, splits). OWN: as in `prepare_kernel`; a row
+    that ranks nothing lists nothing then, unless keys are weighed.
 
     The rows of one KV head are neighbours in the grid: they share its index through the cache.
     """
@@ -279,7 +292,10 @@ def list_kernel(
     most = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     always = tl.full((), 0.0, tl.float32)
-    if begin < stop:
+    wanted = begin < stop
+    if OWN and not WEIGH:
+        wanted = wanted & (tl.load(p_rows + ROW_FLOOR) != FORCED)
+    if wanted:
         n, most, total, always = _list_span(
             begin, stop, tl.load(p_rows + ROW_FLOOR), p_rows,
             p_list_key + list_from, p_list_at + list_from,
@@ -323,6 +339,36 @@ def _flatten(p_list_key, p_list_at, p_counts, p_before, splits, chunk, BLOCK: tl
     return total
 
 
+@triton.jit
+def _write_always(
+    p_rows, p_positions, p_mask, mask_st, hidden_below, slots,
+    MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Positions of a row that ranks nothing: what is always chosen of its window."""
+    start = tl.load(p_rows + ROW_START)
+    read_until = tl.load(p_rows + ROW_READ)
+    n = 0
+    for piece in tl.static_range(2):
+        if piece == 0:
+            begin = start
+            stop = tl.load(p_rows + ROW_SINK)
+        else:
+            begin = tl.load(p_rows + ROW_RECENT)
+            stop = tl.load(p_rows + ROW_END)
+        for first in range(begin, stop, BLOCK):
+            o = first + tl.arange(0, BLOCK)
+            seen = (o < stop).to(tl.int32)
+            if MASK != NO_MASK:  # noqa: SIM102, a test at compile time
+                if read_until > start:
+                    seen = _visible(o, o < stop, p_mask, mask_st, hidden_below, MASK)
+            slot = n + tl.cumsum(seen, 0) - 1
+            tl.store(p_positions + slot, o, mask=(seen != 0) & (slot < slots))
+            n += tl.sum(seen, 0)
+    for first in range(n // BLOCK * BLOCK, slots, BLOCK):
+        o = first + tl.arange(0, BLOCK)
+        tl.store(p_positions + o, tl.full((BLOCK,), -1, tl.int32), mask=(o >= n) & (o < slots))
+
+
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
 def choose_kernel(
     p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score, p_rows,
@@ -333,10 +379,11 @@ def choose_kernel(
     PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
     MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
     BLOCK_T: tl.constexpr, SCORED: tl.constexpr, BLOCK: tl.constexpr, WEIGH: tl.constexpr,
-    TELL: tl.constexpr,
+    TELL: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Positions (slots) of one row from its lists; grid (rows,). WEIGH: by a mass > 0 they may be
-    fewer than its budget. TELL: how many they are, and the share of the weights left out."""
+    fewer than its budget. TELL: how many they are, and the share of the weights left out. OWN: as
+    in `prepare_kernel`."""
     i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
     p_rows += i_row * ROW_FIELDS
     p_list_key += i_row * tl.cdiv(T, 16) * 16  # whole vectors
@@ -348,6 +395,12 @@ def choose_kernel(
     end = tl.load(p_rows + ROW_END)
     budget = tl.load(p_rows + ROW_BUDGET)
     floor = tl.load(p_rows + ROW_FLOOR)
+    if OWN and not WEIGH:  # noqa: SIM102, a test at compile time
+        if floor == FORCED:
+            if MASK != NO_MASK:
+                p_mask += i_b * mask_sb + i_h * GROUP * mask_sh + i_s * mask_ss
+            _write_always(p_rows, p_positions, p_mask, mask_st, hidden_below, slots, MASK, BLOCK)
+            return
     chunk = tl.cdiv(tl.cdiv(end - start, splits), BLOCK_T) * BLOCK_T
     total = _flatten(
         p_list_key, p_list_at, p_counts + i_row * splits, p_before + i_row * splits, splits, chunk,
@@ -428,7 +481,7 @@ def choose_kernel(
         left_out = 1.0 - (always + tl.sum(held, 0)) / tl.where(
             weight_of_all > 0.0, weight_of_all, 1.0
         )
-        # A row that reads all it sees, and one that sees nothing finite.
-        whole = (count < 0) | (n == count) | (weight_of_all == 0.0)
+        # A row that reads all it sees, one that sees nothing finite, one that chooses nothing.
+        whole = (count < 0) | (n == count) | (n == 0) | (weight_of_all == 0.0)
         tl.store(p_weighed + i_row * 2, n + 0.0)
         tl.store(p_weighed + i_row * 2 + 1, tl.where(whole, 0.0, tl.maximum(left_out, 0.0)))
