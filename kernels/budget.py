@@ -69,6 +69,13 @@ class Budget:
             return min(visible, max(1, self.sink + self.recent))
         return self.keys(visible)
 
+    @property
+    def span(self) -> Span:
+        """The span that a KV head reads by a budget of its own which is as wide."""
+        if self.top_k is not None:
+            return Span.of((self.top_k, 0.0))
+        return Span.of((self.keep_q16 < KEEP_ALL_Q16, self.keep_q16 / KEEP_ALL_Q16))
+
     def covers(self, visible: int) -> bool:
         """Whether every row that sees so many keys chooses all of them, whatever its scores."""
         return self.least(visible) >= visible
@@ -122,6 +129,13 @@ class HeadBudgets:
         times = kv_heads // len(self.heads)
         heads, last = self.heads * times, self.last * times
         return HeadBudgets(heads, last, self.sink, self.recent, self.min_keys)
+
+    def mapped(self, heads: Sequence[int], instead: Span) -> HeadBudgets:
+        """Those of other heads, number i that of `heads[i]`; `instead` where that chooses
+        nothing."""
+        spans = tuple(self.heads[head] or instead for head in heads)
+        last = tuple(self.last[head] for head in heads)
+        return HeadBudgets(spans, last, self.sink, self.recent, self.min_keys)
 
     @property
     def own(self) -> tuple[int, ...]:
@@ -177,14 +191,15 @@ def budgets_from(
     return HeadBudgets(spans, tuple(last), sink, recent, min_keys)
 
 
-def budgets_of_rows(count: torch.Tensor, kv_heads: int, budgets: HeadBudgets) -> torch.Tensor:
-    """What rows choose that see so many keys, as `loki::select` takes it: int32 (B, H, S, 2), of
-    which the first is the keys and the second how many of them are the last ones that are seen.
+def budgets_of_rows(
+    count: torch.Tensor, heads: int, kv_heads: int, budgets: HeadBudgets
+) -> torch.Tensor:
+    """What rows choose that see so many keys, as `loki::select` takes it: int32 (B, heads, S, 2),
+    of which the first is the keys and the second how many of them are the last ones that are seen.
 
-    count: int (B, 1 or H, S); H are the KV heads, or query heads in blocks of these.
+    count: int (B, 1 or heads, S); heads: the KV heads, or query heads in blocks of these.
     """
     count = count.to(torch.int64)
-    heads = max(count.shape[1], kv_heads)
     of_rows = torch.arange(heads, device=count.device) // (heads // kv_heads)
     of_rows = of_rows.view(1, -1, 1)
     count = count + of_rows * 0

@@ -403,9 +403,7 @@ def test_kv_heads_choose_by_budgets_of_their_own(case, data):
     heads = case.hq if options["per_head"] else case.hkv
     visible, _ = case.visible_and_mask()
     count_of = visible.sum(-1)
-    of_rows = budgets_of_rows(count_of, case.hkv, own)
-    if count_of.shape[1] == 1 and heads != case.hkv:
-        of_rows = of_rows.repeat_interleave(case.group, 1)
+    of_rows = budgets_of_rows(count_of, heads, case.hkv, own)
     more |= {"budgets": of_rows, "slots": int(own.slots(case.t))}
     by = {"per_head": options["per_head"], "by_probability": more.get("by_probability", False)}
     score = reference.scores(*inputs[:5], scale=case.scale, **by)
