@@ -49,8 +49,8 @@ how many of the last ones a KV head reads, `kept` what is kept beside a cache. T
 Inductor fuses around the ops is in `fused` (rows, layouts, maps), `masks`, `positions` (without a
 ranking of scores) and `moments` (of a prompt's queries). `cpu` (C++, in cpu_*.cpp, or the PyTorch
 ops of `cpu_torch`) and `triton_select` (scores in `triton_score`, weights in `triton_weigh`, the
-choice in `triton_choose`), `triton_attend` (its kernels in `triton_splits`, shares of ranges in
-`triton_ranges`) and `triton_pages` implement the ops. `span_prefill` is of prompts, by
-FlexAttention; `row_products` of what is no attention: a matrix times few rows, as a sum that
-Inductor vectorises.
+choice in `triton_choose`, what is always chosen in `triton_window`), `triton_attend` (its kernels
+in `triton_splits`, shares of ranges in `triton_ranges`) and `triton_pages` implement the ops.
+`span_prefill` is of prompts, by FlexAttention; `row_products` of what is no attention: a matrix
+times few rows, as a sum that Inductor vectorises.
 """

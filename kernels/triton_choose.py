@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from loki_compile.kernels.triton_launch import BOOL_MASK, NO_MASK, row_coordinates
+from loki_compile.kernels.triton_launch import NO_MASK, row_coordinates
 from loki_compile.kernels.triton_score import (
     FORCED,
     HIDDEN,
@@ -26,6 +26,7 @@ from loki_compile.kernels.triton_weigh import (
     weigh_tile,
     weight_from,
 )
+from loki_compile.kernels.triton_window import forced_window, write_always
 
 # Fields of a row's record in scratch.
 ROW_START = tl.constexpr(0)  # first position of the window
@@ -38,8 +39,6 @@ ROW_FLOOR = tl.constexpr(6)  # list keys at or above this
 ROW_UNIT = tl.constexpr(7)  # fp32 bits: what one unit of the scores stands for
 ROW_COUNT = tl.constexpr(8)  # visible keys; -1 where they are too few for a budget
 ROW_FIELDS = tl.constexpr(9)
-
-SCAN_BLOCK = tl.constexpr(1024)
 
 
 @triton.jit
@@ -58,50 +57,6 @@ def _bisect(p_keys, n, low, high, n_low, n_high, want, slack, BLOCK: tl.constexp
         high = tl.where(enough, high, middle)
         n_high = tl.where(enough, n_high, n_middle)
     return low, n_low, n_high
-
-
-@triton.jit
-def _visible(o, inside, p_mask, mask_st, hidden_below, MASK: tl.constexpr):
-    """1 where position o is inside and visible, else 0."""
-    if MASK == BOOL_MASK:
-        seen = tl.load(p_mask + o.to(tl.int64) * mask_st, mask=inside, other=0) != 0
-    else:
-        bias = tl.load(p_mask + o.to(tl.int64) * mask_st, mask=inside, other=float("-inf"))
-        seen = bias.to(tl.float32) > hidden_below
-    return (seen & inside).to(tl.int32)
-
-
-@triton.jit
-def _forced_window(
-    start, end, read_until, n_sink, n_recent, p_mask, mask_st, hidden_below, MASK: tl.constexpr
-):
-    """(recent_from, sink_until): positions that bound the forced visible keys."""
-    recent_from = end - n_recent
-    sink_until = start + n_sink
-    if MASK != NO_MASK:  # noqa: SIM102, a test at compile time
-        if read_until > start:  # the n-th visible key from either side: look for it block by block
-            recent_from = end
-            sink_until = start
-            left = n_recent
-            stop = end
-            while (left > 0) & (stop > start):
-                o = stop - SCAN_BLOCK + tl.arange(0, SCAN_BLOCK)
-                seen = _visible(o, o >= start, p_mask, mask_st, hidden_below, MASK)
-                found = tl.sum(seen, 0)
-                pick = (seen != 0) & (found - tl.cumsum(seen, 0) < left)
-                recent_from = tl.minimum(recent_from, tl.min(tl.where(pick, o, end), 0))
-                left -= found
-                stop -= SCAN_BLOCK
-            left = n_sink
-            begin = start
-            while (left > 0) & (begin < end):
-                o = begin + tl.arange(0, SCAN_BLOCK)
-                seen = _visible(o, o < end, p_mask, mask_st, hidden_below, MASK)
-                pick = (seen != 0) & (tl.cumsum(seen, 0) - seen < left)
-                sink_until = tl.maximum(sink_until, tl.max(tl.where(pick, o + 1, start), 0))
-                left -= tl.sum(seen, 0)
-                begin += SCAN_BLOCK
-    return recent_from, sink_until
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask", "p_bounds"])
@@ -153,7 +108,7 @@ def prepare_kernel(
         budget = tl.minimum(tl.minimum(tl.maximum(tl.load(p_budgets), 0), count), slots)
         n_recent = tl.minimum(tl.maximum(tl.load(p_budgets + 1), 0), budget)
         n_sink = tl.minimum(sink, budget - n_recent)
-    recent_from, sink_until = _forced_window(
+    recent_from, sink_until = forced_window(
         start, end, read_until, n_sink, n_recent, p_mask, mask_st, hidden_below, MASK
     )
 
@@ -339,36 +294,6 @@ def _flatten(p_list_key, p_list_at, p_counts, p_before, splits, chunk, BLOCK: tl
     return total
 
 
-@triton.jit
-def _write_always(
-    p_rows, p_positions, p_mask, mask_st, hidden_below, slots,
-    MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Positions of a row that ranks nothing: what is always chosen of its window."""
-    start = tl.load(p_rows + ROW_START)
-    read_until = tl.load(p_rows + ROW_READ)
-    n = 0
-    for piece in tl.static_range(2):
-        if piece == 0:
-            begin = start
-            stop = tl.load(p_rows + ROW_SINK)
-        else:
-            begin = tl.load(p_rows + ROW_RECENT)
-            stop = tl.load(p_rows + ROW_END)
-        for first in range(begin, stop, BLOCK):
-            o = first + tl.arange(0, BLOCK)
-            seen = (o < stop).to(tl.int32)
-            if MASK != NO_MASK:  # noqa: SIM102, a test at compile time
-                if read_until > start:
-                    seen = _visible(o, o < stop, p_mask, mask_st, hidden_below, MASK)
-            slot = n + tl.cumsum(seen, 0) - 1
-            tl.store(p_positions + slot, o, mask=(seen != 0) & (slot < slots))
-            n += tl.sum(seen, 0)
-    for first in range(n // BLOCK * BLOCK, slots, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        tl.store(p_positions + o, tl.full((BLOCK,), -1, tl.int32), mask=(o >= n) & (o < slots))
-
-
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask"])
 def choose_kernel(
     p_index, p_index_scale, p_mask, p_high, p_low, p_source, p_score, p_rows,
@@ -399,7 +324,11 @@ def choose_kernel(
         if floor == FORCED:
             if MASK != NO_MASK:
                 p_mask += i_b * mask_sb + i_h * GROUP * mask_sh + i_s * mask_ss
-            _write_always(p_rows, p_positions, p_mask, mask_st, hidden_below, slots, MASK, BLOCK)
+            write_always(
+                start, end, tl.load(p_rows + ROW_READ), tl.load(p_rows + ROW_SINK),
+                tl.load(p_rows + ROW_RECENT), p_positions, p_mask, mask_st, hidden_below, slots,
+                MASK, BLOCK,
+            )  # fmt: skip
             return
     chunk = tl.cdiv(tl.cdiv(end - start, splits), BLOCK_T) * BLOCK_T
     total = _flatten(
