@@ -24,7 +24,7 @@ from toy_layers import (
 from toy_masks import alibi, causal, causal_float, left_padded
 from toy_policies import DirectLayers
 
-from loki_compile import stats
+from loki_compile import reports, stats
 
 # Ranked, the last ones, and what heads of two earlier layers chose; in a plan with everything else.
 PLAN = {
@@ -183,6 +183,20 @@ def test_nothing_is_kept_where_no_head_ranks(interpreted):
                          module.kv_heads, FEW)  # fmt: skip
     assert farthest(module, compiled(module, plan, **FEW), truth) < 5e-5
     assert stats()["rebuilds"] == stats()["index_bytes"] == 0
+
+
+@torch.no_grad()
+def test_a_watched_layer_tells_of_the_heads_that_choose():
+    module = Layers(*[GROWING] * 3).eval()
+    words = ["oracle:3,last=5,4", "oracle:from=0.1,last=5,6", "oracle:from=0.0,from=1.2,from=0.2"]
+    plan, options = dict(enumerate(words)), {**FEW, "watch_mass": 0.99}
+    truth = DirectLayers(words, module.kv_heads, FEW)
+    assert farthest(module, compiled(module, plan, **options), truth) < 5e-5
+    (model,) = stats()["models"].values()
+    told = list(model["layers"].values())
+    assert [each["keys"] for each in told] == [pytest.approx(4.0), pytest.approx(5.5)]
+    assert all(0.0 < each["left_out"] < 1.0 for each in told)
+    assert [site.keys for site in reports()[-1].sites] == [4.0, 5.5, None]
 
 
 @pytest.mark.parametrize(
