@@ -22,7 +22,7 @@ _LOGGER = logging.getLogger("loki_compile")
 
 FOLDER = Path(__file__).parent
 _SOURCES = (
-    "cpu_common.h", "cpu_rows.h", "cpu_score.h", "cpu_topk.h",
+    "cpu_common.h", "cpu_lanes.h", "cpu_rows.h", "cpu_score.h", "cpu_topk.h",
     "cpu_select.cpp", "cpu_attend.cpp", "cpu_pages.cpp",
 )  # fmt: skip
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-w")

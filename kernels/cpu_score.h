@@ -41,8 +41,8 @@ inline int64_t column_slot(int64_t heads, int64_t g, int64_t r, [[maybe_unused]]
 
 // One block of query heads. In index space, times the scale: value[column_slot].
 // An int8 index is met in fixed point, q = step * (limb 0 + 256 * limb 1), limbs being signed
-// bytes, so that q is known to 2**-16 of its largest value, the index itself to 2**-8:
-// limb[((limb * columns / 4 + dim / 4) * heads + head) * 4 + dim % 4].
+// bytes, so that q is known to 2**-16 of its largest value, the index itself to 2**-8: as
+// `put_fixed` has it.
 // Keys and pages are met without the scale, as `query_slot` of cpu_rows.h has it, maybe in bf16.
 struct Query {
   int64_t first_head, heads;
@@ -55,6 +55,31 @@ struct Query {
 
 constexpr int kLimbs = 2;
 constexpr int32_t kMaxFixed = 127 * (1 + 256);
+// Whether sums of 32 bits hold the products of r dims of an int8 index: any of them with a limb, 512
+// with numbers of 16 bits.
+inline bool fits_fixed_point([[maybe_unused]] int64_t r) {
+  return LOKI_VNNI || LOKI_SDOT || (LOKI_INT8_DOTS && r <= 512);
+}
+
+// Puts dim r of a head, and adds its limbs to their sums: limb[((limb * columns / 4 + r / 4) * heads +
+// head) * 4 + r % 4] for a kernel that scores rows in lanes; else head after head, each limb after
+// limb or in numbers of 16 bits (cpu_lanes.h).
+inline void put_fixed(int64_t fixed, int64_t columns, int64_t r, int64_t head, int32_t* sum,
+                      Query* query) {
+#if LOKI_VNNI || LOKI_SDOT
+  for (int64_t limb = 0; limb < kLimbs; ++limb) {
+    int8_t byte = static_cast<int8_t>(fixed & 0xff);
+    fixed = (fixed - byte) >> 8;
+    sum[limb] += byte;
+    int64_t slot = LOKI_VNNI ? ((limb * columns / 4 + r / 4) * query->heads + head) * 4 + r % 4
+                             : (head * kLimbs + limb) * columns + r;
+    query->limb[slot] = byte;
+  }
+#else
+  int16_t whole = static_cast<int16_t>(fixed);
+  std::memcpy(query->limb + 2 * (head * columns + r), &whole, sizeof(whole));
+#endif
+}
 
 // What a kernel does with the dots of a block of rows: `best` of kBlock keeps the highest over the
 // heads, NaN left aside; or `each` of heads * kBlock takes them as they are. An int8 index
@@ -225,11 +250,72 @@ void score_floats(const E* rows, int64_t stride, int64_t r, const Query& q, cons
   }
 }
 
+#else
+
+// score[head * kBlock + row], times the scale of a row of an int8 index.
+template <int GB>
+inline void put_scores(float* score, bool scaled, const Scores& to) {
+  for (int g = 0; g < GB; ++g) {
+    float* mine = score + g * kBlock;
+    if (scaled) {
+      for (int64_t n = 0; n < kBlock; ++n) mine[n] *= to.row_scale[n];
+    }
+    if (to.each) std::memcpy(to.each + g * kBlock, mine, kBlock * sizeof(float));
+    if (!to.best) continue;
+    // NaN compares as false and leaves the best as it is.
+    for (int64_t n = 0; n < kBlock; ++n) to.best[n] = mine[n] > to.best[n] ? mine[n] : to.best[n];
+  }
+}
+
+template <class E, int GB>
+void score_block(const E* rows, int64_t stride, int64_t r, const Query& q, const Scores& to) {
+  constexpr int kRows = kRowsOf<GB>;
+  float score[GB * kBlock], dot[kRows * GB];
+  for (int64_t n = 0; n < kBlock; n += kRows) {
+    const E* row[kRows];
+    for (int i = 0; i < kRows; ++i) row[i] = rows + (n + i) * stride;
+    dot_rows<E, float, GB>(row, nullptr, r, q.value, round_up(r, 16), dot);
+    for (int i = 0; i < kRows * GB; ++i) score[i % GB * kBlock + n + i / GB] = dot[i];
+  }
+  put_scores<GB>(score, std::is_same_v<E, int8_t>, to);
+}
+
+#if LOKI_INT8_DOTS
+// int8 rows against the fixed-point query.
+template <int GB>
+void score_block_int8(const int8_t* rows, int64_t stride, int64_t r, const Query& q,
+                      const Scores& to) {
+  constexpr int kRows = kIntRowsOf<GB>;
+  float score[GB * kBlock], dot[kRows * GB];
+  for (int64_t n = 0; n < kBlock; n += kRows) {
+    const int8_t* row[kRows];
+    for (int i = 0; i < kRows; ++i) row[i] = rows + (n + i) * stride;
+    dot_int_rows<GB>(row, r, q.limb, round_up(r, 16), dot);
+    for (int i = 0; i < kRows * GB; ++i) {
+      score[i % GB * kBlock + n + i / GB] = dot[i] * q.step[i % GB];
+    }
+  }
+  put_scores<GB>(score, true, to);
+}
+#endif
+
+template <class E>
+void score_floats(const E* rows, int64_t stride, int64_t r, const Query& q, const Scores& to) {
+  switch (q.heads) {
+    case 1: return score_block<E, 1>(rows, stride, r, q, to);
+    case 2: return score_block<E, 2>(rows, stride, r, q, to);
+    case 4: return score_block<E, 4>(rows, stride, r, q, to);
+    default: return score_block<E, 8>(rows, stride, r, q, to);
+  }
+}
+
+#endif
+
 template <class E>
 void score_heads(const E* rows, int64_t stride, int64_t r, const Query& q, const Scores& to) {
   score_floats(rows, stride, r, q, to);
 }
-#if LOKI_VNNI
+#if LOKI_INT8_DOTS
 template <>
 void score_heads<int8_t>(const int8_t* rows, int64_t stride, int64_t r, const Query& q,
                          const Scores& to) {
@@ -241,40 +327,6 @@ void score_heads<int8_t>(const int8_t* rows, int64_t stride, int64_t r, const Qu
     default: return score_block_int8<8>(rows, stride, r, q, to);
   }
 }
-#endif
-
-#else
-
-template <class E, int GB>
-void score_block(const E* rows, int64_t stride, int64_t r, const Query& q, const Scores& to) {
-  float score[GB * kBlock];
-  for (int64_t n = 0; n < kBlock; ++n) {
-    float dot[GB];
-    dot_row<E, GB>(rows + n * stride, r, q.value, round_up(r, 16), dot);
-    for (int g = 0; g < GB; ++g) score[g * kBlock + n] = dot[g];
-  }
-  for (int g = 0; g < GB; ++g) {
-    float* mine = score + g * kBlock;
-    if (std::is_same_v<E, int8_t>) {
-      for (int64_t n = 0; n < kBlock; ++n) mine[n] *= to.row_scale[n];
-    }
-    if (to.each) std::memcpy(to.each + g * kBlock, mine, kBlock * sizeof(float));
-    if (!to.best) continue;
-    // NaN compares as false and leaves the best as it is.
-    for (int64_t n = 0; n < kBlock; ++n) to.best[n] = mine[n] > to.best[n] ? mine[n] : to.best[n];
-  }
-}
-
-template <class E>
-void score_heads(const E* rows, int64_t stride, int64_t r, const Query& q, const Scores& to) {
-  switch (q.heads) {
-    case 1: return score_block<E, 1>(rows, stride, r, q, to);
-    case 2: return score_block<E, 2>(rows, stride, r, q, to);
-    case 4: return score_block<E, 4>(rows, stride, r, q, to);
-    default: return score_block<E, 8>(rows, stride, r, q, to);
-  }
-}
-
 #endif
 
 // ---- keys and pages, rows of many dims ------------------------------------------------------
@@ -306,10 +358,16 @@ void score_rows(const void* rows, int64_t stride, int64_t n, const void* queries
     });
   }
 #else
-  for (int64_t i = 0; i < n; ++i) {
-    float dot[GB];
-    dot_row<E, GB>(first_row + i * stride, d, q, round_up(d, 32), dot);
-    for (int g = 0; g < GB; ++g) score[g * kTileRows + i] = dot[g] * scale;
+  constexpr int kRows = kRowsOf<GB>;
+  for (int64_t first = 0; first < n; first += kRows) {
+    const E *row[kRows], *ahead[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      row[i] = first_row + min_of(first + i, n - 1) * stride;
+      ahead[i] = row[i] + kRowsAhead * stride;
+    }
+    float dot[kRows * GB];
+    dot_rows<E, Q, GB>(row, ahead, d, q, round_up(d, 32), dot);
+    for (int i = 0; i < kRows * GB; ++i) score[i % GB * kTileRows + first + i / GB] = dot[i] * scale;
   }
 #endif
 }
