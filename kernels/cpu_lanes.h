@@ -220,7 +220,7 @@ LOKI_INLINE inline void dot_rows(const E* const* row, const E* const* ahead, int
   }
 }
 
-#if LOKI_INT8_DOTS
+#if defined(__aarch64__)
 
 // An int8 index meets a query in fixed point (`Query` of cpu_score.h): numbers of 16 bits, head after
 // head; or its two limbs, one after the other, where the processor multiplies bytes.
@@ -234,7 +234,7 @@ LOKI_INLINE inline void add_products(Ints* sum, Row16 row, const int8_t* query, 
   sum[0] = vdotq_s32(sum[0], row, vld1q_s8(query));
   sum[1] = vdotq_s32(sum[1], row, vld1q_s8(query + columns));
 }
-#elif defined(__aarch64__)
+#else
 using Ints = int32x4_t;
 using Row16 = int16x8x2_t;
 LOKI_INLINE inline Row16 load16(const int8_t* at) {
@@ -248,33 +248,13 @@ LOKI_INLINE inline void add_products(Ints* sum, Row16 row, const int8_t* query, 
     *sum = vmlal_high_s16(*sum, row.val[half], weight);
   });
 }
-#else
-using Ints = __m256i;
-using Row16 = __m256i;
-LOKI_INLINE inline Row16 load16(const int8_t* at) {
-  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-}
-LOKI_INLINE inline void add_products(Ints* sum, Row16 row, const int8_t* query, int64_t) {
-  __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(query));
-  *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(row, weight));
-}
 #endif
 
 LOKI_INLINE inline void put_sums(const Ints* sum, int32_t* to) {
-#if LOKI_AVX2
-  __m256i low = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]),
-                                  _mm256_hadd_epi32(sum[2], sum[3]));
-  __m256i high = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[4], sum[5]),
-                                   _mm256_hadd_epi32(sum[6], sum[7]));
-  __m256i all = _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20),
-                                 _mm256_permute2x128_si256(low, high, 0x31));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), all);
-#else
   unroll<kSums / 4>([&](auto i) LOKI_INLINE {
     const int32x4_t* x = sum + 4 * i;
     vst1q_s32(to + 4 * i, vpaddq_s32(vpaddq_s32(x[0], x[1]), vpaddq_s32(x[2], x[3])));
   });
-#endif
 }
 
 template <int GB>

@@ -32,7 +32,7 @@ from toy_emulator import PROCESSORS, emulated
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN_ISA = {"x86_64": "-march=x86-64-v3", "aarch64": "-march=armv8-a"}
 OTHER_ISA = {"avx512": "-march=x86-64-v4", "oldest": "-march=x86-64"}
-ARM = {f"aarch64-{name}": name for name in PROCESSORS}
+ARM = {f"aarch64-{name}": features for name, features in PROCESSORS.items()}
 
 #        B, Hq, Hkv, S, T, D, Dv, R, K
 SHAPES = [

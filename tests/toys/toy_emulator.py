@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import functools
 import importlib.util
+import itertools
 import shutil
 import struct
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 from loki_compile.kernels import cpu_build
 
 PROGRAM = Path(__file__).parent / "emulated_kernels.cpp"
-# What a processor has beside plain NEON.
+# What a processor has beside plain NEON: nothing; products of bytes and of bf16.
 PROCESSORS = {"neon": "", "dots": "+dotprod+bf16"}
 # As in kernels/cpu.py: words of a tensor, its dtypes.
 _VIEW = 10
@@ -42,7 +43,7 @@ def compilers() -> dict[str, list[str]]:
 
 
 def emulators() -> dict[str, list[str]]:
-    """Emulators that are here, by name. Unicorn's processor does not multiply bf16."""
+    """Emulators that are here, by name; `runs` says what they run."""
     found = {}
     if path := shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static"):
         found["qemu"] = [path, "-cpu", "max"]
@@ -51,15 +52,20 @@ def emulators() -> dict[str, list[str]]:
     return found
 
 
-def build(compiler: str, processor: str, folder: Path) -> Path:
-    """The program for a processor of `PROCESSORS`, with the flags that users' kernels have."""
-    program = folder / f"{compiler}-{processor}"
+def runs(emulator: str, compiler: str, features: str) -> bool:
+    """Unicorn's processor does not multiply bf16, and its programs have one thread."""
+    return emulator == "qemu" or ("bf16" not in features and compiler == "clang")
+
+
+def build(compiler: str, features: str, folder: Path) -> Path:
+    """The program for a processor with some features beside NEON, by the flags of users' kernels."""
+    program = folder / f"{compiler}{features}"
     other = ("-march", "-fopenmp", "-fPIC", "-fvisibility")
     flags = [flag for flag in cpu_build._FLAGS if not flag.startswith(other)]
     if compiler == "clang":
-        flags.append(f"-mcpu=generic{PROCESSORS[processor]}")
+        flags.append(f"-mcpu=generic{features}")
     else:
-        flags.append(f"-march=armv8.2-a{PROCESSORS[processor]}")
+        flags.append(f"-march=armv8.2-a{features}")
     units = [cpu_build.FOLDER / x for x in cpu_build._SOURCES if x.endswith(".cpp")]
     objects = [f"{program}-{unit.stem}.o" for unit in (*units, PROGRAM)]
     command = compilers()[compiler]
@@ -77,17 +83,26 @@ def _run(command: list[str]) -> None:
 
 
 @functools.cache
-def emulated(processor: str) -> Emulated:
-    """The kernels for a processor of `PROCESSORS`; the test is skipped where nothing runs them."""
-    if not compilers():
-        pytest.skip("no compiler for aarch64: install ziglang or g++-aarch64-linux-gnu")
-    able = [
-        name for name in emulators() if name != "unicorn" or "bf16" not in PROCESSORS[processor]
+def ways() -> list[tuple[str, str]]:
+    """Pairs of a compiler and an emulator for what it makes."""
+    return [
+        pair for pair in itertools.product(compilers(), emulators()) if runs(pair[1], pair[0], "")
     ]
+
+
+@functools.cache
+def emulated(features: str, way: tuple[str, str] | None = None) -> Emulated:
+    """The kernels for a processor with such features, by the first way that there is; the test is
+    skipped where there is none."""
+    able = [w for w in ([way] if way else ways()) if runs(w[1], w[0], features)]
     if not able:
-        pytest.skip("no emulator of this processor: install qemu-user (or unicorn, without bf16)")
+        pytest.skip(
+            "64-bit ARM: found no compiler with an emulator; needed ziglang and unicorn (`make "
+            "aarch64`), or g++-aarch64-linux-gnu and qemu-user; products of bf16 need qemu-user"
+        )
+    compiler, emulator = able[0]
     folder = tempfile.TemporaryDirectory()
-    library = Emulated(able[0], build(next(iter(compilers())), processor, Path(folder.name)))
+    library = Emulated(emulator, build(compiler, features, Path(folder.name)))
     atexit.register(folder.cleanup)
     atexit.register(library.close)
     return library
