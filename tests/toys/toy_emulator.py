@@ -58,7 +58,7 @@ def runs(emulator: str, compiler: str, features: str) -> bool:
 
 
 def build(compiler: str, features: str, folder: Path) -> Path:
-    """The program for a processor with some features beside NEON, by the flags of users' kernels."""
+    """The program for a processor with such features, compiled by the flags of users' kernels."""
     program = folder / f"{compiler}{features}"
     other = ("-march", "-fopenmp", "-fPIC", "-fvisibility")
     flags = [flag for flag in cpu_build._FLAGS if not flag.startswith(other)]
