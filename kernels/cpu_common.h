@@ -84,15 +84,24 @@ inline void from_float(float x, BFloat16* out) {
   }
 }
 
+// g++ has _Float16 in C++ from version 13 on ARM, 12 on x86.
 #if defined(__aarch64__)
-using Float16 = __fp16;  // g++ has _Float16 in C++ from version 13 on only
+using Float16 = __fp16;
 #elif defined(__FLT16_MANT_DIG__)
 using Float16 = _Float16;
+#elif defined(__F16C__)
+struct Float16 {
+  uint16_t bits;
+};
+inline float to_float(Float16 x) { return _cvtsh_ss(x.bits); }
+inline void from_float(float x, Float16* out) { out->bits = _cvtss_sh(x, 0); }
 #else
-#error "this compiler has no _Float16"
+#error "neither the compiler nor the processor knows float16: g++ 12 or newer is needed"
 #endif
+#if defined(__aarch64__) || defined(__FLT16_MANT_DIG__)
 inline float to_float(Float16 x) { return static_cast<float>(x); }
 inline void from_float(float x, Float16* out) { *out = static_cast<Float16>(x); }
+#endif
 
 // Calls f with a value of the element type that `dtype` names.
 template <class F>

@@ -1281,6 +1281,19 @@ def test_a_build_that_fails_in_the_background_is_told_when_it_is_needed(monkeypa
         cpu_build.load()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="g++ 11 lacks it there")
+def test_a_compiler_without_float16_makes_the_same_kernels(monkeypatch):
+    q, k, v = (torch.randn(2, heads, 3, 72).half() for heads in (8, 2, 2))
+    options = {"positions": None, "mask": torch.randn(2, 1, 3, 3).half(), "scale": 0.1}
+    expected = cpu.attend(q, k, v, **options)
+    flags = (*cpu_build._FLAGS, "-U__FLT16_MANT_DIG__")
+    monkeypatch.setattr(cpu_build, "_FLAGS", flags)
+    library = cpu.declare(cpu_build.load())
+    monkeypatch.setattr(cpu, "_kernels", lambda: library)
+    assert torch.equal(cpu.attend(q, k, v, **options), expected)
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
 def test_the_process_has_one_openmp():
     assert cpu._kernels() is not None
