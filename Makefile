@@ -11,9 +11,10 @@ STAMP := $(VENV)/.installed-test
 FOREIGN_STAMP := $(VENV)/.installed-foreign
 DEV_STAMP := $(VENV)/.installed-dev
 MUTANTS_STAMP := $(VENV)/.installed-mutants
+CROSS_STAMP := $(VENV)/.installed-cross
 TYPED := build/typed
 
-.PHONY: demo test soak coverage mutants check format clean
+.PHONY: demo test aarch64 soak coverage mutants check format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -21,6 +22,11 @@ demo: $(STAMP)
 
 test: $(FOREIGN_STAMP)
 	$(WORKERS) $(TEST_FLAGS)
+
+# The CPU kernels, compiled for 64-bit ARM and macOS: an emulator runs the former. Minutes. Where qemu-user and
+# g++-aarch64-linux-gnu are installed they take part, and products of bf16 are tested too.
+aarch64: $(CROSS_STAMP)
+	$(WORKERS) -m slow -k aarch64 tests/kernels $(TEST_FLAGS)
 
 # Hours: the tests marked `soak`, slow ones too, with thousands of generated cases for each clause; one
 # table at the end. LOKI_SOAK_CASES=100 tries that many for a clause instead of 3000.
@@ -70,6 +76,10 @@ $(DEV_STAMP): $(STAMP)
 
 $(MUTANTS_STAMP): $(STAMP)
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e ".[mutants]"
+	touch $@
+
+$(CROSS_STAMP): $(STAMP)
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e ".[cross]"
 	touch $@
 
 clean:

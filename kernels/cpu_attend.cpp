@@ -39,7 +39,11 @@ constexpr int64_t kSumUnit = 256;  // sums of heads lie a multiple of this apart
 
 // Dims of V whose sums are held in registers, for 1, 2, 4 or 8 heads.
 constexpr int64_t piece_of(int64_t heads) {
-  return LOKI_AVX512 ? (heads == 1 ? 128 : 256 / heads) : 64 / heads;
+  #if LOKI_AVX512
+  return heads == 1 ? 128 : 256 / heads;
+#else
+  return kSums * kLanes / (heads < kTileHeads ? heads : kTileHeads);
+#endif
 }
 template <int GB>
 constexpr int64_t kPiece = piece_of(GB);
@@ -130,10 +134,15 @@ template <class E, class Q, int GB>
 void dots(const void* rows, int64_t stride, const Queue& queue, int64_t n, const void* queries,
           int64_t d, float* logit) {
   const E* k = static_cast<const E*>(rows);
-  const Q* q = static_cast<const Q*>(queries);
-  for (int64_t i = 0; i < n; ++i) {
-    prefetch(k + queue.at_most(i + kAhead) * stride, d * sizeof(E));
-    dot_row<E, GB>(k + queue.position[i] * stride, d, q, round_up(d, 32), logit + i * GB);
+  constexpr int kRows = kRowsOf<GB>;
+  for (int64_t first = 0; first < n; first += kRows) {
+    const E *row[kRows], *ahead[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      row[i] = k + queue.position[min_of(first + i, n - 1)] * stride;
+      ahead[i] = k + queue.at_most(first + i + kAhead) * stride;
+    }
+    dot_rows<E, Q, GB>(row, ahead, d, static_cast<const Q*>(queries), round_up(d, 32),
+                       logit + first * GB);
   }
 }
 
@@ -141,19 +150,25 @@ template <bool Whole, class E, int GB>
 LOKI_INLINE inline void accumulate_piece(const E* v, int64_t stride, const Queue& queue,
                                          int64_t from, int64_t to, const float* weight,
                                          int64_t left, int64_t ahead, float* sum) {
-  constexpr int kParts = kPiece<GB> / 8;
-  Float8 part[GB * kParts];
-  unroll<GB * kParts>([&](auto i) LOKI_INLINE { part[i] = load8(sum + 8 * i); });
-  for (int64_t i = from; i < to; ++i) {
-    const E* row = v + queue.position[i] * stride;
-    if (ahead) prefetch(v + queue.at_most(i + kAhead) * stride, ahead);
-    unroll<kParts>([&](auto x) LOKI_INLINE {
-      if (!Whole && 8 * x >= left) return;
-      Float8 value = Whole || left >= 8 * x + 8 ? load8(row + 8 * x) : load8(row + 8 * x, left - 8 * x);
-      unroll<GB>([&](auto g) LOKI_INLINE { part[g * kParts + x] += value * weight[i * GB + g]; });
-    });
+  constexpr int kHeads = kHeadsOf<GB>, kChunks = kPiece<GB> / 8;
+  for (int first = 0; first < GB; first += kHeads, sum += kHeads * kPiece<GB>, ahead = 0) {
+    Float8 part[kHeads * kChunks];
+    unroll<kHeads * kChunks>([&](auto i) LOKI_INLINE { part[i] = load8(sum + 8 * i); });
+    for (int64_t i = from; i < to; ++i) {
+      const E* row = v + queue.position[i] * stride;
+      if (ahead) prefetch(v + queue.at_most(i + kAhead) * stride, ahead);
+      const float* weights = weight + i * GB + first;
+      unroll<kChunks>([&](auto c) LOKI_INLINE {
+        if (!Whole && 8 * c >= left) return;
+        Float8 value = Whole || left >= 8 * c + 8 ? load8(row + 8 * c)
+                                                  : load8(row + 8 * c, left - 8 * c);
+        unroll<kHeads>([&](auto g) LOKI_INLINE {
+          add_product(&part[g * kChunks + c], value, weights[g]);
+        });
+      });
+    }
+    unroll<kHeads * kChunks>([&](auto i) LOKI_INLINE { store8(part[i], sum + 8 * i); });
   }
-  unroll<GB * kParts>([&](auto i) LOKI_INLINE { std::memcpy(sum + 8 * i, &part[i], 32); });
 }
 
 #endif

@@ -22,13 +22,14 @@ _LOGGER = logging.getLogger("loki_compile")
 
 FOLDER = Path(__file__).parent
 _SOURCES = (
-    "cpu_common.h", "cpu_rows.h", "cpu_score.h", "cpu_topk.h",
+    "cpu_common.h", "cpu_lanes.h", "cpu_rows.h", "cpu_score.h", "cpu_topk.h",
     "cpu_select.cpp", "cpu_attend.cpp", "cpu_pages.cpp",
 )  # fmt: skip
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-w")
-# As Inductor links its own kernels. libgomp is in the process already, brought by torch: one
-# thread pool serves both.
-_LINK = ("-shared", "-lgomp")
+# Apple's clang knows no -march=native of its own processors; without it, it compiles for the first
+# of them. It has OpenMP behind -Xclang.
+_PROCESSOR = () if (sys.platform, platform.machine()) == ("darwin", "arm64") else ("-march=native",)
+_OPENMP = ("-Xclang", "-fopenmp") if sys.platform == "darwin" else ("-fopenmp",)
+_FLAGS = ("-O3", *_PROCESSOR, "-std=c++17", *_OPENMP, "-fPIC", "-fvisibility=hidden", "-w")
 _SECONDS = 300
 
 _one_at_a_time = threading.Lock()
@@ -46,8 +47,8 @@ def load() -> ctypes.CDLL:
     Raises KernelsUnavailable. Safe with several processes at once: each compiles to a file of its
     own and moves it into place.
     """
-    if not sys.platform.startswith("linux"):
-        raise KernelsUnavailable(_only_on_linux())
+    if elsewhere := _elsewhere():
+        raise KernelsUnavailable(elsewhere)
     try:
         return ctypes.CDLL(str(_built()))
     except OSError as error:
@@ -113,8 +114,8 @@ if hasattr(os, "register_at_fork"):
 
 def obstacle() -> str:
     """Why the kernels are not even tried to be compiled here, "" where they are."""
-    if not sys.platform.startswith("linux"):
-        return _only_on_linux()
+    if elsewhere := _elsewhere():
+        return elsewhere
     try:
         _compiler()
     except KernelsUnavailable as error:
@@ -122,8 +123,21 @@ def obstacle() -> str:
     return ""
 
 
-def _only_on_linux() -> str:
-    return f"they are built on Linux, this is {sys.platform}"
+def _elsewhere() -> str:
+    served = sys.platform == "darwin" or sys.platform.startswith("linux")
+    return "" if served else f"they are built on Linux and macOS, this is {sys.platform}"
+
+
+def _link() -> tuple[str, ...]:
+    """As Inductor links its own kernels. OpenMP is in the process already, brought by torch: one
+    thread pool serves both."""
+    if sys.platform != "darwin":
+        return ("-shared", "-lgomp")
+    import torch
+
+    # Its name is @rpath/libomp.dylib: dyld takes the one that is loaded.
+    libraries = Path(torch.__file__).parent / "lib"
+    return ("-shared", f"-L{libraries}", "-lomp", f"-Wl,-rpath,{libraries}")
 
 
 def _compiler() -> str:
@@ -145,7 +159,7 @@ def _cache_folder() -> Path:
 
 def _key(sources: dict[str, bytes], compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = (*sources.values(), " ".join(_FLAGS + _LINK).encode(), compiler.encode(), version)
+    parts = (*sources.values(), " ".join(_FLAGS + _link()).encode(), compiler.encode(), version)
     digest = hashlib.sha256()
     for part in (*parts, _processor()):
         digest.update(part + b"\0")
@@ -173,7 +187,7 @@ def _compile(compiler: str, library: Path) -> None:
         made = str(Path(folder) / library.name)
         pairs = zip(units, objects, strict=True)
         _run([[compiler, *_FLAGS, "-c", str(unit), "-o", to] for unit, to in pairs])
-        _run([[compiler, *_FLAGS, *objects, *_LINK, "-o", made]])
+        _run([[compiler, *_FLAGS, *objects, *_link(), "-o", made]])
         os.replace(made, library)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -22,6 +22,11 @@ extern "C" int omp_get_num_threads(void);
 #else
 #define LOKI_AVX512 0
 #endif
+#if !LOKI_AVX512 && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define LOKI_AVX2 1
+#else
+#define LOKI_AVX2 0
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -30,7 +35,19 @@ extern "C" int omp_get_num_threads(void);
 #else
 #define LOKI_VNNI 0
 #endif
-#if LOKI_AVX512 && defined(__AVX512BF16__)
+// Products of bytes on ARM.
+#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+#define LOKI_SDOT 1
+#else
+#define LOKI_SDOT 0
+#endif
+// Whether an int8 index is met in integers.
+#if LOKI_VNNI || LOKI_AVX2 || defined(__aarch64__)
+#define LOKI_INT8_DOTS 1
+#else
+#define LOKI_INT8_DOTS 0
+#endif
+#if (LOKI_AVX512 && defined(__AVX512BF16__)) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define LOKI_BF16_DOTS 1
 #else
 #define LOKI_BF16_DOTS 0
@@ -67,12 +84,23 @@ inline void from_float(float x, BFloat16* out) {
   }
 }
 
-#if defined(__FLT16_MANT_DIG__)
+// g++ has _Float16 in C++ from version 13 on ARM, 12 on x86.
+#if defined(__aarch64__)
+using Float16 = __fp16;
+#elif defined(__FLT16_MANT_DIG__)
 using Float16 = _Float16;
+#elif defined(__F16C__)
+struct Float16 {
+  uint16_t bits;
+};
+inline float to_float(Float16 x) { return _cvtsh_ss(x.bits); }
+inline void from_float(float x, Float16* out) { out->bits = _cvtss_sh(x, 0); }
+#else
+#error "neither the compiler nor the processor knows float16: g++ 12 or newer is needed"
+#endif
+#if defined(__aarch64__) || defined(__FLT16_MANT_DIG__)
 inline float to_float(Float16 x) { return static_cast<float>(x); }
 inline void from_float(float x, Float16* out) { *out = static_cast<Float16>(x); }
-#else
-#error "this compiler has no _Float16"
 #endif
 
 // Calls f with a value of the element type that `dtype` names.
@@ -199,79 +227,6 @@ template <int N, class F>
 LOKI_INLINE inline void unroll(F&& f) {
   unroll(f, std::make_integer_sequence<int, N>{});
 }
-
-#if !LOKI_AVX512
-// Eight floats at a time, in terms that gcc and clang turn into AVX2, SSE or NEON.
-using Float8 = float __attribute__((vector_size(32)));
-using Float4 = float __attribute__((vector_size(16)));
-
-template <class E>
-LOKI_INLINE inline Float8 load8(const E* at) {
-  Float8 out;
-  if constexpr (std::is_same_v<E, float>) {
-    std::memcpy(&out, at, sizeof(out));
-  } else if constexpr (std::is_same_v<E, BFloat16>) {
-#if defined(__AVX2__)
-    __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
-    __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
-#else
-    using Wide = uint32_t __attribute__((vector_size(32)));
-    uint16_t narrow __attribute__((vector_size(16)));
-    std::memcpy(&narrow, at, sizeof(narrow));
-    Wide wide = __builtin_convertvector(narrow, Wide) << 16;
-#endif
-    std::memcpy(&out, &wide, sizeof(out));
-  } else if constexpr (std::is_same_v<E, int8_t>) {
-#if defined(__AVX2__)
-    __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
-    __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(narrow));
-    std::memcpy(&out, &wide, sizeof(out));
-#else
-    using Wide = int32_t __attribute__((vector_size(32)));
-    int8_t narrow __attribute__((vector_size(8)));
-    std::memcpy(&narrow, at, sizeof(narrow));
-    out = __builtin_convertvector(__builtin_convertvector(narrow, Wide), Float8);
-#endif
-  } else {
-#if defined(__F16C__)
-    __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-    std::memcpy(&out, &wide, sizeof(out));
-#else
-    for (int i = 0; i < 8; ++i) out[i] = to_float(at[i]);
-#endif
-  }
-  return out;
-}
-
-// The first n < 8, then zeros.
-template <class E>
-inline Float8 load8(const E* at, int64_t n) {
-  E padded[8] = {};
-  std::memcpy(padded, at, n * sizeof(E));
-  return load8(padded);
-}
-
-LOKI_INLINE inline float sum_of(Float8 x) {
-  Float4 half[2];
-  std::memcpy(half, &x, sizeof(half));
-  Float4 four = half[0] + half[1];
-  return (four[0] + four[2]) + (four[1] + four[3]);
-}
-
-// dot[g] = row . q[g] for GB heads of q, each `stride` floats that are zero behind n.
-template <class E, int GB>
-LOKI_INLINE inline void dot_row(const E* row, int64_t n, const float* q, int64_t stride,
-                                float* dot) {
-  Float8 sum[GB] = {};
-  auto step = [&](Float8 value, int64_t d) LOKI_INLINE {
-    unroll<GB>([&](auto g) LOKI_INLINE { sum[g] += value * load8(q + g * stride + d); });
-  };
-  int64_t d = 0;
-  for (; d + 8 <= n; d += 8) step(load8(row + d), d);
-  if (d < n) step(load8(row + d, n - d), d);
-  unroll<GB>([&](auto g) LOKI_INLINE { dot[g] = sum_of(sum[g]); });
-}
-#endif
 
 // exp(x) for x <= 88, to 1 ulp or two; 0 below -87.3. After Cephes expf.
 inline float exp_of(float x) {

@@ -4,7 +4,7 @@
 // cache's differs from that of queries), so this is compiled for one type each.
 #pragma once
 
-#include "cpu_common.h"
+#include "cpu_lanes.h"
 
 namespace loki {
 

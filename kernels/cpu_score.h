@@ -36,13 +36,13 @@ inline bool visible(const MaskRow& mask, int64_t t) {
 // Where dim r of a query head lies among `heads` of them: side by side for a kernel that scores
 // rows in lanes, head after head for one that leaves vectors to the compiler.
 inline int64_t column_slot(int64_t heads, int64_t g, int64_t r, [[maybe_unused]] int64_t ranks) {
-  return LOKI_AVX512 ? r * heads + g : g * round_up(ranks, 16) + r;
+  return LOKI_AVX512 || LOKI_AVX2 ? r * heads + g : g * round_up(ranks, 16) + r;
 }
 
 // One block of query heads. In index space, times the scale: value[column_slot].
 // An int8 index is met in fixed point, q = step * (limb 0 + 256 * limb 1), limbs being signed
-// bytes, so that q is known to 2**-16 of its largest value, the index itself to 2**-8:
-// limb[((limb * columns / 4 + dim / 4) * heads + head) * 4 + dim % 4].
+// bytes, so that q is known to 2**-16 of its largest value, the index itself to 2**-8: as
+// `put_fixed` has it.
 // Keys and pages are met without the scale, as `query_slot` of cpu_rows.h has it, maybe in bf16.
 struct Query {
   int64_t first_head, heads;
@@ -55,6 +55,33 @@ struct Query {
 
 constexpr int kLimbs = 2;
 constexpr int32_t kMaxFixed = 127 * (1 + 256);
+// Whether sums of 32 bits hold the products of r dims of an int8 index: any of them with a limb, 512
+// with numbers of 16 bits.
+inline bool fits_fixed_point([[maybe_unused]] int64_t r) {
+  return LOKI_VNNI || LOKI_SDOT || (LOKI_INT8_DOTS && r <= 512);
+}
+
+// Puts dim r of a head, and adds its limbs to their sums. Where rows lie in lanes, limbs of four dims
+// lie together, limb after limb: limb[((limb * columns / 4 + r / 4) * heads + head) * 4 + r % 4]; with
+// AVX2 numbers of 16 bits, of two even dims or of two odd ones. Else head after head (cpu_lanes.h).
+inline void put_fixed(int64_t fixed, int64_t columns, int64_t r, int64_t head, int32_t* sum,
+                      Query* query) {
+#if LOKI_VNNI || LOKI_SDOT
+  for (int64_t limb = 0; limb < kLimbs; ++limb) {
+    int8_t byte = static_cast<int8_t>(fixed & 0xff);
+    fixed = (fixed - byte) >> 8;
+    sum[limb] += byte;
+    int64_t slot = LOKI_VNNI ? ((limb * columns / 4 + r / 4) * query->heads + head) * 4 + r % 4
+                             : (head * kLimbs + limb) * columns + r;
+    query->limb[slot] = byte;
+  }
+#else
+  int16_t whole = static_cast<int16_t>(fixed);
+  int64_t slot = LOKI_AVX2 ? ((r / 4 * 2 + r % 2) * query->heads + head) * 2 + r % 4 / 2
+                           : head * columns + r;
+  std::memcpy(query->limb + 2 * slot, &whole, sizeof(whole));
+#endif
+}
 
 // What a kernel does with the dots of a block of rows: `best` of kBlock keeps the highest over the
 // heads, NaN left aside; or `each` of heads * kBlock takes them as they are. An int8 index
@@ -225,11 +252,234 @@ void score_floats(const E* rows, int64_t stride, int64_t r, const Query& q, cons
   }
 }
 
+#elif LOKI_AVX2
+
+// Blocks of eight rows that are scored together.
+template <int GB>
+constexpr int kGroups = GB <= 2 ? 2 : 1;
+
+// Dword c of the 16 bytes at `at` of 8 rows -> column[c], one row per lane.
+LOKI_INLINE inline void load_columns(const char* at, int64_t stride_bytes, __m256i* column) {
+  __m256i part[4];
+  unroll<4>([&](auto i) LOKI_INLINE {
+    auto load = [&](int row) LOKI_INLINE {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + row * stride_bytes));
+    };
+    part[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(load(i)), load(i + 4), 1);
+  });
+  __m256i low01 = _mm256_unpacklo_epi32(part[0], part[1]);
+  __m256i high01 = _mm256_unpackhi_epi32(part[0], part[1]);
+  __m256i low23 = _mm256_unpacklo_epi32(part[2], part[3]);
+  __m256i high23 = _mm256_unpackhi_epi32(part[2], part[3]);
+  column[0] = _mm256_unpacklo_epi64(low01, low23);
+  column[1] = _mm256_unpackhi_epi64(low01, low23);
+  column[2] = _mm256_unpacklo_epi64(high01, high23);
+  column[3] = _mm256_unpackhi_epi64(high01, high23);
+}
+
+// f(column[group][4]) for each 16 bytes of 8 * Groups rows; zeros lie behind a row's last.
+template <int Groups, class F>
+LOKI_INLINE inline void for_columns(const char* at, int64_t stride_bytes, int64_t row_bytes, F&& f) {
+  for (int64_t done = 0; done < row_bytes; done += 16) {
+    __m256i column[Groups][4];
+    if (done + 16 <= row_bytes) {
+      unroll<Groups>([&](auto i) LOKI_INLINE {
+        load_columns(at + 8 * i * stride_bytes + done, stride_bytes, column[i]);
+      });
+    } else {
+      char padded[Groups * 128] = {};
+      for (int i = 0; i < 8 * Groups; ++i) {
+        std::memcpy(padded + 16 * i, at + i * stride_bytes + done, row_bytes - done);
+      }
+      unroll<Groups>([&](auto i) LOKI_INLINE { load_columns(padded + 128 * i, 16, column[i]); });
+    }
+    f(column);
+  }
+}
+
+// Value i of those packed in one column, for 8 rows.
+template <class E>
+constexpr int kPerColumn = 4 / sizeof(E);
+template <int i, class E>
+LOKI_INLINE inline __m256 unpack_column(__m256i column, E) {
+  if constexpr (std::is_same_v<E, float>) {
+    return _mm256_castsi256_ps(column);
+  } else if constexpr (std::is_same_v<E, int8_t>) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(column, 24 - 8 * i), 24));
+  } else if constexpr (std::is_same_v<E, Float16>) {
+    __m256i half = i == 0 ? _mm256_and_si256(column, _mm256_set1_epi32(0xffff))
+                          : _mm256_srli_epi32(column, 16);
+    __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(half, half), 0x08);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+  } else if constexpr (i == 0) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(column, 16));
+  } else {
+    __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm256_castsi256_ps(_mm256_and_si256(column, high));
+  }
+}
+
+// sum[group * GB + head] of 8 rows each, from row n of the block on.
+template <int GB>
+LOKI_INLINE inline void put_scores(const __m256* sum, int64_t n, const Scores& to) {
+  unroll<kGroups<GB>>([&](auto i) LOKI_INLINE {
+    if (to.best) {
+      __m256 best = _mm256_loadu_ps(to.best + n + 8 * i);
+      // Of two operands, one of them NaN, max_ps returns the second.
+      unroll<GB>([&](auto g) LOKI_INLINE { best = _mm256_max_ps(sum[i * GB + g], best); });
+      _mm256_storeu_ps(to.best + n + 8 * i, best);
+    } else {
+      unroll<GB>([&](auto g) LOKI_INLINE {
+        _mm256_storeu_ps(to.each + g * kBlock + n + 8 * i, sum[i * GB + g]);
+      });
+    }
+  });
+}
+
+template <class E, int GB>
+void score_block(const E* rows, int64_t stride, int64_t r, const Query& query, const Scores& to) {
+  constexpr int kSets = kGroups<GB>;
+  const int64_t stride_bytes = stride * sizeof(E);
+  for (int64_t n = 0; n < kBlock; n += 8 * kSets) {
+    const char* at = reinterpret_cast<const char*>(rows + n * stride);
+    const float* q = query.value;
+    __m256 sum[kSets * GB] = {};
+    if constexpr (GB == 1 && sizeof(E) > 1) {  // too few products to be worth turning rows
+      unroll<kSets>([&](auto set) LOKI_INLINE {
+        const E* row[8];
+        for (int i = 0; i < 8; ++i) row[i] = rows + (n + 8 * set + i) * stride;
+        float dot[8];
+        dot_rows<E, float, 1>(row, nullptr, r, q, 0, dot);
+        sum[set] = _mm256_loadu_ps(dot);
+      });
+      put_scores<GB>(sum, n, to);
+      continue;
+    }
+    for_columns<kSets>(at, stride_bytes, r * sizeof(E), [&](auto& column) LOKI_INLINE {
+      unroll<4 * kPerColumn<E>>([&](auto i) LOKI_INLINE {
+        constexpr int c = i / kPerColumn<E>, e = i % kPerColumn<E>;
+        unroll<kSets>([&](auto set) LOKI_INLINE {
+          __m256 value = unpack_column<e>(column[set][c], E{});
+          unroll<GB>([&](auto g) LOKI_INLINE {
+            __m256 weight = _mm256_broadcast_ss(q + i * GB + g);
+            sum[set * GB + g] = _mm256_fmadd_ps(value, weight, sum[set * GB + g]);
+          });
+        });
+      });
+      q += 4 * kPerColumn<E> * GB;
+    });
+    if constexpr (std::is_same_v<E, int8_t>) {
+      unroll<kSets * GB>([&](auto i) LOKI_INLINE {
+        sum[i] = _mm256_mul_ps(sum[i], _mm256_loadu_ps(to.row_scale + n + i / GB * 8));
+      });
+    }
+    put_scores<GB>(sum, n, to);
+  }
+}
+
+// int8 rows against the fixed-point query.
+template <int GB>
+void score_block_int8(const int8_t* rows, int64_t stride, int64_t r, const Query& query,
+                      const Scores& to) {
+  constexpr int kSets = kGroups<GB>;
+  for (int64_t n = 0; n < kBlock; n += 8 * kSets) {
+    const char* at = reinterpret_cast<const char*>(rows + n * stride);
+    const int8_t* weights = query.limb;
+    __m256i sum[kSets * GB] = {};
+    for_columns<kSets>(at, stride, r, [&](auto& column) LOKI_INLINE {
+      unroll<8>([&](auto i) LOKI_INLINE {
+        unroll<kSets>([&](auto set) LOKI_INLINE {
+          __m256i bytes = column[set][i / 2];  // of even dims first
+          if (i % 2 == 0) bytes = _mm256_slli_epi16(bytes, 8);
+          __m256i value = _mm256_srai_epi16(bytes, 8);
+          unroll<GB>([&](auto g) LOKI_INLINE {
+            int32_t weight;
+            std::memcpy(&weight, weights + 4 * (i * GB + g), 4);
+            __m256i products = _mm256_madd_epi16(value, _mm256_set1_epi32(weight));
+            sum[set * GB + g] = _mm256_add_epi32(sum[set * GB + g], products);
+          });
+        });
+      });
+      weights += 32 * GB;
+    });
+    __m256 score[kSets * GB];
+    unroll<kSets * GB>([&](auto i) LOKI_INLINE {
+      __m256 row_scale = _mm256_loadu_ps(to.row_scale + n + i / GB * 8);
+      __m256 step = _mm256_mul_ps(row_scale, _mm256_set1_ps(query.step[i % GB]));
+      score[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[i]), step);
+    });
+    put_scores<GB>(score, n, to);
+  }
+}
+
+#else
+
+// score[head * kBlock + row], times the scale of a row of an int8 index.
+template <int GB>
+inline void put_scores(float* score, bool scaled, const Scores& to) {
+  for (int g = 0; g < GB; ++g) {
+    float* mine = score + g * kBlock;
+    if (scaled) {
+      for (int64_t n = 0; n < kBlock; ++n) mine[n] *= to.row_scale[n];
+    }
+    if (to.each) std::memcpy(to.each + g * kBlock, mine, kBlock * sizeof(float));
+    if (!to.best) continue;
+    // NaN compares as false and leaves the best as it is.
+    for (int64_t n = 0; n < kBlock; ++n) to.best[n] = mine[n] > to.best[n] ? mine[n] : to.best[n];
+  }
+}
+
+template <class E, int GB>
+void score_block(const E* rows, int64_t stride, int64_t r, const Query& q, const Scores& to) {
+  constexpr int kRows = kRowsOf<GB>;
+  float score[GB * kBlock], dot[kRows * GB];
+  for (int64_t n = 0; n < kBlock; n += kRows) {
+    const E* row[kRows];
+    for (int i = 0; i < kRows; ++i) row[i] = rows + (n + i) * stride;
+    dot_rows<E, float, GB>(row, nullptr, r, q.value, round_up(r, 16), dot);
+    for (int i = 0; i < kRows * GB; ++i) score[i % GB * kBlock + n + i / GB] = dot[i];
+  }
+  put_scores<GB>(score, std::is_same_v<E, int8_t>, to);
+}
+
+#if LOKI_INT8_DOTS
+// int8 rows against the fixed-point query.
+template <int GB>
+void score_block_int8(const int8_t* rows, int64_t stride, int64_t r, const Query& q,
+                      const Scores& to) {
+  constexpr int kRows = kIntRowsOf<GB>;
+  float score[GB * kBlock], dot[kRows * GB];
+  for (int64_t n = 0; n < kBlock; n += kRows) {
+    const int8_t* row[kRows];
+    for (int i = 0; i < kRows; ++i) row[i] = rows + (n + i) * stride;
+    dot_int_rows<GB>(row, r, q.limb, round_up(r, 16), dot);
+    for (int i = 0; i < kRows * GB; ++i) {
+      score[i % GB * kBlock + n + i / GB] = dot[i] * q.step[i % GB];
+    }
+  }
+  put_scores<GB>(score, true, to);
+}
+#endif
+
+#endif
+
+#if !LOKI_AVX512
+template <class E>
+void score_floats(const E* rows, int64_t stride, int64_t r, const Query& q, const Scores& to) {
+  switch (q.heads) {
+    case 1: return score_block<E, 1>(rows, stride, r, q, to);
+    case 2: return score_block<E, 2>(rows, stride, r, q, to);
+    case 4: return score_block<E, 4>(rows, stride, r, q, to);
+    default: return score_block<E, 8>(rows, stride, r, q, to);
+  }
+}
+#endif
+
 template <class E>
 void score_heads(const E* rows, int64_t stride, int64_t r, const Query& q, const Scores& to) {
   score_floats(rows, stride, r, q, to);
 }
-#if LOKI_VNNI
+#if LOKI_INT8_DOTS
 template <>
 void score_heads<int8_t>(const int8_t* rows, int64_t stride, int64_t r, const Query& q,
                          const Scores& to) {
@@ -241,40 +491,6 @@ void score_heads<int8_t>(const int8_t* rows, int64_t stride, int64_t r, const Qu
     default: return score_block_int8<8>(rows, stride, r, q, to);
   }
 }
-#endif
-
-#else
-
-template <class E, int GB>
-void score_block(const E* rows, int64_t stride, int64_t r, const Query& q, const Scores& to) {
-  float score[GB * kBlock];
-  for (int64_t n = 0; n < kBlock; ++n) {
-    float dot[GB];
-    dot_row<E, GB>(rows + n * stride, r, q.value, round_up(r, 16), dot);
-    for (int g = 0; g < GB; ++g) score[g * kBlock + n] = dot[g];
-  }
-  for (int g = 0; g < GB; ++g) {
-    float* mine = score + g * kBlock;
-    if (std::is_same_v<E, int8_t>) {
-      for (int64_t n = 0; n < kBlock; ++n) mine[n] *= to.row_scale[n];
-    }
-    if (to.each) std::memcpy(to.each + g * kBlock, mine, kBlock * sizeof(float));
-    if (!to.best) continue;
-    // NaN compares as false and leaves the best as it is.
-    for (int64_t n = 0; n < kBlock; ++n) to.best[n] = mine[n] > to.best[n] ? mine[n] : to.best[n];
-  }
-}
-
-template <class E>
-void score_heads(const E* rows, int64_t stride, int64_t r, const Query& q, const Scores& to) {
-  switch (q.heads) {
-    case 1: return score_block<E, 1>(rows, stride, r, q, to);
-    case 2: return score_block<E, 2>(rows, stride, r, q, to);
-    case 4: return score_block<E, 4>(rows, stride, r, q, to);
-    default: return score_block<E, 8>(rows, stride, r, q, to);
-  }
-}
-
 #endif
 
 // ---- keys and pages, rows of many dims ------------------------------------------------------
@@ -306,10 +522,16 @@ void score_rows(const void* rows, int64_t stride, int64_t n, const void* queries
     });
   }
 #else
-  for (int64_t i = 0; i < n; ++i) {
-    float dot[GB];
-    dot_row<E, GB>(first_row + i * stride, d, q, round_up(d, 32), dot);
-    for (int g = 0; g < GB; ++g) score[g * kTileRows + i] = dot[g] * scale;
+  constexpr int kRows = kRowsOf<GB>;
+  for (int64_t first = 0; first < n; first += kRows) {
+    const E *row[kRows], *ahead[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      row[i] = first_row + min_of(first + i, n - 1) * stride;
+      ahead[i] = row[i] + kRowsAhead * stride;
+    }
+    float dot[kRows * GB];
+    dot_rows<E, Q, GB>(row, ahead, d, q, round_up(d, 32), dot);
+    for (int i = 0; i < kRows * GB; ++i) score[i % GB * kTileRows + first + i / GB] = dot[i] * scale;
   }
 #endif
 }

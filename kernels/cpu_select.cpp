@@ -273,7 +273,7 @@ class Select {
         query->step = reinterpret_cast<float*>(at += kLimbs * heads * 4);
         query->limb = reinterpret_cast<int8_t*>(at += heads * 4);
         at += kLimbs * columns_ * heads;
-        query->fixed_point = LOKI_VNNI && p_.index.dtype == kInt8;
+        query->fixed_point = fits_fixed_point(r_) && p_.index.dtype == kInt8;
         if (!low_rank_) std::memset(query->value, 0, columns_ * heads * 4);
         for (int64_t x = 0; x < heads; ++x) {
           if (!low_rank_) {
@@ -349,12 +349,7 @@ class Select {
       float value = query->value[column_slot(query->heads, x, r, r_)];
       int64_t fixed = most == 0 ? 0 : std::llrint(value / step);
       fixed = max_of<int64_t>(min_of<int64_t>(fixed, kMaxFixed), -kMaxFixed);
-      for (int limb = 0; limb < kLimbs; ++limb) {
-        int8_t byte = static_cast<int8_t>(fixed & 0xff);
-        fixed = (fixed - byte) >> 8;
-        sum[limb] += byte;
-        query->limb[((limb * columns_ / 4 + r / 4) * query->heads + x) * 4 + r % 4] = byte;
-      }
+      put_fixed(fixed, columns_, r, x, sum, query);
     }
     for (int limb = 0; limb < kLimbs; ++limb) {
       query->offset[limb * query->heads + x] = 128 * sum[limb];

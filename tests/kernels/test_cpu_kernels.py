@@ -1,6 +1,7 @@
-"""The CPU kernels against the reference in fp64: compiled for this processor, compiled for a plain
-one (the code without intrinsics), made of PyTorch ops; and, where tests are slow, compiled for the
-first processors with AVX-512 (neither bf16 nor int8 products), and for the oldest ones.
+"""The CPU kernels against the reference in fp64: compiled for this processor, compiled for one
+without AVX-512, made of PyTorch ops; and, where tests are slow, compiled for the first processors
+with AVX-512 (neither bf16 nor int8 products), for the oldest ones, and for 64-bit ARM, which an
+emulator runs (`make aarch64`).
 
 Legend: B batch, Hq query heads, Hkv KV heads, S new tokens, T cached tokens, D dims of q and k, Dv
 dims of v, R index dims, K slots.
@@ -26,10 +27,12 @@ from loki_compile.kernels.fused import index_rows
 from loki_compile.kernels.kept import page_bounds
 from loki_compile.kernels.masks import mask_bounds
 from loki_compile.kernels.ops import KEEP_ALL_Q16
+from toy_emulator import PROCESSORS, emulated
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN_ISA = {"x86_64": "-march=x86-64-v3", "aarch64": "-march=armv8-a"}
 OTHER_ISA = {"avx512": "-march=x86-64-v4", "oldest": "-march=x86-64"}
+ARM = {f"aarch64-{name}": features for name, features in PROCESSORS.items()}
 
 #        B, Hq, Hkv, S, T, D, Dv, R, K
 SHAPES = [
@@ -74,7 +77,7 @@ def other_libraries():
         "native",
         "plain",
         "torch",
-        *(pytest.param(x, marks=pytest.mark.slow) for x in OTHER_ISA),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (*OTHER_ISA, *ARM)),
     ]
 )
 def implementation(request, monkeypatch):
@@ -88,6 +91,9 @@ def implementation(request, monkeypatch):
         if platform.machine() != "x86_64" or not runs(request.param):
             pytest.skip(f"this processor does not run {OTHER_ISA[request.param]}")
         library = request.getfixturevalue("other_libraries")(OTHER_ISA[request.param])
+        monkeypatch.setattr(cpu, "_kernels", lambda: library)
+    if request.param in ARM:
+        library = emulated(ARM[request.param])
         monkeypatch.setattr(cpu, "_kernels", lambda: library)
     if request.param == "torch":
         monkeypatch.setattr(cpu, "_kernels", lambda: None)
@@ -1273,6 +1279,19 @@ def test_a_build_that_fails_in_the_background_is_told_when_it_is_needed(monkeypa
     cpu_build.begin.cache_clear()
     with pytest.raises(cpu_build.KernelsUnavailable, match="cannot allocate registers"):
         cpu_build.load()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="g++ 11 lacks it there")
+def test_a_compiler_without_float16_makes_the_same_kernels(monkeypatch):
+    q, k, v = (torch.randn(2, heads, 3, 72).half() for heads in (8, 2, 2))
+    options = {"positions": None, "mask": torch.randn(2, 1, 3, 3).half(), "scale": 0.1}
+    expected = cpu.attend(q, k, v, **options)
+    flags = (*cpu_build._FLAGS, "-U__FLT16_MANT_DIG__")
+    monkeypatch.setattr(cpu_build, "_FLAGS", flags)
+    library = cpu.declare(cpu_build.load())
+    monkeypatch.setattr(cpu, "_kernels", lambda: library)
+    assert torch.equal(cpu.attend(q, k, v, **options), expected)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
