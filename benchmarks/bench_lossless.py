@@ -63,7 +63,7 @@ def keep(key: dict[str, Any], values: dict[str, Any]) -> None:
 def text_ids(args: argparse.Namespace) -> Tensor:
     """(1, T) of held-out text."""
     text = read_text(args.text) if args.text else stdlib_text("held_out")
-    return encode(load_tokenizer(args.model), text[: 16 * args.tokens])[None]
+    return encode(load_tokenizer(args.model), text[: 16 * max(args.tokens, args.prompt)])[None]
 
 
 def prefilled(model: Any, ids: Tensor) -> tuple[DynamicCache, Tensor]:
@@ -326,6 +326,9 @@ def against_dense(ways: dict[str, tuple[Any, Any, Tensor]], tokens: int) -> dict
         "chance": pace.chance,
         "tokens_per_cycle": timed / cycles,
         "cycles_by_drafts": {str(n): count for n, count in sorted(pace.ran.items())},
+        "cycle_over_dense": {
+            str(n): 1e3 * pace.seconds(n) / ms["dense"] for n in sorted(pace.taken)
+        },
         "compiled_while_timed": counters["stats"]["unique_graphs"] - graphs,
         "compared": len(made["dense"]),
         "different": sum(a != b for a, b in zip(*made.values(), strict=True)),
