@@ -4,6 +4,8 @@
     python benchmarks/bench_lossless.py parting        tokens until greedy paths part
     python benchmarks/bench_lossless.py tokens         lossless tokens against dense ones
     python benchmarks/bench_lossless.py speed          the model of bench_decode.py, by context
+    python benchmarks/bench_lossless.py steps          what its sparse and verifying steps take
+    python benchmarks/bench_lossless.py real --model FOLDER --prompt 6000    a model with weights
 
 Rows that the file of results holds already are not made again: a run that is stopped goes on where
 it was. Times are CPU time of this process with one thread, so that others on the machine do not
@@ -12,12 +14,16 @@ count; both sides of a ratio come from one process, in turn. "Dense" is loki's o
 `correction` decodes a held-out text token by token behind a prompt, and compares each step's logits
 with those of dense decoding of the same tokens. `speed` takes keys as those of trained models are,
 with a spectrum that falls, and queries that find few of them: behind random ones hardly a draft is
-right (see `trained`).
+right (see `trained`). Each variant has run before anything is timed; what is compiled after that
+is counted, and what the pace of drafts learns in the timed part is in the times. `chance` is that a
+draft was accepted where those before it were.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import json
 import statistics
 import time
@@ -28,11 +34,14 @@ import torch
 from bench_decode import DTYPES, build, filled_cache
 from harness import RESULTS, stamp, table, write_rows
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 import loki_compile
 from loki_compile.commands.models import encode, load_model, load_tokenizer, read_text
 from loki_compile.commands.reference_data import stdlib_text
+from loki_compile.exact_steps import exact
+from loki_compile.generation.feed import Feed
 from loki_compile.generation.pace import Pace
 
 NAME = "lossless"
@@ -54,7 +63,7 @@ def keep(key: dict[str, Any], values: dict[str, Any]) -> None:
 def text_ids(args: argparse.Namespace) -> Tensor:
     """(1, T) of held-out text."""
     text = read_text(args.text) if args.text else stdlib_text("held_out")
-    return encode(load_tokenizer(args.model), text[: 16 * args.tokens])[None]
+    return encode(load_tokenizer(args.model), text[: 16 * max(args.tokens, args.prompt)])[None]
 
 
 def prefilled(model: Any, ids: Tensor) -> tuple[DynamicCache, Tensor]:
@@ -216,10 +225,10 @@ def speed(args: argparse.Namespace) -> None:
         for context in args.context:
             base = {"bench": "speed", "dtype": name, "context": context, "layers": args.layers}
             base |= {"kv_heads": args.kv_heads, "top_k": args.top_k, "policy": args.policy}
-            base |= {"peak": args.peak}
+            base |= {"peak": args.peak, "tokens": args.tokens}
             if missing(base):
                 torch._dynamo.reset()
-                keep(base, against_dense(args, DTYPES[name], context, options))
+                keep(base, of_bench_model(args, DTYPES[name], context, options))
 
 
 def trained(model: Any, cache: Any, peak: float) -> None:
@@ -236,59 +245,149 @@ def trained(model: Any, cache: Any, peak: float) -> None:
             cache.layers[number].keys.mul_((fall / fall.square().mean().sqrt()).to(model.dtype))
 
 
-def against_dense(
+def of_bench_model(
     args: argparse.Namespace, dtype: torch.dtype, context: int, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """CPU milliseconds per token of both, tokens that differ, and how drafts fared."""
     ways = {}
     for way, given in (("lossless", options), ("dense", {"min_context": 1 << 30})):
         model = build(dtype, "cpu", args.layers, kv_heads=args.kv_heads)
         cache = filled_cache(model, "static", context, seed=0)
         trained(model, cache, args.peak)
         model.compile(backend="loki", options=given)
-        ways[way] = (model, cache)
-    model, cache = ways["lossless"]
+        ways[way] = (model, cache, torch.full((1, 1), 7))
+    return against_dense(ways, args.tokens)
+
+
+def real(args: argparse.Namespace) -> None:
+    """A model with weights behind a prompt of text."""
+    for name in args.dtype:
+        base = {"bench": "real", "model": args.model, "dtype": name, "prompt": args.prompt}
+        base |= {"top_k": args.top_k, "policy": args.policy, "tokens": args.tokens}
+        if not missing(base):
+            continue
+        torch._dynamo.reset()
+        ways: dict[str, tuple[Any, Any, Tensor]] = {}
+        for way in ("lossless", "dense"):
+            model = load_model(args.model, device="cpu", dtype=name)
+            if way == "lossless":
+                cache, newest = prefilled(model, text_ids(args)[:, : args.prompt])
+            else:
+                cache, newest = copy.deepcopy(ways["lossless"][1]), ways["lossless"][2]
+            options = {"top_k": args.top_k, "policy": args.policy}
+            model.compile(
+                backend="loki", options=options if way == "lossless" else {"min_context": 1 << 30}
+            )
+            ways[way] = (model, cache, newest)
+        keep(base, against_dense(ways, args.tokens))
+
+
+def dense_step(model: Any, cache: Any, newest: Tensor) -> Tensor:
+    """The token behind `newest`, (1, 1) both."""
+    logits = model(input_ids=newest, past_key_values=cache, use_cache=True).logits
+    return logits[:, -1:].argmax(-1)
+
+
+def against_dense(ways: dict[str, tuple[Any, Any, Tensor]], tokens: int) -> dict[str, Any]:
+    """CPU milliseconds per token of both, tokens that differ, and how drafts fared."""
+    model, cache, _ = ways["lossless"]
     decoder = loki_compile.LosslessDecoder(model, cache)
-    decoder.pace.clock = time.process_time
-    newest = {way: torch.full((1, 1), 7) for way in ways}
+    newest = {way: given[2] for way, given in ways.items()}
     made: dict[str, list[int]] = {way: [] for way in ways}
     spent = dict.fromkeys(ways, 0.0)
-    counted = 0
-    while len(made["dense"]) < args.tokens:
+
+    def run(cycles: int) -> None:
         began, before = time.process_time(), len(made["lossless"])
-        while len(made["lossless"]) < before + 32:
+        for _ in range(cycles):
             more = decoder.next(newest["lossless"])
             newest["lossless"] = more[:, -1:]
             made["lossless"] += more[0].tolist()
         between = time.process_time()
-        dense_model, dense_cache = ways["dense"]
-        while len(made["dense"]) < len(made["lossless"]):
-            with torch.no_grad():
-                logits = dense_model(
-                    input_ids=newest["dense"], past_key_values=dense_cache, use_cache=True
-                ).logits
-            newest["dense"] = logits[:, -1:].argmax(-1)
+        for _ in range(len(made["lossless"]) - before):
+            newest["dense"] = dense_step(*ways["dense"][:2], newest["dense"])
             made["dense"].append(int(newest["dense"]))
-        if before >= args.warm:
-            spent["lossless"] += between - began
-            spent["dense"] += time.process_time() - between
-            counted += len(made["lossless"]) - before
-    ms = {way: 1e3 * seconds / counted for way, seconds in spent.items()}
-    pace = decoder.pace
+        spent["lossless"] += between - began
+        spent["dense"] += time.process_time() - between
+
+    for pace in (Eager(decoder.pace.most), Resting(decoder.pace.most)):
+        decoder.pace = pace
+        run(2 * pace.most)
+    graphs = counters["stats"]["unique_graphs"]
+    warm, spent = len(made["dense"]), dict.fromkeys(ways, 0.0)
+    decoder.pace = pace = Pace(decoder.pace.most, time.process_time)
+    while len(made["dense"]) < warm + tokens:
+        run(8)
+    timed = len(made["dense"]) - warm
+    ms = {way: 1e3 * seconds / timed for way, seconds in spent.items()}
+    cycles = sum(pace.ran.values())
     return {
         "dense_ms": ms["dense"],
         "lossless_ms": ms["lossless"],
         "speedup": ms["dense"] / ms["lossless"],
-        "accepted": pace.chance,
+        "chance": pace.chance,
+        "tokens_per_cycle": timed / cycles,
         "cycles_by_drafts": {str(n): count for n, count in sorted(pace.ran.items())},
+        "cycle_over_dense": {
+            str(n): 1e3 * pace.seconds(n) / ms["dense"] for n in sorted(pace.taken)
+        },
+        "compiled_while_timed": counters["stats"]["unique_graphs"] - graphs,
         "compared": len(made["dense"]),
         "different": sum(a != b for a, b in zip(*made.values(), strict=True)),
     }
 
 
+class Resting(Pace):
+    """Never drafts."""
+
+    def next(self, limit: int) -> int:
+        return 0
+
+
+# ----------------------------------------------------------------------------------------- steps
+
+
+def steps(args: argparse.Namespace) -> None:
+    """A sparse step, and exact ones of several tokens, over a dense one of one token."""
+    for name in args.dtype:
+        for context in args.context:
+            base = {"bench": "steps", "dtype": name, "context": context, "layers": args.layers}
+            base |= {"kv_heads": args.kv_heads, "top_k": args.top_k, "policy": args.policy}
+            if not missing(base):
+                continue
+            torch._dynamo.reset()
+            model = build(DTYPES[name], "cpu", args.layers, kv_heads=args.kv_heads)
+            cache = filled_cache(model, "static", context, seed=0)
+            trained(model, cache, args.peak)
+            model.compile(backend="loki", options={"top_k": args.top_k, "policy": args.policy})
+            feed = Feed(model, cache, {})
+            took: dict[str, list[float]] = {}
+            for number in range(24):
+                for rows in (0, *range(1, 9)):  # 0: the sparse one
+                    ids = torch.full((1, max(rows, 1)), 7)
+                    began = time.process_time()
+                    with exact() if rows else contextlib.nullcontext():
+                        feed(ids)
+                    seconds = time.process_time() - began
+                    feed.rewind(ids.shape[1])
+                    if number > 3:  # compiled by then
+                        took.setdefault(str(rows or "sparse"), []).append(seconds)
+            middle = {rows: statistics.median(seconds) for rows, seconds in took.items()}
+            over = {rows: seconds / middle["1"] for rows, seconds in middle.items()}
+            keep(base, {"dense_ms": 1e3 * middle["1"], "over_dense": over})
+
+
+WHAT = {
+    "correction": correction,
+    "parting": parting,
+    "tokens": tokens,
+    "speed": speed,
+    "steps": steps,
+    "real": real,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["correction", "parting", "tokens", "speed"])
+    parser.add_argument("what", choices=list(WHAT))
     parser.add_argument("--model", default="reference")
     parser.add_argument("--text", nargs="*", default=[])
     parser.add_argument("--policy", default="loki")
@@ -303,14 +402,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--peak", type=float, default=8.0, help="0: random keys and queries")
-    parser.add_argument("--warm", type=int, default=96, help="tokens that are not timed")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64
     with torch.no_grad():
-        {"correction": correction, "parting": parting, "tokens": tokens, "speed": speed}[args.what](
-            args
-        )
+        WHAT[args.what](args)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 // loki::attend on the CPU.
 //
-// A row is the query heads that share a list of positions; a unit is the rows that read the same keys
-// at the same time: one row, or, where there are no lists and all keys, or two ranges of them, are
-// read, all rows of a KV head. The work is the units' slots, cut into blocks, and these into parts, runs of blocks. Each
-// part leaves, for each row it touched, a partial softmax (maximum, sum, weighted V).
+// A query is one query head of one token. A row is the queries that are taken together: the heads that
+// share a list of positions, or, where there are no lists and all keys, or two ranges of them, are
+// read, the heads and a few tokens, so that a block of keys is read once for all of them. A unit is
+// the rows that read the same keys: one row, or all rows of a KV head. The work is the units' slots,
+// cut into blocks, and these into parts, runs of blocks. Each part leaves, for each row it touched, a
+// partial softmax (maximum, sum, weighted V).
 //
 // q, k, the rest of k, and v each have a float type of their own (under autocast the cache's differs
 // from that of queries), so what reads rows is compiled for one type each and chosen once per call.
@@ -28,7 +30,8 @@ struct AttendParams {
 };
 
 constexpr int64_t kSlots = 64;         // slots in a block
-constexpr int64_t kMaxHeads = 8;       // heads taken together
+constexpr int64_t kMaxHeads = 8;       // queries in a block: those that a key is loaded once for
+constexpr int64_t kMaxTokens = 8;      // tokens of a row
 constexpr int64_t kStrip = 16;         // rows of V taken through all their dims together
 // Slots fetched ahead. K and V are each fetched while they are themselves read, whole rows at once.
 constexpr int64_t kAhead = 32;
@@ -61,12 +64,13 @@ inline float tanh_of(float x) {
   return size < 0.625f ? small : x < 0.0f ? -large : large;
 }
 
-// Positions to read, and what the mask adds there. Blocks are taken from its front.
+// Positions that all tokens of a row read, and what the mask adds there for each. Blocks are taken
+// from its front.
 struct Queue {
-  int64_t n = 0;
+  int64_t n = 0, tokens = 1;
   bool biased = false;
   int32_t position[2 * kSlots + kAhead];
-  float bias[2 * kSlots + kAhead];
+  float bias[kMaxTokens][2 * kSlots + kAhead];
 
   // Where slot i will be read, or the last that there is.
   int32_t at_most(int64_t i) const { return position[min_of(i, n - 1)]; }
@@ -74,7 +78,8 @@ struct Queue {
   void drop(int64_t count) {
     n -= count;
     std::memmove(position, position + count, n * sizeof(*position));
-    std::memmove(bias, bias + count, n * sizeof(*bias));
+    if (!biased) return;
+    for (int64_t t = 0; t < tokens; ++t) std::memmove(bias[t], bias[t] + count, n * sizeof(float));
   }
 };
 
@@ -265,9 +270,11 @@ class Attend {
         rest_(p.q.size[3] - d_), dv_(p.v.size[3]),
         slots_(p.positions.dtype == kNone ? 0 : p.positions.size[3]),
         lists_(slots_ ? p.positions.size[1] : hkv_),
-        together_(lists_ == hkv_ && p.mask.step(1) == 0 ? hq_ / hkv_ : 1),
-        rows_(p.q.size[0] * hq_ / together_ * s_),
-        rows_per_unit_(slots_ ? 1 : hq_ / together_ / hkv_ * s_),
+        heads_(lists_ == hkv_ && p.mask.step(1) == 0 ? hq_ / hkv_ : 1),
+        tokens_(slots_ ? 1 : min_of(s_, kMaxTokens)), together_(heads_ * tokens_),
+        groups_((s_ + tokens_ - 1) / tokens_),
+        rows_(p.q.size[0] * hq_ / heads_ * groups_),
+        rows_per_unit_(slots_ ? 1 : hq_ / heads_ / hkv_ * groups_),
         units_(rows_ / rows_per_unit_),
         sum_stride_(round_up(dv_, kSumUnit)),
         partial_stride_(round_up(together_, kMaxHeads) * (sum_stride_ + 16)),
@@ -285,7 +292,7 @@ class Attend {
     parts_ = parts_for(blocks_ * kSlots * key_bytes_, p_.threads);
     thread_local Scratch scratch;
     int64_t query_floats = rows_per_unit_ * query_floats_;
-    int64_t partials = (units_ + parts_) * rows_per_unit_;
+    int64_t partials = (units_ + parts_) * rows_per_unit_ + parts_;
     int64_t wanted = 4 * (parts_ * query_floats + partials * partial_stride_);
     float* room = static_cast<float*>(scratch.reserve(wanted));
     if (!room) return wanted;
@@ -318,25 +325,28 @@ class Attend {
     int64_t first, first_stop, last, last_stop;
   };
 
-  int64_t batch_of(int64_t row) const { return row / s_ / (hq_ / together_); }
-  int64_t head_of(int64_t row) const { return row / s_ % (hq_ / together_) * together_; }
-  int64_t token_of(int64_t row) const { return row % s_; }
+  int64_t batch_of(int64_t row) const { return row / groups_ / (hq_ / heads_); }
+  int64_t head_of(int64_t row) const { return row / groups_ % (hq_ / heads_) * heads_; }
+  // Of a row its first token, and how many there are; its queries are token after token.
+  int64_t token_of(int64_t row) const { return row % groups_ * tokens_; }
+  int64_t tokens_of(int64_t row) const { return min_of(tokens_, s_ - token_of(row)); }
   int64_t kv_head_of(int64_t row) const { return head_of(row) / (hq_ / hkv_); }
   const int32_t* positions_of(int64_t row) const {
     int64_t h = lists_ == hkv_ ? kv_head_of(row) : head_of(row);
     return p_.positions.row<int32_t>(batch_of(row), h, token_of(row));
   }
-  // Of one row: all keys where it has none.
-  Ranges ranges_of(int64_t row) const {
+  // Of token `t` of a row: all keys where it has none.
+  Ranges ranges_of(int64_t row, int64_t t) const {
     if (p_.ranges.dtype == kNone) return {0, t_, t_, t_};
-    const int32_t* given = p_.ranges.row<int32_t>(batch_of(row), kv_head_of(row), token_of(row));
+    const int32_t* given =
+        p_.ranges.row<int32_t>(batch_of(row), kv_head_of(row), token_of(row) + t);
     int64_t end[4], least = 0;
     for (int i = 0; i < 4; ++i) end[i] = least = min_of(max_of<int64_t>(given[i], least), t_);
     if (end[0] == end[1] && end[2] == end[3]) return {0, t_, t_, t_};
     return {end[0], end[1], end[2], end[3]};
   }
-  MaskRow mask_of(int64_t row) const {
-    return MaskRow(p_.mask, batch_of(row), head_of(row), token_of(row));
+  MaskRow mask_of(int64_t row, int64_t t) const {
+    return MaskRow(p_.mask, batch_of(row), head_of(row), token_of(row) + t);
   }
   bool valid(int32_t position) const {
     return static_cast<uint32_t>(position) < static_cast<uint32_t>(t_);
@@ -365,18 +375,25 @@ class Attend {
     return 0;
   }
 
+  // f(row, token of the row) for all of a unit.
+  template <class F>
+  void for_tokens(int64_t unit, F&& f) const {
+    for (int64_t row = unit * rows_per_unit_; row < (unit + 1) * rows_per_unit_; ++row) {
+      for (int64_t t = 0; t < tokens_of(row); ++t) f(row, t);
+    }
+  }
+
   // What any row of the unit reads, between the first and the last of it without the gap that all
   // of them share.
   Span span_of_ranges(int64_t unit) const {
-    int64_t row = unit * rows_per_unit_;
-    Ranges all = ranges_of(row);
-    for (int64_t behind = row + rows_per_unit_; row < behind; ++row) {
-      Ranges own = ranges_of(row);
+    Ranges all = ranges_of(unit * rows_per_unit_, 0);
+    for_tokens(unit, [&](int64_t row, int64_t t) {
+      Ranges own = ranges_of(row, t);
       all.first = min_of(all.first, own.first);
       all.first_stop = max_of(all.first_stop, own.first_stop);
       all.last = min_of(all.last, own.last);
       all.last_stop = max_of(all.last_stop, own.last_stop);
-    }
+    });
     if (all.first == all.first_stop) all.first = all.first_stop = all.last;
     int64_t gap = max_of<int64_t>(all.last - all.first_stop, 0);
     int64_t stop = max_of(all.last_stop, all.first_stop) - gap;
@@ -388,14 +405,15 @@ class Attend {
     int64_t row = unit * rows_per_unit_, first = t_, stop = 0;
     if (p_.mask.dtype == kNone) return {0, t_, blocks_, true};
     if (unit && spans_[unit - 1].dense && p_.mask.step(1) == 0 &&
-        batch_of(row) == batch_of(row - 1) && (s_ == rows_per_unit_ || p_.mask.step(2) == 0)) {
+        batch_of(row) == batch_of(row - 1) &&
+        (groups_ == rows_per_unit_ || p_.mask.step(2) == 0)) {
       return {spans_[unit - 1].first, spans_[unit - 1].stop, blocks_, true};  // as its neighbour
     }
-    for (int64_t behind = row + rows_per_unit_; row < behind; ++row) {
-      MaskRow mask = mask_of(row);
+    for_tokens(unit, [&](int64_t each, int64_t t) {
+      MaskRow mask = mask_of(each, t);
       first = min_of(first, mask.next_seen(0, t_));
       stop = max_of(stop, mask.seen_until(0, t_));
-    }
+    });
     return {min_of(first, stop), stop, blocks_, true};
   }
 
@@ -411,7 +429,7 @@ class Attend {
     return all;
   }
 
-  // Appends what a row reads of the dense slots [from, to) of its unit.
+  // Appends what a row of one token reads of the dense slots [from, to) of its unit.
   void fill_ranges(const Ranges& own, const Span& span, int64_t from, int64_t to,
                    const MaskRow& mask, Queue* queue) const {
     int64_t cut = span.gap ? min_of(max_of(span.gap_at, from), to) : to;
@@ -445,14 +463,74 @@ class Attend {
       if (!valid(at)) continue;
       float bias = mask.bias(at);
       queue->position[queue->n] = at;
-      queue->bias[queue->n] = bias;
+      queue->bias[0][queue->n] = bias;
       queue->n += bias != -kInf;
     }
+  }
+
+  // Of the dense slots [from, to) of its unit, at most kSlots, appends to `queue` what all tokens of a
+  // row read, and to `edges`, for each token its own, what some of them do: among neighbours that is
+  // little. Whether there is any.
+  bool fill_together(int64_t row, const Span& span, int64_t from, int64_t to, Queue* queue,
+                     Queue* edges) const {
+    const int64_t tokens = tokens_of(row), n = to - from;
+    if (p_.mask.dtype == kNone && p_.ranges.dtype == kNone) {
+      fill(nullptr, from, to, MaskRow(), queue);
+      return false;
+    }
+    uint8_t seen[kMaxTokens][kSlots], all[kSlots], any[kSlots] = {};
+    float bias[kMaxTokens][kSlots];
+    std::memset(all, 1, sizeof(all));
+    const int64_t behind = span.gap ? min_of(max_of(span.gap_at - from, int64_t{0}), n) : n;
+    auto key_of = [&](int64_t i) { return from + i + (i < behind ? 0 : span.gap); };
+    for (int64_t t = 0; t < tokens; ++t) {
+      const MaskRow mask = mask_of(row, t);
+      if (mask.dtype == kBool && mask.stride == 1) {
+        std::memcpy(seen[t], mask.data + from, behind);
+        std::memcpy(seen[t] + behind, mask.data + from + behind + span.gap, n - behind);
+      } else if (mask.dtype == kNone) {
+        std::memset(seen[t], 1, n);
+      } else {
+        for (int64_t i = 0; i < n; ++i) {
+          bias[t][i] = mask.bias(key_of(i));
+          seen[t][i] = bias[t][i] != -kInf;
+        }
+      }
+      if (p_.ranges.dtype != kNone) {
+        const Ranges own = ranges_of(row, t);
+        for (int64_t i = 0; i < n; ++i) {
+          int64_t key = key_of(i);
+          seen[t][i] &= (key >= own.first && key < own.first_stop) ||
+                        (key >= own.last && key < own.last_stop);
+        }
+      }
+      for (int64_t i = 0; i < n; ++i) all[i] &= seen[t][i];
+      for (int64_t i = 0; i < n; ++i) any[i] |= seen[t][i];
+    }
+    bool some = false;
+    for (int64_t i = 0; i < n; ++i) {
+      if (!any[i]) continue;
+      const int32_t key = static_cast<int32_t>(key_of(i));
+      some |= !all[i];
+      for (int64_t t = 0; t < tokens; ++t) {
+        if (all[i] && queue->biased) queue->bias[t][queue->n] = bias[t][i];
+        if (all[i] || !seen[t][i]) continue;
+        edges[t].position[edges[t].n] = key;
+        if (queue->biased) edges[t].bias[0][edges[t].n] = bias[t][i];
+        ++edges[t].n;
+      }
+      if (all[i]) queue->position[queue->n++] = key;
+    }
+    return some;
   }
 
   // Parts hold consecutive units, and share at most the one at which they meet.
   float* partial(int64_t row, int64_t part) const {
     return partials_ + (row + part * rows_per_unit_) * partial_stride_;
+  }
+  // Room for one row more, of each part.
+  float* spare(int64_t part) const {
+    return partials_ + ((units_ + parts_) * rows_per_unit_ + part) * partial_stride_;
   }
   float* most_of(float* partial) const {
     return partial + round_up(together_, kMaxHeads) * sum_stride_;
@@ -486,36 +564,41 @@ class Attend {
     if (rows_per_unit_ > 1) turn = round_up(kTurn / key_bytes_ + 1, kSlots);
     for (; first < last; first += turn) {
       for (int64_t i = 0; i < rows_per_unit_; ++i) {
-        attend_slots(row + i, spans_[unit], first, min_of(first + turn, last),
-                     queries + i * query_floats_, partial(row + i, part));
+        const Span& span = spans_[unit];
+        const float* mine = queries + i * query_floats_;
+        int64_t stop = min_of(first + turn, last);
+        attend_slots(row + i, span, first, stop, mine, partial(row + i, part), spare(part));
       }
     }
   }
 
-  // Block after block of heads; in each the dims that meet k, then those that meet the rest, each in
+  // Block after block of queries; in each the dims that meet k, then those that meet the rest, each in
   // the type in which they meet them.
   void load_queries(int64_t row, float* queries) const {
     int64_t size = round_up(d_, 32), rest_size = query_size_ - size;
-    for (int64_t g = 0; g < together_;) {
-      int64_t heads = head_block(together_ - g);
+    const int64_t number = heads_ * tokens_of(row);
+    for (int64_t g = 0; g < number;) {
+      int64_t heads = head_block(number - g);
       std::memset(queries, 0, heads * query_size_ * sizeof(*queries));
       for (int64_t x = 0; x < heads; ++x) {
-        int64_t h = head_of(row) + min_of(g + x, together_ - 1);
-        load_head(row, h, 0, d_, p_.k.dtype, heads, x, size, queries);
-        load_head(row, h, d_, rest_, p_.rest.dtype, heads, x, rest_size, queries + heads * size);
+        int64_t query = min_of(g + x, number - 1);
+        load_query(row, query, 0, d_, p_.k.dtype, heads, x, size, queries);
+        load_query(row, query, d_, rest_, p_.rest.dtype, heads, x, rest_size,
+                   queries + heads * size);
       }
       queries += heads * query_size_;
       g += heads;
     }
   }
 
-  // Dims [from, from + dims) of head h of q as head x of `heads` of `size` dims, for `dots_of`.
-  void load_head(int64_t row, int64_t h, int64_t from, int64_t dims, int64_t k_dtype,
-                 int64_t heads, int64_t x, int64_t size, float* to) const {
+  // Dims [from, from + dims) of a query of the row as head x of `heads` of `size` dims, for `dots_of`.
+  void load_query(int64_t row, int64_t query, int64_t from, int64_t dims, int64_t k_dtype,
+                  int64_t heads, int64_t x, int64_t size, float* to) const {
     bool halves = k_dtype != kFloat32;
     with_float_type(p_.q.dtype, [&](auto type) {
       using E = decltype(type);
-      const E* q = p_.q.row<E>(batch_of(row), h, token_of(row)) + from;
+      int64_t h = head_of(row) + query % heads_, token = token_of(row) + query / heads_;
+      const E* q = p_.q.row<E>(batch_of(row), h, token) + from;
       auto load = [&](auto* out) {
         using Q = std::remove_pointer_t<decltype(out)>;
         for (int64_t d = 0; d < dims; ++d) {
@@ -530,65 +613,111 @@ class Attend {
     });
   }
 
+  // What a KV head holds.
+  struct Rows {
+    const char *k, *rest, *v;
+  };
+
   // The first row of a KV head, (T, dims).
   const char* rows_of(const View4& tensor, int64_t row) const {
     int64_t at = batch_of(row) * tensor.step(0) + kv_head_of(row) * tensor.step(1);
     return tensor.data + at * tensor.element_size();
   }
 
+  // What a row reads of slots [first, last) of its unit. `spare`: room for a partial.
   void attend_slots(int64_t row, const Span& span, int64_t first, int64_t last,
-                    const float* queries, float* partial) const {
-    const MaskRow mask = mask_of(row);
+                    const float* queries, float* partial, float* spare) const {
+    const MaskRow mask = mask_of(row, 0);
     const int32_t* position = span.dense ? nullptr : positions_of(row);
-    const Ranges own = ranges_of(row);
-    float* most = most_of(partial);
-    float* total = total_of(partial);
-    const char* k = rows_of(p_.k, row);
-    const char* rest = rest_ ? rows_of(p_.rest, row) : nullptr;
-    const char* v = rows_of(p_.v, row);
+    const Ranges own = ranges_of(row, 0);
+    const int64_t tokens = tokens_of(row);
+    const Rows rows = {rows_of(p_.k, row), rest_ ? rows_of(p_.rest, row) : nullptr,
+                       rows_of(p_.v, row)};
     Queue queue;
+    queue.tokens = tokens;
     queue.biased = mask.additive();
     for (bool begun = false;; begun = true) {
       for (; first < last && queue.n < kSlots + kAhead; first += kSlots) {
+        int64_t stop = min_of(first + kSlots, last);
         if (position) {
-          fill(position, first, min_of(first + kSlots, last), mask, &queue);
+          fill(position, first, stop, mask, &queue);
+        } else if (tokens == 1) {
+          fill_ranges(own, span, first, stop, mask, &queue);
         } else {
-          fill_ranges(own, span, first, min_of(first + kSlots, last), mask, &queue);
+          take_together(row, span, first, stop, rows, queries, partial, spare, &queue);
         }
       }
       if (queue.n == 0) return;
       for (int64_t i = 0; !begun && i < min_of(kAhead, queue.n); ++i) {
-        prefetch(k + queue.position[i] * p_.k.stride[2] * k_bytes_, d_ * k_bytes_);
-        prefetch(v + queue.position[i] * p_.v.stride[2] * v_bytes_, dv_ * v_bytes_);
+        prefetch(rows.k + queue.position[i] * p_.k.stride[2] * k_bytes_, d_ * k_bytes_);
+        prefetch(rows.v + queue.position[i] * p_.v.stride[2] * v_bytes_, dv_ * v_bytes_);
       }
       int64_t n = min_of(queue.n, kSlots);
-      const float* q = queries;
-      for (int64_t g = 0; g < together_;) {
-        int64_t heads = head_block(together_ - g);
-        float* sum = partial + g * sum_stride_;
-        switch (heads) {
-          case 1: take<1>(k, rest, v, queue, n, q, sum, most + g, total + g); break;
-          case 2: take<2>(k, rest, v, queue, n, q, sum, most + g, total + g); break;
-          case 4: take<4>(k, rest, v, queue, n, q, sum, most + g, total + g); break;
-          default: take<8>(k, rest, v, queue, n, q, sum, most + g, total + g);
-        }
-        q += heads * query_size_;
-        g += heads;
-      }
+      take_queries(rows, queue, n, queries, 0, heads_ * tokens, heads_ * tokens, partial);
       queue.drop(n);
     }
   }
 
+  // Appends what all tokens of a row read of slots [first, stop), and takes what some of them do.
+  void take_together(int64_t row, const Span& span, int64_t first, int64_t stop, const Rows& rows,
+                     const float* queries, float* partial, float* spare, Queue* queue) const {
+    Queue edges[kMaxTokens];
+    for (Queue& edge : edges) edge.biased = queue->biased;
+    if (!fill_together(row, span, first, stop, queue, edges)) return;
+    for (int64_t t = 0; t < queue->tokens; ++t) {
+      if (edges[t].n) take_alone(t, queue->tokens, rows, edges[t], queries, partial, spare);
+    }
+  }
+
+  // Takes keys for the queries of one token of a row. Those of others, which share its blocks, are
+  // left as they were: a key that they do not read may hold anything.
+  void take_alone(int64_t token, int64_t tokens, const Rows& rows, const Queue& queue,
+                  const float* queries, float* partial, float* spare) const {
+    const int64_t from = token * heads_, to = from + heads_, number = heads_ * tokens;
+    std::memcpy(spare, partial, partial_stride_ * sizeof(float));
+    take_queries(rows, queue, queue.n, queries, from, to, number, spare);
+    for (int64_t query = from; query < to; ++query) {
+      most_of(partial)[query] = most_of(spare)[query];
+      total_of(partial)[query] = total_of(spare)[query];
+      const int64_t block = query / kMaxHeads * kMaxHeads, heads = head_block(number - block);
+      const int64_t piece = piece_of(heads);
+      for (int64_t d = 0; d < dv_; d += piece) {
+        int64_t at = block * sum_stride_ + d * heads + (query - block) * piece;
+        std::memcpy(partial + at, spare + at, piece * sizeof(float));
+      }
+    }
+  }
+
+  // Takes n keys for those of a row's `number` queries that share a block with one of [from, to).
+  void take_queries(const Rows& rows, const Queue& queue, int64_t n, const float* queries,
+                    int64_t from, int64_t to, int64_t number, float* partial) const {
+    for (int64_t g = 0; g < to;) {
+      int64_t heads = head_block(number - g);
+      if (g + heads > from) {
+        switch (heads) {
+          case 1: take<1>(rows, queue, n, queries, g, partial); break;
+          case 2: take<2>(rows, queue, n, queries, g, partial); break;
+          case 4: take<4>(rows, queue, n, queries, g, partial); break;
+          default: take<8>(rows, queue, n, queries, g, partial);
+        }
+      }
+      queries += heads * query_size_;
+      g += heads;
+    }
+  }
+
+  // Takes n keys for a block of queries, `first` and those behind it.
   template <int GB>
-  void take(const void* k, const void* rest, const void* v, const Queue& queue, int64_t n,
-            const float* q, float* sum, float* most, float* total) const {
+  void take(const Rows& rows, const Queue& queue, int64_t n, const float* q, int64_t first,
+            float* partial) const {
     constexpr int kWidth = GB == 8 ? 3 : GB / 2;  // its place among 1, 2, 4 and 8 heads
     float logit[kSlots * GB], rescale[GB];
-    dots_[kWidth](k, p_.k.stride[2], queue, n, q, d_, logit);
+    float* sum = partial + first * sum_stride_;
+    dots_[kWidth](rows.k, p_.k.stride[2], queue, n, q, d_, logit);
     if (rest_) {
       float more[kSlots * GB];
       const float* q_rest = q + GB * round_up(d_, 32);
-      rest_dots_[kWidth](rest, p_.rest.stride[2], queue, n, q_rest, rest_, more);
+      rest_dots_[kWidth](rows.rest, p_.rest.stride[2], queue, n, q_rest, rest_, more);
       for (int64_t i = 0; i < n * GB; ++i) logit[i] += more[i];
     }
     float scale = static_cast<float>(p_.scale);
@@ -599,17 +728,20 @@ class Attend {
       for (int64_t i = 0; i < n * GB; ++i) logit[i] = cap * tanh_of(logit[i] / cap);
     }
     if (queue.biased) {
-      for (int64_t i = 0; i < n; ++i) {
-        for (int g = 0; g < GB; ++g) logit[i * GB + g] += queue.bias[i];
+      for (int g = 0; g < GB; ++g) {
+        // Behind the last query of a row lies a repetition of it.
+        const float* bias = queue.bias[min_of((first + g) / heads_, queue.tokens - 1)];
+        for (int64_t i = 0; i < n; ++i) logit[i * GB + g] += bias[i];
       }
     }
     for (int64_t i = n * GB; i < round_up(n * GB, 16); ++i) logit[i] = -kInf;
-    soften<GB>(logit, round_up(n * GB, 16) / GB, most, total, rescale);
+    soften<GB>(logit, round_up(n * GB, 16) / GB, most_of(partial) + first,
+               total_of(partial) + first, rescale);
     for (int64_t part = 0; part < (dv_ + kPiece<GB> - 1) / kPiece<GB> * GB; ++part) {
       if (rescale[part % GB] == 1.0f) continue;
       for (int64_t d = 0; d < kPiece<GB>; ++d) sum[part * kPiece<GB> + d] *= rescale[part % GB];
     }
-    accumulate_[kWidth](v, p_.v.stride[2], queue, n, logit, dv_, sum);
+    accumulate_[kWidth](rows.v, p_.v.stride[2], queue, n, logit, dv_, sum);
   }
 
   // Joins what the parts left of units [unit, stop).
@@ -621,13 +753,14 @@ class Attend {
       int64_t last = first;
       while (from < to && last < parts_ && blocks_ * last / parts_ < to) ++last;
       for (int64_t i = 0; i < rows_per_unit_ * together_; ++i) {
-        combine(unit * rows_per_unit_ + i / together_, i % together_, first, last);
+        int64_t row = unit * rows_per_unit_ + i / together_, query = i % together_;
+        if (query < heads_ * tokens_of(row)) combine(row, query, first, last);
       }
     }
   }
 
   void combine(int64_t row, int64_t g, int64_t first, int64_t last) const {
-    int64_t h = head_of(row) + g;
+    int64_t h = head_of(row) + g % heads_, token = token_of(row) + g / heads_;
     // A part without blocks lies between others where there are more parts than blocks.
     auto idle = [&](int64_t i) { return blocks_ * i / parts_ == blocks_ * (i + 1) / parts_; };
     float sink = p_.sink_logits.dtype == kNone ? -kInf : MaskRow(p_.sink_logits, 0, 0, 0).bias(h);
@@ -645,8 +778,8 @@ class Attend {
     float inverse = total == 0 ? 0.0f : 1.0f / total;
     // Heads lie in blocks of `heads`, each piece after piece of dims.
     int64_t block = g / kMaxHeads * kMaxHeads;
-    int64_t heads = head_block(together_ - block), piece = piece_of(heads);
-    int64_t first_out = ((batch_of(row) * hq_ + h) * s_ + token_of(row)) * dv_;
+    int64_t heads = head_block(heads_ * tokens_of(row) - block), piece = piece_of(heads);
+    int64_t first_out = ((batch_of(row) * hq_ + h) * s_ + token) * dv_;
     for (int64_t d0 = 0; d0 < dv_; d0 += piece) {
       float sum[128] = {};
       for (int64_t t = first; t < last; ++t) {
@@ -666,8 +799,10 @@ class Attend {
   }
 
   const AttendParams& p_;
-  const int64_t hq_, s_, d_, hkv_, t_, rest_, dv_, slots_, lists_, together_, rows_;
-  const int64_t rows_per_unit_, units_, sum_stride_, partial_stride_, query_size_, query_floats_;
+  const int64_t hq_, s_, d_, hkv_, t_, rest_, dv_, slots_, lists_;
+  // Heads and tokens of a row, both together, and rows that the tokens of a head make.
+  const int64_t heads_, tokens_, together_, groups_, rows_, rows_per_unit_;
+  const int64_t units_, sum_stride_, partial_stride_, query_size_, query_floats_;
   const int64_t k_bytes_, rest_bytes_, v_bytes_, key_bytes_;
   const Dots* const dots_;
   const Dots* const rest_dots_;

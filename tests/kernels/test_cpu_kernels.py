@@ -823,6 +823,37 @@ def test_slots_that_nothing_sees_are_not_read(implementation, tokens, first, beh
         torch.testing.assert_close(found, expected.nan_to_num(0.0), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("groups", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_only_later_tokens_see_may_hold_anything(implementation, groups, dtype):
+    """Tokens share the blocks that they are computed in, and none of them another's last keys."""
+    tokens, t = 11, 500
+    q, k, v, _ = attend_inputs((1, 2 * groups, 2, tokens, t, 80, 72, 16, 9), dtype)
+    seen = torch.arange(t) <= torch.arange(t - tokens, t)[:, None]
+    stops = torch.arange(t - tokens + 1, t + 1, dtype=torch.int32)
+    ranges = torch.stack((0 * stops, 0 * stops + 70, stops - 100, stops), -1)[None, None]
+    ways = [({"mask": m[None, None]}, {}) for m in (seen, seen.to(torch.float32).log())]
+    for given, options in [*ways, ({"mask": None}, {"ranges": ranges})]:
+
+        def attended(values, given=given, options=options):
+            return implementation.attend(q, *values, None, **given, scale=0.1, **options)
+
+        truth = reference.attend(
+            q.double(), k.double(), v.double(), None, given["mask"], scale=0.1, **options
+        )
+        clean = attended((k, v))
+        torch.testing.assert_close(
+            clean.double(), truth, rtol=0, atol=2e-2 if dtype != torch.float32 else 2e-6
+        )
+        for at in (1, 4, tokens):
+            broken = [x.clone() for x in (k, v)]
+            for x in broken:
+                x[:, :, t - at] = torch.nan
+            found = attended(broken)
+            assert torch.equal(found[:, :, :-at], clean[:, :, :-at])
+            assert found[:, :, tokens - at :].isnan().all()
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_any_number_of_threads_attends_to_all_keys_alike(implementation, count):
     q, k, v, _ = attend_inputs((2, 6, 2, 3, 3000, 64, 64, 16, 9), torch.float32)
