@@ -1,0 +1,384 @@
+"""The search behind `loki tune --target`: measure what heads miss, solve, judge against a budget
+that is the same for all heads, over as many bytes.
+
+Each stage has text of its own: prompts (what is missed), passages to search on (how much what is
+missed counts), passages to judge by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loki_compile.commands.budget_choice import least_cost, least_loss
+from loki_compile.commands.budget_options import (
+    EVERY,
+    RANKED,
+    Menu,
+    Worth,
+    fixed_share,
+    missed_share,
+    of_heads,
+    of_plan,
+)
+from loki_compile.commands.evidence import Evidence, Outcome, bounds, needle_passage, text_passages
+from loki_compile.commands.kept import Kept
+from loki_compile.commands.measure import slot_classes
+from loki_compile.commands.step_bytes import StepBytes
+from loki_compile.config import LokiConfig
+from loki_compile.mass_curves import SHARES, CurvedLayer, MassCurves, missed_of, read_curves
+from loki_compile.observation import columns_of
+from loki_compile.pca_store.fingerprint import weights_fingerprint
+from loki_compile.pca_store.layer_plan import USED, LayerPlan, PlannedLayer
+from loki_compile.pca_store.store import Store
+from loki_compile.policies.kinds import Kind, kind_of
+from loki_compile.progress import versions
+from loki_compile.simulation import Simulation
+from loki_compile.watching import watched
+
+# Rows of each prompt of text, evenly spread over its second half.
+ROWS = 24
+# Passages of text that judge.
+TEXTS = 4
+# By `--heads`: the ways to come by keys.
+HEADS = {"ranked": (RANKED,), "any": EVERY}
+# What missed attention is raised to: its error adds up over heads as squares do, and a head that
+# is starved does more harm than what many spare.
+POWER = 2
+
+
+@dataclass(frozen=True)
+class Target:
+    """bytes: the part of the caches' bytes that a step reads, at most. mass: the mean share of
+    attention that heads capture, at least, for the fewest bytes."""
+
+    what: str
+    share: float
+
+    @classmethod
+    def of(cls, text: str) -> Target:
+        """From "bytes:0.2" or "mass:0.97".
+
+        Raises:
+          ValueError: neither.
+        """
+        what, _, share = text.partition(":")
+        try:
+            number = float(share)
+        except ValueError:
+            number = math.nan
+        if what not in ("bytes", "mass") or not 0 < number < 1:
+            raise ValueError(
+                f"--target {text}: needs bytes:SHARE, of the cache's bytes that a step reads, or "
+                "mass:SHARE, of the attention that is captured, between 0 and 1, such as bytes:0.2"
+            )
+        return cls(what, number)
+
+    def __str__(self) -> str:
+        return f"{self.what}:{self.share:g}"
+
+
+@dataclass(frozen=True)
+class BudgetSettings:
+    """As `loki tune` takes them. heads: one of `HEADS`. plan: words of the layers whose heads that
+    choose get budgets; () where every layer chooses for itself."""
+
+    target: Target
+    heads: str
+    rank: int | float | str
+    steps: int
+    plan: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a plan made of the passages that judge. bytes: of the caches' that a step reads. missed:
+    attention, as measured. kl: to dense logits, of text; answers: of needles' answers."""
+
+    kinds: tuple[Kind, ...]
+    bytes: float
+    missed: float
+    kl: float
+    same: float
+    needles: int
+    asked: int
+    answers: float
+    each: Tensor
+
+    def cells(self, name: str) -> list[str]:
+        return [
+            name,
+            f"{self.bytes:.1%}",
+            f"{self.missed:.3f}",
+            f"{self.kl:.4f}",
+            f"{self.same:.1%}",
+            f"{self.needles} of {self.asked}",
+            f"{self.answers:.4f}",
+        ]
+
+
+class BudgetSearch:
+    """One search: `read`, then `choose`, then `judge` and `plan_of`."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        settings: BudgetSettings,
+        prompts: Sequence[Tensor],
+        held_out: Tensor,
+    ) -> None:
+        """prompts: ids (T,) each; held_out (T',): T and TEXTS times `settings.steps`, or more."""
+        self.model, self.settings, self.prompts = model, settings, prompts
+        self.options = {"rank": settings.rank, "min_context": 0}
+        self.config = LokiConfig.from_options(self.options)
+        length, steps = len(prompts[0]), settings.steps
+        texts = [*prompts, prompts[0][: length // 2]]
+        asked = [
+            needle_passage(tokenizer, text, len(text) - steps, steps, 50 + seed)
+            for seed, text in enumerate(texts)
+        ]
+        self.texts = [(text, _rows(len(text))) for text in texts]
+        self.asked = [(each.ids[:-1], each.rows + each.start) for each in asked]
+        behind = held_out[-length:]
+        hays = ((held_out[:length], length), (behind, length), (behind, length // 2))
+        needles = [
+            needle_passage(tokenizer, hay, size, steps, seed)
+            for seed, (hay, size) in enumerate(hays)
+        ]
+        self.passages = [*text_passages(held_out, length, steps, TEXTS), *needles]
+        key = {**asdict(settings), "shares": SHARES, "rows": ROWS, "budgets": 1}
+        self.kept = Kept(model, key, [*prompts, held_out])
+        self.layers: tuple[CurvedLayer, ...] = ()
+        self.blocks: dict[str, tuple[str, ...]] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Of all prompts that are read."""
+        return sum(len(ids) for ids, _ in (*self.texts, *self.asked))
+
+    @property
+    def runs(self) -> int:
+        """How often the model runs over a passage."""
+        return 2 * len(self.passages)
+
+    def read(self, progress: Callable[[int], None]) -> None:
+        """Measures what every head misses; what an earlier run has kept is not read again.
+
+        Raises:
+          ValueError: attention that cannot be observed.
+        """
+        budget = self.config.budget
+        self.bases = self._bases()
+        seen = MassCurves(False, "pca", self.settings.rank, sink=budget.sink, recent=budget.recent)
+        seen.bases = self.bases
+        every = [*self.texts, *self.asked]
+        found = [self.kept.recall(f"curves-{number}") for number in range(len(every))]
+        left = [number for number, known in enumerate(found) if known is None]
+        progress(sum(len(ids) for (ids, _), known in zip(every, found, strict=True) if known))
+        at = iter(left)
+
+        def done() -> None:
+            number = next(at)
+            layers = [list(astuple(layer)) for layer in seen.of_layers.values()]
+            found[number] = {**seen.sums}, {"layers": layers, "blocks": seen.blocks}
+            self.kept.keep(f"curves-{number}", *found[number])
+            progress(len(every[number][0]))
+
+        if left:
+            read_curves(self.model, seen, (every[number] for number in left), done)
+        record = found[0][1]
+        self.layers = tuple(CurvedLayer(*layer) for layer in record["layers"])
+        self.blocks = {weights: tuple(blocks) for weights, blocks in record["blocks"].items()}
+        count = len(self.texts)
+        text, needles = (
+            missed_of(
+                self.layers,
+                [each[0] for each in found[part]],
+                [len(rows) for _, rows in every[part]],
+            )
+            for part in (slice(count), slice(count, None))
+        )
+        self.missed = text.mean(needles)
+
+    def choose(self) -> None:
+        """Solves for the target.
+
+        Raises:
+          ValueError: a target that nothing keeps.
+        """
+        target = self.settings.target
+        rank = columns_of(self.settings.rank, self.layers[0].head_dim)
+        itemsize = next(self.model.parameters()).element_size()
+        budget, tokens = self.config.budget, len(self.prompts[0])
+        self.costs = StepBytes(self.layers, itemsize, rank, tokens, budget)
+        self.base = [kind_of(word) for word in self.settings.plan]
+        fixed = fixed_share(self.costs, self.base)
+        menu = self._menu(_squared if target.what == "bytes" else _plain)
+        if target.what == "bytes":
+            chosen = least_loss(menu.options, target.share - fixed)
+        else:
+            chosen = least_cost(menu.options, 1 - target.share)
+        if chosen is None:
+            raise ValueError(self._infeasible(menu, fixed))
+        self.gap, self.kinds = chosen.gap, menu.kinds(chosen)
+
+    def judge(self, progress: Callable[[int], None]) -> tuple[Judged, Judged, tuple[float, float]]:
+        """What the plan makes of held-out passages, what one budget for all heads does that reads
+        as many bytes, and the 95 % bounds of how much more KL the plan has.
+
+        Raises:
+          ValueError: attention that cannot be simulated.
+        """
+        simulation = Simulation(self.config.budget, self.settings.rank, {})
+        share = self.costs.share(self.kinds)
+        plans = [tuple(self.kinds), tuple(self.costs.uniform(share, self.base))]
+        outcomes: list[list[Outcome]] = [[], []]
+        with watched(self.model, simulation.look) as run:
+            paths = [layer.path for layer in self.layers]
+            stored = self._stored()
+            evidence = Evidence(self.model, simulation, run, paths, self.passages, stored)
+            for number in range(len(self.passages)):
+                for own, kinds in zip(outcomes, plans, strict=True):
+                    own.append(self._outcome(evidence, kinds, number))
+                    progress(1)
+                evidence.forget(number)
+        ours, uniform = (self._judged(*each) for each in zip(plans, outcomes, strict=True))
+        return ours, uniform, bounds(ours.each - uniform.each)
+
+    def plan_of(
+        self, ours: Judged, uniform: Judged, more: tuple[float, float], name: str, source: str
+    ) -> LayerPlan:
+        """What is stored."""
+        keys = [count for layer in self.costs.keys(self.kinds) for count in layer]
+        return LayerPlan(
+            layers=tuple(
+                PlannedLayer(
+                    layer.path,
+                    layer.weights,
+                    self.blocks.get(layer.weights, ()),
+                    layer.kv_heads,
+                    str(kind),
+                )
+                for layer, kind in zip(self.layers, self.kinds, strict=True)
+            ),
+            model=name,
+            top_k=round(sum(keys) / len(keys) / self.costs.tokens, 6),
+            source=source,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            scores={
+                USED: beats(ours, uniform, more),
+                "target": str(self.settings.target),
+                "heads": self.settings.heads,
+                "tokens": self.costs.tokens,
+                "bytes": round(ours.bytes, 6),
+                "missed": round(ours.missed, 6),
+                "kl": ours.kl,
+                "more than one budget for all": list(more),
+                "needles": ours.needles,
+                "needles asked": ours.asked,
+                "kl of answers": ours.answers,
+                "bytes of one budget for all": round(uniform.bytes, 6),
+                "missed by one budget for all": round(uniform.missed, 6),
+                "kl of one budget for all": uniform.kl,
+                "needles of one budget for all": uniform.needles,
+                "gap": round(self.gap, 6),
+                "versions": versions(),
+            },
+        )
+
+    def forget(self) -> None:
+        """What was kept for a run that is stopped."""
+        self.kept.forget()
+
+    # -- of the model
+
+    def _menu(self, worth: Worth) -> Menu:
+        if self.base:
+            return of_plan(self.missed, self.costs, self.base, worth)
+        ways, slots = HEADS[self.settings.heads], list(range(len(self.layers)))
+        if ways == EVERY:
+            paths = [layer.path for layer in self.layers]
+            slots = slot_classes(self.model, paths, self.options)
+        return of_heads(self.missed, self.costs, slots, ways, worth)
+
+    def _infeasible(self, menu: Menu, fixed: float) -> str:
+        least = [math.inf] * len(menu.places)
+        for option in menu.options:
+            least[option.head] = min(least[option.head], option.cost)
+        lowest = fixed + math.fsum(least)
+        target = self.settings.target
+        if target.what == "mass" or lowest <= target.share:
+            return f"--target {target}: the solver found no plan in its time; needs another target"
+        other = "" if self.base or self.settings.heads == "any" else ", or --heads any"
+        return (
+            f"--target {target}: the least that a step can read is {lowest:.3f} of the cache's "
+            f"bytes ({self.costs.index:.3f} for each index); needs more{other}, or a smaller --rank"
+        )
+
+    def _bases(self) -> Any:
+        stored = Store().list()
+        weights = {site.weights for entry in stored for site in entry.header.sites}
+        own = set(map(weights_fingerprint, self.model.parameters())) if stored else set()
+        return Store().find(weights & own) if stored else None
+
+    def _stored(self) -> dict[str, Any]:
+        """The stored bases of all layers, or none."""
+        found = {}
+        for layer in self.layers if self.bases is not None else ():
+            basis = self.bases.find(layer.weights, occurrence=layer.occurrence)
+            if basis is None:
+                return {}
+            found[layer.path] = basis
+        return found
+
+    # -- what a plan makes of text
+
+    def _outcome(self, evidence: Evidence, kinds: Sequence[Kind], number: int) -> Outcome:
+        words = " ".join(map(str, kinds))
+        name = f"{number}-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
+        known = self.kept.recall(name)
+        if known is not None:
+            return Outcome(**known[0])
+        outcome = evidence.of(kinds, number)
+        self.kept.keep(name, asdict(outcome), None)
+        return outcome
+
+    def _judged(self, kinds: tuple[Kind, ...], outcomes: Sequence[Outcome]) -> Judged:
+        text, needles = outcomes[:TEXTS], outcomes[TEXTS:]
+        kl = torch.cat([each.kl for each in text])
+        return Judged(
+            kinds=kinds,
+            bytes=self.costs.share(kinds),
+            missed=missed_share(self.missed, self.costs, kinds),
+            kl=float(kl.mean()),
+            same=float(torch.cat([each.same for each in text]).float().mean()),
+            needles=sum(int(each.found.sum()) for each in needles),
+            asked=sum(len(each.found) for each in needles),
+            answers=float(torch.cat([each.kl for each in needles]).mean()),
+            each=kl,
+        )
+
+
+def beats(ours: Judged, uniform: Judged, more: tuple[float, float]) -> bool:
+    """Whether a plan is surely better than one budget for all heads, and finds no needle less."""
+    return more[1] < 0 and ours.needles >= uniform.needles
+
+
+def _plain(layer: int, missed: float) -> float:
+    return missed
+
+
+def _squared(layer: int, missed: float) -> float:
+    return missed**POWER
+
+
+def _rows(tokens: int) -> Tensor:
+    return torch.linspace(tokens // 2, tokens - 1, ROWS).long()
