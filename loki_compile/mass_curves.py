@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from loki_compile.kernels.fused import index_rows
 from loki_compile.kernels.spans import ONE_Q16
-from loki_compile.observation import Observed, Seen
+from loki_compile.observation import Observed, Seen, columns_of
 from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.covariance import KeyCovariance
 from loki_compile.simulation import agreed_on
@@ -90,7 +90,7 @@ class MassCurves(Seen):
     def _by_index(self, cache: Observed, keys: Tensor, queries: Tensor, query: Tensor) -> Tensor:
         """The products that rank keys: (Hkv, G, rows, T), with an index of int8."""
         basis = self._basis(cache, keys, queries)
-        low, high = basis.truncate(basis.rank_for(self.rank))
+        low, high = basis.truncate(columns_of(self.rank, cache.head_dim))
         near, scale = index_rows(keys, high, torch.int8)
         assert scale is not None
         return torch.einsum("hgrd,htd->hgrt", query @ low[:, None], (near * scale)[0])

@@ -138,9 +138,9 @@ def missed_share(missed: Missed, costs: StepBytes, plan: Sequence[Kind]) -> floa
     """The mean share of attention that heads miss under a plan, between measured points in a
     straight line."""
     number, grid, total = _numbers(missed), _keys(costs), 0.0
+    read = costs.keys(plan)
     for (layer, head), own in number.items():
         kind, source = plan[layer], None
-        keys = costs.keys(plan)[layer][head]
         way = missed.last if kind.ranking == SPANS else missed.ranked
         if kind.dense:
             continue
@@ -152,7 +152,7 @@ def missed_share(missed: Missed, costs: StepBytes, plan: Sequence[Kind]) -> floa
                 source = number[budget.source, budget.head]
             way = missed.last if budget.last else way
         curve = way[own] if source is None else missed.read[own, source]
-        total += float(np.interp(keys, grid, curve.numpy()))
+        total += float(np.interp(read[layer][head], grid, curve.numpy()))
     return total / len(number)
 
 

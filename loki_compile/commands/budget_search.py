@@ -20,6 +20,7 @@ from torch import Tensor
 from loki_compile.commands.budget_choice import least_cost, least_loss
 from loki_compile.commands.budget_options import (
     EVERY,
+    FROM,
     RANKED,
     Menu,
     Worth,
@@ -28,16 +29,26 @@ from loki_compile.commands.budget_options import (
     of_heads,
     of_plan,
 )
-from loki_compile.commands.evidence import Evidence, Outcome, bounds, needle_passage, text_passages
+from loki_compile.commands.evidence import (
+    Evidence,
+    Outcome,
+    Passage,
+    bounds,
+    needle_passage,
+    text_passages,
+)
 from loki_compile.commands.kept import Kept
 from loki_compile.commands.measure import slot_classes
+from loki_compile.commands.plan_search import NEEDLES_COUNT
 from loki_compile.commands.step_bytes import StepBytes
 from loki_compile.config import LokiConfig
+from loki_compile.kernels.spans import Span
 from loki_compile.mass_curves import SHARES, CurvedLayer, MassCurves, missed_of, read_curves
 from loki_compile.observation import columns_of
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from loki_compile.pca_store.layer_plan import USED, LayerPlan, PlannedLayer
 from loki_compile.pca_store.store import Store
+from loki_compile.policies.head_budgets import HeadBudget
 from loki_compile.policies.kinds import Kind, kind_of
 from loki_compile.progress import versions
 from loki_compile.simulation import Simulation
@@ -52,6 +63,10 @@ HEADS = {"ranked": (RANKED,), "any": EVERY}
 # What missed attention is raised to: its error adds up over heads as squares do, and a head that
 # is starved does more harm than what many spare.
 POWER = 2
+# Of the keys, what heads read at least where layers are weighed.
+PROBED = 0.03
+# Of the median of layers.
+LEAST_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
@@ -153,11 +168,15 @@ class BudgetSearch:
             needle_passage(tokenizer, hay, size, steps, seed)
             for seed, (hay, size) in enumerate(hays)
         ]
+        last = Passage(prompts[-1], length - steps)
+        self.searching = [last, needle_passage(tokenizer, prompts[-1], length - steps, steps, 99)]
         self.passages = [*text_passages(held_out, length, steps, TEXTS), *needles]
         key = {**asdict(settings), "shares": SHARES, "rows": ROWS, "budgets": 1}
         self.kept = Kept(model, key, [*prompts, held_out])
         self.layers: tuple[CurvedLayer, ...] = ()
         self.blocks: dict[str, tuple[str, ...]] = {}
+        self.slots: list[int] = []
+        self.base = [kind_of(word) for word in settings.plan]
 
     @property
     def tokens(self) -> int:
@@ -165,15 +184,20 @@ class BudgetSearch:
         return sum(len(ids) for ids, _ in (*self.texts, *self.asked))
 
     @property
+    def probes(self) -> int:
+        """How often the model runs over a passage to weigh layers."""
+        return (1 + len(self.layers)) * len(self.searching)
+
+    @property
     def runs(self) -> int:
-        """How often the model runs over a passage."""
+        """How often the model runs over a passage that judges."""
         return 2 * len(self.passages)
 
     def read(self, progress: Callable[[int], None]) -> None:
         """Measures what every head misses; what an earlier run has kept is not read again.
 
         Raises:
-          ValueError: attention that cannot be observed.
+          ValueError: attention that cannot be observed, a rank of more dims than heads have.
         """
         budget = self.config.budget
         self.bases = self._bases()
@@ -207,6 +231,37 @@ class BudgetSearch:
             for part in (slice(count), slice(count, None))
         )
         self.missed = text.mean(needles)
+        rank, dims = self.settings.rank, self.layers[0].head_dim
+        if isinstance(rank, int) and rank > dims:
+            raise ValueError(f"--rank {rank}: heads have {dims} dims; needs at most as many")
+        rank = columns_of(rank, dims)
+        itemsize = next(self.model.parameters()).element_size()
+        tokens = len(self.prompts[0])
+        self.costs = StepBytes(self.layers, itemsize, rank, tokens, budget)
+        self.weights = [1.0] * len(self.layers)
+
+    def weigh(self, progress: Callable[[int], None]) -> None:
+        """Runs the model with the heads of one layer at a time reading as little as they can, the
+        others alike, and notes how much more KL that is for what they then miss.
+
+        Raises:
+          ValueError: attention that cannot be simulated.
+        """
+        target = self.settings.target
+        keys = target.share - self.costs.index if target.what == "bytes" else 0.0
+        even = self.costs.uniform(self.costs.index + max(keys, PROBED))
+        least = Kind("loki", budgets=(HeadBudget(Span.of((1, 0))),))
+        probes = [even]
+        for layer in range(len(self.layers)):
+            probes.append([*even[:layer], least, *even[layer + 1 :]])
+        outcomes = self._outcomes("searched", self.searching, probes, progress)
+        text, needles = (
+            torch.stack([each[number].kl.mean() for each in outcomes]).double()
+            for number in range(len(self.searching))
+        )
+        lost = text + NEEDLES_COUNT * needles
+        missed = torch.tensor([missed_share(self.missed, self.costs, each) for each in probes])
+        self.weights = weights_of(lost - lost[0], missed - missed[0])
 
     def choose(self) -> None:
         """Solves for the target.
@@ -214,21 +269,24 @@ class BudgetSearch:
         Raises:
           ValueError: a target that nothing keeps.
         """
-        target = self.settings.target
-        rank = columns_of(self.settings.rank, self.layers[0].head_dim)
-        itemsize = next(self.model.parameters()).element_size()
-        budget, tokens = self.config.budget, len(self.prompts[0])
-        self.costs = StepBytes(self.layers, itemsize, rank, tokens, budget)
-        self.base = [kind_of(word) for word in self.settings.plan]
-        fixed = fixed_share(self.costs, self.base)
-        menu = self._menu(_squared if target.what == "bytes" else _plain)
+        self.kinds, self.gap = self.solved(self.settings.target, HEADS[self.settings.heads])
+
+    def solved(self, target: Target, ways: Sequence[str]) -> tuple[list[Kind], float]:
+        """The plan for a target whose heads come by keys in these ways, and the gap of the program.
+
+        Raises:
+          ValueError: a target that nothing keeps.
+        """
+        fixed = fixed_share(self.costs, self.base) if self.base else 0.0
         if target.what == "bytes":
+            menu = self._menu(ways, lambda layer, missed: self.weights[layer] * missed**POWER)
             chosen = least_loss(menu.options, target.share - fixed)
         else:
+            menu = self._menu(ways, lambda layer, missed: missed)
             chosen = least_cost(menu.options, 1 - target.share)
         if chosen is None:
-            raise ValueError(self._infeasible(menu, fixed))
-        self.gap, self.kinds = chosen.gap, menu.kinds(chosen)
+            raise ValueError(self._infeasible(target, menu, fixed))
+        return menu.kinds(chosen), chosen.gap
 
     def judge(self, progress: Callable[[int], None]) -> tuple[Judged, Judged, tuple[float, float]]:
         """What the plan makes of held-out passages, what one budget for all heads does that reads
@@ -237,19 +295,9 @@ class BudgetSearch:
         Raises:
           ValueError: attention that cannot be simulated.
         """
-        simulation = Simulation(self.config.budget, self.settings.rank, {})
         share = self.costs.share(self.kinds)
         plans = [tuple(self.kinds), tuple(self.costs.uniform(share, self.base))]
-        outcomes: list[list[Outcome]] = [[], []]
-        with watched(self.model, simulation.look) as run:
-            paths = [layer.path for layer in self.layers]
-            stored = self._stored()
-            evidence = Evidence(self.model, simulation, run, paths, self.passages, stored)
-            for number in range(len(self.passages)):
-                for own, kinds in zip(outcomes, plans, strict=True):
-                    own.append(self._outcome(evidence, kinds, number))
-                    progress(1)
-                evidence.forget(number)
+        outcomes = self._outcomes("judged", self.passages, plans, progress)
         ours, uniform = (self._judged(*each) for each in zip(plans, outcomes, strict=True))
         return ours, uniform, bounds(ours.each - uniform.each)
 
@@ -300,21 +348,19 @@ class BudgetSearch:
 
     # -- of the model
 
-    def _menu(self, worth: Worth) -> Menu:
+    def _menu(self, ways: Sequence[str], worth: Worth) -> Menu:
         if self.base:
             return of_plan(self.missed, self.costs, self.base, worth)
-        ways, slots = HEADS[self.settings.heads], list(range(len(self.layers)))
-        if ways == EVERY:
+        if FROM in ways and not self.slots:
             paths = [layer.path for layer in self.layers]
-            slots = slot_classes(self.model, paths, self.options)
-        return of_heads(self.missed, self.costs, slots, ways, worth)
+            self.slots = slot_classes(self.model, paths, self.options)
+        return of_heads(self.missed, self.costs, self.slots, ways, worth)
 
-    def _infeasible(self, menu: Menu, fixed: float) -> str:
+    def _infeasible(self, target: Target, menu: Menu, fixed: float) -> str:
         least = [math.inf] * len(menu.places)
         for option in menu.options:
             least[option.head] = min(least[option.head], option.cost)
         lowest = fixed + math.fsum(least)
-        target = self.settings.target
         if target.what == "mass" or lowest <= target.share:
             return f"--target {target}: the solver found no plan in its time; needs another target"
         other = "" if self.base or self.settings.heads == "any" else ", or --heads any"
@@ -341,15 +387,32 @@ class BudgetSearch:
 
     # -- what a plan makes of text
 
-    def _outcome(self, evidence: Evidence, kinds: Sequence[Kind], number: int) -> Outcome:
-        words = " ".join(map(str, kinds))
-        name = f"{number}-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
-        known = self.kept.recall(name)
-        if known is not None:
-            return Outcome(**known[0])
-        outcome = evidence.of(kinds, number)
-        self.kept.keep(name, asdict(outcome), None)
-        return outcome
+    def _outcomes(
+        self,
+        stage: str,
+        passages: Sequence[Passage],
+        plans: Sequence[Sequence[Kind]],
+        progress: Callable[[int], None],
+    ) -> list[list[Outcome]]:
+        """Of each plan what it makes of each passage; what an earlier run has kept is not run."""
+        simulation = Simulation(self.config.budget, self.settings.rank, {})
+        paths = [layer.path for layer in self.layers]
+        made: list[list[Outcome]] = [[] for _ in plans]
+        with watched(self.model, simulation.look) as run:
+            evidence = Evidence(self.model, simulation, run, paths, passages, self._stored())
+            for number in range(len(passages)):
+                for own, kinds in zip(made, plans, strict=True):
+                    words = " ".join(map(str, kinds))
+                    digest = hashlib.sha256(words.encode()).hexdigest()[:16]
+                    name = f"{stage}-{number}-{digest}"
+                    known = self.kept.recall(name)
+                    outcome = Outcome(**known[0]) if known else evidence.of(kinds, number)
+                    if known is None:
+                        self.kept.keep(name, asdict(outcome), None)
+                    own.append(outcome)
+                    progress(1)
+                evidence.forget(number)
+        return made
 
     def _judged(self, kinds: tuple[Kind, ...], outcomes: Sequence[Outcome]) -> Judged:
         text, needles = outcomes[:TEXTS], outcomes[TEXTS:]
@@ -372,12 +435,13 @@ def beats(ours: Judged, uniform: Judged, more: tuple[float, float]) -> bool:
     return more[1] < 0 and ours.needles >= uniform.needles
 
 
-def _plain(layer: int, missed: float) -> float:
-    return missed
-
-
-def _squared(layer: int, missed: float) -> float:
-    return missed**POWER
+def weights_of(lost: Tensor, missed: Tensor) -> list[float]:
+    """What a missed share of attention counts in each layer, 1 on average: of the first plan, and
+    of those with one layer changed, what more they lose and what more they miss. A layer that lost
+    next to nothing, or gained by chance, still counts a little."""
+    each = lost[1:] / missed[1:].clamp(min=1e-6)
+    each = each.clamp(min=max(LEAST_WEIGHT * float(each.median()), 1e-9))
+    return (each / each.mean()).tolist()
 
 
 def _rows(tokens: int) -> Tensor:

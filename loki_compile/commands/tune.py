@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 POLICIES = ("loki", "tidal", "moa")
 # Options that not all searches have, by their parameters; "target" is that for budgets.
 OWN = {
+    "target": ("target", "heads", "rank", "steps"),
     "tidal": (
         *("top_k", "rank", "group_choice", "tolerance", "cost_context", "plans", "steps"),
         "picture",
     ),
     "moa": ("density", "sink", "effects"),
-    "target": ("target", "heads", "rank", "steps"),
 }
 OF = {"tidal": "--policy tidal", "moa": "--policy moa", "target": "--policy loki or tidal"}
 

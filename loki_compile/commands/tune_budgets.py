@@ -45,6 +45,8 @@ def tune_budgets(
     aim = Target.of(target)
     if policy == "tidal" and heads != "ranked":
         raise ValueError(f"--heads {heads}: a plan of tidal says who chooses; needs --policy loki")
+    if isinstance(rank, str) and rank != "auto":
+        raise ValueError(f"--rank {rank}: bytes are counted for one rank; needs 32, 0.5 or auto")
     loki_options(rank=rank)
     root = Store(folder).root
     asked.check()
@@ -94,6 +96,7 @@ def _searched(
     """What the solved plan makes of held-out text, and one budget for all heads, with bars."""
     with progress() as bar:
         reading = bar.add_task(f"reading with {name}", total=search.tokens)
+        weighing = bar.add_task("weighing layers", total=None, visible=False)
         judging = bar.add_task("held-out text", total=search.runs, visible=False)
         search.read(lambda done: bar.advance(reading, done))
         own = [layer.weights for layer in search.layers]
@@ -102,6 +105,9 @@ def _searched(
                 f"--policy tidal: the stored plan has {len(layers.layers)} layers, and {len(own)} "
                 "were seen, or others: needs a plan of all of them; run `loki tune` again"
             )
+        if search.settings.target.what == "bytes":
+            bar.update(weighing, visible=True, total=search.probes)
+            search.weigh(lambda done: bar.advance(weighing, done))
         search.choose()
         bar.update(judging, visible=True)
         return search.judge(lambda done: bar.advance(judging, done))
