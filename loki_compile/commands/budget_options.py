@@ -18,11 +18,16 @@ from loki_compile.policies.kinds import SPANS, Kind
 
 # The ways to come by keys: by a head's own index, the last ones, or as an earlier head has chosen.
 RANKED, LAST, FROM = "ranked", "last", "from"
-EVERY = (RANKED, LAST, FROM)
-# What a head that misses so much is taken to lose, of a layer.
+# What a head of a layer is taken to lose that misses so much.
 Worth = Callable[[int, float], float]
+
 # Heads of earlier layers that each head may read the choice of: those that serve it best.
 SOURCES = 3
+
+
+def plain(layer: int, missed: float) -> float:
+    """It is what it misses that a head loses."""
+    return missed
 
 
 @dataclass(frozen=True)

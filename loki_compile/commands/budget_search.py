@@ -1,8 +1,8 @@
 """The search behind `loki tune --target`: measure what heads miss, solve, judge against a budget
 that is the same for all heads, over as many bytes.
 
-Each stage has text of its own: prompts (what is missed), passages to search on (how much what is
-missed counts), passages to judge by.
+Each stage has passages of its own: prompts (what is missed), some of these again (which ways to
+come by keys do best), held-out ones that judge.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from loki_compile.commands.budget_choice import least_cost, least_loss
 from loki_compile.commands.budget_options import (
-    EVERY,
     FROM,
+    LAST,
     RANKED,
     Menu,
     Worth,
@@ -28,6 +28,7 @@ from loki_compile.commands.budget_options import (
     missed_share,
     of_heads,
     of_plan,
+    plain,
 )
 from loki_compile.commands.evidence import (
     Evidence,
@@ -42,13 +43,11 @@ from loki_compile.commands.measure import slot_classes
 from loki_compile.commands.plan_search import NEEDLES_COUNT
 from loki_compile.commands.step_bytes import StepBytes
 from loki_compile.config import LokiConfig
-from loki_compile.kernels.spans import Span
 from loki_compile.mass_curves import SHARES, CurvedLayer, MassCurves, missed_of, read_curves
 from loki_compile.observation import columns_of
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from loki_compile.pca_store.layer_plan import USED, LayerPlan, PlannedLayer
 from loki_compile.pca_store.store import Store
-from loki_compile.policies.head_budgets import HeadBudget
 from loki_compile.policies.kinds import Kind, kind_of
 from loki_compile.progress import versions
 from loki_compile.simulation import Simulation
@@ -58,15 +57,11 @@ from loki_compile.watching import watched
 ROWS = 24
 # Passages of text that judge.
 TEXTS = 4
-# By `--heads`: the ways to come by keys.
-HEADS = {"ranked": (RANKED,), "any": EVERY}
-# What missed attention is raised to: its error adds up over heads as squares do, and a head that
-# is starved does more harm than what many spare.
-POWER = 2
-# Of the keys, what heads read at least where layers are weighed.
-PROBED = 0.03
-# Of the median of layers.
-LEAST_WEIGHT = 0.1
+# By `--heads`: the ways to come by keys, of which all or some are taken.
+HEADS = {
+    "ranked": ((RANKED,),),
+    "any": ((RANKED,), (RANKED, LAST), (RANKED, FROM), (RANKED, LAST, FROM)),
+}
 
 
 @dataclass(frozen=True)
@@ -184,9 +179,11 @@ class BudgetSearch:
         return sum(len(ids) for ids, _ in (*self.texts, *self.asked))
 
     @property
-    def probes(self) -> int:
-        """How often the model runs over a passage to weigh layers."""
-        return (1 + len(self.layers)) * len(self.searching)
+    def trials(self) -> int:
+        """How often the model runs over a passage that is searched on, at most."""
+        ways = HEADS[self.settings.heads]
+        searched = self.settings.target.what == "bytes" and len(ways) > 1
+        return len(ways) * len(self.searching) * searched
 
     @property
     def runs(self) -> int:
@@ -238,51 +235,47 @@ class BudgetSearch:
         itemsize = next(self.model.parameters()).element_size()
         tokens = len(self.prompts[0])
         self.costs = StepBytes(self.layers, itemsize, rank, tokens, budget)
-        self.weights = [1.0] * len(self.layers)
 
-    def weigh(self, progress: Callable[[int], None]) -> None:
-        """Runs the model with the heads of one layer at a time reading as little as they can, the
-        others alike, and notes how much more KL that is for what they then miss.
-
-        Raises:
-          ValueError: attention that cannot be simulated.
-        """
-        target = self.settings.target
-        keys = target.share - self.costs.index if target.what == "bytes" else 0.0
-        even = self.costs.uniform(self.costs.index + max(keys, PROBED))
-        least = Kind("loki", budgets=(HeadBudget(Span.of((1, 0))),))
-        probes = [even]
-        for layer in range(len(self.layers)):
-            probes.append([*even[:layer], least, *even[layer + 1 :]])
-        outcomes = self._outcomes("searched", self.searching, probes, progress)
-        text, needles = (
-            torch.stack([each[number].kl.mean() for each in outcomes]).double()
-            for number in range(len(self.searching))
-        )
-        lost = text + NEEDLES_COUNT * needles
-        missed = torch.tensor([missed_share(self.missed, self.costs, each) for each in probes])
-        self.weights = weights_of(lost - lost[0], missed - missed[0])
-
-    def choose(self) -> None:
-        """Solves for the target.
+    def choose(self, progress: Callable[[int], None]) -> None:
+        """Solves for the target. Heads that may come by keys in any way are tried without some of
+        them too: the fewest bytes are taken, or what diverges least of passages that do not judge.
 
         Raises:
-          ValueError: a target that nothing keeps.
+          ValueError: a target that nothing keeps, attention that cannot be simulated.
         """
-        self.kinds, self.gap = self.solved(self.settings.target, HEADS[self.settings.heads])
+        target, refused, solved = self.settings.target, "", {}
+        for ways in HEADS[self.settings.heads]:
+            try:
+                solved[ways] = self.solved(target, ways)
+            except ValueError as error:
+                refused = str(error)
+        if not solved:
+            raise ValueError(refused)
+        found, plans = list(solved), [kinds for kinds, _ in solved.values()]
+        if target.what == "mass":
+            worth = [self.costs.share(kinds) for kinds in plans]
+        elif len(plans) == 1:
+            worth = [0.0]
+        else:
+            outcomes = self.outcomes("searched", self.searching, plans, progress)
+            means = [[float(each.kl.mean()) for each in own] for own in outcomes]
+            worth = [text + NEEDLES_COUNT * needles for text, needles in means]
+        self.ways = found[worth.index(min(worth))]
+        self.kinds, self.gap = solved[self.ways]
 
-    def solved(self, target: Target, ways: Sequence[str]) -> tuple[list[Kind], float]:
+    def solved(
+        self, target: Target, ways: Sequence[str], worth: Worth = plain
+    ) -> tuple[list[Kind], float]:
         """The plan for a target whose heads come by keys in these ways, and the gap of the program.
 
         Raises:
           ValueError: a target that nothing keeps.
         """
         fixed = fixed_share(self.costs, self.base) if self.base else 0.0
+        menu = self._menu(ways, worth)
         if target.what == "bytes":
-            menu = self._menu(ways, lambda layer, missed: self.weights[layer] * missed**POWER)
             chosen = least_loss(menu.options, target.share - fixed)
         else:
-            menu = self._menu(ways, lambda layer, missed: missed)
             chosen = least_cost(menu.options, 1 - target.share)
         if chosen is None:
             raise ValueError(self._infeasible(target, menu, fixed))
@@ -297,7 +290,7 @@ class BudgetSearch:
         """
         share = self.costs.share(self.kinds)
         plans = [tuple(self.kinds), tuple(self.costs.uniform(share, self.base))]
-        outcomes = self._outcomes("judged", self.passages, plans, progress)
+        outcomes = self.outcomes("judged", self.passages, plans, progress)
         ours, uniform = (self._judged(*each) for each in zip(plans, outcomes, strict=True))
         return ours, uniform, bounds(ours.each - uniform.each)
 
@@ -324,7 +317,7 @@ class BudgetSearch:
             scores={
                 USED: beats(ours, uniform, more),
                 "target": str(self.settings.target),
-                "heads": self.settings.heads,
+                "heads": list(self.ways),
                 "tokens": self.costs.tokens,
                 "bytes": round(ours.bytes, 6),
                 "missed": round(ours.missed, 6),
@@ -387,7 +380,7 @@ class BudgetSearch:
 
     # -- what a plan makes of text
 
-    def _outcomes(
+    def outcomes(
         self,
         stage: str,
         passages: Sequence[Passage],
@@ -433,15 +426,6 @@ class BudgetSearch:
 def beats(ours: Judged, uniform: Judged, more: tuple[float, float]) -> bool:
     """Whether a plan is surely better than one budget for all heads, and finds no needle less."""
     return more[1] < 0 and ours.needles >= uniform.needles
-
-
-def weights_of(lost: Tensor, missed: Tensor) -> list[float]:
-    """What a missed share of attention counts in each layer, 1 on average: of the first plan, and
-    of those with one layer changed, what more they lose and what more they miss. A layer that lost
-    next to nothing, or gained by chance, still counts a little."""
-    each = lost[1:] / missed[1:].clamp(min=1e-6)
-    each = each.clamp(min=max(LEAST_WEIGHT * float(each.median()), 1e-9))
-    return (each / each.mean()).tolist()
 
 
 def _rows(tokens: int) -> Tensor:

@@ -96,7 +96,7 @@ def _searched(
     """What the solved plan makes of held-out text, and one budget for all heads, with bars."""
     with progress() as bar:
         reading = bar.add_task(f"reading with {name}", total=search.tokens)
-        weighing = bar.add_task("weighing layers", total=None, visible=False)
+        trying = bar.add_task("trying ways to come by keys", total=None, visible=False)
         judging = bar.add_task("held-out text", total=search.runs, visible=False)
         search.read(lambda done: bar.advance(reading, done))
         own = [layer.weights for layer in search.layers]
@@ -105,10 +105,8 @@ def _searched(
                 f"--policy tidal: the stored plan has {len(layers.layers)} layers, and {len(own)} "
                 "were seen, or others: needs a plan of all of them; run `loki tune` again"
             )
-        if search.settings.target.what == "bytes":
-            bar.update(weighing, visible=True, total=search.probes)
-            search.weigh(lambda done: bar.advance(weighing, done))
-        search.choose()
+        bar.update(trying, visible=search.trials > 0, total=search.trials)
+        search.choose(lambda done: bar.advance(trying, done))
         bar.update(judging, visible=True)
         return search.judge(lambda done: bar.advance(judging, done))
 

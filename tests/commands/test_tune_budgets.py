@@ -139,13 +139,6 @@ def test_a_plan_is_used_where_it_is_surely_better_and_finds_as_much(
     assert ("are not surely better" in done.output) != used
 
 
-def test_layers_that_lose_more_count_more():
-    lost, missed = torch.tensor([1.0, 3.0, 2.0, 0.5]), torch.tensor([0.1, 0.3, 0.2, 0.4])
-    found = budget_search.weights_of(lost - 1.0, missed - 0.1)
-    assert found[0] == pytest.approx(found[1]) and sum(found) == pytest.approx(3)
-    assert 0 < found[2] == pytest.approx(0.1 * found[1])
-
-
 @pytest.mark.slow
 def test_budgets_of_a_plan_of_layers_belong_to_those_that_choose(tuning, monkeypatch):
     missing = run(*tuning, "--policy", "tidal", "--target", "bytes:0.5")
