@@ -4,11 +4,11 @@
         --text MPL-1.1 --text argparse.py --layers TUNED.plan.json --bytes 0.2 --bytes 0.1
 
 What heads miss is measured on --read as `loki tune --target` does it; every plan then reads the
-same part of the caches' bytes at a step, indexes counted in. One budget for all heads; budgets per head;
-the last keys in some heads; what a head of an earlier layer chose in others; spans of the last keys
-alone (MoA's); the plan of layers with one budget and with budgets per head; random budgets (each
-head's keys log-uniform). Simulated, all over the same tokens. KL is in nats, with bounds (one-sided
-95 % each) of how much it is more than one budget for all.
+same part of the caches' bytes at a step, indexes counted in. One budget for all heads; budgets
+per head; the last keys in some heads; what a head of an earlier layer chose in others; spans of
+the last keys alone (MoA's); the plan of layers with one budget and with budgets per head; random
+budgets (each head's keys log-uniform). Simulated, all over the same tokens. KL is in nats, with
+bounds (one-sided 95 % each) of how much it is more than one budget for all.
 """
 
 from __future__ import annotations
