@@ -71,7 +71,9 @@ def of_heads(
     budgets: list[HeadBudget] = []
     ranked: dict[tuple[int, int], int] = {}
 
-    def offer(head: int, loss: Tensor, cost: float, budget: HeadBudget, needs: int | None = None):  # type: ignore[no-untyped-def]
+    def offer(
+        head: int, loss: Tensor, cost: float, budget: HeadBudget, needs: int | None = None
+    ) -> None:
         lost = worth(int(missed.layers[head]), float(loss)) / heads
         options.append(Option(head, lost, cost * of[head], needs))
         budgets.append(budget)
