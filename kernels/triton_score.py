@@ -38,6 +38,7 @@ RUNTIME_SIZES = [
     "q_sb", "q_sh", "q_ss", "basis_sb", "basis_sh", "basis_sd",
     "index_sb", "index_sh", "index_st", "index_scale_sb", "index_scale_sh", "index_scale_st",
     "mask_sb", "mask_sh", "mask_ss", "mask_st", "bounds_sb", "bounds_sh", "bounds_ss",
+    "budgets_sb", "budgets_sh", "budgets_ss",
 ]  # fmt: skip
 
 

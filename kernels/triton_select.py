@@ -114,6 +114,8 @@ def select_stages(
     keys: int | None = None,
     by_probability: bool = False,
     mass: float = 0.0,
+    budgets: Tensor | None = None,
+    slots: int | None = None,
     weigh: bool = False,
     launch: SelectLaunch | None = None,
 ) -> tuple[Tensor, Tensor | None, tuple[Stage, ...]]:
@@ -123,9 +125,10 @@ def select_stages(
         q, basis, index, index_scale, mask, bounds,
         top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
         per_head=per_head, page=page, keys=keys, by_probability=by_probability, mass=mass,
-        weighed=weigh,
+        budgets=budgets, slots=slots, weighed=weigh,
     )  # fmt: skip
-    slots = int(Budget(top_k, keep_q16, sink, recent, min_keys).slots(t))
+    if slots is None:
+        slots = int(Budget(top_k, keep_q16, sink, recent, min_keys).slots(t))
     positions = q.new_empty((b, heads_out, s, slots), dtype=torch.int32)
     weighed = positions.new_empty((b, heads_out, s, 2), dtype=torch.float32) if weigh else None
     if b * heads_out * s == 0:
@@ -142,7 +145,8 @@ def select_stages(
     )  # fmt: skip
     call = _Call(
         q, basis, index, index_scale, mask, bounds, positions, weighed,
-        scale=scale, budget=budget, mass=mass, keys=t, page=page, scored=scored, launch=launch,
+        scale=scale, budget=budget, budgets=budgets, mass=mass, keys=t, page=page, scored=scored,
+        launch=launch,
     )  # fmt: skip
     return positions, weighed, call.stages()
 
@@ -163,6 +167,7 @@ class _Call:
         *,
         scale: float,
         budget: tuple[int, int, int, int, int],
+        budgets: Tensor | None,
         mass: float,
         keys: int,
         page: int,
@@ -172,6 +177,7 @@ class _Call:
         self.q, self.basis, self.index, self.index_scale = q, basis, index, index_scale
         self.bounds, self.positions, self.budget = bounds, positions, budget
         self.weighed, self.mass = weighed, mass
+        self.budgets, self.own = budgets, budgets is not None
         self.weighs = mass > 0 or weighed is not None
         self.scale, self.page, self.scored = scale, page, scored
         self.tiles, self.int8 = scored == TILES.value, index.dtype == torch.int8
@@ -310,7 +316,8 @@ class _Call:
             self.high, self.low, self.source, self.score, self.records, self.sample,
             *broadcast_strides(self.q, 3), *strides, *self.strides, *self.bounds_strides,
             self.heads_out, self.tokens, self.keys, self.scale, self.hidden, *self.budget,
-            D=self.head_dim, BLOCK_D=block_d, SAMPLE=self.launch.sample,
+            self.budgets, *broadcast_strides(self.budgets, 3), self.slots,
+            D=self.head_dim, BLOCK_D=block_d, SAMPLE=self.launch.sample, OWN=self.own,
             LIST_ALL=self.launch.list_all, **self._tile, num_warps=self.launch.row_warps,
         )  # fmt: skip
 
@@ -319,7 +326,8 @@ class _Call:
             self.index, self.index_scale, self.mask, self.high, self.low, self.source, self.score,
             self.records, *self.lists, self.counts, self.parts, *self.strides,
             self.heads_out, self.tokens, self.keys, self.hidden, self.splits,
-            STAGES=self.launch.stages, WEIGH=self.weighs, **self._tile, num_warps=self.launch.warps,
+            STAGES=self.launch.stages, WEIGH=self.weighs, OWN=self.own, **self._tile,
+            num_warps=self.launch.warps,
         )  # fmt: skip
 
     def _choose(self) -> None:
@@ -329,7 +337,7 @@ class _Call:
             self.weighed, *self.strides,
             self.heads_out, self.tokens, self.keys, self.hidden, self.splits, self.slots, self.mass,
             BLOCK=self.launch.block, WEIGH=self.weighs, TELL=self.weighed is not None,
-            **self._tile, num_warps=self.launch.row_warps,
+            OWN=self.own, **self._tile, num_warps=self.launch.row_warps,
         )  # fmt: skip
 
 

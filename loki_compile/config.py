@@ -31,6 +31,10 @@ MASS = "mass:"
 _CEILING = 0.25
 
 
+class _Open(float):
+    """The default of `top_k`, which nobody has asked for; as a number it is like any other."""
+
+
 @dataclass(frozen=True)
 class LokiConfig:
     """Options, as in the README's table. As in scikit-learn a float is a fraction, an int a count.
@@ -40,7 +44,7 @@ class LokiConfig:
         found, what is needed and what to do.
     """
 
-    top_k: int | float | str = 0.125
+    top_k: int | float | str = _Open(0.125)
     rank: int | float | str = AUTO
     basis: str | Path | BasisSet = "auto"
     min_context: int = 1024
@@ -196,6 +200,12 @@ class LokiConfig:
                 return True
             return self.policy not in PLANS and bool(kind_of(self.policy).budgets)
         return any(kind.ranking == SPANS or kind.budgets for kind in self.kinds)
+
+    @property
+    def open_budget(self) -> bool:
+        """Whether nobody has said how many keys are read: a plan that is stored for the model then
+        may."""
+        return self.policy == "loki" and isinstance(self.top_k, _Open)
 
     def layers_named(self) -> list[tuple[str, Any, tuple[int | str, ...]]]:
         """Words by which options call layers: the option, its words, what these stand for."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loki_compile.kernels.budget import Budget
+from loki_compile.kernels.budget import Budget, HeadBudgets
 from loki_compile.kernels.kept import Keeps
 from loki_compile.kernels.spans import Spans
 from loki_compile.passes.attention import AttentionSite
@@ -65,6 +65,11 @@ class Choice:
     `dense_result` it reads all keys and chooses for others. `spans` say how many keys each KV head
     reads where the ranking reads ranges. `note` is what one should know of it. `weighed`: what its
     rows choose and leave out is noted, where its ranking weighs keys.
+
+    `budgets` say how many keys each KV head chooses, where these and not `budget` do. A KV head
+    without one reads what a head of an earlier site of the same slots has chosen: `borrowed` has
+    that site's number and the KV head of it, None for a head that chooses. Where that site has
+    become dense the head chooses itself, as many keys as that one would.
     """
 
     ranking: Ranking | None
@@ -77,11 +82,18 @@ class Choice:
     note: str = ""
     spans: Spans | None = None
     weighed: bool = False
+    budgets: HeadBudgets | None = None
+    borrowed: tuple[tuple[int, int] | None, ...] = ()
 
     @property
-    def rule(self) -> Budget | Spans:
-        """How many keys a row reads of those that it sees."""
-        return self.spans or self.budget
+    def rule(self) -> Budget | Spans | HeadBudgets:
+        """How many keys a row chooses, or reads in ranges, of those that it sees."""
+        return self.spans or self.budgets or self.budget
+
+    @property
+    def ranks(self) -> bool:
+        """Whether any of its heads ranks keys, unless it reads another site's choice."""
+        return self.budgets is None or self.budgets.ranks
 
 
 # For all sites of a graph, which are numbered in its order, the choice of each.

@@ -172,6 +172,12 @@ def find_plan(
     return None
 
 
+def any_plan(root: Path | None = None, suffix: str = SUFFIX) -> bool:
+    """Whether a plan of that suffix is stored, of whatever model."""
+    root = default_root() if root is None else root
+    return next(iter(root.glob(f"*{suffix}")), None) is not None
+
+
 def stored_plans(root: Path | None = None, suffix: str = SUFFIX) -> Iterator[LayerPlan]:
     """All that can be read, newest first; what cannot is passed over with a warning."""
     root = default_root() if root is None else root

@@ -65,10 +65,15 @@ class Kind:
     budgets: tuple[HeadBudget, ...] = ()
 
     @property
+    def borrows(self) -> bool:
+        """Whether some of its KV heads read what a head of another layer chose."""
+        return any(each.span is None for each in self.budgets)
+
+    @property
     def sources(self) -> tuple[int, ...]:
         """The layers that it names as those whose choice it reads."""
-        named = [] if self.source is None else [self.source]
-        return tuple(sorted({*named, *(each.source for each in self.budgets if not each.span)}))
+        named = {each.source for each in self.budgets if each.span is None}
+        return tuple(sorted(named if self.source is None else {*named, self.source}))
 
     def __str__(self) -> str:
         if self.reuse:
