@@ -101,6 +101,7 @@ def command(context: click.Context, policy: str | None, **given: Any) -> None:
             name = f"--{option.replace('_', '-')}"
             of = next(OF[other] for other in OWN if option in OWN[other])
             raise ValueError(f"{name}: that is of {of}; needs {of}, or leave it out")
+    check_installed("scipy")
     own = {name: given.pop(name) for name in OWN[search]}
     common = {name: value for name, value in given.items() if name not in sum(OWN.values(), ())}
     model = AskedModel.taken(common)
@@ -135,7 +136,6 @@ def _tune_layers(
     from loki_compile.pca_store.layer_plan import save_plan
     from loki_compile.pca_store.store import Store
 
-    check_installed("scipy")
     settings = Settings(**of_search)
     loki_options(
         policy="tidal",
@@ -205,7 +205,6 @@ def _tune_spans(
     from loki_compile.pca_store.layer_plan import SPANS_SUFFIX, save_plan
     from loki_compile.pca_store.store import Store
 
-    check_installed("scipy")
     settings = SpanSettings(**of_search)
     if settings.effects not in EFFECTS:
         raise ValueError(f"--effects {settings.effects}: needs one of {', '.join(EFFECTS)}")

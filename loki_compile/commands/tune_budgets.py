@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loki_compile.commands.options import AskedModel, check_installed, loki_options, text_of
+from loki_compile.commands.options import AskedModel, loki_options, text_of
 from loki_compile.commands.output import out, progress, say, show
 
 if TYPE_CHECKING:
@@ -41,13 +41,8 @@ def tune_budgets(
     from loki_compile.commands.texts import prompts_of
     from loki_compile.pca_store.store import Store
 
-    check_installed("scipy")
     aim = Target.of(target)
-    if policy == "tidal" and heads != "ranked":
-        raise ValueError(f"--heads {heads}: a plan of tidal says who chooses; needs --policy loki")
-    if isinstance(rank, str) and rank != "auto":
-        raise ValueError(f"--rank {rank}: bytes are counted for one rank; needs 32, 0.5 or auto")
-    loki_options(rank=rank)
+    _check(policy, heads, rank)
     root = Store(folder).root
     asked.check()
     check_writable("--out" if folder else "the store", root, folder=True)
@@ -69,8 +64,21 @@ def tune_budgets(
     found = _searched(search, asked.name, layers)
     plan = search.plan_of(*found, asked.name, source)
     _show(search, *found)
-    _store(plan, layers, root, found[2])
+    _store(plan, layers, root)
     search.forget()
+
+
+def _check(policy: str, heads: str, rank: int | float | str) -> None:
+    """Refuses what cannot be together.
+
+    Raises:
+        ValueError: as said.
+    """
+    if policy == "tidal" and heads != "ranked":
+        raise ValueError(f"--heads {heads}: a plan of tidal says who chooses; needs --policy loki")
+    if isinstance(rank, str) and rank != "auto":
+        raise ValueError(f"--rank {rank}: bytes are counted for one rank; needs 32, 0.5 or auto")
+    loki_options(rank=rank)
 
 
 def _stored_layers(model: Any) -> LayerPlan:
@@ -111,9 +119,7 @@ def _searched(
         return search.judge(lambda done: bar.advance(judging, done))
 
 
-def _store(
-    plan: LayerPlan, layers: LayerPlan | None, root: Path, more: tuple[float, float]
-) -> None:
+def _store(plan: LayerPlan, layers: LayerPlan | None, root: Path) -> None:
     from dataclasses import replace
 
     from loki_compile.pca_store.layer_plan import BUDGETS_SUFFIX, SUFFIX, USED, save_plan
