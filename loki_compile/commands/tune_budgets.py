@@ -151,7 +151,8 @@ def _show(search: BudgetSearch, ours: Judged, uniform: Judged, more: tuple[float
     out.print(table)
     for number, line in enumerate(_lines(search)):
         show(f"  layer {number} {line}")
-    show(f"the integer program is within {search.gap:.2%} of its optimum")
+    ways = ", ".join(search.ways)
+    show(f"keys come by: {ways}; the integer program is within {search.gap:.2%} of its optimum")
     interval = f"{more[0]:+.4f} to {more[1]:+.4f} nats of KL more"
     if uniform.bytes > ours.bytes * 1.01:
         say(
