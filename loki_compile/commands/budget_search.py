@@ -196,37 +196,16 @@ class BudgetSearch:
         Raises:
           ValueError: attention that cannot be observed, a rank of more dims than heads have.
         """
-        budget = self.config.budget
         self.bases = self._bases()
-        seen = MassCurves(False, "pca", self.settings.rank, sink=budget.sink, recent=budget.recent)
-        seen.bases = self.bases
         every = [*self.texts, *self.asked]
-        found = [self.kept.recall(f"curves-{number}") for number in range(len(every))]
-        left = [number for number, known in enumerate(found) if known is None]
-        progress(sum(len(ids) for (ids, _), known in zip(every, found, strict=True) if known))
-        at = iter(left)
-
-        def done() -> None:
-            number = next(at)
-            layers = [list(astuple(layer)) for layer in seen.of_layers.values()]
-            found[number] = {**seen.sums}, {"layers": layers, "blocks": seen.blocks}
-            self.kept.keep(f"curves-{number}", *found[number])
-            progress(len(every[number][0]))
-
-        if left:
-            read_curves(self.model, seen, (every[number] for number in left), done)
+        found = self._curves(every, progress)
         record = found[0][1]
         self.layers = tuple(CurvedLayer(*layer) for layer in record["layers"])
         self.blocks = {weights: tuple(blocks) for weights, blocks in record["blocks"].items()}
-        count = len(self.texts)
-        text, needles = (
-            missed_of(
-                self.layers,
-                [each[0] for each in found[part]],
-                [len(rows) for _, rows in every[part]],
-            )
-            for part in (slice(count), slice(count, None))
-        )
+        sums, rows = [each for each, _ in found], [len(each) for _, each in every]
+        at = len(self.texts)
+        text = missed_of(self.layers, sums[:at], rows[:at])
+        needles = missed_of(self.layers, sums[at:], rows[at:])
         self.missed = text.mean(needles)
         rank, dims = self.settings.rank, self.layers[0].head_dim
         if isinstance(rank, int) and rank > dims:
@@ -234,7 +213,7 @@ class BudgetSearch:
         rank = columns_of(rank, dims)
         itemsize = next(self.model.parameters()).element_size()
         tokens = len(self.prompts[0])
-        self.costs = StepBytes(self.layers, itemsize, rank, tokens, budget)
+        self.costs = StepBytes(self.layers, itemsize, rank, tokens, self.config.budget)
 
     def choose(self, progress: Callable[[int], None]) -> None:
         """Solves for the target. Heads that may come by keys in any way are tried without some of
@@ -340,6 +319,30 @@ class BudgetSearch:
         self.kept.forget()
 
     # -- of the model
+
+    def _curves(
+        self, prompts: Sequence[tuple[Tensor, Tensor]], progress: Callable[[int], None]
+    ) -> list[tuple[dict[str, Tensor], Any]]:
+        """Of each prompt the sums of `MassCurves`, and the layers."""
+        budget = self.config.budget
+        seen = MassCurves(False, "pca", self.settings.rank, sink=budget.sink, recent=budget.recent)
+        seen.bases = self.bases
+        names = [f"curves-{number}" for number in range(len(prompts))]
+        found = {name: known for name in names if (known := self.kept.recall(name)) is not None}
+        left = [number for number, name in enumerate(names) if name not in found]
+        progress(sum(len(prompts[number][0]) for number in range(len(names)) if number not in left))
+        at = iter(left)
+
+        def done() -> None:
+            number = next(at)
+            layers = [list(astuple(layer)) for layer in seen.of_layers.values()]
+            found[names[number]] = {**seen.sums}, {"layers": layers, "blocks": seen.blocks}
+            self.kept.keep(names[number], *found[names[number]])
+            progress(len(prompts[number][0]))
+
+        if left:
+            read_curves(self.model, seen, (prompts[number] for number in left), done)
+        return [found[name] for name in names]
 
     def _menu(self, ways: Sequence[str], worth: Worth) -> Menu:
         if self.base:
