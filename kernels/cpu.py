@@ -77,7 +77,7 @@ def select_weighed(
 def _select(
     kernels: ctypes.CDLL,
     weigh: bool,
-    *operands: Tensor | None,
+    *operands: Any,
     scale: float,
     top_k: int | None,
     keep_q16: int,

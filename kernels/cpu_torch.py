@@ -124,8 +124,8 @@ def _chosen(
     share = ((count.long() * budget.keep_q16 + 65535) >> 16).clamp(max=most)
     keep = torch.where(count < budget.min_keys, count, share.maximum(sink + recent))
     if budgets is not None:
-        most, last = budgets.long().unsqueeze(-1).unbind(3)  # (B, heads, S, 1) each
-        keep = most.clamp(0, slots).minimum(count)
+        own, last = budgets.long().unsqueeze(-1).unbind(3)  # (B, heads, S, 1) each
+        keep = own.clamp(0, slots).minimum(count)
         recent = last.clamp(min=0).minimum(keep)
         sink = (keep - recent).clamp(max=budget.sink)
     forced = visible & ((rank > count - recent) | (rank <= sink))

@@ -179,6 +179,7 @@ class _Call:
         self.weighed, self.mass = weighed, mass
         self.budgets, self.own = budgets, budgets is not None
         self.weighs = mass > 0 or weighed is not None
+        self.idle = self.own and not self.weighs  # rows that rank nothing need no scores
         self.scale, self.page, self.scored = scale, page, scored
         self.tiles, self.int8 = scored == TILES.value, index.dtype == torch.int8
         self.heads_out, self.tokens, self.slots = positions.shape[1:]
@@ -255,6 +256,11 @@ class _Call:
         )
 
     @functools.cached_property
+    def _budgets(self) -> tuple[Any, ...]:
+        """What tells which rows rank nothing."""
+        return self.budgets, *broadcast_strides(self.budgets, 3), self.budget[2]
+
+    @functools.cached_property
     def _row(self) -> dict[str, Any]:
         """Constants of every kernel that has a program for a row."""
         per_kv = self.heads_out // self.index.shape[1]
@@ -284,23 +290,24 @@ class _Call:
             met, self.index, self.index_scale, self.mask, self.bounds, self.logits,
             *broadcast_strides(met, 3), *self.strides, *self.bounds_strides,
             self.heads_out, self.tokens, self.keys, self.scale, self.hidden, self.splits,
-            R=width, BLOCK_R=block_q, ALIGN=self.align, INT8=self.int8,
+            *self._budgets, R=width, BLOCK_R=block_q, ALIGN=self.align, INT8=self.int8,
             EACH=self.scored == PROBABILITIES.value, PAGE=self.page, PAGE_PAD=page_pad,
-            BLOCK_P=max(1, 4096 // max(bounds_or_row, page_pad)), **self._row, num_warps=4,
+            BLOCK_P=max(1, 4096 // max(bounds_or_row, page_pad)), IDLE=self.idle, **self._row,
+            num_warps=4,
         )  # fmt: skip
 
     def _add_up(self) -> None:
         mass_kernel[(self.rows, self.group)](
             self.logits, self.bounds, self.log_mass, *self.bounds_strides,
-            self.heads_out, self.tokens, self.keys,
-            BLOCK=self.launch.block, **self._row, num_warps=self.launch.row_warps,
+            self.heads_out, self.tokens, self.keys, *self._budgets,
+            BLOCK=self.launch.block, IDLE=self.idle, **self._row, num_warps=self.launch.row_warps,
         )  # fmt: skip
 
     def _add_heads(self) -> None:
         sum_kernel[(self.rows, self.splits)](
             self.logits, self.bounds, self.log_mass, self.score, *self.bounds_strides,
-            self.heads_out, self.tokens, self.keys, self.splits,
-            BLOCK=1024, **self._row, num_warps=4,
+            self.heads_out, self.tokens, self.keys, self.splits, *self._budgets,
+            BLOCK=1024, IDLE=self.idle, **self._row, num_warps=4,
         )  # fmt: skip
 
     def _prepare(self) -> None:

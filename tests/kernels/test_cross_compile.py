@@ -242,6 +242,7 @@ WEIGHED = [
 OWN_BUDGETS = [
     dict(own=True, mask="bool"),
     pytest.param(dict(own=True, weigh=True, scorer="exact", index=BF16), marks=pytest.mark.slow),
+    pytest.param(dict(own=True, by_probability=True, mask="additive"), marks=pytest.mark.slow),
 ]
 WEIGHED_MORE = [
     dict(mass=0.95, mask="bool"),

@@ -24,7 +24,7 @@ from toy_layers import (
 from toy_masks import alibi, causal, causal_float, left_padded
 from toy_policies import DirectLayers
 
-from loki_compile import stats
+from loki_compile import reports, stats
 
 # Ranked, the last ones, and what heads of two earlier layers chose; in a plan with everything else.
 PLAN = {
@@ -53,10 +53,16 @@ SPELLINGS = [
 ]
 OPTIONS = [{"share": "head"}, {"index_dtype": "int8"}, {}, {"group_choice": "probability"}]
 pytestmark = pytest.mark.usefixtures("interpreted")
-spelled = pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.name)
-# Each spelling and each option once, and by each other where time counts less.
+slow = pytest.mark.slow
+QUICK = (0, 2)
+spelled = pytest.mark.parametrize(
+    "spelling",
+    [pytest.param(s, marks=[slow] * (n not in QUICK)) for n, s in enumerate(SPELLINGS)],
+    ids=lambda s: s.name,
+)
+# Each by each other; two of them where time counts.
 PAIRS = [
-    pytest.param(spelling, options, marks=[pytest.mark.slow] * (place != number))
+    pytest.param(spelling, options, marks=[slow] * (place != number or place not in QUICK))
     for place, spelling in enumerate(SPELLINGS)
     for number, options in enumerate(OPTIONS)
 ]
@@ -82,9 +88,20 @@ def test_each_head_reads_what_its_word_says(spelling, options, interpreted):
 def test_what_heads_read_is_neither_a_uniform_budget_nor_another_heads():
     """Otherwise the comparison with the definition would prove nothing."""
     module = Layers(*[GROWING] * 2).eval()
-    plan = {0: "oracle:3,0.6N,last=7", 1: "oracle:from=0.1,last=5,6"}
-    right = list(plan.values())
-    assert farthest(module, compiled(module, plan, **FEW), _as(module, *right)) < 5e-5
+    right = ("oracle:3,0.6N,last=7", "oracle:from=0.1,last=5,6")
+    here, steps = Conversations(module), tokens(GROWING, STEPS)
+    start = here.fork(module)
+    fast = compiled(module, dict(enumerate(right)), **FEW)
+    found = [here.step(fast, x) for x in steps]
+
+    def farthest_from(*words: str) -> float:
+        there = start.fork(module)
+        with DirectLayers(list(words), module.kv_heads, FEW):
+            truth = [there.step(module, x) for x in steps]
+        pairs = zip(found, truth, strict=True)
+        return max((out - wanted).abs().max().item() for out, wanted in pairs)
+
+    assert farthest_from(*right) < 5e-5
     for wrong in (
         ("oracle:3,0.6N,7", right[1]),
         ("oracle:3,0.6N,last=6", right[1]),
@@ -93,12 +110,7 @@ def test_what_heads_read_is_neither_a_uniform_budget_nor_another_heads():
         (right[0], "oracle:0.6N,last=5,6"),
         ("oracle", "oracle"),
     ):
-        torch._dynamo.reset()
-        assert farthest(module, compiled(module, plan, **FEW), _as(module, *wrong)) > 1e-3, wrong
-
-
-def _as(module, *kinds):
-    return DirectLayers(list(kinds), module.kv_heads, FEW)
+        assert farthest_from(*wrong) > 1e-3, wrong
 
 
 @spelled
@@ -171,6 +183,20 @@ def test_nothing_is_kept_where_no_head_ranks(interpreted):
                          module.kv_heads, FEW)  # fmt: skip
     assert farthest(module, compiled(module, plan, **FEW), truth) < 5e-5
     assert stats()["rebuilds"] == stats()["index_bytes"] == 0
+
+
+@torch.no_grad()
+def test_a_watched_layer_tells_of_the_heads_that_choose():
+    module = Layers(*[GROWING] * 3).eval()
+    words = ["oracle:3,last=5,4", "oracle:from=0.1,last=5,6", "oracle:from=0.0,from=1.2,from=0.2"]
+    plan, options = dict(enumerate(words)), {**FEW, "watch_mass": 0.99}
+    truth = DirectLayers(words, module.kv_heads, FEW)
+    assert farthest(module, compiled(module, plan, **options), truth) < 5e-5
+    (model,) = stats()["models"].values()
+    told = list(model["layers"].values())
+    assert [each["keys"] for each in told] == [pytest.approx(4.0), pytest.approx(5.5)]
+    assert all(0.0 < each["left_out"] < 1.0 for each in told)
+    assert [site.keys for site in reports()[-1].sites] == [4.0, 5.5, None]
 
 
 @pytest.mark.parametrize(
