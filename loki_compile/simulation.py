@@ -21,6 +21,7 @@ from loki_compile.passes.normalize import normalize
 from loki_compile.passes.sites import find_sites
 from loki_compile.pca_store.basis import Basis
 from loki_compile.pca_store.covariance import KeyCovariance
+from loki_compile.policies.head_budgets import HeadBudget
 from loki_compile.policies.kinds import Kind
 
 
@@ -44,6 +45,7 @@ class Simulation:
         self.bases = dict(bases)
         self.fitting = False
         self.kinds: dict[str, Kind] = {}
+        self.paths: tuple[str, ...] = ()
         self.sources: dict[str, str] = {}
         self.refused: dict[str, str] = {}
         self.served: dict[str, None] = {}
@@ -51,6 +53,7 @@ class Simulation:
     def under(self, kinds: Sequence[Kind], paths: Sequence[str]) -> None:
         """Sets the plan: sources count the layers of `paths`."""
         self.kinds = dict(zip(paths, kinds, strict=True))
+        self.paths = tuple(paths)
         self.sources = {
             path: paths[kind.source]
             for path, kind in self.kinds.items()
@@ -128,7 +131,7 @@ class _Run(fx.Interpreter):
                 wanted = torch.einsum("bhgsd,hdr->bhgsr", grouped, low)
                 ranks = site.scale * torch.einsum("bhgsr,bhtr->bhgst", wanted, near)
             agreed = agreed_on(ranks, seen, by_probability=self.simulation.by_probability)
-            self.chosen[site.path] = self._choose(agreed, seen[:, :, 0])
+            self.chosen[site.path] = self._choose(kind.budgets, agreed, seen[:, :, 0])
         if kind.dense:
             return result
         reads = self.chosen[self.simulation.sources.get(site.path, site.path)]
@@ -157,9 +160,22 @@ class _Run(fx.Interpreter):
         basis = held[site.path]
         return basis.truncate(basis.rank_for(self.simulation.rank))
 
-    def _choose(self, wanted: Tensor, seen: Tensor) -> Tensor:
+    def _choose(self, budgets: tuple[HeadBudget, ...], wanted: Tensor, seen: Tensor) -> Tensor:
         """bool (B, Hkv, S, T): the keys of each row's budget, by (B, Hkv, S, T)."""
-        return chosen_keys(wanted, seen.expand_as(wanted), self.simulation.budget)
+        budget, seen = self.simulation.budget, seen.expand_as(wanted)
+        if not budgets:
+            return chosen_keys(wanted, seen, budget)
+        budgets = budgets * wanted.shape[1] if len(budgets) == 1 else budgets
+        own = [each for each in budgets if each.span is not None]
+        reads = torch.empty_like(seen)
+        at = [head for head, each in enumerate(budgets) if each.span is not None]
+        if own:
+            reads[:, at] = chosen_by_head(wanted[:, at], seen[:, at], own, budget)
+        for head, each in enumerate(budgets):
+            if each.span is None:
+                source = self.simulation.paths[each.source]
+                reads[:, head] = self.chosen[source][:, each.head]
+        return reads
 
 
 def agreed_on(scores: Tensor, seen: Tensor, *, by_probability: bool) -> Tensor:
@@ -172,8 +188,31 @@ def agreed_on(scores: Tensor, seen: Tensor, *, by_probability: bool) -> Tensor:
 
 def chosen_keys(wanted: Tensor, seen: Tensor, budget: Budget) -> Tensor:
     """Which keys rows choose: bool like `wanted` (..., T), of those `seen`, which come first."""
+    return _best_keys(wanted, seen, budget.keys_of(seen.sum(-1, keepdim=True)), budget)
+
+
+def chosen_by_head(
+    wanted: Tensor, seen: Tensor, budgets: Sequence[HeadBudget], budget: Budget
+) -> Tensor:
+    """The same where each KV head has a budget of its own, with a span: of `wanted` (B, H, S, T).
+    `budget` says what is kept always, and which rows read all."""
     count = seen.sum(-1, keepdim=True)
-    keep = budget.keys_of(count).clamp(min=1)
+    keep = torch.empty_like(count)
+    for head, each in enumerate(budgets):
+        assert each.span is not None
+        lines = [alpha + (count[:, head] * beta >> 16) for alpha, beta in each.span.lines]
+        keep[:, head] = torch.stack(lines).amax(0)
+    keep = torch.minimum(keep.clamp(min=budget.sink + budget.recent), count)
+    keep = torch.where(count < budget.min_keys, count, keep)
+    last = torch.tensor([each.last for each in budgets], device=wanted.device)[:, None, None]
+    at = torch.arange(wanted.shape[-1], device=wanted.device, dtype=wanted.dtype)
+    return _best_keys(torch.where(last, at, wanted), seen, keep, budget)
+
+
+def _best_keys(wanted: Tensor, seen: Tensor, keep: Tensor, budget: Budget) -> Tensor:
+    """The `keep` (..., 1) best ones, and the first of those that are as good, behind what is always
+    kept."""
+    count, keep = seen.sum(-1, keepdim=True), keep.clamp(min=1)
     at = torch.arange(wanted.shape[-1], device=wanted.device)
     always = (at < budget.sink) | (at >= count - max(budget.recent, 1))
     ranked = wanted.masked_fill(always, torch.inf).masked_fill(~seen, -torch.inf)

@@ -26,9 +26,8 @@ from loki_compile.simulation import Simulation
 
 # Tokens whose mean is one sample: tokens in a row fare alike.
 BLOCK = 16
-# One-sided 95 % points of Student's t by degrees of freedom from 1, and beyond.
-_T = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)
-_T_BEYOND = 1.80
+# How sure each of the two bounds of a mean is.
+_SURE = 0.95
 PLACES = (
     *("Oslo", "Cairo", "Lima", "Paris", "Tokyo", "Rome", "Berlin", "Madrid"),
     *("London", "Sydney", "Boston", "Dublin", "Vienna", "Prague", "Athens", "Warsaw"),
@@ -114,12 +113,13 @@ def needle_passage(
 
 def bounds(differences: Tensor) -> tuple[float, float]:
     """One-sided 95 % bounds of a mean, from below and above, by Student's t over blocks."""
+    from scipy.stats import t
+
     blocks = [float(block.mean()) for block in differences.split(BLOCK) if len(block) == BLOCK]
     if len(blocks) < 3:
         return -math.inf, math.inf
     mean = float(differences.mean())
-    t = _T[len(blocks) - 2] if len(blocks) - 2 < len(_T) else _T_BEYOND
-    half = t * statistics.stdev(blocks) / math.sqrt(len(blocks))
+    half = float(t.ppf(_SURE, len(blocks) - 1)) * statistics.stdev(blocks) / math.sqrt(len(blocks))
     return mean - half, mean + half
 
 

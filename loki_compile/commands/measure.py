@@ -107,6 +107,18 @@ def decode_reports(
     return explain(model, step, past_key_values=cache, use_cache=True, options=options)
 
 
+def slot_classes(model: Any, paths: Sequence[str], options: dict[str, Any]) -> list[int]:
+    """Of each layer by its path, its class of slots in a decode step: layers of one class can read
+    what another of it chose."""
+    reports = decode_reports(model, "dynamic", 64, {**options, "policy": {"*": "reuse"}})
+    of: dict[str, str] = {}
+    for site in (site for report in reports for site in report.sites):
+        if site.outcome == "sparse":
+            of[site.path] = site.reads or site.path
+    names = list(dict.fromkeys(of.get(path, path) for path in paths))
+    return [names.index(of.get(path, path)) for path in paths]
+
+
 @torch.no_grad()
 def follow(
     model: Any,

@@ -67,9 +67,19 @@ def _note_ranking(seen: Seen, args: Sequence[Any], kwargs: dict[str, Any]) -> No
     index, scale, mask = args[2], args[3], args[4]
     rows = index.shape[2]
     share = _visible(mask, rows * kwargs.get("page", 1)) / (rows * kwargs.get("page", 1))
+    share = min(share, 1.0) * _ranking_share(kwargs.get("budgets"), kwargs.get("sink", 0))
     for part in (index, scale):
         if part is not None:
-            seen.bytes += part.numel() * part.element_size() * min(share, 1.0)
+            seen.bytes += part.numel() * part.element_size() * share
+
+
+def _ranking_share(budgets: Tensor | None, sink: int) -> float:
+    """Of the heads, those that rank: of `budgets` (B, heads, S, 2), keys and how many of them are
+    the last ones, where more are read than these and the sinks."""
+    if budgets is None:
+        return 1.0
+    ranks = budgets[..., 0] > budgets[..., 1] + sink
+    return float(ranks.any(2).double().mean())
 
 
 def _note_reading(

@@ -7,7 +7,6 @@ Each stage has text of its own: prompts (head maps, captured attention), passage
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,12 +24,12 @@ from loki_compile.commands.evidence import (
     needle_passage,
     text_passages,
 )
+from loki_compile.commands.kept import Kept
 from loki_compile.commands.layer_costs import measured_costs
-from loki_compile.commands.measure import decode_reports
+from loki_compile.commands.measure import slot_classes
 from loki_compile.config import LokiConfig
 from loki_compile.pca_store.basis import Basis
 from loki_compile.pca_store.layer_plan import LayerPlan, PlannedLayer
-from loki_compile.pca_store.partial import Partial, PartialError, default_partial_root
 from loki_compile.pca_store.store import Store
 from loki_compile.planning import (
     Costs,
@@ -44,12 +43,9 @@ from loki_compile.planning import (
     unread_are_dense,
 )
 from loki_compile.policies.kinds import Kind
-from loki_compile.progress import run_key
 from loki_compile.report import shown_ranges
 from loki_compile.simulation import Simulation
 from loki_compile.watching import watched
-
-log = logging.getLogger("loki_compile")
 
 # Passages of text: the first is searched on, the others judge.
 TEXTS = 4
@@ -140,8 +136,8 @@ class Search:
         # What is searched on, then what judges: needles second, so that a refusal is cheap.
         self.passages = [first, asked[0], texts[0], asked[1], *texts[1:], asked[2]]
         self.searching, self.judging = range(2), range(2, len(self.passages))
-        key = run_key(model, {**asdict(settings), "search": 2}, [*prompts, held_out[None]])
-        self.kept = Partial(default_partial_root(), key)
+        key = {**asdict(settings), "search": 2}
+        self.kept = Kept(model, key, [*prompts, held_out[None]])
         self.seen: CapturedMass | None = None
         self.searched: dict[tuple[Kind, ...], float] = {}  # what plans lose
 
@@ -165,7 +161,7 @@ class Search:
         self.simulation = Simulation(
             self.config.budget, self.settings.rank, {}, by_probability=summed
         )
-        known = self._recall("mass")
+        known = self.kept.recall("mass")
         self.seen = captured_mass(
             self.model,
             self.prompts[:1] if known is not None else self.prompts,
@@ -185,7 +181,7 @@ class Search:
             progress(sum(prompt.numel() for prompt in self.prompts[1:]))
             return
         sums = {".".join(map(str, place)): x for place, x in self.seen.captured.items()}
-        self._keep("mass", sums, {"rows": self.seen.rows})
+        self.kept.keep("mass", sums, {"rows": self.seen.rows})
 
     def compare(self, progress: Callable[[int], None]) -> list[Tried]:
         """The plans that were judged: first the one to take, the cheapest that holds, and last
@@ -241,7 +237,7 @@ class Search:
 
     def forget(self) -> None:
         """What was kept for a run that is stopped."""
-        self.kept.remove()
+        self.kept.forget()
 
     # -- of the model
 
@@ -256,22 +252,13 @@ class Search:
         Raises:
           ValueError: layers in graphs of their own, where nobody can read what another chose.
         """
-        assert self.seen is not None
-        options = {**self.options, "policy": {"*": "reuse"}}
-        reports = decode_reports(self.model, "dynamic", 64, options)
-        of: dict[str, str] = {}
-        for site in (site for report in reports for site in report.sites):
-            if site.outcome == "sparse":
-                of[site.path] = site.reads or site.path
-        paths = self.seen.paths
-        shared = [path for path in paths if of.get(path, path) != path]
-        if not shared:
+        slots = slot_classes(self.model, self.paths, self.options)
+        if len({*slots}) == len(slots):
             raise ValueError(
-                f"none of {len(paths)} layers can read what another chose (each in a graph of its "
+                f"none of {len(slots)} layers can read what another chose (each in a graph of its "
                 "own, or none with the slots of another): nothing to tune"
             )
-        names = list(dict.fromkeys(of.get(path, path) for path in paths))
-        return [names.index(of.get(path, path)) for path in paths]
+        return slots
 
     def _costs(self) -> tuple[Costs, float]:
         """As `measured_costs` has it, of this model's heads."""
@@ -319,10 +306,10 @@ class Search:
     def _outcome(self, kinds: Sequence[Kind], number: int) -> Outcome:
         words = " ".join(map(str, kinds))
         name = f"{number}-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
-        known = self._recall(name)
+        known = self.kept.recall(name)
         if known is None:
             outcome = self.evidence.of(kinds, number)
-            self._keep(name, asdict(outcome), None)
+            self.kept.keep(name, asdict(outcome), None)
         else:
             outcome = Outcome(**known[0])
         self.tell(1)
@@ -446,21 +433,6 @@ class Search:
                 zip(self.seen.layers, self.seen.paths, unread_are_dense(kinds), strict=True)
             )
         )
-
-    def _recall(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
-        if not self.kept.has(name):
-            return None
-        try:
-            return self.kept.read(name)
-        except PartialError as error:
-            log.warning("measured again: %s", error)
-            return None
-
-    def _keep(self, name: str, tensors: dict[str, Tensor], record: Any) -> None:
-        try:
-            self.kept.write(name, tensors, record)
-        except OSError as error:
-            log.warning("cannot keep what was measured (%s): a stop will lose it", error)
 
 
 def _kl_of(outcomes: Sequence[Outcome]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loki_compile.commands.kept import Kept
 from loki_compile.commands.measure import new_cache, prefill
 from loki_compile.commands.models import encode
 from loki_compile.commands.reference_data import calibration_prompts
@@ -19,12 +19,9 @@ from loki_compile.commands.span_choice import apart, balanced_choice, refined, t
 from loki_compile.config import LokiConfig
 from loki_compile.kernels.spans import Span, Spans
 from loki_compile.pca_store.layer_plan import LayerPlan
-from loki_compile.pca_store.partial import Partial, PartialError, default_partial_root
 from loki_compile.policies.kinds import SPANS, Kind
-from loki_compile.progress import run_key, versions
+from loki_compile.progress import versions
 from loki_compile.span_profile import SpanProfiler
-
-log = logging.getLogger("loki_compile")
 
 # Alphas in eighths of the longest prompt, betas in eighths: MoA's grid, with short windows added.
 _ALPHAS = (-2, -1, 0, 0.25, 0.5, 1, 2, 3, 4, 6)
@@ -175,7 +172,7 @@ class SpanSearch:
         self.spans = Spans(tuple(spans), settings.sink, settings.recent)
         key = {**asdict(settings), "spans": list(map(str, spans)), "search": 1}
         every = [prompt.ids[None] for each in prompts for prompt in each]
-        self.kept = Partial(default_partial_root(), run_key(model, key, every))
+        self.kept = Kept(model, key, every)
         self.profiler = SpanProfiler(model)
         self.rows: list[np.ndarray] = []
 
@@ -307,12 +304,12 @@ class SpanSearch:
 
     def forget(self) -> None:
         """What was kept for a run that is stopped."""
-        self.kept.remove()
+        self.kept.forget()
 
     # -- of one prompt
 
     def _profiled(self, name: str, prompt: SpanPrompt) -> dict[str, Any]:
-        known = self._recall(name)
+        known = self.kept.recall(name)
         if known is None:
             ids, start, caches = self.ready(prompt, 1)
             inputs, labels = self.inputs(ids[start:-1], next(caches)), ids[start + 1 :]
@@ -331,7 +328,7 @@ class SpanSearch:
                 "refused": self.profiler.refused,
             }
             known = tensors, record
-            self._keep(name, *known)
+            self.kept.keep(name, *known)
         tensors, record = known
         self.profiler.keep_to(record["paths"], record["refused"])
         rows = tensors["rows"].float().cpu().numpy()
@@ -397,21 +394,6 @@ class SpanSearch:
         return {"input_ids": fed[None], "past_key_values": cache, "use_cache": True}
 
     # -- what is kept
-
-    def _recall(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
-        if not self.kept.has(name):
-            return None
-        try:
-            return self.kept.read(name)
-        except PartialError as error:
-            log.warning("measured again: %s", error)
-            return None
-
-    def _keep(self, name: str, tensors: dict[str, Tensor], record: Any) -> None:
-        try:
-            self.kept.write(name, tensors, record)
-        except OSError as error:
-            log.warning("cannot keep what was measured (%s): a stop will lose it", error)
 
 
 def candidates(lengths: Sequence[int], settings: SpanSettings) -> list[Span]:

@@ -13,8 +13,10 @@ from loki_compile.config import LokiConfig
 from loki_compile.pca_store.basis_file import encode
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from loki_compile.pca_store.layer_plan import (
+    BUDGETS_SUFFIX,
     SPANS_SUFFIX,
     SUFFIX,
+    USED,
     LayerPlan,
     read_plan,
     stored_plans,
@@ -27,7 +29,7 @@ from loki_compile.published import PublishedSpans, published_spans
 Held = Callable[[], frozenset[str]]
 
 # Plans that are stored, by the policy that uses them.
-SUFFIXES = {"tidal": SUFFIX, SPANS: SPANS_SUFFIX}
+SUFFIXES = {"tidal": SUFFIX, SPANS: SPANS_SUFFIX, "loki": BUDGETS_SUFFIX}
 
 
 def weights_of(model: Any) -> frozenset[str]:
@@ -45,7 +47,7 @@ def plan_in(path: str) -> PublishedSpans | LayerPlan:
 
 
 def stored_plan(policy: str, held: Held) -> LayerPlan | None:
-    """The newest plan that is stored for a model, of "tidal" or "moa"."""
+    """The newest plan that is stored for a model, of one of `SUFFIXES`, used or not."""
     weights: frozenset[str] | None = None
     for plan in stored_plans(suffix=SUFFIXES[policy]):
         weights = held() if weights is None else weights
@@ -79,8 +81,10 @@ def used_plan(config: LokiConfig, held: Held) -> str:
     plan: PublishedSpans | LayerPlan | None = None
     if config.plan_file:
         plan = plan_in(config.plan_file)
-    elif config.policy in SUFFIXES:
+    elif config.policy in SUFFIXES and (config.policy != "loki" or config.open_budget):
         plan = stored_plan(str(config.policy), held)
+        if config.policy == "loki" and plan is not None and plan.scores.get(USED) is not True:
+            plan = None
     return "" if plan is None else _digest(json.dumps(asdict(plan), sort_keys=True).encode())
 
 

@@ -1,4 +1,4 @@
-"""`loki tune`: what each layer of a model reads: which choose keys for others, or spans of them."""
+"""`loki tune`: what each layer reads: what others chose, spans of keys, or so many per head."""
 
 from __future__ import annotations
 
@@ -24,29 +24,33 @@ from loki_compile.commands.output import going_on, out, progress, say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from torch import Tensor
 
     from loki_compile.commands.plan_search import Search, Tried
     from loki_compile.commands.span_search import Compared, SpanSearch
 
 
-POLICIES = ("tidal", "moa")
-# Prompts' worth of text, at most, that held-out passages are spread over.
-SPREAD = 32
-# Options that one policy alone has, by their parameters.
+POLICIES = ("loki", "tidal", "moa")
+# Options that not all searches have, by their parameters; "target" is that for budgets.
 OWN = {
+    "target": ("target", "heads", "rank", "steps"),
     "tidal": (
         *("top_k", "rank", "group_choice", "tolerance", "cost_context", "plans", "steps"),
         "picture",
     ),
     "moa": ("density", "sink", "effects"),
 }
+OF = {"tidal": "--policy tidal", "moa": "--policy moa", "target": "--policy loki or tidal"}
 
 
 @click.command(epilog=MODEL_HELP)
 @with_options(READING_OPTIONS)
-@click.option("--policy", type=click.Choice(POLICIES), default="tidal", show_default=True,
-              help="What the plan is for.")  # fmt: skip
+@click.option("--policy", type=click.Choice(POLICIES), help="What the plan is for. [tidal; with "
+              "--target loki]")  # fmt: skip
+@click.option("--target", help="loki, tidal: budgets for each KV head. bytes:0.2: the part of the "
+              "cache that a step reads, at most; mass:0.97: attention captured.")  # fmt: skip
+@click.option("--heads", type=click.Choice(("ranked", "any")), default="ranked", show_default=True,
+              help="--target: heads rank keys, or may also read the last ones, or what a head of "
+              "an earlier layer chose.")  # fmt: skip
 @click.option("--prompts", type=click.IntRange(1), default=4, show_default=True,
               help="Prompts whose attention is measured; moa: of each length.")  # fmt: skip
 @click.option("--length", type=click.IntRange(256), help="Tokens of each prompt, and of the "
@@ -61,7 +65,7 @@ OWN = {
 @click.option("--top-k", type=NUMBER, default="0.125", show_default=True,
               help="tidal: budget that the plan is for: 0.125 or 1024.")  # fmt: skip
 @click.option("--rank", type=NUMBER, default="auto", show_default=True,
-              help="tidal: dims of the index.")  # fmt: skip
+              help="tidal, --target: dims of the index.")  # fmt: skip
 @click.option("--group-choice", default="max", show_default=True,
               help='tidal: "max" or "probability".')  # fmt: skip
 @click.option("--tolerance", type=click.FloatRange(0.0), default=0.01, show_default=True,
@@ -73,32 +77,42 @@ OWN = {
 @click.option("--plans", type=click.IntRange(1, 32), default=10, show_default=True,
               help="tidal: plans, from cheap to dear, that the search begins with.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(48), default=128, show_default=True,
-              help="tidal: tokens decoded of each passage; five of these judge.")  # fmt: skip
+              help="tidal, --target: tokens decoded of each passage that judges.")  # fmt: skip
 @OUT_OPTION
 @click.option("--picture", type=click.Path(path_type=Path), help="tidal: PNG to write. [none]")
 @with_options(MODEL_OPTIONS)
 @click.pass_context
-def command(context: click.Context, policy: str, **given: Any) -> None:
+def command(context: click.Context, policy: str | None, **given: Any) -> None:
     """Find what each layer of MODEL reads under a policy, and store it.
 
     tidal: which layers choose keys, and which read what those chose. moa: how many of the last keys
-    each KV head reads. policy="tidal" or "moa" then uses it. Ctrl-C loses nothing: the same command
-    goes on from there.
+    each KV head reads. --target: how many keys each KV head chooses, under policy="loki" or in a
+    plan of "tidal". The policy then uses it. Ctrl-C loses nothing: the same command goes on from
+    there.
     """
-    for other in POLICIES:
-        for option in OWN[other]:
-            source = context.get_parameter_source(option)
-            if other != policy and source is click.core.ParameterSource.COMMANDLINE:
-                name = f"--{option.replace('_', '-')}"
-                raise ValueError(
-                    f"{name}: that is of --policy {other}; needs --policy {other}, or leave it out"
-                )
-    own = {name: given.pop(name) for name in OWN[policy]}
+    target = given["target"]
+    policy = policy or ("tidal" if target is None else "loki")
+    if policy == "loki" and target is None:
+        raise ValueError("--policy loki: found no target; needs --target bytes:0.2 or mass:0.97")
+    search = policy if target is None or policy == "moa" else "target"
+    for option in dict.fromkeys(sum(OWN.values(), ())):
+        source = context.get_parameter_source(option)
+        if option not in OWN[search] and source is click.core.ParameterSource.COMMANDLINE:
+            name = f"--{option.replace('_', '-')}"
+            of = next(OF[other] for other in OWN if option in OWN[other])
+            raise ValueError(f"{name}: that is of {of}; needs {of}, or leave it out")
+    check_installed("scipy")
+    own = {name: given.pop(name) for name in OWN[search]}
     common = {name: value for name, value in given.items() if name not in sum(OWN.values(), ())}
     model = AskedModel.taken(common)
     files = (*common.pop("first_text"), *common.pop("more_text"))
     with going_on():
-        (_tune_layers if policy == "tidal" else _tune_spans)(model, files, **common, **own)
+        if search == "target":
+            from loki_compile.commands.tune_budgets import tune_budgets
+
+            tune_budgets(model, files, policy=policy, **common, **own)
+        else:
+            (_tune_layers if policy == "tidal" else _tune_spans)(model, files, **common, **own)
 
 
 def _tune_layers(
@@ -117,7 +131,8 @@ def _tune_layers(
         load_tokenizer,
     )
     from loki_compile.commands.picture import draw_mass, plan_lines
-    from loki_compile.commands.plan_search import Search, Settings
+    from loki_compile.commands.plan_search import TEXTS, Search, Settings
+    from loki_compile.commands.texts import prompts_of
     from loki_compile.pca_store.layer_plan import save_plan
     from loki_compile.pca_store.store import Store
 
@@ -136,7 +151,7 @@ def _tune_layers(
     length = fitting_context("--length", length, 2048, config, room=2 * steps)
     text, source = text_of(files, "train")
     tokenizer = load_tokenizer(asked.name)
-    read, held_out = _prompts_of(tokenizer, text, prompts, length, steps)
+    read, held_out = prompts_of(tokenizer, text, prompts, length, steps, TEXTS)
     say(f"loading {asked.name}; then it reads {len(read)} prompts eagerly, {read.numel()} tokens")
     search = Search(asked.load(), tokenizer, settings, list(read[:, None]), held_out)
     tried = _searched(search, asked.name, read.numel())
@@ -150,32 +165,6 @@ def _tune_layers(
         draw_mass(plan, picture)
         show(f"wrote {picture}")
     show(f'wrote {path}; policy="tidal" uses it')
-
-
-def _prompts_of(
-    tokenizer: Any, text: str, prompts: int, length: int, steps: int
-) -> tuple[Tensor, Tensor]:
-    """Token ids of prompts to read (n, length), and of all text behind them that plans are judged
-    by (T,).
-
-    Raises:
-        ValueError: the text does not hold one prompt and as much held out.
-    """
-    from loki_compile.commands.models import encode
-    from loki_compile.commands.plan_search import TEXTS
-
-    least = length + TEXTS * steps
-    # Passages are spread over all that lies behind the prompts: text of several kinds judges best.
-    ids = encode(tokenizer, text[: 16 * (prompts + SPREAD) * (length + steps)])
-    if len(ids) < length + least:
-        raise ValueError(
-            f"the text holds {len(ids)} tokens; needs {length + least}, one prompt and as much "
-            "held out: pass more text, or a smaller --length"
-        )
-    count = min(prompts, (len(ids) - least) // length)
-    if count < prompts:
-        say(f"the text holds {count} prompts of the {prompts} asked for")
-    return ids[: count * length].view(count, length), ids[count * length :]
 
 
 def _searched(search: Search, name: str, tokens: int) -> list[Tried]:
@@ -216,7 +205,6 @@ def _tune_spans(
     from loki_compile.pca_store.layer_plan import SPANS_SUFFIX, save_plan
     from loki_compile.pca_store.store import Store
 
-    check_installed("scipy")
     settings = SpanSettings(**of_search)
     if settings.effects not in EFFECTS:
         raise ValueError(f"--effects {settings.effects}: needs one of {', '.join(EFFECTS)}")

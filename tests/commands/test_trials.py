@@ -112,6 +112,7 @@ def test_bytes_are_those_of_the_index_and_of_the_chosen_rows(model):
         "loki": {"top_k": 100, "rank": 4},
         "window": {"top_k": 100, "policy": "window"},
         "spans": {"policy": "moa:4:60,96"},
+        "half": {"policy": "loki:100,last=60", "rank": 4},
     }
     found = rows_of(trials(model, settings), TEXT, "text", list(settings))
     layers, heads, dim, size = 2, 2, 16, 4
@@ -121,6 +122,8 @@ def test_bytes_are_those_of_the_index_and_of_the_chosen_rows(model):
     index = layers * heads * seen * (4 + 4)  # dims of a byte, and a scale
     assert found["loki"]["bytes"] == pytest.approx(chosen + index)
     assert found["loki"]["dense_bytes"] == layers * heads * seen * 2 * dim * size
+    read = layers * (100 + 60) * 2 * dim * size  # one head of each layer ranks
+    assert found["half"]["bytes"] == pytest.approx(read + index / 2)
     assert found["spans"]["keys"] == (64 + 100) / 2
     assert 0 < found["spans"]["missed"] < 1
 
