@@ -25,7 +25,7 @@ _CEILING = 0.25
 
 @dataclass(frozen=True)
 class LokiConfig:
-    """Options, as in the README's table. As in scikit-learn a float is a fraction, an int a count.
+    """Options, as in docs/options.md. As in scikit-learn a float is a fraction, an int a count.
 
     Raises:
       ValueError: an unknown name, or a value outside what is allowed; the message says what was

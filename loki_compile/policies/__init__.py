@@ -18,5 +18,6 @@ A policy may also have a site read what an earlier one chose (`Choice.source`).
     presets    plans of all layers by name: which choose
     layers     from the kinds of layers to the choices of sites
 
-To add one, copy the file nearest to it, add its line to `table.RANKINGS` and its row to README.
+To add one, copy the file nearest to it, add its line to `table.RANKINGS`, its name to
+`kinds.RANKINGS` and its row to docs/options.md.
 """
