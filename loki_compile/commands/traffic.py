@@ -14,7 +14,7 @@ from typing import Any
 
 from loki_compile.config import LokiConfig
 from loki_compile.kernels.spans import Spans
-from loki_compile.policies.kinds import SPANS, kind_of
+from loki_compile.policies.kinds import BY_KEYS, SPANS, kind_of
 from loki_compile.report import SiteReport
 
 
@@ -97,7 +97,7 @@ def cache_bytes(
             return None
         total += ranking
         if site.outcome != "sparse":
-            total += layer.whole(tokens) if site.policy != "oracle" else layer.value * tokens
+            total += layer.whole(tokens) if site.policy not in BY_KEYS else layer.value * tokens
             continue
         seen = layer.shown(tokens)
         chosen = keys_read(site, config, seen)
@@ -119,7 +119,7 @@ def keys_read(site: SiteReport, config: LokiConfig, visible: int) -> int:
 
 def _ranking_bytes(layer: Layer, tokens: int, site: SiteReport) -> float | None:
     """What is read to choose: what is kept beside the cache, the keys themselves, or nothing."""
-    if site.policy in ("oracle", "unified"):
+    if site.policy in BY_KEYS:
         return layer.key * layer.shown(tokens)
     if not site.policy or site.policy == SPANS or site.policy.startswith("reuse"):
         return 0.0

@@ -21,6 +21,8 @@ from loki_compile.kernels.spans import Span, heads_from, heads_text
 
 # The names of `table.RANKINGS`, and of plans for all layers at once (`presets`).
 RANKINGS = ("loki", "oracle", "window", "quest", "unified", "moa")
+# Those that read the keys themselves to rank them.
+BY_KEYS = ("oracle", "unified")
 # Those that read ranges of keys, and choose none that another layer could read.
 SPANS = "moa"
 PLANS = ("tidal", "tidal-published", "lessismore", "kascade")

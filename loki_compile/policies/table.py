@@ -101,6 +101,7 @@ def _choice(
     return Choice(
         ranking, budget, per_head, by_probability, dense_result=kind.dense, note=note,
         spans=spans, weighed=ranking is not None and ranking.weighs and config.weighs,
+        rank=config.plain_rank,
     )  # fmt: skip
 
 
