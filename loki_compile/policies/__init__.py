@@ -10,6 +10,7 @@ runtime's proof that what is kept belongs to the cache.
     window     "window": the first and the last keys
     pages      "quest": keys ranked by bounds of their page
     unified    "unified": keys ranked by themselves, one set for all heads
+    sparq      "sparq": keys ranked in the dims in which queries are largest
     moa        "moa": the first keys and a span of the last ones, of each KV head its own
 
 A policy may also have a site read what an earlier one chose (`Choice.source`).

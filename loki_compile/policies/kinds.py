@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from loki_compile.kernels.spans import Span, heads_from, heads_text
 
 # The names of `table.RANKINGS`, and of plans for all layers at once (`presets`).
-RANKINGS = ("loki", "oracle", "window", "quest", "unified", "moa")
+RANKINGS = ("loki", "oracle", "window", "quest", "unified", "sparq", "moa")
 # Those that read the keys themselves to rank them.
-BY_KEYS = ("oracle", "unified")
+BY_KEYS = ("oracle", "unified", "sparq")
 # Those that read ranges of keys, and choose none that another layer could read.
 SPANS = "moa"
 PLANS = ("tidal", "tidal-published", "lessismore", "kascade")

@@ -16,10 +16,13 @@ from loki_compile.policies.low_rank import LOW_RANK
 from loki_compile.policies.moa import MOA
 from loki_compile.policies.pages import PAGES
 from loki_compile.policies.presets import REUSE, chooses_instead, preset
+from loki_compile.policies.sparq import SPARQ
 from loki_compile.policies.unified import UNIFIED
 from loki_compile.policies.window import WINDOW
 
-RANKINGS: dict[str, Ranking] = {r.name: r for r in (LOW_RANK, EXACT, WINDOW, PAGES, UNIFIED, MOA)}
+RANKINGS: dict[str, Ranking] = {
+    r.name: r for r in (LOW_RANK, EXACT, WINDOW, PAGES, UNIFIED, SPARQ, MOA)
+}
 
 
 @dataclasses.dataclass(frozen=True)
