@@ -85,6 +85,15 @@ FORMS: dict[str, Callable[[fx.Node, list[Any]], Stored]] = {
 }
 
 
+# Those that store into a copy, which takes the cache's place.
+REPLACING = tuple(name for name in FORMS if not name.endswith("_") and name != "setitem")
+
+
+def names_numbers(node: fx.Node) -> bool:
+    """Whether the call names a position for each number that it stores, and not for each row."""
+    return FORMS.get(op_name(node)) is _scattered
+
+
 def only_stores(node: fx.Node) -> bool:
     """Whether what the call leaves where it writes does not depend on what was there."""
     if op_name(node) not in FORMS or "reduce" in node.kwargs:
