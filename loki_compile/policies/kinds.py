@@ -23,6 +23,8 @@ from loki_compile.kernels.spans import Span, heads_from, heads_text
 RANKINGS = ("loki", "oracle", "window", "quest", "unified", "sparq", "moa")
 # Those that read the keys themselves to rank them.
 BY_KEYS = ("oracle", "unified", "sparq")
+# Those that rank in as many dims as the option `rank` says.
+IN_DIMS = ("loki", "sparq")
 # Those that read ranges of keys, and choose none that another layer could read.
 SPANS = "moa"
 PLANS = ("tidal", "tidal-published", "lessismore", "kascade")
