@@ -56,9 +56,22 @@ def project_new_keys(
     and, for int8, their scales (..., 1). Where `head_axis` is the last dimension it holds heads and
     head_dim in one, and so do the results.
     """
+    return _projected(_computed(source), basis, head_axis, dtype, batch_axis)
+
+
+def _computed(x: torch.Tensor) -> torch.Tensor:
+    """`x` in memory of its own, which as_strided makes Inductor lay out: where a CPU's product is a
+    loop, it would compute what makes the keys, sines and cosines, again inside of that."""
+    laid_out = x.clone(memory_format=torch.contiguous_format)
+    return torch.as_strided(laid_out, laid_out.shape, laid_out.stride())
+
+
+def _projected(
+    source: torch.Tensor, basis: torch.Tensor, head_axis: int, dtype: torch.dtype, batch_axis: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     if head_axis == source.ndim - 1:
         apart = source.unflatten(-1, (basis.shape[-3], -1))
-        rows, scale = project_new_keys(apart, basis, head_axis, dtype, batch_axis)
+        rows, scale = _projected(apart, basis, head_axis, dtype, batch_axis)
         return rows.flatten(-2), None if scale is None else scale.flatten(-2)
     if basis.ndim == 4:
         apart = rows_and_heads_first(source, head_axis, batch_axis)

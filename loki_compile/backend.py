@@ -222,7 +222,9 @@ def _dense_graph(
     # A prompt in parts leaves what steps leave, lest these are traced for two layouts.
     longer = [(append.output, append.axis) for append in graph.appends]
     if graph.in_place and (left := [*first_keys(graph.normal.graph), *longer]):
-        compiled = with_room(compiled, left)
+        # Unless `dynamic=False` was asked for.
+        varies = torch._dynamo.config.automatic_dynamic_shapes
+        compiled = with_room(compiled, left, varies)
     if asked:  # what was asked of a cache is known by the memory that it leaves in
         compiled = PrefillGraph(compiled, asked, outputs)
     return compiled, running

@@ -276,10 +276,14 @@ class Growing:
 
 
 def with_room(
-    run: Callable[..., Any], caches: Sequence[tuple[int, int]]
+    run: Callable[..., Any], caches: Sequence[tuple[int, int]], any_length: bool
 ) -> Callable[..., list[Any]]:
     """A function some of whose outputs, (number, axis), are caches behind a prompt: in memory with
-    room from the start, so that no later step finds them laid out otherwise than its own."""
+    room from the start, so that no later step finds them laid out otherwise than its own.
+
+    any_length: Dynamo is told that they will be longer, and traces the first step behind the prompt
+    for every length. It would for the one that it sees, and again at the second step.
+    """
 
     def call(*args: Any) -> list[Any]:
         outputs = list(run(*args))
@@ -291,6 +295,8 @@ def with_room(
             except Exception as error:
                 if not is_shortage(error):
                     raise
+            if any_length:
+                torch._dynamo.maybe_mark_dynamic(outputs[place], axis)
         return outputs
 
     return call

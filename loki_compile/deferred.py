@@ -1,9 +1,10 @@
 """Graphs that may be called once: they run node by node until that has cost what compiling costs.
 
-A prefill comes once in a conversation, and so does the first step behind it, which Dynamo traces
-for one length. Compiling either takes as long as compiling the step that all tokens go through.
-Whoever rents until the rent equals the price never pays more than twice the least that was possible
-(ski rental). The rent is what a call node by node takes longer than a compiled one.
+A prefill comes once in a conversation, and so does a step that Dynamo traces for one length of a
+cache, as it does behind a prompt that was not compiled. Compiling either takes as long as compiling
+the step that all tokens go through. Whoever rents until the rent equals the price never pays more
+than twice the least that was possible (ski rental). The rent is what a call node by node takes
+longer than a compiled one.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ output is None, for whoever calls the graph has that tensor already.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,21 +98,45 @@ def write_behind(gm: fx.GraphModule, rooms: Rooms) -> fx.GraphModule:
         append.root.replace_all_uses_with(room)
         graph.erase_node(append.root)
     gm = finish(gm)
+    sizes = _SizesOfGraph(graph)
     for append in rooms.appends:
-        if not append.past.users and not _brings_a_size(append.past):
+        if not append.past.users and not sizes.need(append.past):
+            sizes.forget(append.past)
             graph.erase_node(append.past)
     gm.recompile()
     return gm
 
 
-def _brings_a_size(past: fx.Node) -> bool:
-    """Whether the rest of the graph has a symbol that no other input has as a number or a size."""
-    others = [node for node in past.graph.nodes if node is not past and node.op != "output"]
-    inputs = [_sizes_of(node) for node in others if node.op == "placeholder"]
-    brought = {size for sizes in inputs for size in sizes if size.is_Symbol}
-    used = set().union(*(size.free_symbols for node in others for size in _sizes_of(node)))
-    own = set().union(*(size.free_symbols for size in _sizes_of(past)))
-    return bool((own & used) - brought)
+class _SizesOfGraph:
+    """Of each symbol how many nodes of a graph have it, and how many inputs have it as a number or
+    a size."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.used: Counter[Any] = Counter()
+        self.brought: Counter[Any] = Counter()
+        for node in graph.nodes:
+            if node.op != "output":
+                used, brought = _symbols_of(node)
+                self.used.update(used)
+                self.brought.update(brought)
+
+    def need(self, past: fx.Node) -> bool:
+        """Whether the rest of the graph has a symbol that no other input has as a number or a
+        size."""
+        used, brought = _symbols_of(past)
+        return any(self.used[s] > 1 and self.brought[s] == (s in brought) for s in used)
+
+    def forget(self, past: fx.Node) -> None:
+        used, brought = _symbols_of(past)
+        self.used.subtract(used)
+        self.brought.subtract(brought)
+
+
+def _symbols_of(node: fx.Node) -> tuple[set[Any], set[Any]]:
+    """The symbols in a node's sizes; of an input those that it has as a number or a size."""
+    sizes = _sizes_of(node)
+    used = set().union(*(size.free_symbols for size in sizes))
+    return used, {s for s in sizes if s.is_Symbol} if node.op == "placeholder" else set()
 
 
 def _sizes_of(node: fx.Node) -> list[Any]:

@@ -68,7 +68,18 @@ def test_a_first_answer_compiles_the_step_that_all_tokens_go_through_and_nothing
     assert dear.compiled == ["sparse"]
     assert stats()["sparse_steps"] == 4 and stats()["interpreted_steps"] == 0
     told = [report.now for report in reports()]
-    assert [text.startswith("node by node, uncompiled") for text in told] == [True, True, False]
+    assert [text.startswith("node by node, uncompiled") for text in told] == [True, False]
+
+
+@pytest.mark.parametrize(("dynamic", "graphs"), [(None, 2), (True, 2), (False, 5)])
+def test_the_first_step_behind_a_prompt_is_traced_for_every_length_unless_none_is_to_vary(
+    dynamic, graphs, interpreted
+):
+    model = llama()
+    model.compile(backend="loki", dynamic=dynamic)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    talk(model)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == graphs
 
 
 def test_the_kernels_are_begun_while_the_prompt_is_read(dear, monkeypatch):
@@ -85,9 +96,8 @@ def test_no_later_conversation_of_any_length_compiles(dear):
     model = llama()
     model.compile(backend="loki")
     talk(model)
-    talk(model, PROMPT + 7)
     dear.compiled.clear()
-    for tokens in (PROMPT, PROMPT - 1, PROMPT + 7, PROMPT + 40):
+    for tokens in (PROMPT + 7, PROMPT, PROMPT - 1, PROMPT + 7, PROMPT + 40):
         talk(model, tokens)
     assert dear.compiled == []
     assert stats()["dense_steps"] == 0
