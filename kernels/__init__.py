@@ -32,7 +32,11 @@
    loudest head alone. Infinite scores weigh nothing and rank as they are. A row without a finite
    score has its ceiling. `select_weighed` gives (B, Hkv or Hq, S, 2) as well: how many keys a row
    has chosen, and the share of its weights that it has left out, by a `mass` or without; 0 where
-   a row reads all it sees.
+   a row reads all it sees, or chooses nothing.
+11. With `budgets` (B,heads,S,2), of KV heads each its own (`budget.HeadBudgets`), a row has as many
+   keys as its first number says, at most `slots`, of which the second says how many are the last
+   ones; the first `sink` are always in it. Where these are all of them, or there are none, the row
+   ranks nothing, and no score of it is computed unless its keys are weighed.
 
 Shapes (legend: B batch, Hq query heads, Hkv KV heads, G = Hq/Hkv, S new tokens, T cached tokens,
 P = ceil(T/page) pages or more, D dims of q and k, Dv dims of v, R index dims, K slots):
@@ -45,8 +49,8 @@ how many of the last ones a KV head reads, `kept` what is kept beside a cache. T
 Inductor fuses around the ops is in `fused` (rows, layouts, maps), `masks`, `positions` (without a
 ranking of scores) and `moments` (of a prompt's queries). `cpu` (C++, in cpu_*.cpp, or the PyTorch
 ops of `cpu_torch`) and `triton_select` (scores in `triton_score`, weights in `triton_weigh`, the
-choice in `triton_choose`), `triton_attend` (its kernels in `triton_splits`, shares of ranges in
-`triton_ranges`) and `triton_pages` implement the ops. `span_prefill` is of prompts, by
-FlexAttention; `row_products` of what is no attention: a matrix times few rows, as a sum that
-Inductor vectorises.
+choice in `triton_choose`, what is always chosen in `triton_window`), `triton_attend` (its kernels
+in `triton_splits`, shares of ranges in `triton_ranges`) and `triton_pages` implement the ops.
+`span_prefill` is of prompts, by FlexAttention; `row_products` of what is no attention: a matrix
+times few rows, as a sum that Inductor vectorises.
 """

@@ -45,10 +45,17 @@ def check_select(
     keys: int | None = None,
     by_probability: bool = False,
     mass: float = 0.0,
+    budgets: Tensor | None = None,
+    slots: int | None = None,
     weighed: bool = False,
 ) -> tuple[int, int, int, int]:
     """Raise ValueError (what was found, what is allowed) unless `loki::select` takes these, or
     `loki::select_weighed`, where keys are `weighed`.
+
+    budgets: int32 (B, heads that choose, S, 2), each of the first three may be 1, in place of
+    `top_k` and `keep_q16`: how many keys a row chooses, and how many of these are the last ones
+    that it sees. They are read where they lie, unchecked: a row never chooses more than it sees,
+    or than the `slots` there are for it.
 
     Returns:
       (B, heads that choose, S, T).
@@ -70,7 +77,9 @@ def check_select(
         raise _wrong(op, "by_probability", by_probability, allowed)
     _check_bounded_mask(op, mask, bounds, q, t, per_head)
     _check_budget(op, top_k, keep_q16, sink, recent, min_keys, mass)
-    return b, hq if per_head else hkv, s, t
+    heads = hq if per_head else hkv
+    _check_budgets(op, budgets, slots, q, heads, mass)
+    return b, heads, s, t
 
 
 def _check_sizes(op: str, q: Tensor, index: Tensor, t: int) -> None:
@@ -132,6 +141,29 @@ def _check_budget(
         raise _wrong(op, "(sink, recent, min_keys)", (sink, recent, min_keys), "0 or more")
     if not 0.0 <= mass < 1.0:
         raise _wrong(op, "mass", mass, "0 (none) or a share in (0, 1)")
+
+
+def _check_budgets(
+    op: str, budgets: Tensor | None, slots: int | None, q: Tensor, heads: int, mass: float
+) -> None:
+    if (budgets is None) != (slots is None):
+        given = ("None" if budgets is None else "a tensor", slots)
+        raise _wrong(op, "(budgets, slots)", given, "both or neither")
+    if budgets is None or slots is None:
+        return
+    b, _, s, _ = q.shape
+    bb, hb, sb, two = _rank4(op, "budgets", budgets)
+    if bb not in (1, b) or hb not in (1, heads) or sb not in (1, s) or two != 2:
+        allowed = f"(B, heads, S, 2) = {(b, heads, s, 2)}, any of the first three may be 1"
+        raise _wrong(op, "shape of budgets", (bb, hb, sb, two), allowed)
+    if budgets.dtype != torch.int32:
+        raise _wrong(op, "budgets dtype", budgets.dtype, "int32")
+    if slots < 1:
+        raise _wrong(op, "slots", slots, "at least 1")
+    if mass:
+        raise _wrong(op, "mass", mass, "0 where rows have budgets")
+    _rows_contiguous(op, "budgets", budgets, two)
+    _same_device(op, "budgets", budgets, q)
 
 
 def _check_unprojected(

@@ -32,7 +32,7 @@ _CODES = {
 }
 _VIEW = 10
 _NO_TENSOR = (0, 5, 1, 1, 1, 1, 0, 0, 0, 0)
-_pack_select = struct.Struct(f"@{6 * _VIEW}q13q2d").pack
+_pack_select = struct.Struct(f"@{7 * _VIEW}q13q2d").pack
 _pack_attend = struct.Struct(f"@{8 * _VIEW}q2q2d").pack
 _pack_pages = struct.Struct(f"@{3 * _VIEW}qq").pack
 
@@ -51,7 +51,7 @@ def select(
     if kernels is None:
         mask = _bool_mask(mask)
         return cpu_torch.select(q, basis, index, index_scale, mask, bounds, **options)
-    return _select(kernels, False, (q, basis, index, index_scale, mask, bounds), **options)[0]
+    return _select(kernels, False, q, basis, index, index_scale, mask, bounds, **options)[0]
 
 
 def select_weighed(
@@ -69,7 +69,7 @@ def select_weighed(
         mask = _bool_mask(mask)
         return cpu_torch.select_weighed(q, basis, index, index_scale, mask, bounds, **options)
     positions, weighed = _select(
-        kernels, True, (q, basis, index, index_scale, mask, bounds), **options
+        kernels, True, q, basis, index, index_scale, mask, bounds, **options
     )
     return positions, weighed
 
@@ -77,8 +77,7 @@ def select_weighed(
 def _select(
     kernels: ctypes.CDLL,
     weigh: bool,
-    tensors: tuple[Any, ...],
-    *,
+    *operands: Any,
     scale: float,
     top_k: int | None,
     keep_q16: int,
@@ -90,21 +89,23 @@ def _select(
     keys: int | None = None,
     by_probability: bool = False,
     mass: float = 0.0,
+    budgets: Tensor | None = None,
+    slots: int | None = None,
 ) -> list[Tensor]:
     """Positions, and what they weigh where `weigh`."""
-    threads = torch.get_num_threads()
-    options = (top_k, keep_q16, sink, recent, min_keys, per_head, page, keys, by_probability)
+    threads, tensors = torch.get_num_threads(), (*operands, budgets)
+    options = (top_k, keep_q16, sink, recent, min_keys, per_head, page, keys, by_probability, slots)
     signature = (kernels, _layouts(tensors), options, scale, mass, weigh, threads)
     call = _calls.get(signature)
     if call is None:
         b, heads, s, t = check_select(
-            *tensors,
+            *operands,
             top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
             per_head=per_head, page=page, keys=keys, by_probability=by_probability, mass=mass,
-            weighed=weigh,
+            budgets=budgets, slots=slots, weighed=weigh,
         )  # fmt: skip
         budget = Budget(top_k, keep_q16, sink, recent, min_keys)
-        slots = budget.slots(t)
+        slots = int(budget.slots(t)) if slots is None else slots
         given = (slots, *_numbers(budget, t), per_head, threads, t, page, by_probability)
         block = _pack_select(*_views(*tensors), 0, *given, 0, scale, mass)
         at = len(tensors) * _VIEW

@@ -19,6 +19,7 @@ struct SelectParams {
   View4 index_scale;  // (B, Hkv, T, 1) float, or none
   View4 mask;         // (B, Hq, S, T) after broadcasting, or none
   View4 bounds;       // leading dims as mask, 3; int32, or none
+  View4 budgets;      // (B, heads, S, 2) after broadcasting; int32, or none: as `top_k` says
   int32_t* positions; // (B, heads, S, slots)
   int64_t slots, top_k, keep_q16, sink, recent, min_keys, per_head, threads;
   int64_t keys, page, by_probability;  // T; keys per row of the index
@@ -29,7 +30,9 @@ struct SelectParams {
 constexpr int64_t kAhead = 8 * kBlock;  // positions fetched ahead of the ones being scored
 constexpr int64_t kMaxKeys = 1 << 24;  // scores held at once, unless one pair has more
 
-RowPlan plan_row(const SelectParams& p, const MaskRow& mask, int64_t i, int64_t h, int64_t s) {
+// `chooser` is the row's head among those that choose, h the query head that speaks for it.
+RowPlan plan_row(const SelectParams& p, const MaskRow& mask, int64_t i, int64_t h, int64_t chooser,
+                 int64_t s) {
   RowPlan row{};
   int64_t t = p.keys;
   int64_t count = t;
@@ -45,6 +48,12 @@ RowPlan plan_row(const SelectParams& p, const MaskRow& mask, int64_t i, int64_t 
   int64_t sink = min_of(p.sink, count - recent);
   int64_t share = min_of((count * p.keep_q16 + 65535) >> 16, p.top_k);
   int64_t budget = count < p.min_keys ? count : max_of(share, sink + recent);
+  if (p.budgets.dtype != kNone) {
+    const int32_t* own = p.budgets.row<int32_t>(i, chooser, s);
+    budget = min_of(min_of(max_of<int64_t>(own[0], 0), count), p.slots);
+    recent = min_of(max_of<int64_t>(own[1], 0), budget);
+    sink = min_of(p.sink, budget - recent);
+  }
   row.first = row.start;
   row.last = row.end;
   if (row.holes) {
@@ -61,7 +70,8 @@ RowPlan plan_row(const SelectParams& p, const MaskRow& mask, int64_t i, int64_t 
   row.count = count;
   row.middle = count - sink - recent;
   row.take = budget - sink - recent;
-  row.weighed = row.middle > 0 && count >= p.min_keys && (p.mass > 0 || (p.weighed && budget < count));
+  row.weighed = row.middle > 0 && count >= p.min_keys && budget > 0 &&
+                (p.mass > 0 || (p.weighed && budget < count));
   return row;
 }
 
@@ -171,7 +181,8 @@ class Select {
 
   void plan() {
     for (int64_t row = 0; row < rows_; ++row) {
-      plans_[row] = plan_row(p_, mask_of(row), batch_of(row), head_of(row), token_of(row));
+      int64_t chooser = row / s_ % heads_;
+      plans_[row] = plan_row(p_, mask_of(row), batch_of(row), head_of(row), chooser, token_of(row));
     }
     int64_t tiles = 0;
     for (int64_t pair = 0; pair < pairs_; ++pair) {
@@ -591,7 +602,8 @@ class Select {
     slots.finish();
     if (!p_.weighed) return;
     float left_out = plan.weighed && weights.total > 0 ? 1.0f - chosen.weight / weights.total : 0.0f;
-    p_.weighed[2 * row] = static_cast<float>(plan.weighed ? chosen.count : plan.count);
+    int64_t taken = plan.weighed ? chosen.count : plan.count - plan.middle + plan.take;
+    p_.weighed[2 * row] = static_cast<float>(taken);
     p_.weighed[2 * row + 1] = max_of(left_out, 0.0f);
   }
 

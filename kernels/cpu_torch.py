@@ -49,16 +49,19 @@ def _select(
     keys: int | None = None,
     by_probability: bool = False,
     mass: float = 0.0,
+    budgets: Tensor | None = None,
+    slots: int | None = None,
 ) -> tuple[Tensor, Any]:
     """Positions, and what they weigh, or None."""
     b, heads, s, t = check_select(
         q, basis, index, index_scale, mask, bounds,
         top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
         per_head=per_head, page=page, keys=keys, by_probability=by_probability, mass=mass,
-        weighed=weigh,
+        budgets=budgets, slots=slots, weighed=weigh,
     )  # fmt: skip
     hq, hkv = q.shape[1], index.shape[1]
     budget = Budget(top_k, keep_q16, sink, recent, min_keys, mass)
+    slots = int(budget.slots(t)) if slots is None else slots
     each = _scores(q, basis, index, index_scale, scale=scale, page=page)
     if page > 1:
         each = each.repeat_interleave(page, -1)[..., :t]
@@ -76,15 +79,15 @@ def _select(
         score = score if bias is None else score + bias
     visible = visible.expand(score.shape)
     weight = _weights(score, visible) if weigh or mass else None
-    chosen = _chosen(score, visible, weight, budget)
-    positions = _positions(chosen, int(budget.slots(t)))
-    return positions, _told(chosen, weight) if weigh else None
+    chosen = _chosen(score, visible, weight, budget, budgets, slots)
+    return _positions(chosen, slots), _told(chosen, weight) if weigh else None
 
 
 def _told(chosen: Tensor, weight: Any) -> Tensor:
     """How many keys each row chose, and what weight it left out: (B, heads, S, 2) fp32."""
+    number = chosen.sum(-1).float()
     left_out = weight.masked_fill(chosen, 0.0).sum(-1)
-    return torch.stack((chosen.sum(-1).float(), left_out), -1)
+    return torch.stack((number, torch.where(number > 0, left_out, 0.0)), -1)
 
 
 def _positions(chosen: Tensor, slots: int) -> Tensor:
@@ -104,7 +107,14 @@ def _weights(score: Tensor, visible: Tensor) -> Tensor:
     return counted.softmax(-1).masked_fill(none, 0.0)
 
 
-def _chosen(score: Tensor, visible: Tensor, weight: Tensor | None, budget: Budget) -> Tensor:
+def _chosen(
+    score: Tensor,
+    visible: Tensor,
+    weight: Tensor | None,
+    budget: Budget,
+    budgets: Tensor | None,
+    slots: int,
+) -> Tensor:
     """Which keys rows choose by their scores, of those that they see; all (B, heads, S, T)."""
     rank = visible.cumsum(-1, dtype=torch.int32)  # 1 for the first visible key
     count = rank[..., -1:]
@@ -113,6 +123,11 @@ def _chosen(score: Tensor, visible: Tensor, weight: Tensor | None, budget: Budge
     most = score.shape[-1] if budget.top_k is None else budget.top_k
     share = ((count.long() * budget.keep_q16 + 65535) >> 16).clamp(max=most)
     keep = torch.where(count < budget.min_keys, count, share.maximum(sink + recent))
+    if budgets is not None:
+        own, last = budgets.long().unsqueeze(-1).unbind(3)  # (B, heads, S, 1) each
+        keep = own.clamp(0, slots).minimum(count)
+        recent = last.clamp(min=0).minimum(keep)
+        sink = (keep - recent).clamp(max=budget.sink)
     forced = visible & ((rank > count - recent) | (rank <= sink))
     key = _ordered(score).masked_fill(~visible, _HIDDEN).masked_fill(forced, _FORCED)
     if budget.mass and weight is not None:

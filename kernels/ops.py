@@ -131,7 +131,7 @@ _SELECT = (
     "(Tensor q, Tensor? basis, Tensor index, Tensor? index_scale, Tensor? mask,"
     " Tensor? bounds, *, float scale, int? top_k, int keep_q16, int sink, int recent,"
     " int min_keys, bool per_head, int page=1, SymInt? keys=None, bool by_probability=False,"
-    " float mass=0.0) -> "
+    " float mass=0.0, Tensor? budgets=None, SymInt? slots=None) -> "
 )
 SCHEMAS = (
     f"select{_SELECT}Tensor",
@@ -158,10 +158,12 @@ torch.compiler.config.cache_key_tag += _ours  # type: ignore[attr-defined]
 @torch.library.register_fake("loki::select", lib=_LIBRARY)
 def _select_fake(
     q, basis, index, index_scale, mask, bounds, *, top_k, keep_q16, sink, recent, min_keys,
-    per_head, page=1, keys=None, **_,
+    per_head, page=1, keys=None, slots=None, **_,
 ):  # fmt: skip
     heads = q.shape[1] if per_head else index.shape[1]
-    slots = Budget(top_k, keep_q16, sink, recent, min_keys).slots(keys_ranked(index, page, keys))
+    if slots is None:
+        budget = Budget(top_k, keep_q16, sink, recent, min_keys)
+        slots = budget.slots(keys_ranked(index, page, keys))
     return q.new_empty((q.shape[0], heads, q.shape[2], slots), dtype=torch.int32)
 
 

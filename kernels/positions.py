@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from loki_compile.kernels.budget import Budget
+from loki_compile.kernels.budget import Budget, budgets_from, budgets_of_rows
 from loki_compile.kernels.ops import hidden_below, without_autocast
 from torch import Tensor
 
@@ -107,6 +107,49 @@ def span_ranges(
     start = torch.where(whole[..., 0], end, start)
     stop = torch.where(whole[..., 0], end, stop)
     return torch.stack((first, stop, start, end), -1).to(torch.int32)
+
+
+def row_budgets(
+    query: Tensor, key: Tensor, bounds: Tensor | None, heads: int, *budgets: Any
+) -> Tensor:
+    """What rows choose by `HeadBudgets`, as `select` takes it: int32 (B, heads, S, 2), B and S
+    maybe 1.
+
+    query (B, Hq, S, D); key (B, Hkv, T, ...); bounds as `select` takes them; heads that choose, Hkv
+    or Hq; `budgets` is `HeadBudgets.numbers`.
+    """
+    if bounds is None:
+        count = torch.zeros((1, 1, 1), dtype=torch.int64, device=key.device) + key.shape[2]
+    else:
+        count = bounds[..., 2]
+        if count.shape[1] not in (1, heads):  # a group that chooses together sees the same
+            count = count[:, :1]
+    return budgets_of_rows(count, heads, key.shape[1], budgets_from(*budgets))
+
+
+def widest_slots(key: Tensor, *budgets: Any) -> int | torch.SymInt:
+    """Slots that hold what any row chooses of the keys (B, Hkv, T, ...) by `HeadBudgets`, whose
+    `numbers` they are."""
+    return budgets_from(*budgets).slots(key.shape[2])
+
+
+def joined_positions(rows: Sequence[tuple[int, int]], *lists: Tensor) -> Tensor:
+    """Positions (B, len(rows), S, K) of which row (n, head) is `lists[n][:, head]`.
+
+    lists: positions (B, heads, S, K), each with heads and K of its own; -1 behind those of a
+    narrower one.
+    """
+    widths = [each.shape[3] for each in lists]
+    most = functools.reduce(torch.sym_max, widths)
+    if not all(isinstance(width, int) and width == most for width in widths):
+        # Read in place and not padded: whether there is anything to pad is not asked of symbols.
+        slot = torch.arange(most, device=lists[0].device)
+        within = [slot.clamp(max=width - 1) for width in widths]
+        lists = tuple(
+            torch.where(slot < width, each.index_select(3, at), -1)
+            for each, width, at in zip(lists, widths, within, strict=True)
+        )
+    return torch.cat([lists[number].narrow(1, head, 1) for number, head in rows], 1)
 
 
 def positions_of_heads(positions: Tensor, heads: Sequence[int]) -> Tensor:

@@ -42,6 +42,8 @@ def select_weighed(
     keys: int | None = None,
     by_probability: bool = False,
     mass: float = 0.0,
+    budgets: Tensor | None = None,
+    slots: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`select`, and of each row (B, Hkv or Hq, S, 2) fp64: how many keys it chose, and the share of
     `weights` that it left out."""
@@ -55,11 +57,18 @@ def select_weighed(
     visible = _visible(mask, t).expand(b, hq, s, t)[:, :: hq // heads]
     budget = Budget(top_k, keep_q16, sink, recent, min_keys, mass)
     weight = weights(score, visible)
-    positions = torch.full((b, heads, s, budget.slots(t)), -1, dtype=torch.int32, device=q.device)
+    slots = int(budget.slots(t)) if slots is None else slots
+    positions = torch.full((b, heads, s, slots), -1, dtype=torch.int32, device=q.device)
+    own = None if budgets is None else budgets.expand(b, heads, s, 2)
     weighed = torch.zeros((b, heads, s, 2), dtype=torch.float64, device=q.device)
     for row in _rows(b, heads, s):
         candidates = visible[row].nonzero().flatten()
-        chosen = _choose(score[row], weight[row], candidates, budget)
+        keep, last = budget.keys(len(candidates)), recent
+        if own is not None:
+            keep, last = min(int(own[row][0]), len(candidates), slots), int(own[row][1])
+            if keep == 0:
+                continue
+        chosen = _choose(score[row], weight[row], candidates, budget, keep, last)
         positions[row][: len(chosen)] = chosen
         left_out = weight[row].sum() - weight[row][chosen.long()].sum()
         weighed[row] = torch.tensor((len(chosen), left_out.clamp(min=0.0)))
@@ -223,13 +232,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: A
     return attend(q, k, v, None, mask, **options)
 
 
-def _choose(score: Tensor, weight: Tensor, candidates: Tensor, budget: Budget) -> Tensor:
-    """Of the ascending `candidates` the last `recent`, the first `sink`, and the best others."""
-    recent = min(budget.recent, len(candidates))
-    sink = min(budget.sink, len(candidates) - recent)
+def _choose(
+    score: Tensor, weight: Tensor, candidates: Tensor, budget: Budget, keep: int, last: int
+) -> Tensor:
+    """Of the ascending `candidates` the `last` ones, the first `sink`, and the best others: `keep`
+    in all."""
+    recent = min(last, keep)
+    sink = min(budget.sink, keep - recent)
     middle = candidates[sink : len(candidates) - recent]
     best_first = torch.sort(score[middle], descending=True, stable=True).indices
-    best = middle[best_first[: budget.keys(len(candidates)) - sink - recent]]
+    best = middle[best_first[: keep - sink - recent]]
     always = (candidates[:sink], candidates[len(candidates) - recent :])
     if budget.mass and len(candidates) >= budget.min_keys and bool(weight.any()):
         kept = weight[torch.cat(always)].sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from loki_compile.kernels.triton_launch import BOOL_MASK, NO_MASK, row_coordinates
+from loki_compile.kernels.triton_launch import NO_MASK, row_coordinates
 from loki_compile.kernels.triton_score import (
     FORCED,
     HIDDEN,
@@ -26,6 +26,7 @@ from loki_compile.kernels.triton_weigh import (
     weigh_tile,
     weight_from,
 )
+from loki_compile.kernels.triton_window import forced_window, write_always
 
 # Fields of a row's record in scratch.
 ROW_START = tl.constexpr(0)  # first position of the window
@@ -38,8 +39,6 @@ ROW_FLOOR = tl.constexpr(6)  # list keys at or above this
 ROW_UNIT = tl.constexpr(7)  # fp32 bits: what one unit of the scores stands for
 ROW_COUNT = tl.constexpr(8)  # visible keys; -1 where they are too few for a budget
 ROW_FIELDS = tl.constexpr(9)
-
-SCAN_BLOCK = tl.constexpr(1024)
 
 
 @triton.jit
@@ -60,50 +59,6 @@ def _bisect(p_keys, n, low, high, n_low, n_high, want, slack, BLOCK: tl.constexp
     return low, n_low, n_high
 
 
-@triton.jit
-def _visible(o, inside, p_mask, mask_st, hidden_below, MASK: tl.constexpr):
-    """1 where position o is inside and visible, else 0."""
-    if MASK == BOOL_MASK:
-        seen = tl.load(p_mask + o.to(tl.int64) * mask_st, mask=inside, other=0) != 0
-    else:
-        bias = tl.load(p_mask + o.to(tl.int64) * mask_st, mask=inside, other=float("-inf"))
-        seen = bias.to(tl.float32) > hidden_below
-    return (seen & inside).to(tl.int32)
-
-
-@triton.jit
-def _forced_window(
-    start, end, read_until, n_sink, n_recent, p_mask, mask_st, hidden_below, MASK: tl.constexpr
-):
-    """(recent_from, sink_until): positions that bound the forced visible keys."""
-    recent_from = end - n_recent
-    sink_until = start + n_sink
-    if MASK != NO_MASK:  # noqa: SIM102, a test at compile time
-        if read_until > start:  # the n-th visible key from either side: look for it block by block
-            recent_from = end
-            sink_until = start
-            left = n_recent
-            stop = end
-            while (left > 0) & (stop > start):
-                o = stop - SCAN_BLOCK + tl.arange(0, SCAN_BLOCK)
-                seen = _visible(o, o >= start, p_mask, mask_st, hidden_below, MASK)
-                found = tl.sum(seen, 0)
-                pick = (seen != 0) & (found - tl.cumsum(seen, 0) < left)
-                recent_from = tl.minimum(recent_from, tl.min(tl.where(pick, o, end), 0))
-                left -= found
-                stop -= SCAN_BLOCK
-            left = n_sink
-            begin = start
-            while (left > 0) & (begin < end):
-                o = begin + tl.arange(0, SCAN_BLOCK)
-                seen = _visible(o, o < end, p_mask, mask_st, hidden_below, MASK)
-                pick = (seen != 0) & (tl.cumsum(seen, 0) - seen < left)
-                sink_until = tl.maximum(sink_until, tl.max(tl.where(pick, o + 1, start), 0))
-                left -= tl.sum(seen, 0)
-                begin += SCAN_BLOCK
-    return recent_from, sink_until
-
-
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask", "p_bounds"])
 def prepare_kernel(
     p_q, p_basis, p_index, p_index_scale, p_mask, p_bounds,
@@ -112,13 +67,14 @@ def prepare_kernel(
     index_scale_sb, index_scale_sh, index_scale_st,
     mask_sb, mask_sh, mask_ss, mask_st, bounds_sb, bounds_sh, bounds_ss,
     H, S, T, scale, hidden_below, top_k, keep_q16, sink, recent, min_keys,
+    p_budgets, budgets_sb, budgets_sh, budgets_ss, slots,
     D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr,
     ALIGN: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr,
     DOT: tl.constexpr, BLOCK_T: tl.constexpr, SCORED: tl.constexpr, SAMPLE: tl.constexpr,
-    LIST_ALL: tl.constexpr,
+    LIST_ALL: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """Digits and record of one row; grid (rows,)."""
+    """Digits and record of one row; grid (rows,). OWN: rows have budgets of their own."""
     i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
     COLUMNS: tl.constexpr = HEADS * PACK
     GROUP_PAD: tl.constexpr = (GROUP + COLUMNS - 1) // COLUMNS * COLUMNS
@@ -147,12 +103,20 @@ def prepare_kernel(
     share = ((count.to(tl.int64) * keep_q16 + 65535) >> 16).to(tl.int32)
     budget = tl.maximum(tl.minimum(share, top_k), n_sink + n_recent)
     budget = tl.where(count < min_keys, count, budget)
-    recent_from, sink_until = _forced_window(
+    if OWN:
+        p_budgets += i_b * budgets_sb + i_h * budgets_sh + i_s * budgets_ss
+        budget = tl.minimum(tl.minimum(tl.maximum(tl.load(p_budgets), 0), count), slots)
+        n_recent = tl.minimum(tl.maximum(tl.load(p_budgets + 1), 0), budget)
+        n_sink = tl.minimum(sink, budget - n_recent)
+    recent_from, sink_until = forced_window(
         start, end, read_until, n_sink, n_recent, p_mask, mask_st, hidden_below, MASK
     )
 
     floor = tl.full((), HIDDEN + 1, tl.int32)
-    if count > LIST_ALL:
+    ranks = count > LIST_ALL
+    if OWN:
+        ranks = ranks & (budget > n_sink + n_recent)
+    if ranks:
         tl.debug_barrier()  # the digits were stored by other threads of this program
         high = 0
         low = 0
@@ -186,6 +150,8 @@ def prepare_kernel(
             floor, _, _ = _bisect(
                 p_sample, SAMPLE, floor, top, n_seen, top * 0, want, want // 8, SAMPLE
             )
+    if OWN:  # what is always chosen is all that is listed
+        floor = tl.where(budget == n_sink + n_recent, FORCED, floor)
     tl.store(p_rows + ROW_START, start)
     tl.store(p_rows + ROW_END, end)
     tl.store(p_rows + ROW_READ, read_until)
@@ -253,8 +219,10 @@ def list_kernel(
     PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
     MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
     BLOCK_T: tl.constexpr, SCORED: tl.constexpr, STAGES: tl.constexpr, WEIGH: tl.constexpr,
+    OWN: tl.constexpr,
 ):  # fmt: skip
-    """List one part of one row's window; grid (rows, splits).
+    """List one part of one row's window; grid (rows, splits). OWN: as in `prepare_kernel`; a row
+    that ranks nothing lists nothing then, unless keys are weighed.
 
     The rows of one KV head are neighbours in the grid: they share its index through the cache.
     """
@@ -279,7 +247,10 @@ def list_kernel(
     most = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     always = tl.full((), 0.0, tl.float32)
-    if begin < stop:
+    wanted = begin < stop
+    if OWN and not WEIGH:
+        wanted = wanted & (tl.load(p_rows + ROW_FLOOR) != FORCED)
+    if wanted:
         n, most, total, always = _list_span(
             begin, stop, tl.load(p_rows + ROW_FLOOR), p_rows,
             p_list_key + list_from, p_list_at + list_from,
@@ -333,10 +304,11 @@ def choose_kernel(
     PACK: tl.constexpr, ROWS_PER_KV: tl.constexpr, ALIGN: tl.constexpr,
     MASK: tl.constexpr, LOW: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
     BLOCK_T: tl.constexpr, SCORED: tl.constexpr, BLOCK: tl.constexpr, WEIGH: tl.constexpr,
-    TELL: tl.constexpr,
+    TELL: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Positions (slots) of one row from its lists; grid (rows,). WEIGH: by a mass > 0 they may be
-    fewer than its budget. TELL: how many they are, and the share of the weights left out."""
+    fewer than its budget. TELL: how many they are, and the share of the weights left out. OWN: as
+    in `prepare_kernel`."""
     i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
     p_rows += i_row * ROW_FIELDS
     p_list_key += i_row * tl.cdiv(T, 16) * 16  # whole vectors
@@ -348,6 +320,16 @@ def choose_kernel(
     end = tl.load(p_rows + ROW_END)
     budget = tl.load(p_rows + ROW_BUDGET)
     floor = tl.load(p_rows + ROW_FLOOR)
+    if OWN and not WEIGH:  # noqa: SIM102, a test at compile time
+        if floor == FORCED:
+            if MASK != NO_MASK:
+                p_mask += i_b * mask_sb + i_h * GROUP * mask_sh + i_s * mask_ss
+            write_always(
+                start, end, tl.load(p_rows + ROW_READ), tl.load(p_rows + ROW_SINK),
+                tl.load(p_rows + ROW_RECENT), p_positions, p_mask, mask_st, hidden_below, slots,
+                MASK, BLOCK,
+            )  # fmt: skip
+            return
     chunk = tl.cdiv(tl.cdiv(end - start, splits), BLOCK_T) * BLOCK_T
     total = _flatten(
         p_list_key, p_list_at, p_counts + i_row * splits, p_before + i_row * splits, splits, chunk,
@@ -428,7 +410,7 @@ def choose_kernel(
         left_out = 1.0 - (always + tl.sum(held, 0)) / tl.where(
             weight_of_all > 0.0, weight_of_all, 1.0
         )
-        # A row that reads all it sees, and one that sees nothing finite.
-        whole = (count < 0) | (n == count) | (weight_of_all == 0.0)
+        # A row that reads all it sees, one that sees nothing finite, one that chooses nothing.
+        whole = (count < 0) | (n == count) | (n == 0) | (weight_of_all == 0.0)
         tl.store(p_weighed + i_row * 2, n + 0.0)
         tl.store(p_weighed + i_row * 2 + 1, tl.where(whole, 0.0, tl.maximum(left_out, 0.0)))

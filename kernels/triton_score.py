@@ -38,6 +38,7 @@ RUNTIME_SIZES = [
     "q_sb", "q_sh", "q_ss", "basis_sb", "basis_sh", "basis_sd",
     "index_sb", "index_sh", "index_st", "index_scale_sb", "index_scale_sh", "index_scale_st",
     "mask_sb", "mask_sh", "mask_ss", "mask_st", "bounds_sb", "bounds_sh", "bounds_ss",
+    "budgets_sb", "budgets_sh", "budgets_ss",
 ]  # fmt: skip
 
 
@@ -340,24 +341,41 @@ def _score_tile(
         tl.store(p_score + at, best[:, None] + bias, mask=inside)
 
 
+@triton.jit
+def _ranks_nothing(
+    p_budgets, i_b, i_h, i_s, budgets_sb, budgets_sh, budgets_ss, sink, IDLE: tl.constexpr
+):  # fmt: skip
+    """Whether a row's budget is what it always chooses, where some may be (IDLE)."""
+    idle = False
+    if IDLE:
+        p_budgets += i_b * budgets_sb + i_h * budgets_sh + i_s * budgets_ss
+        idle = tl.load(p_budgets) <= tl.load(p_budgets + 1) + sink
+    return idle
+
+
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_mask", "p_bounds"])
 def score_kernel(
     p_q, p_index, p_index_scale, p_mask, p_bounds, p_score,
     q_sb, q_sh, q_ss, index_sb, index_sh, index_st,
     index_scale_sb, index_scale_sh, index_scale_st,
     mask_sb, mask_sh, mask_ss, mask_st, bounds_sb, bounds_sh, bounds_ss,
-    H, S, T, scale, hidden_below, splits,
+    H, S, T, scale, hidden_below, splits, p_budgets, budgets_sb, budgets_sh, budgets_ss, sink,
     R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, ROWS_PER_KV: tl.constexpr,
     ALIGN: tl.constexpr, MASK: tl.constexpr, INT8: tl.constexpr, EACH: tl.constexpr,
-    PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, BLOCK_P: tl.constexpr,
+    PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, BLOCK_P: tl.constexpr, IDLE: tl.constexpr,
 ):  # fmt: skip
     """Scores of one part of one row's window, from rows of the index that are PAGE keys each; grid
     (rows, splits).
 
     EACH: those of each of the GROUP heads, with what an additive mask adds; NaN for a hidden key.
     Else the best over the heads, without it. q has the R dims of the index, or of a page's bounds.
+    IDLE: rows that rank nothing by `budgets` have no scores.
     """
     i_row, i_b, i_h, i_s, i_kv = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
+    if _ranks_nothing(
+        p_budgets, i_b, i_h, i_s, budgets_sb, budgets_sh, budgets_ss, sink, IDLE
+    ):  # fmt: skip
+        return
     if MASK != NO_MASK:
         p_mask += i_b * mask_sb + i_h * GROUP * mask_sh + i_s * mask_ss
         p_bounds += i_b * bounds_sb + i_h * GROUP * bounds_sh + i_s * bounds_ss
@@ -382,10 +400,16 @@ def score_kernel(
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_bounds"])
 def mass_kernel(
     p_logit, p_bounds, p_mass, bounds_sb, bounds_sh, bounds_ss, H, S, T,
+    p_budgets, budgets_sb, budgets_sh, budgets_ss, sink,
     GROUP: tl.constexpr, ROWS_PER_KV: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+    IDLE: tl.constexpr,
 ):  # fmt: skip
     """log of the sum of exp over the finite logits of one head of one row; grid (rows, GROUP)."""
     i_row, i_b, i_h, i_s, _ = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
+    if _ranks_nothing(
+        p_budgets, i_b, i_h, i_s, budgets_sb, budgets_sh, budgets_ss, sink, IDLE
+    ):  # fmt: skip
+        return
     i_g = tl.program_id(1)
     if MASK != NO_MASK:
         p_bounds += i_b * bounds_sb + i_h * GROUP * bounds_sh + i_s * bounds_ss
@@ -412,10 +436,16 @@ def mass_kernel(
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=["p_bounds"])
 def sum_kernel(
     p_logit, p_bounds, p_mass, p_score, bounds_sb, bounds_sh, bounds_ss, H, S, T, splits,
+    p_budgets, budgets_sb, budgets_sh, budgets_ss, sink,
     GROUP: tl.constexpr, ROWS_PER_KV: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+    IDLE: tl.constexpr,
 ):  # fmt: skip
     """log of the sum of the heads' probabilities, of one part of one row; grid (rows, splits)."""
     i_row, i_b, i_h, i_s, _ = row_coordinates(tl.program_id(0), H, S, ROWS_PER_KV)
+    if _ranks_nothing(
+        p_budgets, i_b, i_h, i_s, budgets_sb, budgets_sh, budgets_ss, sink, IDLE
+    ):  # fmt: skip
+        return
     if MASK != NO_MASK:
         p_bounds += i_b * bounds_sb + i_h * GROUP * bounds_sh + i_s * bounds_ss
     start, end, _ = window(p_bounds, T, MASK)

@@ -114,6 +114,8 @@ def select_stages(
     keys: int | None = None,
     by_probability: bool = False,
     mass: float = 0.0,
+    budgets: Tensor | None = None,
+    slots: int | None = None,
     weigh: bool = False,
     launch: SelectLaunch | None = None,
 ) -> tuple[Tensor, Tensor | None, tuple[Stage, ...]]:
@@ -123,9 +125,10 @@ def select_stages(
         q, basis, index, index_scale, mask, bounds,
         top_k=top_k, keep_q16=keep_q16, sink=sink, recent=recent, min_keys=min_keys,
         per_head=per_head, page=page, keys=keys, by_probability=by_probability, mass=mass,
-        weighed=weigh,
+        budgets=budgets, slots=slots, weighed=weigh,
     )  # fmt: skip
-    slots = int(Budget(top_k, keep_q16, sink, recent, min_keys).slots(t))
+    if slots is None:
+        slots = int(Budget(top_k, keep_q16, sink, recent, min_keys).slots(t))
     positions = q.new_empty((b, heads_out, s, slots), dtype=torch.int32)
     weighed = positions.new_empty((b, heads_out, s, 2), dtype=torch.float32) if weigh else None
     if b * heads_out * s == 0:
@@ -142,7 +145,8 @@ def select_stages(
     )  # fmt: skip
     call = _Call(
         q, basis, index, index_scale, mask, bounds, positions, weighed,
-        scale=scale, budget=budget, mass=mass, keys=t, page=page, scored=scored, launch=launch,
+        scale=scale, budget=budget, budgets=budgets, mass=mass, keys=t, page=page, scored=scored,
+        launch=launch,
     )  # fmt: skip
     return positions, weighed, call.stages()
 
@@ -163,6 +167,7 @@ class _Call:
         *,
         scale: float,
         budget: tuple[int, int, int, int, int],
+        budgets: Tensor | None,
         mass: float,
         keys: int,
         page: int,
@@ -172,7 +177,9 @@ class _Call:
         self.q, self.basis, self.index, self.index_scale = q, basis, index, index_scale
         self.bounds, self.positions, self.budget = bounds, positions, budget
         self.weighed, self.mass = weighed, mass
+        self.budgets, self.own = budgets, budgets is not None
         self.weighs = mass > 0 or weighed is not None
+        self.idle = self.own and not self.weighs  # rows that rank nothing need no scores
         self.scale, self.page, self.scored = scale, page, scored
         self.tiles, self.int8 = scored == TILES.value, index.dtype == torch.int8
         self.heads_out, self.tokens, self.slots = positions.shape[1:]
@@ -249,6 +256,11 @@ class _Call:
         )
 
     @functools.cached_property
+    def _budgets(self) -> tuple[Any, ...]:
+        """What tells which rows rank nothing."""
+        return self.budgets, *broadcast_strides(self.budgets, 3), self.budget[2]
+
+    @functools.cached_property
     def _row(self) -> dict[str, Any]:
         """Constants of every kernel that has a program for a row."""
         per_kv = self.heads_out // self.index.shape[1]
@@ -278,23 +290,24 @@ class _Call:
             met, self.index, self.index_scale, self.mask, self.bounds, self.logits,
             *broadcast_strides(met, 3), *self.strides, *self.bounds_strides,
             self.heads_out, self.tokens, self.keys, self.scale, self.hidden, self.splits,
-            R=width, BLOCK_R=block_q, ALIGN=self.align, INT8=self.int8,
+            *self._budgets, R=width, BLOCK_R=block_q, ALIGN=self.align, INT8=self.int8,
             EACH=self.scored == PROBABILITIES.value, PAGE=self.page, PAGE_PAD=page_pad,
-            BLOCK_P=max(1, 4096 // max(bounds_or_row, page_pad)), **self._row, num_warps=4,
+            BLOCK_P=max(1, 4096 // max(bounds_or_row, page_pad)), IDLE=self.idle, **self._row,
+            num_warps=4,
         )  # fmt: skip
 
     def _add_up(self) -> None:
         mass_kernel[(self.rows, self.group)](
             self.logits, self.bounds, self.log_mass, *self.bounds_strides,
-            self.heads_out, self.tokens, self.keys,
-            BLOCK=self.launch.block, **self._row, num_warps=self.launch.row_warps,
+            self.heads_out, self.tokens, self.keys, *self._budgets,
+            BLOCK=self.launch.block, IDLE=self.idle, **self._row, num_warps=self.launch.row_warps,
         )  # fmt: skip
 
     def _add_heads(self) -> None:
         sum_kernel[(self.rows, self.splits)](
             self.logits, self.bounds, self.log_mass, self.score, *self.bounds_strides,
-            self.heads_out, self.tokens, self.keys, self.splits,
-            BLOCK=1024, **self._row, num_warps=4,
+            self.heads_out, self.tokens, self.keys, self.splits, *self._budgets,
+            BLOCK=1024, IDLE=self.idle, **self._row, num_warps=4,
         )  # fmt: skip
 
     def _prepare(self) -> None:
@@ -310,7 +323,8 @@ class _Call:
             self.high, self.low, self.source, self.score, self.records, self.sample,
             *broadcast_strides(self.q, 3), *strides, *self.strides, *self.bounds_strides,
             self.heads_out, self.tokens, self.keys, self.scale, self.hidden, *self.budget,
-            D=self.head_dim, BLOCK_D=block_d, SAMPLE=self.launch.sample,
+            self.budgets, *broadcast_strides(self.budgets, 3), self.slots,
+            D=self.head_dim, BLOCK_D=block_d, SAMPLE=self.launch.sample, OWN=self.own,
             LIST_ALL=self.launch.list_all, **self._tile, num_warps=self.launch.row_warps,
         )  # fmt: skip
 
@@ -319,7 +333,8 @@ class _Call:
             self.index, self.index_scale, self.mask, self.high, self.low, self.source, self.score,
             self.records, *self.lists, self.counts, self.parts, *self.strides,
             self.heads_out, self.tokens, self.keys, self.hidden, self.splits,
-            STAGES=self.launch.stages, WEIGH=self.weighs, **self._tile, num_warps=self.launch.warps,
+            STAGES=self.launch.stages, WEIGH=self.weighs, OWN=self.own, **self._tile,
+            num_warps=self.launch.warps,
         )  # fmt: skip
 
     def _choose(self) -> None:
@@ -329,7 +344,7 @@ class _Call:
             self.weighed, *self.strides,
             self.heads_out, self.tokens, self.keys, self.hidden, self.splits, self.slots, self.mass,
             BLOCK=self.launch.block, WEIGH=self.weighs, TELL=self.weighed is not None,
-            **self._tile, num_warps=self.launch.row_warps,
+            OWN=self.own, **self._tile, num_warps=self.launch.row_warps,
         )  # fmt: skip
 
 

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from loki_compile.kernels.ops import KEEP_ALL_Q16, Budget
 from loki_compile.pca_store.basis import AUTO, AUTO_SHARE, BasisSet
-from loki_compile.policies.kinds import PLANS, RANKINGS, SPANS, Kind, kind_of, why_unweighed
+from loki_compile.policies.kinds import (
+    PLANS,
+    RANKINGS,
+    SPANS,
+    Kind,
+    kind_of,
+    why_no_mass,
+    why_unweighed,
+)
 
 if TYPE_CHECKING:
     from loki_compile.passes.attention import AttentionSite
@@ -23,6 +31,10 @@ MASS = "mass:"
 _CEILING = 0.25
 
 
+class _Open(float):
+    """The default of `top_k`, which nobody has asked for; as a number it is like any other."""
+
+
 @dataclass(frozen=True)
 class LokiConfig:
     """Options, as in docs/options.md. As in scikit-learn a float is a fraction, an int a count.
@@ -32,7 +44,7 @@ class LokiConfig:
         found, what is needed and what to do.
     """
 
-    top_k: int | float | str = 0.125
+    top_k: int | float | str = _Open(0.125)
     rank: int | float | str = AUTO
     basis: str | Path | BasisSet = "auto"
     min_context: int = 1024
@@ -124,7 +136,8 @@ class LokiConfig:
                 "which a layer is warned of, a float in (0, 1) such as 0.1."
             )
         names = [self.policy] if isinstance(self.policy, str) else list(self.policy.values())
-        reasons = {name: why for name in names if (why := why_unweighed(name))}
+        why_not = why_no_mass if self.mass else why_unweighed
+        reasons = {name: why for name in names if (why := why_not(name))}
         if not reasons or not (self.mass or (watched is not None and isinstance(self.policy, str))):
             return
         name, why = next(iter(reasons.items()))
@@ -181,10 +194,18 @@ class LokiConfig:
 
     @property
     def reads_spans(self) -> bool:
-        """Whether some layers read as many keys as a plan of spans says, and not `top_k`."""
+        """Whether some layers read as many keys as a plan or their words say, and not `top_k`."""
         if isinstance(self.policy, str):
-            return bool(self.plan_file) or self.policy.startswith(SPANS)
-        return any(kind.ranking == SPANS for kind in self.kinds)
+            if self.plan_file or self.policy.startswith(SPANS):
+                return True
+            return self.policy not in PLANS and bool(kind_of(self.policy).budgets)
+        return any(kind.ranking == SPANS or kind.budgets for kind in self.kinds)
+
+    @property
+    def open_budget(self) -> bool:
+        """Whether nobody has said how many keys are read: a plan that is stored for the model then
+        may."""
+        return self.policy == "loki" and isinstance(self.top_k, _Open)
 
     def layers_named(self) -> list[tuple[str, Any, tuple[int | str, ...]]]:
         """Words by which options call layers: the option, its words, what these stand for."""
@@ -313,7 +334,7 @@ def _policies(policy: Any) -> None:
     if not isinstance(policy, Mapping):
         if policy not in PLANS and not (isinstance(policy, str) and _is_file(policy)):
             alone = kind_of(policy)
-            if alone.reuse or alone.dense:
+            if alone.reuse or alone.dense or alone.sources:
                 raise ValueError(
                     f"policy={policy!r} is for some layers: needs a dict, such as "
                     '{"0-1": "dense", 2: "loki", "*": "reuse"}, or one of '
@@ -329,10 +350,11 @@ def _policies(policy: Any) -> None:
             )
         kind = kind_of(name)
         numbers = [pick for pick in _picks(layers) if isinstance(pick, int)]
-        if kind.source is not None and numbers and min(numbers) <= kind.source:
+        source = max(kind.sources, default=-1)
+        if numbers and min(numbers) <= source:
             raise ValueError(
                 f"policy={{{layers!r}: {name!r}}}: layer {min(numbers)} cannot read what layer "
-                f"{kind.source} chose, which does not lie before it: name an earlier layer."
+                f"{source} chose, which does not lie before it: name an earlier layer."
             )
 
 

@@ -18,18 +18,25 @@ from loki_compile.passes.policy import Candidate
 from loki_compile.passes.shared_caches import Part, with_parts
 from loki_compile.pca_store.fingerprint import block_fingerprints, weights_fingerprint
 from loki_compile.pca_store.layer_plan import (
+    BUDGETS_SUFFIX,
     SPANS_SUFFIX,
     SUFFIX,
+    USED,
     PlannedLayer,
+    any_plan,
     find_plan,
     read_plan,
 )
 from loki_compile.pca_store.metadata import run_of
-from loki_compile.policies.kinds import SPANS, Kind, kind_of
+from loki_compile.policies.head_budgets import HeadBudget
+from loki_compile.policies.kinds import BUDGETED, SPANS, Kind, kind_of
 from loki_compile.policies.table import SHARE_AT, Planned
 from loki_compile.published import PublishedSpans, published_spans
 
 log = logging.getLogger("loki_compile")
+
+# The plans of policies that have one of their own; those of all layers share the other kind.
+_SUFFIXES = {SPANS: SPANS_SUFFIX, BUDGETED[0]: BUDGETS_SUFFIX}
 
 
 class PlanOfModel:
@@ -57,13 +64,14 @@ class PlanOfModel:
             published = published_spans(self.config.plan_file)
             if published is not None:
                 return self._published(published, candidates)
+        chosen, suffix = self.config.plan_file, _SUFFIXES.get(policy, SUFFIX)
+        if not chosen and not any_plan(suffix=suffix):
+            return None  # before weights are read
         weights, blocks = self._weights(candidates)
         rows = dict(zip(weights, blocks, strict=True))
-        chosen = self.config.plan_file
         known = [each for each in weights if each]
-        suffix = SPANS_SUFFIX if policy == SPANS else SUFFIX
         plan = read_plan(chosen) if chosen else find_plan(known, rows, suffix=suffix)
-        if plan is None:
+        if plan is None or (suffix == BUDGETS_SUFFIX and plan.scores.get(USED) is not True):
             return None
         kinds: list[Kind] = []
         layers: list[int] = []
@@ -86,7 +94,7 @@ class PlanOfModel:
             kinds.append(of_site(plan.layers[place], candidate.site.kv_heads, blocks[number]))
             layers.append(place)
         self.origin = f"as `loki tune` found {plan.created[:10]}"
-        return Planned(tuple(kinds), tuple(layers))
+        return Planned(tuple(kinds), tuple(layers), self.origin)
 
     def _published(
         self, published: PublishedSpans, candidates: Sequence[Candidate]
@@ -144,8 +152,25 @@ def of_site(layer: PlannedLayer, kv_heads: int, blocks: tuple[str, ...]) -> Kind
     first = place * layer.kv_heads // max(1, len(layer.blocks))
     if len(kind.spans) == layer.kv_heads > kv_heads:
         return dataclasses.replace(kind, spans=kind.spans[first : first + kv_heads])
+    if kind.budgets and layer.kv_heads > kv_heads:
+        return dataclasses.replace(kind, budgets=_of_process(kind.budgets, first, kv_heads))
     if not kind.heads or len(kind.heads) == kv_heads:
         return kind
     here = [head - first for head in kind.heads[first : first + kv_heads]]
     own = [head if 0 <= head < kv_heads else number for number, head in enumerate(here)]
     return dataclasses.replace(kind, heads=tuple(own))
+
+
+def _of_process(
+    budgets: tuple[HeadBudget, ...], first: int, kv_heads: int
+) -> tuple[HeadBudget, ...]:
+    """Those of the KV heads from `first` on, by the numbers that heads have in their process."""
+    own = []
+    for number in range(kv_heads):
+        each = budgets[first + number] if len(budgets) > 1 else budgets[0]
+        if each.span is None:
+            here = each.head - first
+            head = here if 0 <= here < kv_heads else number
+            each = dataclasses.replace(each, head=head)
+        own.append(each)
+    return tuple(own)

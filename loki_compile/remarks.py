@@ -9,6 +9,7 @@ from typing import Any
 
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Tally, attention_noted, say_once
+from loki_compile.head_reads import mean_share
 from loki_compile.passes.attention import PREFILLS, Reason
 from loki_compile.passes.plan import Plan
 from loki_compile.planned import PlanOfModel
@@ -23,6 +24,7 @@ def remark_on(plan: Plan, config: LokiConfig, tally: Tally, of_model: PlanOfMode
     _say_which_layers_there_are(plan, config, tally)
     if len(plan.sites) > 1 and plan.sparse:
         _say_what_spans_are_read(plan, config, tally, of_model)
+        _say_whose_budgets_are_read(plan, config, tally, of_model)
         _say_who_chooses(plan, config, tally, of_model)
 
 
@@ -101,6 +103,21 @@ def _say_what_spans_are_read(
             f"and spans of the last ones, {share:.1%} of {SHARE_AT} keys, "
             f"{of_model.origin or guess}.",
         )
+
+
+def _say_whose_budgets_are_read(
+    plan: Plan, config: LokiConfig, tally: Tally, of_model: PlanOfModel
+) -> None:
+    """Says once that a stored plan, and not `top_k`, says how many keys each KV head reads."""
+    if not of_model.origin or all(sparse.choice.budgets is None for sparse in plan.sparse):
+        return
+    sites = [sparse for sparse in plan.sparse if sparse.choice.spans is None]
+    other = "; top_k=0.125 is one budget for all" if config.open_budget else ""
+    say_once(
+        (tally.model, "budgets", str(config.policy)),
+        f"{tally.model}: policy={config.policy!r}: KV heads of {len(sites)} layers read "
+        f"{mean_share(plan, sites):.1%} of {SHARE_AT} keys, each as many {of_model.origin}{other}.",
+    )
 
 
 def _say_who_chooses(plan: Plan, config: LokiConfig, tally: Tally, of_model: PlanOfModel) -> None:

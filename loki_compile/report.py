@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch._dynamo.utils import counters
 from torch._logging import trace_structured
 
+from loki_compile.head_reads import reads_of
 from loki_compile.kernels.kept import Keeps, PageLayout
 from loki_compile.passes.attention import Reason
 from loki_compile.policies.kinds import SPANS, Kind
@@ -58,6 +59,9 @@ class SiteReport:
     policy chooses keys, or says whose choice is read; reads is the path of the site whose it is;
     spans is what KV heads read where that is spans, as a word of `policy=`; keys and left_out are
     what `stats` has of the site, None where its rows are not weighed, or have not run.
+    Where KV heads have budgets of their own: budgets is those, as a word of `policy=` has them,
+    whoever chooses for a head; shares, of 8192 keys, how much each reads; ranking_heads how many
+    rank keys themselves, None where all or none do.
     """
 
     path: str
@@ -77,6 +81,9 @@ class SiteReport:
     spans: str = ""
     keys: float | None = None
     left_out: float | None = None
+    budgets: str = ""
+    shares: tuple[float, ...] = ()
+    ranking_heads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -373,7 +380,7 @@ def _sparse_report(
 ) -> SiteReport:
     site, policy = sparse.site, _policy_text(plan, sparse)
     rank = binding.rank(config.rank) if binding.keeps is Keeps.INDEX else None
-    outcome, reason, see = "sparse", "", ""
+    outcome, reason, see, own = "sparse", "", "", reads_of(plan, sparse)
     if sparse.reads_all:
         outcome, see = "dense by plan", _see(Reason.READS_ALL)
         reason = f"reads all keys, and chooses for others ({policy})"
@@ -389,10 +396,13 @@ def _sparse_report(
         rank=rank,
         basis=_basis_text(binding, adapters),
         index_bytes_per_token=_bytes_per_token(binding, rank, config),
-        note=sparse.note,
+        note="; ".join(filter(None, ("" if own is None else str(own), sparse.note))),
         policy=policy,
         reads="" if sparse.source is None else plan.sparse[sparse.source].site.path,
         spans=_spans_text(sparse),
+        budgets="" if own is None else own.word,
+        shares=() if own is None else own.shares,
+        ranking_heads=None if own is None else own.rank,
     )
 
 

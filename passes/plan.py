@@ -13,6 +13,7 @@ from typing import Any
 
 from loki_compile.kernels.kept import Keeps
 from loki_compile.kernels.ops import BACKENDS, unserved
+from loki_compile.kernels.spans import Span
 from loki_compile.passes.attention import AttentionSite, Reason, Skipped
 from loki_compile.passes.caches import KeyCache
 from loki_compile.passes.calls import (
@@ -38,7 +39,8 @@ class SparseSite:
     `views` lead from that cache to the site's keys: layers that share a cache share its index,
     whatever part of it each reads. `note` is what its policy, and the kernels of its device, say to
     their user. `masks_at` is the node behind which the site's masks are as its core reads them;
-    None where it has none. `source` numbers, in `Plan.sparse`, the site whose positions it reads.
+    None where it has none. `source` numbers, in `Plan.sparse`, the site whose positions it reads;
+    `borrowed`, where some KV heads read another site's, that site and the KV head of it for each.
     """
 
     site: AttentionSite
@@ -48,11 +50,13 @@ class SparseSite:
     note: str = ""
     masks_at: fx.Node | None = None
     source: int | None = None
+    borrowed: tuple[tuple[int, int] | None, ...] = ()
 
     @property
     def weighed(self) -> bool:
         """Whether what its rows choose and leave out leaves the graph."""
-        return self.choice.weighed and self.source is None
+        chooses = self.choice.budgets is None or bool(self.choice.budgets.own)
+        return self.choice.weighed and self.source is None and chooses
 
     @property
     def reads_all(self) -> bool:
@@ -113,12 +117,12 @@ def make_plan(
         if isinstance(each, Skipped):
             draft.dense.append(each)
             continue
-        source, choice, own = draft.source_of(number, choice, candidates)
+        source, choice, own = draft.source_of(number, choice, choices, candidates)
         left_out = _left_out(*each, choice, reads=source is not None, read=number in read)
         if left_out is not None:
             draft.dense.append(left_out)
             continue
-        draft.add(each, choice, source, own)
+        draft.add(each, *draft.with_borrowed(choice, choices), source, own)
     return Plan(
         tuple(draft.sparse),
         tuple(draft.dense),
@@ -141,7 +145,11 @@ class _Draft:
     lenders: list[tuple[AttentionSite, KeyCache]] = field(default_factory=list)
 
     def source_of(
-        self, number: int, choice: Choice, candidates: Sequence[Candidate]
+        self,
+        number: int,
+        choice: Choice,
+        choices: Sequence[Choice],
+        candidates: Sequence[Candidate],
     ) -> tuple[int | None, Choice, Any]:
         """The place of the site whose positions a site reads, None if it chooses itself; its
         choice; and what it is to be found by among `places`."""
@@ -152,15 +160,43 @@ class _Draft:
         if source is None:
             # Of those that would read what a dense site chose, the first chooses for the others.
             source = self.places.get(own)
-            choice = _itself(choice, candidates[choice.source].site, chooses=source is None)
+            there, site = candidates[choice.source].site, candidates[number].site
+            choice = _itself(
+                choice, choices[choice.source], there, site.kv_heads, chooses=source is None
+            )
         return source, choice, own
 
+    def with_borrowed(
+        self, choice: Choice, choices: Sequence[Choice]
+    ) -> tuple[Choice, tuple[tuple[int, int] | None, ...]]:
+        """The choice, in which heads that would read of a site that has become dense choose
+        themselves; and for each KV head the place of the site that it reads of, and its head."""
+        if choice.budgets is None or not any(choice.borrowed):
+            return choice, ()
+        spans, last = list(choice.budgets.heads), list(choice.budgets.last)
+        places: list[tuple[int, int] | None] = []
+        for head, borrowed in enumerate(choice.borrowed):
+            place = None if borrowed is None else self.places.get(borrowed[0])
+            places.append(None if borrowed is None or place is None else (place, borrowed[1]))
+            if borrowed is not None and place is None:
+                spans[head], last[head] = _budget_of(choices[borrowed[0]], borrowed[1])
+        budgets = dataclasses.replace(choice.budgets, heads=tuple(spans), last=tuple(last))
+        choice = dataclasses.replace(choice, budgets=budgets)
+        return choice, tuple(places) if any(places) else ()
+
     def add(
-        self, found: tuple[AttentionSite, KeyCache], choice: Choice, source: int | None, own: Any
+        self,
+        found: tuple[AttentionSite, KeyCache],
+        choice: Choice,
+        borrowed: tuple[tuple[int, int] | None, ...],
+        source: int | None,
+        own: Any,
     ) -> None:
         site, cache = found
         assert choice.ranking is not None
-        kept = (cache, Keeps.NOTHING if source is not None else choice.ranking.keeps)
+        # What ranks nothing needs rows of keys alone, as long as they lie in one tensor.
+        ranks = choice.ranks or cache.k_pe is not None
+        kept = (cache, choice.ranking.keeps if source is None and ranks else Keeps.NOTHING)
         if kept not in self.caches:
             self.caches.append(kept)
         if any(term.varies(heads) for term in site.masks for heads in "hg"):
@@ -169,6 +205,8 @@ class _Draft:
             hold_to(found, self.lenders[source], self.writes)
         else:
             self.places[own] = len(self.sparse)
+        for place in {place for place, _ in filter(None, borrowed)}:
+            hold_to(found, self.lenders[place], self.writes)
         self.lenders.append(found)
         device = fake_value(cache.past).device.type
         self.sparse.append(
@@ -180,6 +218,7 @@ class _Draft:
                 note="; ".join(filter(None, (choice.note, BACKENDS[device].note()))),
                 masks_at=masks_at(site, self.writes),
                 source=source,
+                borrowed=borrowed,
             )
         )
 
@@ -251,7 +290,8 @@ def _left_out(
 
 
 def _sources(choices: Sequence[Choice]) -> set[int]:
-    return {choice.source for choice in choices if choice.source is not None}
+    borrowed = {site for choice in choices for site, _ in filter(None, choice.borrowed)}
+    return borrowed | {choice.source for choice in choices if choice.source is not None}
 
 
 def _check_source(candidates: Sequence[Candidate], choices: Sequence[Choice], number: int) -> None:
@@ -260,8 +300,17 @@ def _check_source(candidates: Sequence[Candidate], choices: Sequence[Choice], nu
       ValueError: what differs from an earlier site of the same slots, which chooses.
     """
     source, heads = choices[number].source, choices[number].heads
-    if source is None:
-        return
+    if source is not None:
+        _check_lender(candidates, choices, number, source)
+        _check_heads(candidates, number, source, heads)
+    for lender, head in filter(None, choices[number].borrowed):
+        _check_lender(candidates, choices, number, lender)
+        _check_head(candidates, choices, number, lender, head)
+
+
+def _check_lender(
+    candidates: Sequence[Candidate], choices: Sequence[Choice], number: int, source: int
+) -> None:
     here, there = (candidates[n].site.path or str(n) for n in (number, source))
     if source >= number:
         raise ValueError(
@@ -286,20 +335,60 @@ def _check_source(candidates: Sequence[Candidate], choices: Sequence[Choice], nu
             f"policy: {here} is to read what {there} chose, and their keys do not lie in the same "
             "slots (another length, window or mask): name a layer that sees the same keys."
         )
-    there_are = candidates[source].site.kv_heads
-    if heads and (len(heads) != both[0].site.kv_heads or max(heads) >= there_are):
+
+
+def _check_heads(
+    candidates: Sequence[Candidate], number: int, source: int, heads: tuple[int, ...]
+) -> None:
+    here, there = (candidates[n].site for n in (number, source))
+    if heads and (len(heads) != here.kv_heads or max(heads) >= there.kv_heads):
         raise ValueError(
-            f"policy: the map of heads {heads} of {here} does not lead from its "
-            f"{both[0].site.kv_heads} KV heads to the {there_are} of {there}: give as many numbers "
-            f"as the first, each below {there_are}."
+            f"policy: the map of heads {heads} of {here.path or number} does not lead from its "
+            f"{here.kv_heads} KV heads to the {there.kv_heads} of {there.path or source}: give as "
+            f"many numbers as the first, each below {there.kv_heads}."
         )
 
 
-def _itself(choice: Choice, source: AttentionSite, *, chooses: bool) -> Choice:
-    """What a site does whose source has become dense."""
+def _check_head(
+    candidates: Sequence[Candidate],
+    choices: Sequence[Choice],
+    number: int,
+    source: int,
+    head: int,
+) -> None:
+    here, there = (candidates[n].site.path or str(n) for n in (number, source))
+    there_are, borrowed = candidates[source].site.kv_heads, choices[source].borrowed
+    if head >= there_are:
+        raise ValueError(
+            f"policy: {here} is to read what KV head {head} of {there} chose, which has "
+            f"{there_are}: name one below {there_are}."
+        )
+    if borrowed and borrowed[head] is not None:
+        raise ValueError(
+            f"policy: {here} is to read what KV head {head} of {there} chose, which reads what "
+            "another chose: name that one."
+        )
+
+
+def _itself(
+    choice: Choice, lent: Choice, source: AttentionSite, kv_heads: int, *, chooses: bool
+) -> Choice:
+    """What a site of so many KV heads does whose source has become dense: it reads as many keys as
+    that would have chosen, `lent` being its choice."""
     note = f"{source.path or 'its source'} is dense"
     note += ": chooses itself" if chooses else ": reads what the first of its readers chose"
-    return dataclasses.replace(choice, heads=(), note=note)
+    budgets = choice.budgets
+    if lent.budgets is not None:
+        heads = choice.heads or [n * source.kv_heads // kv_heads for n in range(kv_heads)]
+        budgets = lent.budgets.mapped(heads, lent.budget.span)
+    return dataclasses.replace(choice, heads=(), note=note, budgets=budgets)
+
+
+def _budget_of(lent: Choice, head: int) -> tuple[Span, bool]:
+    """As many keys as a KV head chooses that another would read of, and whether the last ones."""
+    if lent.budgets is None:
+        return lent.budget.span, False
+    return lent.budgets.heads[head] or lent.budget.span, lent.budgets.last[head]
 
 
 def _counts_tokens(site: AttentionSite, cache: KeyCache) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loki_compile.kernels.budget import Budget
+from loki_compile.kernels.budget import Budget, HeadBudgets
 from loki_compile.kernels.kept import Keeps
 from loki_compile.kernels.spans import Spans
 from loki_compile.passes.attention import AttentionSite
@@ -67,6 +67,11 @@ class Choice:
     reads where the ranking reads ranges. `rank`: in how many dims a ranking without an index ranks,
     a fraction of theirs or a count. `note` is what one should know of it. `weighed`: what its rows
     choose and leave out is noted, where its ranking weighs keys.
+
+    `budgets` say how many keys each KV head chooses, where these and not `budget` do. A KV head
+    without one reads what a head of an earlier site of the same slots has chosen: `borrowed` has
+    that site's number and the KV head of it, None for a head that chooses. Where that site has
+    become dense the head chooses itself, as many keys as that one would.
     """
 
     ranking: Ranking | None
@@ -80,6 +85,8 @@ class Choice:
     spans: Spans | None = None
     weighed: bool = False
     rank: int | float = 1.0
+    budgets: HeadBudgets | None = None
+    borrowed: tuple[tuple[int, int] | None, ...] = ()
 
     def dims(self, most: int) -> int:
         """How many of `most` dims are ranked in."""
@@ -87,9 +94,14 @@ class Choice:
         return min(share if isinstance(share, int) else math.ceil(round(share * most, 6)), most)
 
     @property
-    def rule(self) -> Budget | Spans:
-        """How many keys a row reads of those that it sees."""
-        return self.spans or self.budget
+    def rule(self) -> Budget | Spans | HeadBudgets:
+        """How many keys a row chooses, or reads in ranges, of those that it sees."""
+        return self.spans or self.budgets or self.budget
+
+    @property
+    def ranks(self) -> bool:
+        """Whether any of its heads ranks keys, unless it reads another site's choice."""
+        return self.budgets is None or self.budgets.ranks
 
 
 # For all sites of a graph, which are numbered in its order, the choice of each.

@@ -14,7 +14,7 @@ import torch
 from loki_compile.kernels.fused import expanded_values, tiles_to_blocks
 from loki_compile.kernels.kept import Layout
 from loki_compile.kernels.ops import attend, attention
-from loki_compile.kernels.positions import positions_of_heads
+from loki_compile.kernels.positions import joined_positions, positions_of_heads
 from loki_compile.passes.attention import AttentionSite
 from loki_compile.passes.calls import concrete, fake_value
 from loki_compile.passes.emit import absorbed, canonical, cast, replay, strided_like, whole_queries
@@ -69,11 +69,9 @@ def rewrite_sparse(
             if sparse.source is not None:
                 chosen.append(_of_source(asked, plan.sparse[sparse.source], chosen[sparse.source]))
             else:
-                assert sparse.choice.ranking is not None
-                chosen.append(sparse.choice.ranking.positions(asked))
+                chosen.append(_chosen(asked, sparse, plan, chosen))
                 # Each leaves the graph by itself: joined they would cross from block to block.
-                means = (call(graph, torch.mean, x, (0, 1, 2), like=x) for x in asked.weighed)
-                weighed += means
+                weighed += [_mean_of_rows(asked, sparse, each) for each in asked.weighed]
             if sparse.reads_all:
                 continue
             out = _sparse_attention(asked, chosen[-1], sinks, masks)
@@ -138,6 +136,44 @@ def _asked(
         shared=shared,
     )
     return asked, sinks
+
+
+def _chosen(asked: Asked, sparse: SparseSite, plan: Plan, chosen: Sequence[fx.Node]) -> fx.Node:
+    """Positions that a site chooses, some of its KV heads maybe reading what those of `chosen`
+    hold, the positions of earlier sites."""
+    choice, site = sparse.choice, asked.site
+    assert choice.ranking is not None
+    own = None
+    if choice.budgets is None or choice.budgets.own:
+        own = choice.ranking.positions(asked)
+    if not sparse.borrowed:
+        assert own is not None
+        return own
+    group = site.query_heads // site.kv_heads
+    lists: dict[fx.Node, AttentionSite] = {} if own is None else {own: site}
+    lists |= {chosen[n]: plan.sparse[n].site for n, _ in filter(None, sparse.borrowed)}
+    made = {node: fake_value(node).shape[1] for node in lists}
+    # Where query heads chose for themselves in any of them, so they read here.
+    wide = any(made[node] != whose.kv_heads for node, whose in lists.items())
+    numbers, rows = {node: number for number, node in enumerate(lists)}, []
+    for head, place in ((h, p) for h in range(site.kv_heads) for p in range(group if wide else 1)):
+        source = sparse.borrowed[head]
+        node, its = (own, head) if source is None else (chosen[source[0]], source[1])
+        assert node is not None
+        each = made[node] // lists[node].kv_heads
+        rows.append((numbers[node], its * each + place * each // (group if wide else 1)))
+    return call(asked.graph, joined_positions, tuple(rows), *lists, like=site.node)
+
+
+def _mean_of_rows(asked: Asked, sparse: SparseSite, weighed: fx.Node) -> fx.Node:
+    """The mean over its rows of what `kernels.ops.select_weighed` tells of them, (2,) fp32; of the
+    heads that choose."""
+    budgets = sparse.choice.budgets
+    if sparse.borrowed and budgets is not None:
+        each = fake_value(weighed).shape[1] // asked.site.kv_heads
+        own = tuple(head * each + place for head in budgets.own for place in range(each))
+        weighed = call(asked.graph, positions_of_heads, weighed, own, like=weighed)
+    return call(asked.graph, torch.mean, weighed, (0, 1, 2), like=weighed)
 
 
 def _of_source(asked: Asked, source: SparseSite, positions: fx.Node) -> fx.Node:

@@ -25,10 +25,16 @@ from loki_compile.pca_store.metadata import (
 )
 from loki_compile.pca_store.store import default_root, write_atomically
 
-# Of plans which layers choose and which reuse, and of plans what spans of keys their heads read: a
-# model may have one of each.
+# Of plans which layers choose and which reuse, of plans what spans of keys their heads read, and of
+# plans how many keys each head chooses: a model may have one of each.
 SUFFIX = ".plan.json"
 SPANS_SUFFIX = ".spans.json"
+BUDGETS_SUFFIX = ".budgets.json"
+# By suffix: what such a plan is of, and the options of `loki tune` that make one.
+_MADE_BY = {SPANS_SUFFIX: ("spans", " --policy moa"), BUDGETS_SUFFIX: ("budgets", " --target")}
+# A score of a plan of budgets, a bool: whether it serves where no policy is asked for, since on
+# text that it was not found on it beat a uniform budget of as many keys.
+USED = "used"
 FORMAT = 1
 _MAX_BYTES = 64 << 20
 
@@ -139,11 +145,12 @@ def read_plan(path: str | Path) -> LayerPlan:
         return LayerPlan(layers=layers, mass=mass, **given)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = str(error).partition("\n")[0][:200]
-        what, policy = (
-            ("spans", " --policy moa") if path.name.endswith(SPANS_SUFFIX) else ("layers", "")
+        what, options = next(
+            (made for suffix, made in _MADE_BY.items() if path.name.endswith(suffix)),
+            ("layers", ""),
         )
         raise PlanFileError(
-            f"{path} is no plan of {what} ({reason}): run `loki tune{policy}`"
+            f"{path} is no plan of {what} ({reason}): run `loki tune{options}`"
         ) from None
 
 
@@ -163,6 +170,12 @@ def find_plan(
         if all(plan.layer_of(each, blocks.get(each, ())) is not None for each in wanted):
             return plan
     return None
+
+
+def any_plan(root: Path | None = None, suffix: str = SUFFIX) -> bool:
+    """Whether a plan of that suffix is stored, of whatever model."""
+    root = default_root() if root is None else root
+    return next(iter(root.glob(f"*{suffix}")), None) is not None
 
 
 def stored_plans(root: Path | None = None, suffix: str = SUFFIX) -> Iterator[LayerPlan]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loki_compile.config import LokiConfig
+from loki_compile.head_reads import budgets_in
 from loki_compile.kernels.spans import Spans
 from loki_compile.policies.kinds import BY_KEYS, SPANS, kind_of
 from loki_compile.report import SiteReport
@@ -108,8 +109,11 @@ def cache_bytes(
 
 
 def keys_read(site: SiteReport, config: LokiConfig, visible: int) -> int:
-    """Keys that a row which sees so many reads at a sparse site; where KV heads read spans, on
-    average of them."""
+    """Keys that a row which sees so many reads at a sparse site; where KV heads read spans, or by
+    budgets of their own, on average of them."""
+    if site.budgets:
+        keys = budgets_in(site.budgets, config).keys(visible)
+        return round(sum(keys) / len(keys))
     if not site.spans:
         return config.budget.keys(visible)
     kind = kind_of(site.spans)
@@ -119,10 +123,13 @@ def keys_read(site: SiteReport, config: LokiConfig, visible: int) -> int:
 
 def _ranking_bytes(layer: Layer, tokens: int, site: SiteReport) -> float | None:
     """What is read to choose: what is kept beside the cache, the keys themselves, or nothing."""
+    part = 1.0
+    if site.ranking_heads is not None and site.kv_heads:
+        part = site.ranking_heads / site.kv_heads
     if site.policy in BY_KEYS:
-        return layer.key * layer.shown(tokens)
+        return layer.key * layer.shown(tokens) * part
     if not site.policy or site.policy == SPANS or site.policy.startswith("reuse"):
         return 0.0
     if site.index_bytes_per_token is None:
         return None
-    return site.index_bytes_per_token * layer.shown(tokens)
+    return site.index_bytes_per_token * layer.shown(tokens) * part

@@ -16,6 +16,7 @@ runtime's proof that what is kept belongs to the cache.
 A policy may also have a site read what an earlier one chose (`Choice.source`).
 
     kinds      the words for what a layer does: choose, reuse, read all keys
+    head_budgets  those for how many keys each of its KV heads reads
     presets    plans of all layers by name: which choose
     layers     from the kinds of layers to the choices of sites
 

@@ -34,13 +34,15 @@ def choices_of(
             if kind.source is None:
                 source = None if candidate.slots is None else latest.get(candidate.slots)
             else:
-                source = _named(candidates, kinds, layers, number)
+                source = _named(candidates, kinds, layers, number, kind.source)
         itself = kind if kind.ranking or kind.dense else Kind(instead)
         choice = make(itself, candidate)
         if source is not None:
             choice = dataclasses.replace(choice, source=source, heads=kind.heads)
         elif kind.reuse:
             choice = dataclasses.replace(choice, note=_why_alone(candidate, kind))
+        elif choice.budgets is not None and kind.borrows:
+            choice = _borrowing(choice, candidates, kinds, layers, number)
         choices.append(choice)
         positions = choice.ranking is not None and not choice.ranking.ranges
         if source is None and positions and candidate.slots is not None:
@@ -48,12 +50,43 @@ def choices_of(
     return choices
 
 
+def _borrowing(
+    choice: Choice,
+    candidates: Sequence[Candidate],
+    kinds: Sequence[Kind],
+    layers: Sequence[int],
+    number: int,
+) -> Choice:
+    """The choice of a site some of whose KV heads read what a head of another layer chose: of the
+    sites that those are. A head whose layer is not in this graph chooses as many keys as `top_k`
+    says."""
+    assert choice.budgets is not None
+    words = kinds[number].budgets * (len(choice.budgets.heads) // len(kinds[number].budgets))
+    heads, borrowed, alone = list(choice.budgets.heads), [], []
+    for head, word in enumerate(words):
+        site = None
+        if word.span is None:
+            site = _named(candidates, kinds, layers, number, word.source)
+            if site is None:
+                heads[head] = choice.budget.span
+                alone.append(str(word))
+        borrowed.append(None if site is None else (site, word.head))
+    note = choice.note
+    if alone:
+        note = f"chooses itself for {', '.join(alone)}, whose layer is not in its graph"
+    budgets = dataclasses.replace(choice.budgets, heads=tuple(heads))
+    return dataclasses.replace(choice, budgets=budgets, borrowed=tuple(borrowed), note=note)
+
+
 def _named(
-    candidates: Sequence[Candidate], kinds: Sequence[Kind], layers: Sequence[int], number: int
+    candidates: Sequence[Candidate],
+    kinds: Sequence[Kind],
+    layers: Sequence[int],
+    number: int,
+    source: int,
 ) -> int | None:
     """The site that a reader names as its source; None where its layer is not in this graph."""
-    here, source = candidates[number], kinds[number].source
-    assert source is not None
+    here = candidates[number]
     if source >= layers[number]:
         raise ValueError(
             f"policy: layer {layers[number]} is to read what layer {source} chose, which does not "

@@ -11,6 +11,8 @@ from loki_compile.policies.ops import selected
 
 
 def positions(asked: Asked) -> fx.Node:
+    if not asked.kept:  # no head of it ranks keys
+        return selected(asked, None, asked.key, None)
     index, *scale = asked.kept
     return selected(asked, asked.query_basis, index, scale[0] if scale else None)
 

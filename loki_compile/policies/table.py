@@ -7,10 +7,11 @@ import functools
 from collections.abc import Callable, Sequence
 
 from loki_compile.config import LokiConfig
+from loki_compile.kernels.budget import HeadBudgets
 from loki_compile.kernels.spans import ONE_Q16, Span, Spans
 from loki_compile.passes.policy import Candidate, Choice, Policy, Ranking
 from loki_compile.policies.exact import EXACT
-from loki_compile.policies.kinds import PLANS, SPANS, Kind, why_unweighed
+from loki_compile.policies.kinds import PLANS, SPANS, Kind, why_no_mass
 from loki_compile.policies.layers import choices_of
 from loki_compile.policies.low_rank import LOW_RANK
 from loki_compile.policies.moa import MOA
@@ -28,10 +29,11 @@ RANKINGS: dict[str, Ranking] = {
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """What a stored plan says of the sites of a graph: the kind of each, and the number by which
-    sources name its layer."""
+    sources name its layer; and, in words, where it is from."""
 
     kinds: tuple[Kind, ...]
     layers: tuple[int, ...]
+    origin: str = ""
 
 
 # Given all sites and the policy whose plan is wanted, the one that is stored for their model, or
@@ -43,15 +45,20 @@ SHARE_AT = 8192
 
 def policy_of(config: LokiConfig, stored: Stored = lambda candidates, policy: None) -> Policy:
     """The policy that options ask for. `stored` is asked for the plan of `"tidal"` and of `"moa"`,
-    or for that of a file."""
+    or for that of a file; for that of `"loki"` where options leave its budget open."""
     name = config.policy if isinstance(config.policy, str) else ""
     plan = name in PLANS or bool(config.plan_file)
-    reuses = plan or any(kind.reuse for kind in config.kinds)
+    reuses = plan or any(kind.reuse or kind.borrows for kind in config.kinds)
 
     make = functools.partial(_choice, config, name, reuses)
 
     def choose(candidates: Sequence[Candidate]) -> list[Choice]:
         layers = [candidate.site.layer(number) for number, candidate in enumerate(candidates)]
+        if config.open_budget and (found := stored(candidates, name)) is not None:
+            mixed = any(kind.reuse or kind.borrows for kind in found.kinds)
+            by_plan = functools.partial(_choice, config, name, mixed)
+            choices = choices_of(candidates, found.kinds, found.layers, by_plan, "loki")
+            return [_from(choice, found.origin) for choice in choices]
         if plan:
             found = stored(candidates, name) if name == "tidal" or config.plan_file else None
             if found is not None:
@@ -88,12 +95,14 @@ def _choice(
     if budget.recent == 0 and reuses:
         budget = dataclasses.replace(budget, recent=1)  # a reader's newest key is no other's
     ranking = RANKINGS[kind.ranking] if kind.ranking else None
-    if config.mass and (why := why_unweighed(str(kind)) if ranking else ""):
+    if config.mass and (why := why_no_mass(str(kind)) if ranking else ""):
         raise ValueError(
             f"top_k={config.top_k!r}: {candidate.site.path or 'a site'} {why}, by the plan of "
             f'policy={config.policy!r}: needs layers of "loki" and "oracle", or a fixed top_k.'
         )
-    site, spans = candidate.site, None
+    site, spans, budgets = candidate.site, None, None
+    if kind.budgets:
+        budgets = budgets_of(kind, site.kv_heads, site.path or "a site", config, budget.recent)
     if kind.ranking == SPANS:
         spans = spans_of(kind, site.kv_heads, site.path or "a site", config)
     if spans is not None and kind.spans and spans.whole:
@@ -105,7 +114,33 @@ def _choice(
         ranking, budget, per_head, by_probability, dense_result=kind.dense, note=note,
         spans=spans, weighed=ranking is not None and ranking.weighs and config.weighs,
         rank=config.plain_rank,
+        budgets=budgets,
     )  # fmt: skip
+
+
+def _from(choice: Choice, origin: str) -> Choice:
+    return dataclasses.replace(choice, note="; ".join(filter(None, (choice.note, origin))))
+
+
+def budgets_of(
+    kind: Kind, kv_heads: int, where: str, config: LokiConfig, recent: int
+) -> HeadBudgets:
+    """The budgets of a kind for so many KV heads, of the site `where`, whose `recent` last keys are
+    always kept; none for a head that reads what another layer's chose. `sink` and `min_context` of
+    the options hold as for every policy.
+
+    Raises:
+      ValueError: budgets of another number of heads.
+    """
+    if len(kind.budgets) not in (1, kv_heads):
+        raise ValueError(
+            f"policy: {where} has {kv_heads} KV heads, and {str(kind)!r:.80} has budgets for "
+            f"{len(kind.budgets)}: needs one for each of its KV heads, or one for all."
+        )
+    spans = tuple(each.span for each in kind.budgets)
+    last = tuple(each.last for each in kind.budgets)
+    own = HeadBudgets(spans, last, config.sink, recent, config.min_context)
+    return own.of_each(kv_heads)
 
 
 def _most_text(ceiling: int | float) -> str:

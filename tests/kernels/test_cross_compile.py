@@ -136,8 +136,9 @@ def mask_tensors(kind, b, hq, s, t):
 def select_launches(
     chip, *, b=1, hq=32, hkv=8, s=1, t=300, d=128, r=32, q=torch.bfloat16, index=torch.int8,
     top_k=2048, min_keys=1024, mask=None, per_head=False, scorer="low rank", by_probability=False,
-    page=1, mass=0.0, weigh=False,
+    page=1, mass=0.0, weigh=False, own=False,
 ):  # fmt: skip
+    budgets = torch.empty(b, hkv, 1, 2, dtype=torch.int32) if own else None
     mask, bounds = mask_tensors(mask, b, hq, s, t)
     basis, scale, rows = torch.empty(hkv, d, r), None, torch.empty(b, hkv, t, r, dtype=index)
     if index == torch.int8:
@@ -152,7 +153,7 @@ def select_launches(
             torch.empty(b, hq, s, d, dtype=q), basis, rows, scale, mask, bounds,
             scale=0.1, top_k=top_k, keep_q16=65536, sink=4, recent=32,
             min_keys=min_keys, per_head=per_head, page=page, keys=t if page > 1 else None,
-            by_probability=by_probability, mass=mass,
+            by_probability=by_probability, mass=mass, budgets=budgets, slots=2048 if own else None,
         ),
     )  # fmt: skip
 
@@ -238,6 +239,11 @@ WEIGHED = [
     dict(mass=0.95, weigh=True),
     dict(mass=0.95, weigh=True, scorer="exact", index=BF16, by_probability=True, mask="additive"),
 ]
+OWN_BUDGETS = [
+    dict(own=True, mask="bool"),
+    pytest.param(dict(own=True, weigh=True, scorer="exact", index=BF16), marks=pytest.mark.slow),
+    pytest.param(dict(own=True, by_probability=True, mask="additive"), marks=pytest.mark.slow),
+]
 WEIGHED_MORE = [
     dict(mass=0.95, mask="bool"),
     dict(weigh=True, index=BF16, mask="additive", s=4),
@@ -311,6 +317,14 @@ def test_every_scorer_fits(chip, case):
 )
 @pytest.mark.parametrize("case", WEIGHED, ids=str)
 def test_what_weighs_keys_fits(chip, case):
+    assert_fits(select_launches(chip, **case), chip)
+
+
+@pytest.mark.parametrize(
+    "chip", [c if c == "sm90" else pytest.param(c, marks=pytest.mark.slow) for c in CHIPS]
+)
+@pytest.mark.parametrize("case", OWN_BUDGETS, ids=str)
+def test_budgets_of_kv_heads_fit(chip, case):
     assert_fits(select_launches(chip, **case), chip)
 
 

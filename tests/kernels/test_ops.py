@@ -627,6 +627,19 @@ BAD_SELECT = {
         "bounds": mask_bounds(SEEN[:, :, :1]),
     },
     "top_k is 0; allowed: None, or at least 1": {"top_k": 0},
+    "(budgets, slots) is ('a tensor', None); allowed: both or neither": {
+        "budgets": torch.ones(B, HKV, S, 2).int()
+    },
+    "shape of budgets is (2, 2, 3, 3); allowed: (B, heads, S, 2) = (2, 2, 3, 2)": {
+        "budgets": torch.ones(B, HKV, S, 3).int(), "slots": 9
+    },
+    "budgets dtype is torch.int64; allowed: int32": {
+        "budgets": torch.ones(B, HKV, S, 2).long(), "slots": 9
+    },
+    "slots is 0; allowed: at least 1": {"budgets": torch.ones(B, 1, 1, 2).int(), "slots": 0},
+    "mass is 0.5; allowed: 0 where rows have budgets": {
+        "budgets": torch.ones(1, 1, 1, 2).int(), "slots": 9, "mass": 0.5
+    },
     "keep_q16 is 65537; allowed: 1 to 65536": {"keep_q16": 65537},
     "(sink, recent, min_keys) is (-1, 2, 0); allowed: 0 or more": {"sink": -1},
     "(sink, recent, min_keys) is (1, 2, -5); allowed: 0 or more": {"min_keys": -5},

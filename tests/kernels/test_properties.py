@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from loki_compile.kernels import cpu, cpu_torch, reference
-from loki_compile.kernels.budget import Budget
+from loki_compile.kernels.budget import Budget, HeadBudgets, budgets_of_rows
 from loki_compile.kernels.checks import hidden_below
 from loki_compile.kernels.fused import index_rows
 from loki_compile.kernels.masks import mask_bounds
 from loki_compile.kernels.ops import KEEP_ALL_Q16
+from loki_compile.kernels.spans import Span
 from loki_compile.pca_store.covariance import KeyCovariance
 from tally import cases, count
 from torch import Tensor
@@ -371,6 +372,70 @@ def test_every_scorer_and_group_choice_is_as_defined(case, data):
         positions = implementation.select(*inputs, **case.options(), **more)
         check_choice(case, positions, inputs, **more)
     count("selection: scorers and group choices")
+
+
+@st.composite
+def head_budgets(draw, heads: int) -> HeadBudgets:
+    """Of KV heads that choose, that keep the last keys, and that choose nothing."""
+    lines = st.lists(
+        st.tuples(st.integers(-20, 40), st.sampled_from([0.0, 0.0, 0.1, 0.4, 1.0])),
+        min_size=1,
+        max_size=2,
+    )
+    of_heads = [draw(st.one_of(st.none(), lines)) for _ in range(draw(st.sampled_from([1, heads])))]
+    spans = tuple(None if each is None else Span.of(*each) for each in of_heads)
+    last = tuple(span is not None and draw(st.booleans()) for span in spans)
+    return HeadBudgets(spans, last, 0, 0, 0)
+
+
+@given(make_case(), st.data())
+@cases(2 * SHARE)
+def test_kv_heads_choose_by_budgets_of_their_own(case, data):
+    """Clause 11: as many keys as each head's budget says, of the best or of the last ones."""
+    own = data.draw(head_budgets(case.hkv))
+    own = replace(own, sink=case.sink, recent=case.recent, min_keys=case.min_keys)
+    inputs, more = case.select_inputs(), {}
+    options = {**case.options(), "top_k": None, "keep_q16": KEEP_ALL_Q16}
+    if not options["per_head"]:
+        more["by_probability"] = data.draw(st.booleans())
+    if data.draw(st.booleans()):
+        inputs[1:4] = None, case.keys(), None
+    heads = case.hq if options["per_head"] else case.hkv
+    visible, _ = case.visible_and_mask()
+    count_of = visible.sum(-1)
+    of_rows = budgets_of_rows(count_of, heads, case.hkv, own)
+    more |= {"budgets": of_rows, "slots": int(own.slots(case.t))}
+    by = {"per_head": options["per_head"], "by_probability": more.get("by_probability", False)}
+    score = reference.scores(*inputs[:5], scale=case.scale, **by)
+    seen = visible.expand(case.b, case.hq, case.s, case.t)[:, :: case.hq // heads]
+    expected, told = reference.select_weighed(*inputs, **options, **more)
+    for row in itertools.product(*map(range, expected.shape[:3])):
+        number, candidates = row[1] * case.hkv // heads, seen[row].nonzero().flatten()
+        number = number if len(own.heads) > 1 else 0
+        chosen = expected[row][expected[row] >= 0].long()
+        assert len(chosen) == own.keys(len(candidates))[number], "not the budget"
+        if own.last[number] and 0 < len(chosen) < len(candidates):
+            first = min(case.sink, len(chosen))
+            behind = len(candidates) - (len(chosen) - first)
+            assert chosen.tolist() == [*candidates[:first], *candidates[behind:]]
+    slack = (rounding if inputs[1] is not None else scorer_rounding)(case, inputs)
+    slack = 2 * slack + 2.0**-18
+    for implementation in implementations():
+        positions = implementation.select(*inputs, **options, **more)
+        kept = positions >= 0
+        assert positions.shape == expected.shape and torch.equal(kept, expected >= 0)
+        assert torch.gather(seen, 3, positions.clamp(min=0).long())[kept].all(), "a hidden key"
+        for row in (positions != expected).any(-1).nonzero().tolist():
+            row = tuple(row)
+            found, wanted = set(positions[row].tolist()), set(expected[row].tolist())
+            gained, lost = score[row][sorted(found - wanted)], score[row][sorted(wanted - found)]
+            assert (gained >= lost.max() - slack).all(), f"row {row}: {found ^ wanted}, {slack:.3g}"
+        again, weighed = implementation.select_weighed(*inputs, **options, **more)
+        assert torch.equal(again, positions), "weighed, and chosen otherwise"
+        assert torch.equal(weighed[..., 0], kept.sum(-1).float())
+        near = 2 * slack + 2.0**-16
+        assert ((weighed[..., 1] - told[..., 1]).abs() <= near).all(), "not what was left out"
+    count("selection: budgets of KV heads")
 
 
 def check_weighed(

@@ -273,6 +273,32 @@ def bounds_of_pages(keys, page):
     return pages
 
 
+@here
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_with_budgets_of_their_own_choose_as_defined(masked):
+    """Few of the best, most of them, the last ones in several blocks, none, and all: in rows long
+    enough for a sample."""
+    case = Case(b=2, hq=10, hkv=5, t=301, top_k=None)
+    tensors, mask = case.tensors(), None
+    if masked:
+        mask = torch.rand(2, 1, 1, case.t) > 0.3
+    counts = torch.full((2,), case.t) if mask is None else mask.sum(-1)[:, 0, 0]
+    own = torch.tensor([[9, 3], [140, 3], [150, 148], [0, 0], [case.t, case.t]])
+    budgets = torch.minimum(own[None, :, None], counts.view(-1, 1, 1, 1)).int()
+    bounds = None if mask is None else masks.mask_bounds(mask)
+    options = {**case.options, "slots": case.t}
+    moved = [None if x is None else x.to(DEVICE) for x in (*tensors, mask, bounds)]
+    launch, on_device = small_launch(case), budgets.to(DEVICE)
+    got = triton_select.select(*moved, **options, budgets=on_device, launch=launch)
+    want, told = reference.select_weighed(*tensors, mask, bounds, **options, budgets=budgets)
+    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=0)
+    again, weighed = triton_select.select_weighed(
+        *moved, **options, budgets=on_device, launch=launch
+    )
+    torch.testing.assert_close(again.cpu(), want, rtol=0, atol=0)
+    torch.testing.assert_close(weighed.cpu().double(), told, rtol=1e-4, atol=1e-5)
+
+
 def assert_scored_as_defined(inputs, options, launch=None):
     """The reference's choice, but for scores within rounding of the threshold."""
     moved = [None if x is None else x.to(DEVICE) for x in inputs]

@@ -127,6 +127,27 @@ def test_spans_decode_at_default_options_as_the_interpreter_does(policy, kind, f
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["growing", pytest.param("static", marks=slow)])
+@torch.no_grad()
+def test_heads_with_budgets_of_their_own_decode_at_default_options_as_the_interpreter_does(
+    kind, fresh, request
+):
+    policy = {0: "loki:0.25N,last=300", 1: "loki:from=0.0,60+0.1N"}
+    model, ids = make_model(layers=2), prompt(3, LONG + 4)
+    logits = []
+    for interpreted in (False, True):
+        torch._dynamo.reset()
+        clear_runtime()
+        if interpreted:
+            request.getfixturevalue("interpreted")
+        fast = torch.compile(model, backend="loki", options={"policy": policy})
+        cache = started(model, kind, ids[:, :LONG])
+        steps = [fast(ids[:, n : n + 1], past_key_values=cache) for n in range(LONG, LONG + 4)]
+        assert stats()["sparse_steps"] == 4 and stats()["dense_steps"] == 0
+        logits.append(torch.cat([step.logits for step in steps]))
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["growing", "static"])
 @torch.no_grad()
 def test_generate_reads_spans_at_default_options(kind, fresh):

@@ -239,8 +239,9 @@ def test_strict_still_refuses_what_stays_dense_when_it_is_traced_again():
 # --- sizes
 
 
+@pytest.mark.parametrize("policy", ["loki", "loki:16+0.1N,last=0.3N"])
 @torch.no_grad()
-def test_the_passes_add_no_guard(monkeypatch, use_engine):
+def test_the_passes_add_no_guard(policy, monkeypatch, use_engine):
     """A guard that analysis adds is one that Dynamo checks for, and recompiles for."""
     before, seen = {}, []
 
@@ -258,7 +259,7 @@ def test_the_passes_add_no_guard(monkeypatch, use_engine):
     monkeypatch.setattr(backend, "normalize", note)
     use_engine(count)
     model = llama()
-    model.compile(backend="loki", options={"top_k": 0.5})
+    model.compile(backend="loki", options={"top_k": 0.5, "policy": policy})
     decode(model, model, "growing", steps=3)
     decode(model, model, "growing", cached=901)  # the dense variant
     assert [added for added, _ in seen] == [0] * len(seen)

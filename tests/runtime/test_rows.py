@@ -352,17 +352,28 @@ def test_self_attention_beside_a_long_cross_attention_under_inductor(kind):
 
 
 @pytest.mark.usefixtures("fresh")
-def test_lengths_where_other_terms_of_the_slots_are_the_largest_recompile_nothing():
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "loki",
+        pytest.param(
+            {0: "loki:1500,0.2N", 1: "oracle:from=0.1,last=200+0.1N"},
+            marks=pytest.mark.slow, id="heads apart",
+        ),
+    ],
+)  # fmt: skip
+def test_lengths_where_other_terms_of_the_slots_are_the_largest_recompile_nothing(policy):
     """1023 slots for a short row, or an eighth of a long cache: one graph, whatever the length."""
-    model = llama(max_position_embeddings=32768)
-    fast = torch.compile(model, backend="loki", dynamic=True)
+    model = llama(max_position_embeddings=32768, num_hidden_layers=2)
+    fast = torch.compile(model, backend="loki", dynamic=True, options={"policy": policy})
     shape = (2, 2, 20_000, 16)
     keys, values = torch.randn(shape), torch.randn(shape)
     compiled = []
     with torch.no_grad():
         for length in (1500, 2000, 8180, 8190, 20_000, 1100, 9000):
             cache = DynamicCache()
-            cache.update(keys[:, :, :length], values[:, :, :length], 0)
+            for layer in range(2):
+                cache.update(keys[:, :, :length], values[:, :, :length], layer)
             mask = torch.ones(2, length + 1, dtype=torch.long)
             mask[1, :-50] = 0
             fast(torch.full((2, 1), 7), attention_mask=mask, past_key_values=cache)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from loki_compile.kernels import reference
 from loki_compile.kernels.checks import hidden_below
 from loki_compile.kernels.kept import PAGE, page_bounds
+from loki_compile.kernels.spans import span_of
 from torch import Tensor
 from toy_reference import DirectSparse
 
@@ -160,7 +162,7 @@ class DirectPolicy(DirectSparse):
 
 class DirectLayers(DirectPolicy):
     """As `DirectPolicy`, layer by layer: `kinds` has words of `policy=` with sources spelled out,
-    such as ["dense", "oracle+dense", "reuse:1", "reuse:1:0,0,2"]."""
+    such as ["dense", "oracle+dense", "reuse:1", "reuse:1:0,0,2", "oracle:3,last=0.5N,from=1.0"]."""
 
     def __init__(
         self, kinds: list[str], kv_heads: list[int], options: dict[str, Any], *, basis=None
@@ -194,5 +196,42 @@ class DirectLayers(DirectPolicy):
             rows = [h * group + g * group // each for h in mapped for g in range(each)]
             return wide[:, rows]
         self.policy = kind.removesuffix("+dense")
-        self.chosen[self.layer] = super().positions(query, keys, mask, scale, per_head)
+        if self.policy.startswith("oracle:"):
+            words = self.policy.partition(":")[2].split(",")
+            words *= self.kv_heads // len(words)
+            self.chosen[self.layer] = self.of_heads(words, query, keys, mask, scale, per_head)
+        else:
+            self.chosen[self.layer] = super().positions(query, keys, mask, scale, per_head)
         return every if kind.endswith("+dense") else self.chosen[self.layer]
+
+    def of_heads(self, words, query, keys, mask, scale, per_head) -> Tensor:
+        """Head by head: the best keys by themselves, the last ones, or what another's has chosen.
+        Of query heads, whoever chooses: (B, Hq, S, T)."""
+        b, hq, s, _ = query.shape
+        config, cached, group = self.config, keys.shape[2], hq // self.kv_heads
+        visible = visible_keys(mask, b, hq, s, cached)
+        by = {"per_head": per_head, "by_probability": self.choice(per_head)["by_probability"]}
+        scores = reference.scores(query, None, keys, None, mask, scale=scale, **by)
+        chosen = torch.full((b, hq, s, cached), -1, dtype=torch.int32)
+        for row, head, token in itertools.product(range(b), range(hq), range(s)):
+            kind, _, number = words[head // group].rpartition("=")
+            if kind == "from":
+                layer, its = map(int, number.split("."))
+                there = self.chosen[layer]
+                its_group = hq // self.heads_of[layer]
+                place = its * its_group + head % group * its_group // group
+                read = there[row, place * there.shape[1] // hq, token]
+                chosen[row, head, token, : len(read)] = read[:cached]
+                continue
+            seen = visible[row, head, token].nonzero().flatten()
+            count = len(seen)
+            width = min(count, max(span_of(number).keys(count), config.sink + config.recent))
+            if count < config.min_context:
+                width = count
+            last = min(config.recent, width) if not kind else width - min(config.sink, width)
+            first = min(config.sink, width - last)
+            score = scores[row, head if per_head else head // group, token, seen].clone()
+            score[:first] = score[count - last :] = torch.inf
+            best = score.argsort(descending=True, stable=True)[:width]
+            chosen[row, head, token, :width] = seen[best].sort().values
+        return chosen
