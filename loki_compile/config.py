@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loki_compile.kernels.ops import KEEP_ALL_Q16, Budget
-from loki_compile.pca_store.basis import AUTO, BasisSet
+from loki_compile.pca_store.basis import AUTO, AUTO_SHARE, BasisSet
 from loki_compile.policies.kinds import (
     PLANS,
     RANKINGS,
@@ -37,7 +37,7 @@ class _Open(float):
 
 @dataclass(frozen=True)
 class LokiConfig:
-    """Options, as in the README's table. As in scikit-learn a float is a fraction, an int a count.
+    """Options, as in docs/options.md. As in scikit-learn a float is a fraction, an int a count.
 
     Raises:
       ValueError: an unknown name, or a value outside what is allowed; the message says what was
@@ -220,6 +220,11 @@ class LokiConfig:
     def rank_by_spectrum(self) -> bool:
         """Whether a basis' spectrum decides how many dims the index has."""
         return isinstance(self.rank, str) and self.rank != AUTO
+
+    @property
+    def plain_rank(self) -> int | float:
+        """How many dims keys are ranked in, a fraction or a count, where no basis has a say."""
+        return AUTO_SHARE if isinstance(self.rank, str) else self.rank
 
     @property
     def mass(self) -> float:

@@ -57,6 +57,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "index_copy_": ("input", "dim", "index", "source"),
     "index_copy": ("input", "dim", "index", "source"),
     "scatter_": ("input", "dim", "index", "src"),
+    "scatter": ("input", "dim", "index", "src"),
     "index_put_": ("input", "indices", "values", "accumulate"),
     "index_put": ("input", "indices", "values", "accumulate"),
     "cat": ("tensors", "dim"),

@@ -23,10 +23,11 @@ from loki_compile.kernels.ops import extend_pages, update_pages
 from loki_compile.passes.appends import grown_in_place
 from loki_compile.passes.attention import AttentionSite
 from loki_compile.passes.caches import CacheWrite, KeyCache
-from loki_compile.passes.calls import fake_value, op_name, operand
+from loki_compile.passes.calls import fake_value, operand
 from loki_compile.passes.emit import call_like, replay
 from loki_compile.passes.graphs import call, fake_mode_of
 from loki_compile.passes.in_place import Rooms
+from loki_compile.passes.write_forms import names_numbers
 from torch import fx
 
 
@@ -259,7 +260,7 @@ def _mirror_part(
     rows = call(graph, operator.getitem, new[write], number, like=write.node)
     target = replay(graph, write.views, index)
     images = {write.source: rows, _written(cache, write): target}
-    if op_name(write.node) == "scatter_":  # names a position for each number of a row
+    if names_numbers(write.node):
         at, width = operand(write.node, "index"), fake_value(rows).shape[-1]
         images[at] = call(graph, torch.narrow, at, -1, 0, width, like=write.node)
     done = call_like(graph, write.node, images)

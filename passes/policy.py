@@ -6,6 +6,7 @@ are, and how to add one, are `loki_compile.policies`' to tell. Nothing here know
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,8 +64,9 @@ class Choice:
     same slots, it reads the positions that one has chosen: KV head i those of the source's KV head
     `heads[i]`, or of the same one; it chooses itself where the source has become dense. With
     `dense_result` it reads all keys and chooses for others. `spans` say how many keys each KV head
-    reads where the ranking reads ranges. `note` is what one should know of it. `weighed`: what its
-    rows choose and leave out is noted, where its ranking weighs keys.
+    reads where the ranking reads ranges. `rank`: in how many dims a ranking without an index ranks,
+    a fraction of theirs or a count. `note` is what one should know of it. `weighed`: what its rows
+    choose and leave out is noted, where its ranking weighs keys.
 
     `budgets` say how many keys each KV head chooses, where these and not `budget` do. A KV head
     without one reads what a head of an earlier site of the same slots has chosen: `borrowed` has
@@ -82,8 +84,14 @@ class Choice:
     note: str = ""
     spans: Spans | None = None
     weighed: bool = False
+    rank: int | float = 1.0
     budgets: HeadBudgets | None = None
     borrowed: tuple[tuple[int, int] | None, ...] = ()
+
+    def dims(self, most: int) -> int:
+        """How many of `most` dims are ranked in."""
+        share = self.rank
+        return min(share if isinstance(share, int) else math.ceil(round(share * most, 6)), most)
 
     @property
     def rule(self) -> Budget | Spans | HeadBudgets:

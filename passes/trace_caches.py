@@ -31,6 +31,7 @@ from loki_compile.passes.views import (
 )
 from loki_compile.passes.write_forms import (
     FORMS,
+    REPLACING,
     Stored,
     batch_axis_of,
     head_axis_of,
@@ -38,7 +39,7 @@ from loki_compile.passes.write_forms import (
 )
 from torch import fx
 
-_FUNCTIONAL_WRITES = ("cat", "index_copy", "index_put")
+_FUNCTIONAL_WRITES = ("cat", *REPLACING)
 _BY_SIZE = ("reshape", "flatten", "unflatten", "squeeze")
 _SHARE_MEMORY = (
     *TURNS, *_BY_SIZE, "unsqueeze", "narrow", "select", "getitem", "detach", "alias",

@@ -78,11 +78,21 @@ FORMS: dict[str, Callable[[fx.Node, list[Any]], Stored]] = {
     "index_copy_": _index_copied,
     "index_copy": _index_copied,
     "scatter_": _scattered,
+    "scatter": _scattered,
     "copy_": _copied,
     "setitem": _assigned,
     "index_put_": _index_put,
     "index_put": _index_put,
 }
+
+
+# Those that store into a copy, which takes the cache's place.
+REPLACING = tuple(name for name in FORMS if not name.endswith("_") and name != "setitem")
+
+
+def names_numbers(node: fx.Node) -> bool:
+    """Whether the call names a position for each number that it stores, and not for each row."""
+    return FORMS.get(op_name(node)) is _scattered
 
 
 def only_stores(node: fx.Node) -> bool:
@@ -180,7 +190,7 @@ def _moved_rows(
 
 
 def _scatters_rows(node: fx.Node, labels: list[Any]) -> bool:
-    """Whether a scatter_ stores rows at tokens: all of a row's numbers have one position."""
+    """Whether a scatter stores rows at tokens: all of a row's numbers have one position."""
     index, source = operand(node, "index"), operand(node, "src")
     wanted, shape = shape_of(index), shape_of(source)
     if labels[operand(node, "dim") % len(labels)] != "T" or "reduce" in node.kwargs:

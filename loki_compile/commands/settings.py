@@ -25,7 +25,8 @@ def settings_of(
     named: Sequence[str],
     others: dict[str, Any],
 ) -> list[Setting]:
-    """Each combination, once (what keeps no index has neither rank nor basis), and those named.
+    """Each combination, once (what keeps no index has no basis, and what ranks in no dims of a
+    number that is chosen no rank), and those named.
 
     Raises:
         ValueError: an option that cannot be, a basis that is not there.
@@ -33,13 +34,13 @@ def settings_of(
     from loki_compile.commands.trials import Setting
     from loki_compile.config import LokiConfig
 
-    none = {"rank": None, "basis": None}
-    kept = [{"rank": r, "basis": b} for r in ranks or (None,) for b in bases or (None,)]
+    every = {policy: LokiConfig(policy=policy) for policy in policies or ("loki",)}
     combined = [
-        {"policy": policy, "top_k": top_k, **each}
-        for policy in policies or ("loki",)
+        {"policy": policy, "top_k": top_k, "rank": rank, "basis": basis}
+        for policy, config in every.items()
         for top_k in budgets or (None,)
-        for each in (kept if _keeps_index(LokiConfig(policy=policy)) else [none])
+        for rank in (ranks if _has_rank(config) else ()) or (None,)
+        for basis in (bases if _keeps_index(config) else ()) or (None,)
     ]
     alone = named and not (policies or budgets or ranks or bases)
     made: list[LokiConfig] = []
@@ -101,8 +102,8 @@ def options_of(words: str) -> dict[str, Any]:
 
 
 def label_of(options: dict[str, Any], *, whole: bool = False, planned: bool = False) -> str:
-    """What a setting is called: its policy, its budget where that counts and, where it keeps an
-    index, rank and basis; then whatever else differs from the defaults.
+    """What a setting is called: its policy, its budget and its rank where these count and, where it
+    keeps an index, its basis; then whatever else differs from the defaults.
 
     Args:
         whole: with all digits, and a basis by all of its path.
@@ -115,9 +116,11 @@ def label_of(options: dict[str, Any], *, whole: bool = False, planned: bool = Fa
     parts = [str(config.policy)]
     if not (planned or _has_spans(config)):
         parts.append(shown(config.top_k))
+    if _has_rank(config):
+        parts.append(f"R {shown(config.rank)}")
     if _keeps_index(config):
         name = str(config.basis)
-        parts += [f"R {shown(config.rank)}", name if whole else Path(name).stem]
+        parts.append(name if whole else Path(name).stem)
     usual = {"policy", "top_k", "rank", "basis"}
     parts += [f"{n}={shown(v)}" for n, v in config.to_options().items() if n not in usual]
     return ", ".join(parts)
@@ -130,8 +133,10 @@ def _what_counts(config: LokiConfig) -> LokiConfig:
         ValueError: a policy that is a file without a plan.
     """
     usual = type(config)()
+    if not _has_rank(config):
+        config = dataclasses.replace(config, rank=usual.rank)
     if not _keeps_index(config):
-        config = dataclasses.replace(config, rank=usual.rank, basis=usual.basis)
+        config = dataclasses.replace(config, basis=usual.basis)
     if _has_spans(config):
         config = dataclasses.replace(config, top_k=usual.top_k)
     return config
@@ -141,6 +146,13 @@ def _keeps_index(config: LokiConfig) -> bool:
     from loki_compile.commands.stored import rankings_of
 
     return "loki" in rankings_of(config)
+
+
+def _has_rank(config: LokiConfig) -> bool:
+    from loki_compile.commands.stored import rankings_of
+    from loki_compile.policies.kinds import IN_DIMS
+
+    return not rankings_of(config).isdisjoint(IN_DIMS)
 
 
 def _has_spans(config: LokiConfig) -> bool:

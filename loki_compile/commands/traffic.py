@@ -15,7 +15,7 @@ from typing import Any
 from loki_compile.config import LokiConfig
 from loki_compile.head_reads import budgets_in
 from loki_compile.kernels.spans import Spans
-from loki_compile.policies.kinds import SPANS, kind_of
+from loki_compile.policies.kinds import BY_KEYS, SPANS, kind_of
 from loki_compile.report import SiteReport
 
 
@@ -98,7 +98,7 @@ def cache_bytes(
             return None
         total += ranking
         if site.outcome != "sparse":
-            total += layer.whole(tokens) if site.policy != "oracle" else layer.value * tokens
+            total += layer.whole(tokens) if site.policy not in BY_KEYS else layer.value * tokens
             continue
         seen = layer.shown(tokens)
         chosen = keys_read(site, config, seen)
@@ -126,7 +126,7 @@ def _ranking_bytes(layer: Layer, tokens: int, site: SiteReport) -> float | None:
     part = 1.0
     if site.ranking_heads is not None and site.kv_heads:
         part = site.ranking_heads / site.kv_heads
-    if site.policy in ("oracle", "unified"):
+    if site.policy in BY_KEYS:
         return layer.key * layer.shown(tokens) * part
     if not site.policy or site.policy == SPANS or site.policy.startswith("reuse"):
         return 0.0

@@ -10,6 +10,7 @@ runtime's proof that what is kept belongs to the cache.
     window     "window": the first and the last keys
     pages      "quest": keys ranked by bounds of their page
     unified    "unified": keys ranked by themselves, one set for all heads
+    sparq      "sparq": keys ranked in the dims in which queries are largest
     moa        "moa": the first keys and a span of the last ones, of each KV head its own
 
 A policy may also have a site read what an earlier one chose (`Choice.source`).
@@ -19,5 +20,6 @@ A policy may also have a site read what an earlier one chose (`Choice.source`).
     presets    plans of all layers by name: which choose
     layers     from the kinds of layers to the choices of sites
 
-To add one, copy the file nearest to it, add its line to `table.RANKINGS` and its row to README.
+To add one, copy the file nearest to it, add its line to `table.RANKINGS`, its name to
+`kinds.RANKINGS` and its row to docs/options.md.
 """

@@ -26,7 +26,11 @@ from loki_compile.kernels.spans import Span, heads_from, heads_text
 from loki_compile.policies.head_budgets import HeadBudget, budgets_from, budgets_text
 
 # The names of `table.RANKINGS`, and of plans for all layers at once (`presets`).
-RANKINGS = ("loki", "oracle", "window", "quest", "unified", "moa")
+RANKINGS = ("loki", "oracle", "window", "quest", "unified", "sparq", "moa")
+# Those that read the keys themselves to rank them.
+BY_KEYS = ("oracle", "unified", "sparq")
+# Those that rank in as many dims as the option `rank` says.
+IN_DIMS = ("loki", "sparq")
 # Those that read ranges of keys, and choose none that another layer could read.
 SPANS = "moa"
 # Those whose KV heads may have budgets of their own.

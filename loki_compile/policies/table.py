@@ -17,10 +17,13 @@ from loki_compile.policies.low_rank import LOW_RANK
 from loki_compile.policies.moa import MOA
 from loki_compile.policies.pages import PAGES
 from loki_compile.policies.presets import REUSE, chooses_instead, preset
+from loki_compile.policies.sparq import SPARQ
 from loki_compile.policies.unified import UNIFIED
 from loki_compile.policies.window import WINDOW
 
-RANKINGS: dict[str, Ranking] = {r.name: r for r in (LOW_RANK, EXACT, WINDOW, PAGES, UNIFIED, MOA)}
+RANKINGS: dict[str, Ranking] = {
+    r.name: r for r in (LOW_RANK, EXACT, WINDOW, PAGES, UNIFIED, SPARQ, MOA)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +113,7 @@ def _choice(
     return Choice(
         ranking, budget, per_head, by_probability, dense_result=kind.dense, note=note,
         spans=spans, weighed=ranking is not None and ranking.weighs and config.weighs,
+        rank=config.plain_rank,
         budgets=budgets,
     )  # fmt: skip
 

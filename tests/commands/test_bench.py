@@ -300,6 +300,7 @@ def test_bytes_of_each_policy_are_what_it_must_read():
         "reuse": (site("reuse of layer 2", index=3.0), 100 * 16),
         "chooses for others": (site("loki", outcome="dense by plan", index=3.0), 19 * tokens),
         "oracle+dense": (site("oracle", outcome="dense by plan"), 16 * tokens),
+        "unified+dense": (site("unified", outcome="dense by plan"), 16 * tokens),
         "dense": (site("", outcome="dense by plan", index=None), 16 * tokens),
     }
     for name, (one, expected) in cases.items():

@@ -252,6 +252,14 @@ def test_settings_and_texts_of_one_name_are_kept_apart(tmp_path):
     assert [case.task for case in cases] == [f"text {file}" for file in files]
 
 
+def test_ranks_combine_with_policies_that_rank_in_dims_alone():
+    made = settings_of(("loki", "sparq", "oracle"), (0.1,), (8, 16), (), (), {})
+    assert [setting.label for setting in made] == [
+        "loki, 0.1, R 8, auto", "loki, 0.1, R 16, auto", "sparq, 0.1, R 8", "sparq, 0.1, R 16",
+        "oracle, 0.1",
+    ]  # fmt: skip
+
+
 def test_what_is_stored_meanwhile_is_measured_anew(tiny, text, tmp_path, own_store):
     """A basis, and a plan of spans, under which no budget counts."""
     folder = tmp_path / "out"

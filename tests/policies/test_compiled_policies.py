@@ -32,6 +32,8 @@ slow = pytest.mark.slow
         pytest.param(GROWING, "quest", "probability", marks=slow),
         pytest.param(GROWING, "unified", "max", marks=slow),
         pytest.param(STATIC, "unified", "max", marks=slow),
+        pytest.param(GROWING, "sparq", "probability", marks=slow),
+        (STATIC, "sparq", "max"),
     ],
 )
 @torch.no_grad()

@@ -80,7 +80,9 @@ class Weighing(DirectPolicy):
 
 
 @pytest.mark.parametrize("group_choice", ["max", "probability"])
-@pytest.mark.parametrize("policy", ["loki", "oracle"])
+@pytest.mark.parametrize(
+    "policy", ["loki", "oracle", pytest.param("sparq", marks=pytest.mark.slow)]
+)
 @spelled
 @torch.no_grad()
 def test_a_mass_is_the_definition_in_every_spelling(spelling, policy, group_choice, interpreted):
@@ -93,7 +95,7 @@ def test_a_mass_is_the_definition_in_every_spelling(spelling, policy, group_choi
     assert 3 <= keys < 0.6 * (FILLED + STEPS) + 1 and 0 < left_out < 1
 
 
-@pytest.mark.parametrize("policy", ["loki", "oracle"])
+@pytest.mark.parametrize("policy", ["loki", "oracle", "sparq"])
 @torch.no_grad()
 def test_heads_that_choose_for_themselves_hold_the_mass_each(policy, interpreted):
     module = ToyDecoder(STATIC.but(mask=left_padded)).eval()

@@ -227,7 +227,7 @@ def test_caches_that_are_parts_of_one_tensor(policy):
     here = torch.randn(2, 2, BATCH, KV_HEADS, SLOTS, HEAD_DIM)
     there = here.clone()
     truth = DirectPolicy(
-        "oracle" if policy == "loki" else policy, KV_HEADS, {**FEW, "group_choice": "max"}
+        "oracle" if policy == "loki" else policy, KV_HEADS, {**FEW, "rank": 10}
     )  # an index of all dims ranks as the keys do
     for step in range(3):
         x, at = torch.randn(BATCH, 1, HIDDEN), FILLED + step

@@ -16,8 +16,8 @@ from toy_reference import DirectSparse
 from loki_compile.config import LokiConfig
 from loki_compile.policies.kinds import Kind, kind_of
 
-POLICIES = ("loki", "oracle", "window", "quest", "unified")
-KEEP_NOTHING = ("oracle", "window", "unified")
+POLICIES = ("loki", "oracle", "window", "quest", "unified", "sparq")
+KEEP_NOTHING = ("oracle", "window", "unified", "sparq")
 
 
 def visible_keys(mask: Tensor | None, *shape: int) -> Tensor:
@@ -89,6 +89,24 @@ def in_turn(
     return chosen.expand(-1, kv_heads, -1, -1)
 
 
+def in_largest_dims(query: Tensor, heads: int, rank: int) -> Tensor:
+    """Queries (B, Hq, S, D) in fp64 that rank as SparQ's do, of so many heads that choose."""
+    ranking = torch.zeros_like(query, dtype=torch.float64)
+    group = query.shape[1] // heads
+    for row in range(query.shape[0]):
+        for head in range(heads):
+            mine = slice(head * group, (head + 1) * group)
+            for token in range(query.shape[2]):
+                asked = query[row, mine, token].double()
+                total = asked.abs().sum(0).tolist()
+                largest = sorted(range(len(total)), key=lambda d: (-total[d], d))[:rank]
+                some, whole = asked[:, largest].abs().sum(-1), asked.abs().sum(-1)
+                for place, weight in enumerate((whole / some).sqrt()):
+                    at = head * group + place
+                    ranking[row, at, token, largest] = asked[place, largest] * weight
+    return ranking
+
+
 def in_spans(visible: Tensor, kv_heads: int, kind: Kind, config: LokiConfig) -> Tensor:
     """The first keys and the span of the last ones that each KV head reads of those that any of its
     query heads sees, of (B, Hq, S, T); `kind` as of "moa:2:3,0.5N"."""
@@ -129,6 +147,10 @@ class DirectPolicy(DirectSparse):
         if self.policy == "unified":
             return in_turn(query, keys, mask, scale, self.config)
         ranked, more = keys, {}
+        if self.policy == "sparq":
+            heads = query.shape[1] if per_head else keys.shape[1]
+            rank = query.shape[3] // 2 if self.config.rank == "auto" else self.config.rank
+            query = in_largest_dims(query, heads, rank)
         if self.policy == "quest":
             ranked = bounds_of(keys, filled_tokens(visible))
             more = {"page": PAGE, "keys": keys.shape[2]}

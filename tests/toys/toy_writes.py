@@ -266,6 +266,36 @@ def index_put_returned(k, v, ck, cv, pos):
     return keys.transpose(1, 2), values.transpose(1, 2), (keys, values)
 
 
+def scatter_returned(k, v, ck, cv, pos):
+    """As for compilers that want no writes in place: a position for each number, in a copy."""
+    at = pos[None, None, :, None].expand(k.shape[0], k.shape[2], -1, k.shape[3])
+    keys = torch.scatter(ck, 2, at, k.transpose(1, 2))
+    values = cv.scatter(dim=2, index=at, src=v.transpose(1, 2))
+    return keys, values, (keys, values)
+
+
+def scatter_returned_folded(k, v, ck, cv, pos):
+    """The same where heads and head_dim are one dimension."""
+    at = pos[None, :, None].expand(k.shape[0], -1, ck.shape[2])
+    keys, values = (c.scatter(1, at, new.flatten(2)) for c, new in ((ck, k), (cv, v)))
+    return *split_heads(keys, values), (keys, values)
+
+
+def scatter_added(k, v, ck, cv, pos):
+    """A copy whose numbers are added to."""
+    at = pos[None, None, :, None].expand(k.shape[0], k.shape[2], -1, k.shape[3])
+    keys = ck.scatter(2, at, k.transpose(1, 2), reduce="add")
+    values = cv.scatter(2, at, v.transpose(1, 2), reduce="add")
+    return keys, values, (keys, values)
+
+
+def scatter_copied_index(k, v, ck, cv, pos):
+    """A copy, and nothing says that all numbers of a row go to one slot."""
+    at = pos[None, None, :, None].repeat(k.shape[0], k.shape[2], 1, k.shape[3])
+    keys, values = (c.scatter(2, at, new.transpose(1, 2)) for c, new in ((ck, k), (cv, v)))
+    return keys, values, (keys, values)
+
+
 def index_copy_heads(k, v, ck, cv, pos):
     """Functional, and along the heads: a permutation of them."""
     order = torch.tensor([2, 0, 1])

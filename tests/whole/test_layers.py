@@ -341,19 +341,33 @@ def test_what_a_page_points_to_exists(page):
         ]
 
 
-def test_the_readme_lists_every_option_with_its_default():
+def options_in(page):
+    """The default of each option in a page's table."""
+    return dict(re.findall(r"(?m)^\| `(\w+)` \| `(.+?)` \|", (ROOT / page).read_text()))
+
+
+def test_the_page_of_options_lists_every_one_with_its_default():
     import dataclasses
 
     from loki_compile.config import LokiConfig
 
-    rows = re.findall(r"(?m)^\| `(\w+)` \| `(.+?)` \|", (ROOT / "README.md").read_text())
     default = LokiConfig()
     shown = {
         field.name: str(value).replace("'", '"') if not isinstance(value, str) else f'"{value}"'
         for field in dataclasses.fields(LokiConfig)
         for value in [getattr(default, field.name)]
     }
-    assert dict(rows) == shown
+    assert options_in("docs/options.md") == shown
+    few = options_in("README.md")
+    assert "top_k" in few and few.items() <= shown.items()
+
+
+def test_the_page_of_options_lists_every_policy():
+    from loki_compile.policies.kinds import PLANS, RANKINGS
+
+    text = (ROOT / "docs" / "options.md").read_text()
+    assert sorted(re.findall(r'(?m)^\| `"(\w+)"` \|', text)) == sorted(RANKINGS)
+    assert all(f'`"{name}"`' in text for name in PLANS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
