@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from loki_compile.passes.calls import fake_value, hint_of, memory_of, op_name, written_operands
+from loki_compile.passes.calls import (
+    fake_value,
+    hint_of,
+    memory_of,
+    op_name,
+    symbol_given_by,
+    written_operands,
+)
 from loki_compile.passes.graphs import ancestors
 from torch import fx
 
@@ -109,8 +116,8 @@ def _symbols_of(graph: fx.Graph) -> dict[Any, fx.Node]:
     found: dict[Any, fx.Node] = {}
     for node in graph.find_nodes(op="placeholder"):
         value = fake_value(node)
-        if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
-            found.setdefault(value.node.expr, node)
+        if isinstance(value, torch.SymInt) and symbol_given_by(value).is_Symbol:
+            found.setdefault(symbol_given_by(value), node)
     return found
 
 

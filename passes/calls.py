@@ -193,6 +193,15 @@ def hint_of(size: Any) -> int | None:
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
+def symbol_given_by(number: torch.SymInt) -> Any:
+    """The expression that a number which comes in as an input gives a value, as Inductor reads it:
+    its own symbol, and not the equal one that stands for both since.
+
+    Private API, checked on torch 2.11 and 2.13: `SymNode._expr`.
+    """
+    return number.node._expr
+
+
 def mutates(node: fx.Node) -> bool:
     """Whether the call writes into its first operand and returns it, as PyTorch's own calls do.
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from loki_compile.kernels.fused import append_rows
 from loki_compile.passes.appends import Append
-from loki_compile.passes.calls import fake_value, hint_of
+from loki_compile.passes.calls import fake_value, hint_of, symbol_given_by
 from loki_compile.passes.graphs import call, fake_mode_of, finish
 from torch import fx
 from torch._dynamo.source import ConstantSource
@@ -140,14 +140,10 @@ def _symbols_of(node: fx.Node) -> tuple[set[Any], set[Any]]:
 
 
 def _sizes_of(node: fx.Node) -> list[Any]:
-    """The expressions of a tensor's symbolic sizes and strides, or of a symbolic number.
-
-    A number that comes in gives its own symbol a value and not the equal one that stands for both
-    since: so Inductor reads it (`SymNode._expr`, checked on PyTorch 2.11 and 2.13).
-    """
+    """The expressions of a tensor's symbolic sizes and strides, or of a symbolic number."""
     value = fake_value(node)
     if isinstance(value, torch.SymInt):
-        return [value.node._expr if node.op == "placeholder" else value.node.expr]
+        return [symbol_given_by(value) if node.op == "placeholder" else value.node.expr]
     tensors = [each for each in pytree.tree_leaves(value) if isinstance(each, torch.Tensor)]
     numbers = [number for tensor in tensors for number in (*tensor.shape, *tensor.stride())]
     return [number.node.expr for number in numbers if isinstance(number, torch.SymInt)]
