@@ -42,7 +42,7 @@ constexpr int64_t kSumUnit = 256;  // sums of heads lie a multiple of this apart
 
 // Dims of V whose sums are held in registers, for 1, 2, 4 or 8 heads.
 constexpr int64_t piece_of(int64_t heads) {
-  #if LOKI_AVX512
+#if LOKI_AVX512
   return heads == 1 ? 128 : 256 / heads;
 #else
   return kSums * kLanes / (heads < kTileHeads ? heads : kTileHeads);

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 ONE_Q16 = 1 << 16
 MOST_KEYS = 1 << 30
 
-_LINE = re.compile(r"(?:(-?\d{1,10})(?:\+(\d{1,2}(?:\.\d{1,9})?)N)?|(\d{1,2}(?:\.\d{1,9})?)N)")
+_SHARE = r"[0-9]{1,2}(?:\.[0-9]{1,9})?"
+_LINE = re.compile(rf"(?:(-?[0-9]{{1,10}})(?:\+({_SHARE})N)?|({_SHARE})N)")
 
 
 @dataclass(frozen=True)

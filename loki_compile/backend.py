@@ -54,7 +54,7 @@ from loki_compile.passes.dense import (
 from loki_compile.passes.graphs import copy_of, fake_mode_of, log_change, ops_of, remap
 from loki_compile.passes.moments import add_query_moments
 from loki_compile.passes.normalize import normalize
-from loki_compile.passes.plan import Plan, make_plan, with_prefills
+from loki_compile.passes.plan import Plan, check_source, make_plan, with_prefills
 from loki_compile.passes.policy import Candidate
 from loki_compile.passes.prompts import AskedCache, find_asked
 from loki_compile.passes.prompts_by_spans import rewrite_prefills
@@ -210,7 +210,7 @@ def _dense_graph(
     """What runs a graph without a sparse site, and what tells how it fares, if anything does."""
     running: Any = None
     compiled: Callable[..., Any]
-    asked = _asked_in(graph.normal, graph.parts, graph.config)
+    asked = plainly(_asked_in, graph.normal, graph.parts, graph.config)
     form, outputs = _dense_form(graph, asked)
     form = lay_out_first_keys(form)
     if graph.once:
@@ -374,7 +374,10 @@ def _asked_in(
     asked = find_asked(normal.graph)
     sites = [site for cache in asked for site in cache.sites]
     # As if each chose for itself: what others will read from, only the steps' graphs tell.
-    choices = policy_of(config)([Candidate(site, None, None) for site in sites])
+    candidates = [Candidate(site, None, None) for site in sites]
+    choices = policy_of(config)(candidates)
+    for number in range(len(sites)):
+        check_source(candidates, choices, number)  # sooner than the step's graph does
     ranked = {
         site.node
         for site, choice in zip(sites, choices, strict=True)

@@ -113,7 +113,7 @@ def make_plan(
     read = _sources(choices)
     draft = _Draft(writes, list(skipped))
     for number, (each, choice) in enumerate(zip(found, choices, strict=True)):
-        _check_source(candidates, choices, number)
+        check_source(candidates, choices, number)
         if isinstance(each, Skipped):
             draft.dense.append(each)
             continue
@@ -294,7 +294,7 @@ def _sources(choices: Sequence[Choice]) -> set[int]:
     return borrowed | {choice.source for choice in choices if choice.source is not None}
 
 
-def _check_source(candidates: Sequence[Candidate], choices: Sequence[Choice], number: int) -> None:
+def check_source(candidates: Sequence[Candidate], choices: Sequence[Choice], number: int) -> None:
     """
     Raises:
       ValueError: what differs from an earlier site of the same slots, which chooses.

@@ -57,10 +57,11 @@ def budgets_from(text: str) -> tuple[HeadBudget, ...]:
 
 def _budget(text: str) -> HeadBudget:
     name, equals, value = text.partition("=")
-    if not equals:
-        return HeadBudget(span_of(text))
-    if name == LAST:
-        return HeadBudget(span_of(value), last=True)
+    if not equals or name == LAST:
+        span = span_of(value if equals else text)
+        if all(alpha <= 0 and beta == 0 for alpha, beta in span.lines):
+            raise ValueError(f'found {text!r:.60}; needed keys: more than none, such as "512"')
+        return HeadBudget(span, last=bool(equals))
     if name == FROM:
         if found := _FROM.fullmatch(value):
             return HeadBudget(None, source=int(found[1]), head=int(found[2]))

@@ -62,6 +62,9 @@ def test_a_word_says_of_each_kv_head_what_it_reads():
         ("lokii:512", 'did you mean "loki:512"?'),
         ("loki:512,from=2.1+dense", 'has no use for "from=2.1"'),
         ("loki:2.5N", "found beta 2.5"),
+        ("loki:-5", "found '-5'; needed keys: more than none"),
+        ("loki:64,last=0", "found 'last=0'; needed keys: more than none"),
+        ("loki:\u0663", "found a span '\u0663'; needed keys"),
     ],
 )
 def test_a_word_that_says_no_budgets_is_one_line_that_names_what_is_near(word, said):

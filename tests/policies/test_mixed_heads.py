@@ -22,6 +22,7 @@ from toy_layers import (
     farthest,
 )
 from toy_masks import alibi, causal, causal_float, left_padded
+from toy_models import make_model, new_cache, prompt
 from toy_policies import DirectLayers
 
 from loki_compile import reports, stats
@@ -219,4 +220,21 @@ def test_a_plan_that_does_not_fit_its_heads_is_refused_with_what_differs(policy,
     (x,) = tokens(STATIC, 1)
     with pytest.raises(ValueError, match=says) as caught:
         Conversations(module).step(compiled(module, policy, **FEW), x)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "policy, says",
+    [
+        ({1: "loki:64,64,64"}, "model.layers.1.self_attn has 2 KV heads"),
+        ({1: "moa:4:64,64,64"}, "model.layers.1.self_attn has 2 KV heads"),
+        ({1: "loki:64,from=0.9"}, "to read what KV head 9 of model.layers.0.self_attn chose"),
+    ],
+)
+@torch.no_grad()
+def test_a_wrong_word_is_one_line_at_the_prompt(policy, says, fresh):
+    model = make_model(2)
+    model.compile(backend="loki", options={"policy": policy})
+    with pytest.raises(ValueError, match=says) as caught:
+        model(prompt(1, 40), past_key_values=new_cache(model, "growing"))
     assert "\n" not in str(caught.value)
