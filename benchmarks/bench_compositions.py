@@ -17,11 +17,10 @@ import argparse
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import stamp, write_rows
+from harness import asked_for, stamp, write_rows
 from loki_compile.kernels.spans import Span
 from loki_compile.pca_store.layer_plan import read_plan
 
@@ -106,17 +105,6 @@ def plans_of(
     return plans
 
 
-def _named(args: argparse.Namespace) -> dict[str, Any]:
-    """What was asked for, files by their names alone."""
-
-    def name(value: Any) -> Any:
-        if isinstance(value, list):
-            return [name(each) for each in value]
-        return Path(value).name if isinstance(value, str | Path) else value
-
-    return {key: name(value) for key, value in vars(args).items()}
-
-
 def measured(
     search: BudgetSearch, args: argparse.Namespace, unseen: Sequence[torch.Tensor], tokenizer: Any
 ) -> None:
@@ -157,7 +145,7 @@ def measured(
                 "words": [str(kind) for kind in kinds],
                 "cpu_s": round(time.process_time() - begin, 1),
             }  # fmt: skip
-            write_rows("compositions", [{"given": _named(args), **row, **stamp("cpu")}])
+            write_rows("compositions", [{"given": asked_for(args), **row, **stamp("cpu")}])
             shown = {key: value for key, value in row.items() if key != "words"}
             print(shown, flush=True)
 

@@ -19,10 +19,9 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from harness import stamp, write_rows
+from harness import asked_for, stamp, write_rows
 from loki_compile.pca_store.layer_plan import read_plan
 
 from loki_compile import LokiConfig
@@ -60,17 +59,6 @@ def plans_of(args: argparse.Namespace, layers: int) -> dict[str, list[Kind]]:
         kinds[layer] = LOKI
         plans[f"single {layer}"] = kinds
     return plans
-
-
-def _named(args: argparse.Namespace) -> dict[str, Any]:
-    """What was asked for, files by their names alone."""
-
-    def name(value: Any) -> Any:
-        if isinstance(value, list):
-            return [name(each) for each in value]
-        return Path(value).name if isinstance(value, str | Path) else value
-
-    return {key: name(value) for key, value in vars(args).items()}
 
 
 def main() -> None:
@@ -139,7 +127,7 @@ def main() -> None:
                 "words": [str(kind) for kind in kinds],
                 "cpu_s": round(time.process_time() - begin, 1),
             })  # fmt: skip
-            write_rows("plans", [{"given": _named(args), **rows[-1], **stamp("cpu")}])
+            write_rows("plans", [{"given": asked_for(args), **rows[-1], **stamp("cpu")}])
             print({key: value for key, value in rows[-1].items() if key != "words"}, flush=True)
 
 

@@ -13,6 +13,7 @@ holds no launch overhead of the host; `Timing.how` says where a callable could n
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -286,6 +287,17 @@ def write_rows(name: str, rows: Sequence[Mapping[str, Any]], folder: Path = RESU
         for row in rows:
             file.write(json.dumps(row) + "\n")
     return path
+
+
+def asked_for(args: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, files by their names alone."""
+
+    def name(value: Any) -> Any:
+        if isinstance(value, list):
+            return [name(each) for each in value]
+        return Path(value).name if isinstance(value, str | Path) else value
+
+    return {key: name(value) for key, value in vars(args).items()}
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

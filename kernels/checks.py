@@ -151,19 +151,27 @@ def _check_budgets(
         raise _wrong(op, "(budgets, slots)", given, "both or neither")
     if budgets is None or slots is None:
         return
-    b, _, s, _ = q.shape
-    bb, hb, sb, two = _rank4(op, "budgets", budgets)
-    if bb not in (1, b) or hb not in (1, heads) or sb not in (1, s) or two != 2:
-        allowed = f"(B, heads, S, 2) = {(b, heads, s, 2)}, any of the first three may be 1"
-        raise _wrong(op, "shape of budgets", (bb, hb, sb, two), allowed)
-    if budgets.dtype != torch.int32:
-        raise _wrong(op, "budgets dtype", budgets.dtype, "int32")
+    _check_numbers_of_rows(op, "budgets", budgets, q, ("heads", heads), 2)
     if slots < 1:
         raise _wrong(op, "slots", slots, "at least 1")
     if mass:
         raise _wrong(op, "mass", mass, "0 where rows have budgets")
-    _rows_contiguous(op, "budgets", budgets, two)
-    _same_device(op, "budgets", budgets, q)
+
+
+def _check_numbers_of_rows(
+    op: str, name: str, numbers: Tensor, q: Tensor, heads: tuple[str, int], each: int
+) -> None:
+    """int32 (B, heads, S, each), what there are of the first three being 1 or as many."""
+    b, _, s, _ = q.shape
+    bn, hn, sn, last = _rank4(op, name, numbers)
+    if bn not in (1, b) or hn not in (1, heads[1]) or sn not in (1, s) or last != each:
+        wanted = f"(B, {heads[0]}, S, {each}) = {(b, heads[1], s, each)}"
+        allowed = f"{wanted}, any of the first three may be 1"
+        raise _wrong(op, f"shape of {name}", (bn, hn, sn, last), allowed)
+    if numbers.dtype != torch.int32:
+        raise _wrong(op, f"{name} dtype", numbers.dtype, "int32")
+    _rows_contiguous(op, name, numbers, each)
+    _same_device(op, name, numbers, q)
 
 
 def _check_unprojected(
@@ -272,7 +280,7 @@ def check_attend(
     if positions is not None:
         _check_positions(op, positions, q, hkv)
     if ranges is not None:
-        _check_ranges(op, ranges, q, hkv)
+        _check_numbers_of_rows(op, "ranges", ranges, q, ("Hkv", hkv), 4)
     if mask is not None:
         _check_mask(op, mask, q, t)
     if softcap < 0:
@@ -337,18 +345,6 @@ def _check_positions(op: str, positions: Tensor, q: Tensor, hkv: int) -> None:
         raise _wrong(op, "shape of positions", (bp, hp, sp, slots), allowed)
     _rows_contiguous(op, "positions", positions, slots)
     _same_device(op, "positions", positions, q)
-
-
-def _check_ranges(op: str, ranges: Tensor, q: Tensor, hkv: int) -> None:
-    b, _, s, _ = q.shape
-    br, hr, sr, four = _rank4(op, "ranges", ranges)
-    if br not in (1, b) or hr not in (1, hkv) or sr not in (1, s) or four != 4:
-        allowed = f"(B, Hkv, S, 4) = {(b, hkv, s, 4)}, any of the first three may be 1"
-        raise _wrong(op, "shape of ranges", (br, hr, sr, four), allowed)
-    if ranges.dtype != torch.int32:
-        raise _wrong(op, "ranges dtype", ranges.dtype, "int32")
-    _rows_contiguous(op, "ranges", ranges, four)
-    _same_device(op, "ranges", ranges, q)
 
 
 def _check_mask(op: str, mask: Tensor, q: Tensor, t: int) -> None:

@@ -9,8 +9,7 @@ a scale must be known before a site is judged: so both are asked for at once, he
 Floats alone: sizes and other ints stay as symbolic as they were.
 
 Private API, run on torch 2.13 and read in 2.11: `FakeTensor.item_memo` of such an input,
-`SymNode._expr`, `TensorifyState`, `TensorifyScalarRestartAnalysis`, `RestartAnalysis`,
-`compile_fx(inner_compile=)`.
+`TensorifyState`, `TensorifyScalarRestartAnalysis`, `RestartAnalysis`, `compile_fx(inner_compile=)`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import TracingContext, tracing
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from loki_compile.passes.calls import fake_value, op_name
+from loki_compile.passes.calls import fake_value, op_name, symbol_given_by
 from loki_compile.passes.graphs import copy_of, fake_mode_of
 
 __all__ = ["RestartAnalysis", "ask_for_values", "ask_what_inductor_asks", "float_inputs"]
@@ -105,6 +104,6 @@ def _before_scores(graph: fx.Graph) -> Iterator[str]:
 
 
 def _symbols(number: torch.SymFloat) -> Iterator[str]:
-    for symbol in number.node._expr.free_symbols:
+    for symbol in symbol_given_by(number).free_symbols:
         if symbol_is_type(symbol, SymT.FLOAT):
             yield str(symbol)

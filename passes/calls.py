@@ -193,7 +193,7 @@ def hint_of(size: Any) -> int | None:
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
-def symbol_given_by(number: torch.SymInt) -> Any:
+def symbol_given_by(number: torch.SymInt | torch.SymFloat) -> Any:
     """The expression that a number which comes in as an input gives a value, as Inductor reads it:
     its own symbol, and not the equal one that stands for both since.
 

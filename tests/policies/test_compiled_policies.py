@@ -76,6 +76,24 @@ def test_a_compiled_model_decodes_as_the_interpreter_does(kind, policy, fresh, r
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 
 
+def decode_both_ways(policy, kind: str, request, layers: int, steps: int) -> None:
+    """Behind a long context, at default options but for the policy: Inductor, then the interpreter;
+    every step is sparse, and logits are the same."""
+    model, ids = make_model(layers=layers), prompt(3, LONG + steps)
+    logits = []
+    for interpreted in (False, True):
+        torch._dynamo.reset()
+        clear_runtime()
+        if interpreted:
+            request.getfixturevalue("interpreted")
+        fast = torch.compile(model, backend="loki", options={"policy": policy})
+        cache = started(model, kind, ids[:, :LONG])
+        made = [fast(ids[:, n : n + 1], past_key_values=cache) for n in range(LONG, LONG + steps)]
+        assert stats()["sparse_steps"] == steps and stats()["dense_steps"] == 0
+        logits.append(torch.cat([step.logits for step in made]))
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "policy, kind",
     [
@@ -93,38 +111,14 @@ def test_a_compiled_model_decodes_as_the_interpreter_does(kind, policy, fresh, r
 def test_plans_of_all_layers_decode_at_default_options_as_the_interpreter_does(
     policy, kind, fresh, request
 ):
-    model, ids = make_model(layers=5), prompt(3, LONG + 6)
-    logits = []
-    for interpreted in (False, True):
-        torch._dynamo.reset()
-        clear_runtime()
-        if interpreted:
-            request.getfixturevalue("interpreted")
-        fast = torch.compile(model, backend="loki", options={"policy": policy})
-        cache = started(model, kind, ids[:, :LONG])
-        steps = [fast(ids[:, n : n + 1], past_key_values=cache) for n in range(LONG, LONG + 6)]
-        assert stats()["sparse_steps"] == 6
-        logits.append(torch.cat([step.logits for step in steps]))
-    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+    decode_both_ways(policy, kind, request, layers=5, steps=6)
 
 
 @pytest.mark.parametrize("policy", ["moa", "moa:4:300,0.25N"])
 @pytest.mark.parametrize("kind", ["growing", "static"])
 @torch.no_grad()
 def test_spans_decode_at_default_options_as_the_interpreter_does(policy, kind, fresh, request):
-    model, ids = make_model(layers=2), prompt(3, LONG + 4)
-    logits = []
-    for interpreted in (False, True):
-        torch._dynamo.reset()
-        clear_runtime()
-        if interpreted:
-            request.getfixturevalue("interpreted")
-        fast = torch.compile(model, backend="loki", options={"policy": policy})
-        cache = started(model, kind, ids[:, :LONG])
-        steps = [fast(ids[:, n : n + 1], past_key_values=cache) for n in range(LONG, LONG + 4)]
-        assert stats()["sparse_steps"] == 4
-        logits.append(torch.cat([step.logits for step in steps]))
-    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+    decode_both_ways(policy, kind, request, layers=2, steps=4)
 
 
 @pytest.mark.parametrize("kind", ["growing", pytest.param("static", marks=slow)])
@@ -133,19 +127,7 @@ def test_heads_with_budgets_of_their_own_decode_at_default_options_as_the_interp
     kind, fresh, request
 ):
     policy = {0: "loki:0.25N,last=300", 1: "loki:from=0.0,60+0.1N"}
-    model, ids = make_model(layers=2), prompt(3, LONG + 4)
-    logits = []
-    for interpreted in (False, True):
-        torch._dynamo.reset()
-        clear_runtime()
-        if interpreted:
-            request.getfixturevalue("interpreted")
-        fast = torch.compile(model, backend="loki", options={"policy": policy})
-        cache = started(model, kind, ids[:, :LONG])
-        steps = [fast(ids[:, n : n + 1], past_key_values=cache) for n in range(LONG, LONG + 4)]
-        assert stats()["sparse_steps"] == 4 and stats()["dense_steps"] == 0
-        logits.append(torch.cat([step.logits for step in steps]))
-    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+    decode_both_ways(policy, kind, request, layers=2, steps=4)
 
 
 @pytest.mark.parametrize("kind", ["growing", "static"])
