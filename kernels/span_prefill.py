@@ -7,8 +7,10 @@ spans: a graph that calls the op may run node by node.
 
 from __future__ import annotations
 
+import enum
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +29,18 @@ PAYS = 0.7
 _SAMPLES = 16
 # Devices, dtypes and head_dims that FlexAttention does not compile for.
 _failed: set[Any] = set()
+
+
+class Dense(str, enum.Enum):
+    """Why a call of `prefill` read all keys."""
+
+    MASK = "mask"  # it hides more than later tokens
+    WIDE = "wide"  # spans leave too little out for it to pay
+    NOT_COMPILED = "not compiled"  # no C++ compiler, or FlexAttention does not compile here
+
+
+# Calls of `prefill` since it was cleared: those by spans under "", the dense ones by `Dense`.
+ran: Counter[str] = Counter()
 
 
 def hides_later_keys_alone(mask: Tensor) -> Tensor:
@@ -54,18 +68,27 @@ def prefill(
     grouped = q.shape[1] != heads
     spans = _spans(tuple(lines), heads, sink, recent, min_keys)
     which = (q.device.type, q.dtype, q.shape[-1], v.shape[-1])
-    able = which not in _failed and not obstacle(q.device.type)
-    if able and pays(spans, q.shape[2]) and (plain is None or bool(plain)):
+    why = ""
+    if which in _failed or obstacle(q.device.type):
+        why = Dense.NOT_COMPILED.value
+    elif not pays(spans, q.shape[2]):
+        why = Dense.WIDE.value
+    elif plain is not None and not bool(plain):
+        why = Dense.MASK.value
+    if not why:
         blocks = block_mask(spans, q.shape[1], q.shape[2], q.device)
         try:
             out = compiled_attention()(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped)
+            ran[why] += 1
             return out.contiguous()
         except TorchDynamoException as error:
+            why = Dense.NOT_COMPILED.value
             _failed.add(which)
             log.warning(
                 "prompts are dense: FlexAttention does not compile here: %s",
                 str(error).partition("\n")[0][:200],
             )
+    ran[why] += 1
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     ).contiguous()
@@ -84,12 +107,17 @@ def obstacle(device_type: str) -> str:
     return cpu_build.obstacle() if device_type == "cpu" else ""
 
 
-@functools.lru_cache(maxsize=1024)
 def pays(spans: Spans, tokens: int) -> bool:
     """Whether spans leave enough of a prompt of so many tokens out."""
+    return share_read(spans, tokens) < PAYS
+
+
+@functools.lru_cache(maxsize=1024)
+def share_read(spans: Spans, tokens: int) -> float:
+    """Of the keys that the rows of a prompt of so many tokens see, the share that spans read."""
     lengths = [(2 * n + 1) * tokens // (2 * _SAMPLES) for n in range(_SAMPLES)]
     read = sum(sum(spans.keys(length)) for length in lengths)
-    return read < PAYS * len(spans.heads) * sum(lengths)
+    return read / max(len(spans.heads) * sum(lengths), 1)
 
 
 def block_mask(spans: Spans, query_heads: int, tokens: int, device: torch.device) -> Any:

@@ -162,7 +162,19 @@ class LokiConfig:
                 f"top_k={self.top_k!r} covers every context: nothing will run sparse. Lower top_k "
                 "(the default is 0.125)."
             )
+        if self.prefill == "spans" and not self._may_have_spans:
+            found.append(
+                f'prefill="spans" is for layers of spans, and policy={self.policy!r} has none: '
+                'prompts will be dense. Use policy="moa".'
+            )
         return found
+
+    @property
+    def _may_have_spans(self) -> bool:
+        """Whether a policy may have layers of spans: what a file holds is seen when it is read."""
+        if isinstance(self.policy, str):
+            return bool(self.plan_file) or self.policy.startswith(SPANS)
+        return any(kind.ranking == SPANS for kind in self.kinds)
 
     def kind_for(self, site: AttentionSite, number: int) -> Kind:
         """What the policy has one site do, the `number`-th of its graph: the first entry that names

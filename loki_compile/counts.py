@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from loki_compile.kernels import span_prefill
 from loki_compile.readings import Reading, Readings, joined
 from loki_compile.report import given_up
 
@@ -38,6 +40,7 @@ class Because(str, Enum):
     GAVE_UP = "gave up"  # the sparse variant cannot be built or has failed
 
 
+_OF_SPAN_CACHES = ("span_cache_prompts", "span_cache_steps")
 _STEPS = ("sparse_steps", "dense_steps", "interpreted_steps", "rebuilds", "fitted_bases")
 
 _lock = threading.RLock()
@@ -56,6 +59,20 @@ class Tally:
         self.counts: Counter[str] = Counter()
         self.dense_because: Counter[str] = Counter()
         self.readings: dict[tuple[str, ...], Readings] = {}
+        self.span_cache: Tensor | None = None
+
+    def of_span_caches(self, device: torch.device) -> Tensor:
+        """int64 (2,): prompts and steps that caches of spans served. It lies on the device of the
+        model, is added to there, and is one for all caches of the model."""
+        with _lock, torch.inference_mode(False):
+            if self.span_cache is None:
+                self.span_cache = torch.zeros(2, dtype=torch.int64, device=device)
+            return self.span_cache
+
+    def served_by_spans(self) -> dict[str, int]:
+        """What `of_span_caches` holds, by the names of `stats`."""
+        held = [0, 0] if self.span_cache is None else self.span_cache.tolist()
+        return dict(zip(_OF_SPAN_CACHES, held, strict=True))
 
     def readings_of(self, paths: tuple[str, ...]) -> Readings:
         """What the sites of these paths read: one for all graphs that have the same."""
@@ -78,6 +95,8 @@ class Tally:
         """Sets the counts back to zero."""
         self.counts.clear()
         self.dense_because.clear()
+        if self.span_cache is not None:
+            self.span_cache.zero_()
         for readings in self.readings.values():
             readings.clear()
 
@@ -101,6 +120,16 @@ def tally_for(parameters: Iterable[nn.Parameter]) -> Tally | None:
     """The counts of the model that these are of; None where no graph of it was compiled."""
     with _lock:
         return next((_owners[p] for p in parameters if p in _owners), None)
+
+
+def tally_of_model(model: nn.Module) -> Tally:
+    """The counts of a model, of which no graph may have been compiled yet."""
+    parameters = list(model.parameters())
+    with _lock:
+        tally = tally_for(parameters) or _new_tally(type(model).__name__)
+        for parameter in parameters:
+            _owners.setdefault(parameter, tally)
+    return tally
 
 
 def _new_tally(name: str) -> Tally:
@@ -130,23 +159,36 @@ def stats() -> dict[str, Any]:
     nowhere, and what to set (see `given_up`); models: the same counts for each model, and, by a
     budget of mass or with `watch_mass`, layers: of each site by its path the means over rows and
     sparse steps, keys that a row reads, and left_out, the share of attention on others as the
-    scores that rank keys estimate it. These lie on the device, and are read by this call.
+    scores that rank keys estimate it. These lie on the device, and are read by this call; so are
+    span_cache_prompts, span_cache_steps: calls that a `SpanCache` served, compiled or not.
+
+    span_prefills: attention of prompts, a layer each, that read spans under `prefill="spans"`;
+    span_prefills_dense_because: that read all keys in spite of it, by reason: "mask" (it hides more
+    than later tokens), "wide" (spans read too much for it to pay), "not compiled". A graph whose
+    plan says that it is dense (`reports()`) is in neither.
     """
     with _lock:
         layers = {tally.model: _layers(tally) for tally in _tallies.values()}
+        served = {tally.model: tally.served_by_spans() for tally in _tallies.values()}
         each: dict[str, dict[str, Any]] = {
             tally.model: {
                 **{name: tally.counts[name] for name in _STEPS},
+                **served[tally.model],
                 "dense_because": dict(tally.dense_because),
                 **({"layers": layers[tally.model]} if layers[tally.model] else {}),
             }
             for tally in _tallies.values()
-            if tally.counts
+            if tally.counts or any(served[tally.model].values())
         }
         because = sum((tally.dense_because for tally in _tallies.values()), Counter())
         return {
-            **{name: sum(counts[name] for counts in each.values()) for name in _STEPS},
+            **{
+                name: sum(counts[name] for counts in each.values())
+                for name in (*_STEPS, *_OF_SPAN_CACHES)
+            },
             "dense_because": dict(because),
+            "span_prefills": span_prefill.ran[""],
+            "span_prefills_dense_because": {why: n for why, n in span_prefill.ran.items() if why},
             "index_bytes": _bytes_now,
             "peak_index_bytes": _bytes_most,
             "given_up": given_up(),
@@ -166,6 +208,7 @@ def reset_stats() -> None:
         for tally in _tallies.values():
             tally.clear()
         counters["loki"].clear()
+        span_prefill.ran.clear()
         _bytes_most = _bytes_now
 
 

@@ -28,6 +28,7 @@ from loki_compile.pca_store.layer_plan import (
     read_plan,
 )
 from loki_compile.pca_store.metadata import run_of
+from loki_compile.plan_words import differing, kinds_of
 from loki_compile.policies.head_budgets import HeadBudget
 from loki_compile.policies.kinds import BUDGETED, SPANS, Kind, kind_of
 from loki_compile.policies.table import SHARE_AT, Planned
@@ -40,7 +41,8 @@ _SUFFIXES = {SPANS: SPANS_SUFFIX, BUDGETED[0]: BUDGETS_SUFFIX}
 
 
 class PlanOfModel:
-    """Finds the plan once a policy asks for it; `origin` says, in words, which it got, if any."""
+    """Finds the plan once a policy asks for it; `origin` says, in words, which it got, if any, and
+    `set_aside` why one that is stored and was better than one budget for all does not serve."""
 
     def __init__(
         self,
@@ -53,12 +55,14 @@ class PlanOfModel:
         self.inputs = with_parts(example_inputs, parts)
         self.config = config
         self.origin = ""
+        self.set_aside = ""
 
     def __call__(self, candidates: Sequence[Candidate], policy: str) -> Planned | None:
         """What the plan of a policy has each site do; None where there is no plan for the model.
 
         Raises:
-          ValueError: the plan that the options name is damaged, or of another model.
+          ValueError: the plan that the options name is damaged, or of another model; a word of
+            the plan is none.
         """
         if self.config.plan_file:
             published = published_spans(self.config.plan_file)
@@ -73,6 +77,11 @@ class PlanOfModel:
         plan = read_plan(chosen) if chosen else find_plan(known, rows, suffix=suffix)
         if plan is None or (suffix == BUDGETS_SUFFIX and plan.scores.get(USED) is not True):
             return None
+        other = differing(plan, self.config)
+        if suffix == BUDGETS_SUFFIX and other and not chosen:
+            self.set_aside = other  # one budget for all may be better there
+            return None
+        kinds_of(plan)  # refuses what a graph of some of its layers would not come across
         kinds: list[Kind] = []
         layers: list[int] = []
         uses: dict[str, int] = {}
@@ -93,7 +102,7 @@ class PlanOfModel:
                 continue
             kinds.append(of_site(plan.layers[place], candidate.site.kv_heads, blocks[number]))
             layers.append(place)
-        self.origin = f"as `loki tune` found {plan.created[:10]}"
+        self.origin = f"as `loki tune` found {plan.created[:10]}" + (f"; {other}" if other else "")
         return Planned(tuple(kinds), tuple(layers), self.origin)
 
     def _published(

@@ -108,7 +108,15 @@ def _say_what_spans_are_read(
 def _say_whose_budgets_are_read(
     plan: Plan, config: LokiConfig, tally: Tally, of_model: PlanOfModel
 ) -> None:
-    """Says once that a stored plan, and not `top_k`, says how many keys each KV head reads."""
+    """Says once that a stored plan, and not `top_k`, says how many keys each KV head reads; or why
+    one that is stored does not."""
+    if of_model.set_aside:
+        say_once(
+            (tally.model, "budgets", of_model.set_aside),
+            f"{tally.model}: the plan of budgets that is stored for this model is not used: "
+            f"{of_model.set_aside}. One budget for all heads, top_k=0.125, is in its place: set "
+            "what it was judged under, or run `loki tune --target` again; a top_k silences this.",
+        )
     if not of_model.origin or all(sparse.choice.budgets is None for sparse in plan.sparse):
         return
     sites = [sparse for sparse in plan.sparse if sparse.choice.spans is None]

@@ -27,7 +27,7 @@ from loki_compile.passes.graphs import input_of, remap
 from loki_compile.passes.latent import absorb
 from loki_compile.passes.policy import Candidate, Choice, Policy
 from loki_compile.passes.slots import hold_to, masks_at, slot_classes
-from loki_compile.passes.span_prefills import SpanPrefill, why_not
+from loki_compile.passes.span_prefills import SpanPrefill, too_wide, why_not
 from loki_compile.passes.trace_caches import trace_cache
 from torch import fx
 
@@ -223,26 +223,28 @@ class _Draft:
         )
 
 
-def with_prefills(plan: Plan, sites: Sequence[AttentionSite], choices: Sequence[Choice]) -> Plan:
+def with_prefills(
+    plan: Plan, sites: Sequence[AttentionSite], choices: Sequence[Choice], hindered: Sequence[str]
+) -> Plan:
     """The plan, with prompts that read the spans which `choices` have for them.
 
-    sites: of `find_prefills`.
+    sites: of `find_prefills`. hindered: of each, why it may read none, whatever its choice; "".
     """
     found: dict[fx.Node, Skipped] = {}
     prefills = []
-    for site, choice in zip(sites, choices, strict=True):
-        reason = why_not(site)
-        if choice.spans is None or choice.spans.whole:
-            reason = "its policy has no spans for it"
-        if reason:
-            found[site.node] = Skipped(
-                site.node, Reason.PREFILL_DENSE, (site.tokens, reason), site.path
-            )
-            continue
-        assert choice.spans is not None
-        prefills.append(SpanPrefill(site, choice.spans))
-        details = (site.tokens, choice.note)
-        found[site.node] = Skipped(site.node, Reason.PREFILL_SPANS, details, site.path)
+    for site, choice, hindrance in zip(sites, choices, hindered, strict=True):
+        why, note, spans = hindrance, choice.note, choice.spans
+        if not why and (spans is None or spans.whole):
+            why = "its policy has no spans for it"
+        why = why or why_not(site)
+        if not why and spans is not None:
+            wide, always = too_wide(site, spans)
+            why = wide if always else ""
+            note = f"{note}; dense at this length, where {wide}" if wide else note
+        reason, details = (Reason.PREFILL_DENSE, why) if why else (Reason.PREFILL_SPANS, note)
+        found[site.node] = Skipped(site.node, reason, (site.tokens, details), site.path)
+        if not why and spans is not None:
+            prefills.append(SpanPrefill(site, spans))
     dense = tuple(
         found.get(skip.node, skip) if skip.reason is Reason.PREFILL else skip for skip in plan.dense
     )

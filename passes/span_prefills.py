@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loki_compile.kernels.fused import SCORES
-from loki_compile.kernels.span_prefill import obstacle
+from loki_compile.kernels.span_prefill import PAYS, obstacle, pays, share_read
 from loki_compile.kernels.spans import Spans
 from loki_compile.passes.attention import MAX_QUERY_TOKENS, AttentionSite
-from loki_compile.passes.calls import fake_value, hint_of, same_size, shape_of
+from loki_compile.passes.calls import concrete, fake_value, hint_of, same_size, shape_of
 from loki_compile.passes.sites import find_sites
 from torch import fx
 
@@ -25,6 +25,16 @@ def find_prefills(graph: fx.Graph) -> list[AttentionSite]:
     """The cores of a graph with more new tokens than are decoded."""
     sites, _ = find_sites(graph, max_query_tokens=None)
     return [site for site in sites if (hint_of(site.tokens) or 0) > MAX_QUERY_TOKENS]
+
+
+def too_wide(site: AttentionSite, spans: Spans) -> tuple[str, bool]:
+    """Why spans do not pay at the length that the graph was traced with, "" where they do; and
+    whether it has that length alone."""
+    tokens = hint_of(site.tokens) or 0
+    if pays(spans, tokens):
+        return "", False
+    share = f"spans read {share_read(spans, tokens):.0%} of {tokens} tokens' keys"
+    return f"{share}, and below {PAYS:.0%} they pay", concrete(site.tokens) is not None
 
 
 def why_not(site: AttentionSite) -> str:

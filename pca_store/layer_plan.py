@@ -6,6 +6,7 @@ make each layer's keys. What a layer does is a word, which this folder does not 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -74,7 +75,9 @@ class LayerPlan:
 
     top_k: the budget that it was measured at. mass: by row of source and column of reader, the
     share of the reader's attention that the source's choice captures; None where the source does
-    not lie before it. scores: of this plan and those it was compared with, by name.
+    not lie before it. scores: of this plan and those it was compared with, by name. under: the
+    options that these were measured under; none where that is not known. path: of the file that it
+    was read from, which is no part of it.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -84,18 +87,32 @@ class LayerPlan:
     created: str
     mass: tuple[tuple[float | None, ...], ...] = ()
     scores: Mapping[str, Any] = field(default_factory=dict)
+    under: Mapping[str, Any] = field(default_factory=dict)
+    path: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < len(self.layers) <= MAX_SITES:
             raise ValueError(f"found {len(self.layers)} layers; needed 1 to {MAX_SITES}")
         for name in ("model", "source", "created"):
             check_text(name, getattr(self, name))
+        if type(self.top_k) not in (int, float) or not math.isfinite(self.top_k):
+            raise ValueError(f"found top_k {self.top_k!r:.80}; needed a number")
+        for name in ("scores", "under"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"found {name} {getattr(self, name)!r:.80}; needed an object")
+        for option, value in self.under.items():
+            check_text("option", option)
+            check_text(f"option {option}", str(value))
         rows = [len(row) for row in self.mass]
         if rows and rows != [len(self.layers)] * len(self.layers):
             raise ValueError("found a mass that is not a square of the layers; needed one")
         for share in (share for row in self.mass for share in row if share is not None):
             if not isinstance(share, (int, float)) or not math.isfinite(share):
                 raise ValueError(f"found a share {share!r:.80}; needed a number")
+
+    def record(self) -> dict[str, Any]:
+        """What of it is written."""
+        return {name: value for name, value in asdict(self).items() if name in _WRITTEN}
 
     @property
     def fingerprint(self) -> str:
@@ -111,6 +128,9 @@ class LayerPlan:
         return known[min(use, len(known) - 1)] if known else None
 
 
+_WRITTEN = {each.name for each in fields(LayerPlan)} - {"path"}
+
+
 def save_plan(plan: LayerPlan, root: Path | None = None, suffix: str = SUFFIX) -> Path:
     """Writes a plan in place of an older one of the same model and suffix; atomic, as `Store.save`.
 
@@ -120,7 +140,7 @@ def save_plan(plan: LayerPlan, root: Path | None = None, suffix: str = SUFFIX) -
     root = default_root() if root is None else root
     root.mkdir(parents=True, exist_ok=True)
     path = root / f"{plan.fingerprint[:24]}{suffix}"
-    write_atomically(path, json.dumps({"format": FORMAT, **asdict(plan)}).encode())
+    write_atomically(path, json.dumps({"format": FORMAT, **plan.record()}).encode())
     return path
 
 
@@ -137,21 +157,40 @@ def read_plan(path: str | Path) -> LayerPlan:
         given = json.loads(path.read_bytes())
         if not isinstance(given, dict) or given.pop("format", None) != FORMAT:
             raise ValueError(f"it is not of format {FORMAT}")
-        names = {each.name for each in fields(LayerPlan)}
-        if given.keys() != names:
-            raise ValueError(f"it has {sorted(given)}; needed {sorted(names)}")
-        layers = tuple(PlannedLayer(**layer) for layer in given.pop("layers"))
-        mass = tuple(tuple(row) for row in given.pop("mass"))
-        return LayerPlan(layers=layers, mass=mass, **given)
+        if not _WRITTEN - {"under"} <= given.keys() <= _WRITTEN:
+            raise ValueError(f"it has {sorted(given)}; needed {sorted(_WRITTEN)}")
+        rows, mass = given.pop("layers"), given.pop("mass")
+        if not all(isinstance(each, list) for each in (rows, mass, *(mass or ()))):
+            raise ValueError("found layers or mass that are no lists; needed a list for each")
+        layers = tuple(_layer(*numbered) for numbered in enumerate(rows))
+        mass = tuple(map(tuple, mass))
+        return LayerPlan(layers=layers, mass=mass, path=str(path), **given)
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        reason = str(error).partition("\n")[0][:200]
-        what, options = next(
-            (made for suffix, made in _MADE_BY.items() if path.name.endswith(suffix)),
-            ("layers", ""),
-        )
-        raise PlanFileError(
-            f"{path} is no plan of {what} ({reason}): run `loki tune{options}`"
-        ) from None
+        raise damaged(path, str(error)) from None
+
+
+def damaged(path: str | Path, why: str) -> PlanFileError:
+    """The error of a plan's file, in one line: which, why, and what makes a new one."""
+    what, options = next(
+        (made for suffix, made in _MADE_BY.items() if str(path).endswith(suffix)), ("layers", "")
+    )
+    reason = why.partition("\n")[0][:500]
+    return PlanFileError(f"{path} is no plan of {what} ({reason}): run `loki tune{options}`")
+
+
+def _layer(number: int, given: Any) -> PlannedLayer:
+    """
+    Raises:
+      ValueError: as said.
+    """
+    names = {each.name for each in fields(PlannedLayer)}
+    if not isinstance(given, dict) or given.keys() != names:
+        found = sorted(given) if isinstance(given, dict) else f"{given!r:.80}"
+        raise ValueError(f"layer {number} has {found}; needed {sorted(names)}")
+    try:
+        return PlannedLayer(**given)
+    except ValueError as error:
+        raise ValueError(f"layer {number}: {error}") from None
 
 
 def find_plan(
@@ -179,7 +218,8 @@ def any_plan(root: Path | None = None, suffix: str = SUFFIX) -> bool:
 
 
 def stored_plans(root: Path | None = None, suffix: str = SUFFIX) -> Iterator[LayerPlan]:
-    """All that can be read, newest first; what cannot is passed over with a warning."""
+    """All that can be read, newest first; what cannot, or has other layers than the model that its
+    name stands for, is passed over with a warning, once."""
     root = default_root() if root is None else root
     try:
         files = sorted(root.glob(f"*{suffix}"), key=lambda path: -path.stat().st_mtime_ns)
@@ -188,6 +228,17 @@ def stored_plans(root: Path | None = None, suffix: str = SUFFIX) -> Iterator[Lay
         return
     for path in files:
         try:
-            yield read_plan(path)
+            plan = read_plan(path)
+            if not path.name.startswith(plan.fingerprint[:24]):
+                count = len(plan.layers)
+                raise damaged(path, f"its {count} layers are not those that its name stands for")
         except PlanFileError as error:
-            logger.warning("passed over: %s", error)
+            _pass_over(str(error))
+        else:
+            yield plan
+
+
+@functools.lru_cache(maxsize=256)
+def _pass_over(why: str) -> None:
+    """Once for each reason: plans are looked for at every graph."""
+    logger.warning("passed over: %s", why)

@@ -48,6 +48,7 @@ from loki_compile.observation import columns_of
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from loki_compile.pca_store.layer_plan import USED, LayerPlan, PlannedLayer
 from loki_compile.pca_store.store import Store
+from loki_compile.plan_words import judged_under
 from loki_compile.policies.kinds import Kind, kind_of
 from loki_compile.progress import versions
 from loki_compile.simulation import Simulation
@@ -308,10 +309,13 @@ class BudgetSearch:
                 "bytes of one budget for all": round(uniform.bytes, 6),
                 "missed by one budget for all": round(uniform.missed, 6),
                 "kl of one budget for all": uniform.kl,
+                "kl of answers by one budget for all": uniform.answers,
                 "needles of one budget for all": uniform.needles,
+                "needles decide": needles_decide(ours, uniform),
                 "gap": round(self.gap, 6),
                 "versions": versions(),
             },
+            under=judged_under(self.config, "loki"),
         )
 
     def forget(self) -> None:
@@ -427,8 +431,16 @@ class BudgetSearch:
 
 
 def beats(ours: Judged, uniform: Judged, more: tuple[float, float]) -> bool:
-    """Whether a plan is surely better than one budget for all heads, and finds no needle less."""
-    return more[1] < 0 and ours.needles >= uniform.needles
+    """Whether a plan is surely better than one budget for all heads, and finds no needle less;
+    where neither finds any, its answers diverge no more."""
+    if needles_decide(ours, uniform):
+        return more[1] < 0 and ours.needles >= uniform.needles
+    return more[1] < 0 and ours.answers <= uniform.answers
+
+
+def needles_decide(ours: Judged, uniform: Judged) -> bool:
+    """Whether either finds a needle: else that none is lost says nothing."""
+    return max(ours.needles, uniform.needles) > 0
 
 
 def _rows(tokens: int) -> Tensor:

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 @click.option("--context", type=click.IntRange(2), help="Cached tokens that budgets and memory are "
               "given for. [4096, or what the model allows]")  # fmt: skip
 @click.option("--basis", help="Store name, path or hub id.")
+@click.option(
+    "--prefill",
+    type=click.Choice(["dense", "spans"]),
+    help="spans: also what a prompt of --context tokens reads; the model reads it once.",
+)
 @click.option("--picture", type=click.Path(path_type=Path),
               help='With --policy tidal: PNG of who reads what whom chose. [none]')  # fmt: skip
 @with_options(LOKI_OPTIONS)
@@ -43,6 +48,7 @@ def command(
     cache: str,
     context: int | None,
     basis: str | None,
+    prefill: str | None,
     picture: Path | None,
     device: str | None,
     dtype: str,
@@ -50,7 +56,7 @@ def command(
     **loki: Any,
 ) -> None:
     """What each attention site of MODEL becomes in a decode step, and why."""
-    from loki_compile.commands.measure import decode_reports
+    from loki_compile.commands.measure import decode_reports, prompt_reports
     from loki_compile.commands.models import (
         check_placement,
         fitting_context,
@@ -60,7 +66,7 @@ def command(
     from loki_compile.config import LokiConfig
     from loki_compile.report import given_up
 
-    config = LokiConfig.from_options(loki_options(basis=basis, **loki))
+    config = LokiConfig.from_options(loki_options(basis=basis, prefill=prefill, **loki))
     if picture is not None and config.policy != "tidal":
         raise ValueError("--picture: shows who reads what whom chose; needs --policy tidal")
     check_picture(picture)
@@ -72,12 +78,38 @@ def command(
     found = decode_reports(model, cache, context, config.to_options())
     out.print(site_table(found, config, context))
     out.print(summary(found, config, context))
+    if config.prefill == "spans":
+        say(f"a prompt of {context} tokens is read")
+        _show_prompt(prompt_reports(model, cache, context, config.to_options()))
     for sentence in given_up():
         out.print(sentence)
     if config.policy == "tidal":
         _show_plan(model, picture)
     elif config.policy == "moa" or config.plan_file:
         show(_plan_of_spans(model, config))
+    elif config.open_budget:
+        _show_budgets(model, config)
+
+
+def _show_budgets(model: Any, config: LokiConfig) -> None:
+    """Whether the plan of budgets that is stored for a model serves, if there is one."""
+    from loki_compile.commands.stored import stored_plan, weights_of, why_not_used
+
+    plan = stored_plan("loki", lambda: weights_of(model))
+    if plan is None:
+        return
+    found = f"the plan of budgets that `loki tune` found {plan.created[:10]}"
+    found += f" from {plan.source or 'some text'}"
+    why = why_not_used(plan, config)
+    show(f"{found} is not used: {why}" if why else f"KV heads read what {found} has for them")
+
+
+def _show_prompt(reports: Sequence[GraphReport]) -> None:
+    """A line for each kind of layer: what it reads of a prompt, or why it is dense."""
+    from loki_compile.report import fold
+
+    for row in fold(reports):
+        show(f"  {row.where}: {row.sites[0].reason} ({row.sites[0].see})")
 
 
 def _plan_of_spans(model: Any, config: LokiConfig) -> str:

@@ -90,10 +90,14 @@ def new_cache(model: Any, kind: str, slots: int) -> Any:
 @torch.no_grad()
 def prefill(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """Fills the cache with ids (1, T), eagerly; returns the last token's logits (vocabulary,)."""
-    keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-    extra = {"logits_to_keep": 1} if keep else {}
-    out = model(ids, past_key_values=cache, use_cache=True, **extra)
+    out = model(ids, past_key_values=cache, use_cache=True, **_last_logits(model))
     return out.logits[0, -1]
+
+
+def _last_logits(model: Any) -> dict[str, int]:
+    """What has a model make the last token's logits alone, where it can."""
+    keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if keep else {}
 
 
 def decode_reports(
@@ -105,6 +109,16 @@ def decode_reports(
     prefill(model, ids, cache)
     step = ids[:, :1]
     return explain(model, step, past_key_values=cache, use_cache=True, options=options)
+
+
+def prompt_reports(
+    model: Any, cache_kind: str, tokens: int, options: dict[str, Any]
+) -> list[GraphReport]:
+    """The reports of a prompt of so many tokens, into an empty cache; the model reads it, once."""
+    cache = new_cache(model, cache_kind, tokens + 1)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    asked = {"past_key_values": cache, "use_cache": True, **_last_logits(model)}
+    return explain(model, ids, **asked, options=options)
 
 
 def slot_classes(model: Any, paths: Sequence[str], options: dict[str, Any]) -> list[int]:

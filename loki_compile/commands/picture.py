@@ -11,7 +11,7 @@ from loki_compile.commands.models import load_model, longest_context
 from loki_compile.commands.output import announcing
 from loki_compile.config import LokiConfig
 from loki_compile.pca_store.layer_plan import LayerPlan
-from loki_compile.policies.kinds import kind_of
+from loki_compile.plan_words import kinds_of
 from loki_compile.report import shown_ranges
 
 # Of the model of random weights that stands in for the bundled one.
@@ -137,7 +137,7 @@ def plot_ways(judged: Judged, title: str, picture: Path) -> None:
 
 def plan_lines(plan: LayerPlan) -> list[str]:
     """A plan in words: a line for each group of layers, and what choosing layers capture."""
-    kinds = [kind_of(layer.word) for layer in plan.layers]
+    kinds = kinds_of(plan)
     at = f"top_k={plan.top_k}"
     lines = [f"plan of {plan.created[:10]} from {plan.source or 'unknown text'}, {at}:"]
     for number, kind in enumerate(kinds):
@@ -161,7 +161,7 @@ def plan_lines(plan: LayerPlan) -> list[str]:
 def mass_lines(plan: LayerPlan) -> list[str]:
     """The captured attention as text: a row for each layer that chooses, a digit for each reader
     (9: 90 % and more), brackets around those that read it."""
-    kinds = [kind_of(layer.word) for layer in plan.layers]
+    kinds = kinds_of(plan)
     lines = []
     for number, row in enumerate(plan.mass):
         if not kinds[number].ranking:
@@ -181,7 +181,7 @@ def draw_mass(plan: LayerPlan, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kinds = [kind_of(layer.word) for layer in plan.layers]
+    kinds = kinds_of(plan)
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -31,6 +31,7 @@ from loki_compile.config import LokiConfig
 from loki_compile.pca_store.basis import Basis
 from loki_compile.pca_store.layer_plan import LayerPlan, PlannedLayer
 from loki_compile.pca_store.store import Store
+from loki_compile.plan_words import judged_under
 from loki_compile.planning import (
     Costs,
     Losses,
@@ -232,7 +233,9 @@ class Search:
                 "choosing": best.choosing,
                 "kl where every layer chooses": tried[-1].kl,
                 "needles where every layer chooses": tried[-1].needles,
+                "needles decide": tried[-1].needles > 0,
             },
+            under=judged_under(self.config, "tidal"),
         )
 
     def forget(self) -> None:

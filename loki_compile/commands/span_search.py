@@ -19,6 +19,7 @@ from loki_compile.commands.span_choice import apart, balanced_choice, refined, t
 from loki_compile.config import LokiConfig
 from loki_compile.kernels.spans import Span, Spans
 from loki_compile.pca_store.layer_plan import LayerPlan
+from loki_compile.plan_words import judged_under
 from loki_compile.policies.kinds import SPANS, Kind
 from loki_compile.progress import versions
 from loki_compile.span_profile import SpanProfiler
@@ -289,6 +290,7 @@ class SpanSearch:
                 "dense": self.profiler.refused,
                 "versions": versions(),
             },
+            under=judged_under(LokiConfig(), SPANS),
         )
 
     def lacking(self, asked: int) -> list[str]:

@@ -22,7 +22,8 @@ from loki_compile.pca_store.layer_plan import (
     stored_plans,
 )
 from loki_compile.pca_store.store import Store
-from loki_compile.policies.kinds import SPANS, kind_of
+from loki_compile.plan_words import differing, kinds_of
+from loki_compile.policies.kinds import SPANS
 from loki_compile.published import PublishedSpans, published_spans
 
 # Fingerprints of a model's weights; asked for where something is stored that may be of it.
@@ -66,7 +67,7 @@ def rankings_of(config: LokiConfig) -> set[str]:
         plan = plan_in(config.plan_file)
         if isinstance(plan, PublishedSpans):
             return {SPANS}
-        return {kind_of(layer.word).ranking for layer in plan.layers} - {""}
+        return {kind.ranking for kind in kinds_of(plan)} - {""}
     if config.policy == "tidal":
         return {"loki"}
     return {str(config.policy).partition(":")[0]}
@@ -83,9 +84,19 @@ def used_plan(config: LokiConfig, held: Held) -> str:
         plan = plan_in(config.plan_file)
     elif config.policy in SUFFIXES and (config.policy != "loki" or config.open_budget):
         plan = stored_plan(str(config.policy), held)
-        if config.policy == "loki" and plan is not None and plan.scores.get(USED) is not True:
+        if config.policy == "loki" and plan is not None and why_not_used(plan, config):
             plan = None
-    return "" if plan is None else _digest(json.dumps(asdict(plan), sort_keys=True).encode())
+    if plan is None:
+        return ""
+    record = plan.record() if isinstance(plan, LayerPlan) else asdict(plan)
+    return _digest(json.dumps(record, sort_keys=True).encode())
+
+
+def why_not_used(plan: LayerPlan, config: LokiConfig) -> str:
+    """Why a stored plan of budgets does not serve `policy="loki"` by itself; "" where it does."""
+    if plan.scores.get(USED) is not True:
+        return "it was not surely better than one budget for all heads"
+    return differing(plan, config)
 
 
 def used_basis(config: LokiConfig, held: Held) -> str:

@@ -178,6 +178,11 @@ def _searched(search: Search, name: str, tokens: int) -> list[Tried]:
         bar.update(trying, total=1, completed=1)
     if tried[0].kinds == tried[-1].kinds:
         say("no plan in which layers reuse was within --tolerance: every layer chooses")
+    if not tried[-1].needles:
+        say(
+            "no needle is found where every layer chooses, so that none can be lost: judged by KL "
+            "alone, of the answers too"
+        )
     return tried
 
 

@@ -140,7 +140,7 @@ def _store(plan: LayerPlan, layers: LayerPlan | None, root: Path) -> None:
 def _show(search: BudgetSearch, ours: Judged, uniform: Judged, more: tuple[float, float]) -> None:
     from rich.table import Table
 
-    from loki_compile.commands.budget_search import beats
+    from loki_compile.commands.budget_search import beats, needles_decide
 
     title = "over the same held-out tokens, behind so much of the cache's bytes"
     table = Table(title=title, title_justify="left")
@@ -159,13 +159,14 @@ def _show(search: BudgetSearch, ours: Judged, uniform: Judged, more: tuple[float
             f"one budget for all cannot read as little: {uniform.bytes:.1%} of the bytes is its "
             f"least, against {ours.bytes:.1%}"
         )
-    if beats(ours, uniform, more):
-        show(f"budgets per KV head are surely better: {interval} (95 % bounds)")
-    else:
-        show(
-            f"budgets per KV head are not surely better: {interval} (95 % bounds), "
-            f"{ours.needles} needles against {uniform.needles}"
+    needles = f"{ours.needles} needles against {uniform.needles}"
+    if not needles_decide(ours, uniform):
+        needles = (
+            "no needle found by either, so judged by KL alone, of the answers too: "
+            f"{ours.answers:.4f} against {uniform.answers:.4f}"
         )
+    surely = "surely" if beats(ours, uniform, more) else "not surely"
+    show(f"budgets per KV head are {surely} better: {interval} (95 % bounds), {needles}")
 
 
 def _lines(search: BudgetSearch) -> Sequence[str]:

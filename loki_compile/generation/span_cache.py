@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from loki_compile.config import LokiConfig
+from loki_compile.counts import tally_of_model
 from loki_compile.generation.rings import Rings, slots_of_heads
 from loki_compile.generation.span_plans import spans_of_layers
 from loki_compile.kernels.ops import attention, unserved
@@ -70,6 +71,9 @@ class SpanCache(Cache):
         self.max_length = max_length
         _attend_by_spans(model, config)
         super().__init__(layers=[SpanLayer(spans, max_length) for spans in self._spans])
+        first: Any = self.layers[0]
+        device = next(model.parameters()).device
+        first.counted = Counted(tally_of_model(model).of_span_caches(device))
 
     @property
     def plan(self) -> tuple[Spans, ...]:
@@ -95,6 +99,17 @@ class SpanCache(Cache):
         return sum(map(sum, slots)) / (self.max_length * sum(map(len, slots)))
 
 
+class Counted:
+    """The tensor that prompts and steps are counted in, (2,): that of the model, in copies of a
+    cache too."""
+
+    def __init__(self, calls: Tensor) -> None:
+        self.calls = calls
+
+    def __deepcopy__(self, memo: Any) -> Counted:
+        return self
+
+
 class SpanLayer(CacheLayerMixin):
     """One layer: keys (B, C, Dk) and values (B, C, Dv) of all KV heads, by `Rings`."""
 
@@ -107,6 +122,7 @@ class SpanLayer(CacheLayerMixin):
     cumulative_length: Tensor
     hidden: Tensor
     rings: Rings
+    counted: Counted | None = None  # of the first layer
 
     def __init__(self, spans: Spans, max_length: int) -> None:
         super().__init__()
@@ -152,6 +168,8 @@ class SpanLayer(CacheLayerMixin):
                 )
             self.lazy_initialization(key_states, value_states)
         self.cumulative_length.add_(tokens)
+        if self.counted is not None:
+            self.counted.calls[int(behind)].add_(1)
         step = Step(self, key_states, value_states, behind)
         return step, step
 

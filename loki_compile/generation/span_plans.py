@@ -11,7 +11,8 @@ from loki_compile.config import LokiConfig
 from loki_compile.kernels.spans import Span, Spans
 from loki_compile.pca_store.fingerprint import weights_fingerprint
 from loki_compile.pca_store.layer_plan import SPANS_SUFFIX, LayerPlan, read_plan, stored_plans
-from loki_compile.policies.kinds import SPANS, Kind, kind_of
+from loki_compile.plan_words import kinds_of
+from loki_compile.policies.kinds import SPANS, Kind
 from loki_compile.policies.table import spans_of
 from loki_compile.published import published_spans
 
@@ -62,7 +63,7 @@ def _kinds(
         weights = _weights(model)
         for plan in stored_plans(suffix=SPANS_SUFFIX):
             if len(plan.layers) == layers and _knows(plan, weights):
-                planned = [kind_of(layer.word) for layer in plan.layers]
+                planned = kinds_of(plan)
                 break
         else:
             raise ValueError(
@@ -82,7 +83,7 @@ def _of_plan(plan: LayerPlan, model: Any, config: LokiConfig) -> Sequence[Kind]:
             f"plan={config.policy!r}: that plan is of {plan.model or 'another model'}: needs one "
             "of this very model, by `loki tune --policy moa`."
         )
-    return [kind_of(layer.word) for layer in plan.layers]
+    return kinds_of(plan)
 
 
 def _weights(model: Any) -> set[str]:

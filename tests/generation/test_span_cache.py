@@ -1,6 +1,7 @@
 """A cache that keeps no keys but those that spans read: its tokens are those of policy="moa" over a
 full cache, and its memory is that of the spans."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -138,6 +139,33 @@ def test_one_compiled_graph_decodes_at_all_lengths(fresh):
     assert torch.equal(found, expected)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the prompt's, and one
+    name = "span_cache_steps"
+    assert (stats()["span_cache_prompts"], stats()[name]) == (2, 2 * (new - 1))  # eager ones too
+
+
+@torch.no_grad()
+def test_what_it_served_is_counted_for_each_model_whatever_became_of_the_cache():
+    loki_compile.reset_stats()
+    ids = prompt(5, 50, rows=2) % 60 + 2
+    model, other = tiny_llama(), tiny_llama()
+    with torch.inference_mode():
+        cache = SpanCache(model, WORD, max_length=90, **FEW)
+    generated(model, ids, cache, 4)
+    cache.reset()
+    generated(model, ids, cache, 3)
+    fork = copy.deepcopy(cache)
+    for each in (cache, fork):
+        model(ids[:, :1], past_key_values=each)
+    del cache, fork
+    generated(other, ids, SpanCache(other, WORD, max_length=90, **FEW), 2)
+    counts = [
+        (each["span_cache_prompts"], each["span_cache_steps"])
+        for each in stats()["models"].values()
+    ]
+    assert counts == [(2, 7), (1, 1)]
+    assert (stats()["span_cache_prompts"], stats()["span_cache_steps"]) == (3, 8)
+    loki_compile.reset_stats()
+    assert stats()["span_cache_steps"] == 0 and not stats()["models"]
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from loki_compile.pca_store.layer_plan import (
 from toy_models import LONG, make_model, prompt, started
 
 from loki_compile import LokiConfig, explain, reports, stats
+from loki_compile.plan_words import judged_under
 from loki_compile.planned import of_site
 
 WORDS = ("loki:300,last=0.125N", "oracle:from=0.0,0.25N", "reuse:1:1,0")
@@ -36,8 +37,10 @@ def budgets_for(model, words=WORDS, used: bool = True) -> LayerPlan:
         weight = layer.self_attn.k_proj.weight
         marks = weights_fingerprint(weight), block_fingerprints(weight, 16)
         layers.append(PlannedLayer(f"model.layers.{number}.self_attn", *marks, 2, word))
-    scores = {USED: used}
-    return LayerPlan(tuple(layers), "toy", 0.125, "text", "2026-11-27T00:00:00+00:00", (), scores)
+    return LayerPlan(
+        tuple(layers), "toy", 0.125, "text", "2026-11-27T00:00:00+00:00", (), {USED: used},
+        judged_under(LokiConfig(), "loki"),
+    )  # fmt: skip
 
 
 def explained(model, **options):
@@ -92,6 +95,41 @@ def test_a_plan_that_did_not_win_serves_where_it_is_named(home):
     path = save_plan(budgets_for(model, used=False), suffix=BUDGETS_SUFFIX)
     assert own_budgets(model) == [""] * 3
     assert own_budgets(model, policy=str(path)) == THEIRS
+
+
+@pytest.mark.parametrize(
+    "options, differs",
+    [
+        ({"rank": 8}, "rank='auto', and here is rank=8"),
+        ({"share": "head"}, "share='group', and here is share='head'"),
+        ({"index_dtype": "cache", "recent": 8}, "recent=32, and here is index_dtype='cache', rec"),
+        ({"group_choice": "probability"}, "group_choice='max'"),
+        ({"sink": 9}, "sink=4, and here is sink=9"),
+    ],
+)
+@torch.no_grad()
+def test_a_plan_serves_under_the_options_that_it_was_judged_under_alone(
+    home, options, differs, caplog
+):
+    model = make_model(layers=3)
+    path = save_plan(budgets_for(model), suffix=BUDGETS_SUFFIX)
+    assert own_budgets(model, **options) == [""] * 3
+    fast = torch.compile(model, backend="loki", options=options)
+    ids = prompt(1, LONG + 1)
+    for _ in range(2):
+        torch._dynamo.reset()
+        fast(ids[:, LONG:], past_key_values=started(model, "growing", ids[:, :LONG]))
+    said = [message for message in caplog.messages if "is not used" in message]
+    assert len(said) == 1 and differs in said[0]
+    assert own_budgets(model, policy=str(path), **options) == THEIRS
+    assert own_budgets(model, pack_gqa=False, min_context=32) == THEIRS
+
+
+@torch.no_grad()
+def test_a_plan_that_does_not_say_what_it_was_judged_under_does_not_serve(home):
+    model = make_model(layers=3)
+    save_plan(dataclasses.replace(budgets_for(model), under={}), suffix=BUDGETS_SUFFIX)
+    assert own_budgets(model) == [""] * 3
 
 
 @torch.no_grad()

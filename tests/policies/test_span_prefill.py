@@ -152,21 +152,25 @@ def test_a_model_reads_its_prompt_by_spans_and_says_so(interpreted, fresh, monke
     assert site.outcome == "dense by plan" and "reads spans where its mask is causal" in site.reason
     padded = torch.ones_like(ids)
     padded[:, :9] = 0
+    loki_compile.reset_stats()
     found, dense = (x(ids, attention_mask=padded).logits[:, 9:] for x in (model, plain))
     torch.testing.assert_close(found, dense, rtol=0, atol=0)
+    ran = loki_compile.stats()
+    assert (ran["span_prefills"], ran["span_prefills_dense_because"]) == (0, {"mask": 2})
     out = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert out.shape == (1, 903) and loki_compile.stats()["sparse_steps"] == 2
+    assert loki_compile.stats()["span_prefills"] == 2  # its prompt, once in each layer
 
 
-def reasons(model, cache, options, **more):
-    (found,) = explain(model, prompt(1, 200), past_key_values=cache, options=options, **more)
+def reasons(model, cache, options, tokens=900, **more):
+    (found,) = explain(model, prompt(1, tokens), past_key_values=cache, options=options, **more)
     return [site.reason for site in found.sites]
 
 
 @torch.no_grad()
 def test_what_spans_cannot_serve_is_dense_and_says_why():
     model = make_model(2)
-    more = {"attention_mask": torch.ones(1, 200, dtype=torch.int64)}
+    more = {"attention_mask": torch.ones(1, 900, dtype=torch.int64)}
     for policy, cache, why in (
         (WORD, new_cache(model, "static"), "in a cache that is longer"),
         ("loki", DynamicCache(), "its policy has no spans for it"),
@@ -178,11 +182,26 @@ def test_what_spans_cannot_serve_is_dense_and_says_why():
     found = reasons(model, behind, {**OPTIONS, "policy": WORD})
     assert "its tokens lie behind others" in found[0]
     layers = reasons(model, DynamicCache(), {"policy": WORD, **OPTIONS, "layers": (1,)})
-    assert "up to 8 are rewritten" in layers[0] and "reads spans" in layers[1]
+    assert 'spans": left out by layers=(1,)' in layers[0] and "reads spans" in layers[1]
+    short = reasons(model, DynamicCache(), {"policy": WORD, **OPTIONS}, tokens=200)
+    assert all("spans read 84% of 200 tokens' keys, and below 70% they pay" in r for r in short)
+    with torch.enable_grad():
+        trained = reasons(model, None, {"policy": WORD, **OPTIONS}, use_cache=False)
+    assert all("gradients are recorded" in reason for reason in trained)
     default = reasons(model, DynamicCache(), {"policy": WORD})
     assert all("up to 8 are rewritten" in reason for reason in default)
     with pytest.raises(ValueError, match="prefill='sparse'"):
         LokiConfig(prefill="sparse")
+
+
+@pytest.mark.parametrize(
+    "policy, may",
+    [("loki", False), ("tidal", False), ({0: "loki"}, False), ("moa", True), (WORD, True),
+     ({0: "loki", 1: WORD}, True), ("a.spans.json", True)],
+)  # fmt: skip
+def test_a_policy_without_spans_is_said_to_leave_prompts_dense(policy, may):
+    said = LokiConfig(policy=policy, prefill="spans").notices()
+    assert any("prompts will be dense" in notice for notice in said) != may
 
 
 @torch.no_grad()
