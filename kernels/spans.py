@@ -62,7 +62,9 @@ class Span:
 
 def _shown(line: tuple[int, int]) -> str:
     alpha, beta = line
-    share = f"{beta / ONE_Q16:.6f}".rstrip("0").rstrip(".")
+    # The shortest that is read as the same.
+    shares = (f"{beta / ONE_Q16:.{digits}f}" for digits in range(7))
+    share = next(each for each in shares if round(float(each) * ONE_Q16) == beta)
     if beta == 0:
         return str(alpha)
     return f"{share}N" if alpha == 0 else f"{alpha}+{share}N"

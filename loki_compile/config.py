@@ -265,10 +265,12 @@ class LokiConfig:
         return Budget(cap, keep, self.sink, self.recent, self.min_context, self.mass)
 
     def to_options(self) -> dict[str, Any]:
-        """What differs from the defaults, as an `options` dict."""
+        """What differs from the defaults, as an `options` dict; a `top_k` that was asked for, too:
+        under the default's a stored plan may say how many keys are read."""
         default = LokiConfig()
         fields = [f.name for f in dataclasses.fields(self)]
-        return {n: getattr(self, n) for n in fields if getattr(self, n) != getattr(default, n)}
+        given = {n: getattr(self, n) for n in fields if getattr(self, n) != getattr(default, n)}
+        return given if isinstance(self.top_k, _Open) else {"top_k": self.top_k, **given}
 
 
 def _is_int(value: Any) -> bool:

@@ -48,7 +48,7 @@ def settings_of(
         config = LokiConfig.from_options(loki_options(**{**others, **given}))
         check_basis(str(config.basis))
         config = _what_counts(config)
-        if config not in made:
+        if config.to_options() not in [other.to_options() for other in made]:
             made.append(config)
     short = Counter(label_of(config.to_options()) for config in made)
     labels = [label_of(config.to_options()) for config in made]
@@ -63,7 +63,7 @@ def settings_of(
 
 def with_what_is_stored(settings: Sequence[Setting], held: Held) -> list[Setting]:
     """The settings with fingerprints of the bases and plans that they use; `held` loads the model,
-    and is asked where something is stored. Under a plan of spans no budget counts.
+    and is asked where something is stored. Under a plan of spans, or of budgets, no budget counts.
 
     Raises:
         ValueError: a basis or a plan that is there no more.
@@ -77,7 +77,7 @@ def with_what_is_stored(settings: Sequence[Setting], held: Held) -> list[Setting
         config = LokiConfig.from_options(setting.options)
         plan = used_plan(config, held)
         label, options = setting.label, setting.options
-        if plan and config.policy == SPANS:
+        if plan and (config.policy == SPANS or config.open_budget):
             options = {name: value for name, value in options.items() if name != "top_k"}
             label = label_of(options, planned=True)
         uses = {"basis": used_basis(config, held), "plan": plan}
@@ -107,13 +107,15 @@ def label_of(options: dict[str, Any], *, whole: bool = False, planned: bool = Fa
 
     Args:
         whole: with all digits, and a basis by all of its path.
-        planned: a plan of spans is stored for the model.
+        planned: a plan of spans, or of budgets, is stored for the model, and used.
     """
     from loki_compile.config import LokiConfig
 
     config = LokiConfig.from_options(options)
     shown = str if whole else _shown
     parts = [str(config.policy)]
+    if planned and config.open_budget:
+        parts.append("stored budgets")
     if not (planned or _has_spans(config)):
         parts.append(shown(config.top_k))
     if _has_rank(config):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loki_compile.commands.options import AskedModel, loki_options, text_of
-from loki_compile.commands.output import out, progress, say, show
+from loki_compile.commands.output import announcing, out, progress, say, show
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +55,9 @@ def tune_budgets(
     text, source = text_of(files, "train")
     tokenizer = load_tokenizer(asked.name)
     read, held_out = prompts_of(tokenizer, text, prompts, length, steps, TEXTS)
-    say(f"loading {asked.name}")
+    say(
+        f"loading {asked.name}; then it reads {len(read)} prompts and as many with needles, eagerly"
+    )
     model = asked.load()
     layers = _stored_layers(model) if policy == "tidal" else None
     words = () if layers is None else tuple(layer.word for layer in layers.layers)
@@ -102,7 +104,9 @@ def _searched(
     search: BudgetSearch, name: str, layers: LayerPlan | None
 ) -> tuple[Judged, Judged, tuple[float, float]]:
     """What the solved plan makes of held-out text, and one budget for all heads, with bars."""
+    began = announcing(name)
     with progress() as bar:
+        began(f"reading {search.tokens} tokens")
         reading = bar.add_task(f"reading with {name}", total=search.tokens)
         trying = bar.add_task("trying ways to come by keys", total=None, visible=False)
         judging = bar.add_task("held-out text", total=search.runs, visible=False)
@@ -114,7 +118,9 @@ def _searched(
                 "were seen, or others: needs a plan of all of them; run `loki tune` again"
             )
         bar.update(trying, visible=search.trials > 0, total=search.trials)
+        began("solving for the target")
         search.choose(lambda done: bar.advance(trying, done))
+        began(f"judging on {len(search.passages)} passages of held-out text")
         bar.update(judging, visible=True)
         return search.judge(lambda done: bar.advance(judging, done))
 

@@ -1,5 +1,6 @@
 """The command line: what a user sees, what is written where, and one line for each mistake."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,16 +15,24 @@ from click.testing import CliRunner
 from loki_compile.pca_store import attention_fit
 from loki_compile.pca_store.basis import Basis, BasisSet
 from loki_compile.pca_store.fingerprint import weights_fingerprint
-from loki_compile.pca_store.layer_plan import SPANS_SUFFIX, LayerPlan, PlannedLayer, save_plan
+from loki_compile.pca_store.layer_plan import (
+    BUDGETS_SUFFIX,
+    SPANS_SUFFIX,
+    USED,
+    LayerPlan,
+    PlannedLayer,
+    save_plan,
+)
 from loki_compile.pca_store.store import Store
 
-from loki_compile import observation, progress
+from loki_compile import LokiConfig, observation, progress
 from loki_compile.commands import comparison
 from loki_compile.commands.evaluate import cases_of
 from loki_compile.commands.main import main
 from loki_compile.commands.models import BUNDLED, load_model, load_tokenizer
-from loki_compile.commands.settings import label_of, options_of, settings_of
+from loki_compile.commands.settings import label_of, options_of, settings_of, with_what_is_stored
 from loki_compile.commands.trials import Trials
+from loki_compile.plan_words import judged_under
 
 transformers = pytest.importorskip("transformers")
 
@@ -258,6 +267,29 @@ def test_ranks_combine_with_policies_that_rank_in_dims_alone():
         "loki, 0.1, R 8, auto", "loki, 0.1, R 16, auto", "sparq, 0.1, R 8", "sparq, 0.1, R 16",
         "oracle, 0.1",
     ]  # fmt: skip
+
+
+def test_a_stored_plan_of_budgets_is_a_setting_beside_the_budget_of_its_name(own_store):
+    """0.125 that is asked for is one budget for all; that nobody asked for, the plan's."""
+    layers = (PlannedLayer("layers.0", "0" * 32, (), 2, "loki:0.5N,64"),)
+    scores, under = {USED: True}, judged_under(LokiConfig(), "loki")
+    plan = LayerPlan(layers, "tiny", 0.5, "", "2026-01-01", (), scores, under)
+    path = save_plan(plan, own_store, BUDGETS_SUFFIX)
+    given = ("policy=loki", "policy=loki,top_k=0.125", "policy=loki,rank=8")
+    made = with_what_is_stored(
+        settings_of((), (), (), (), given, {}), lambda: frozenset({"0" * 32})
+    )
+    found = {setting.label: (setting.options, setting.uses[:5]) for setting in made}
+    assert found == {
+        "loki, stored budgets, R auto, auto": ({}, "plan "),
+        "loki, 0.125, R auto, auto": ({"top_k": 0.125}, ""),
+        "loki, 0.125, R 8, auto": ({"rank": 8}, ""),  # the plan was judged under "auto"
+    }
+    save_plan(dataclasses.replace(plan, scores={USED: False}), path.parent, BUDGETS_SUFFIX)
+    made = with_what_is_stored(
+        settings_of((), (), (), (), given, {}), lambda: frozenset({"0" * 32})
+    )
+    assert [setting.uses for setting in made] == ["", ""]  # one setting, of the first two
 
 
 def test_what_is_stored_meanwhile_is_measured_anew(tiny, text, tmp_path, own_store):

@@ -84,6 +84,9 @@ def test_a_plan_serves_where_the_budget_is_open_alone(home):
     assert own_budgets(model, policy="loki") == THEIRS
     assert own_budgets(model, top_k=0.125) == [""] * 3
     assert LokiConfig().open_budget and LokiConfig(policy="loki", rank=8).open_budget
+    said = LokiConfig(top_k=0.125).to_options()
+    assert said == {"top_k": 0.125} and own_budgets(model, **said) == [""] * 3
+    assert LokiConfig().to_options() == {} and LokiConfig(rank=8).to_options() == {"rank": 8}
     for options in ({"top_k": 0.125}, {"top_k": 512}, {"top_k": "mass:0.9"}, {"policy": "oracle"},
                     {"policy": {0: "loki"}}, {"policy": "tidal"}):  # fmt: skip
         assert not LokiConfig(**options).open_budget, options
