@@ -6,9 +6,7 @@ make each layer's keys. What a layer does is a word, which this folder does not 
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +22,7 @@ from loki_compile.pca_store.metadata import (
     combine_fingerprints,
     run_of,
 )
-from loki_compile.pca_store.store import default_root, write_atomically
+from loki_compile.pca_store.store import default_root, warn_once, write_atomically
 
 # Of plans which layers choose and which reuse, of plans what spans of keys their heads read, and of
 # plans how many keys each head chooses: a model may have one of each.
@@ -38,8 +36,6 @@ _MADE_BY = {SPANS_SUFFIX: ("spans", " --policy moa"), BUDGETS_SUFFIX: ("budgets"
 USED = "used"
 FORMAT = 1
 _MAX_BYTES = 64 << 20
-
-logger = logging.getLogger("loki_compile")
 
 
 class PlanFileError(ValueError):
@@ -224,7 +220,7 @@ def stored_plans(root: Path | None = None, suffix: str = SUFFIX) -> Iterator[Lay
     try:
         files = sorted(root.glob(f"*{suffix}"), key=lambda path: -path.stat().st_mtime_ns)
     except OSError as error:
-        logger.warning("the plans in %s cannot be read: %s", root, error)
+        warn_once(f"the plans in {root} cannot be read: {error}")
         return
     for path in files:
         try:
@@ -233,12 +229,6 @@ def stored_plans(root: Path | None = None, suffix: str = SUFFIX) -> Iterator[Lay
                 count = len(plan.layers)
                 raise damaged(path, f"its {count} layers are not those that its name stands for")
         except PlanFileError as error:
-            _pass_over(str(error))
+            warn_once(f"passed over: {error}")
         else:
             yield plan
-
-
-@functools.lru_cache(maxsize=256)
-def _pass_over(why: str) -> None:
-    """Once for each reason: plans are looked for at every graph."""
-    logger.warning("passed over: %s", why)

@@ -6,6 +6,7 @@ whole: `loki bases list` needs none.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -164,7 +165,7 @@ class Store:
             try:
                 entries.append(entry_of(path))
             except (BasisFileError, OSError) as error:
-                logger.warning("left out of the store: %s", error)
+                warn_once(f"left out of the store: {error}")
         return sorted(entries, key=lambda entry: entry._age_key, reverse=True)
 
     def find(
@@ -199,7 +200,7 @@ class Store:
             try:
                 return _whole(entry.path)
             except BasisFileError as error:
-                logger.warning("passed over: %s", error)
+                warn_once(f"passed over: {error}")
         return None
 
     def verify(self, path: str | Path) -> BasisHeader:
@@ -247,6 +248,12 @@ def file_name(basis_set: BasisSet) -> str:
     return f"{model or 'model'}-{kind}-{calibration}-{basis_set.fingerprint[:12]}{SUFFIX}"
 
 
+@functools.lru_cache(maxsize=256)
+def warn_once(sentence: str) -> None:
+    """What is wrong with a store: it is looked into at every graph."""
+    logger.warning("%s", sentence)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}.tmp"
     try:
@@ -279,7 +286,7 @@ def _files(root: Path) -> list[Path]:
     try:
         return sorted(path for path in root.glob(f"*{SUFFIX}") if not path.name.startswith("."))
     except OSError as error:
-        logger.warning("the basis store %s cannot be read: %s", root, error)
+        warn_once(f"the basis store {root} cannot be read: {error}")
         return []
 
 
