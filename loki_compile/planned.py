@@ -78,7 +78,7 @@ class PlanOfModel:
         if plan is None or (suffix == BUDGETS_SUFFIX and plan.scores.get(USED) is not True):
             return None
         other = differing(plan, self.config)
-        if suffix == BUDGETS_SUFFIX and other and not chosen:
+        if suffix == BUDGETS_SUFFIX and other:
             self.set_aside = other  # one budget for all may be better there
             return None
         kinds_of(plan)  # refuses what a graph of some of its layers would not come across

@@ -7,11 +7,13 @@ import torch
 from click.testing import CliRunner
 from loki_compile.pca_store.layer_plan import BUDGETS_SUFFIX, USED, find_plan, stored_plans
 
+from loki_compile import LokiConfig
 from loki_compile.commands import budget_search
 from loki_compile.commands.evidence import Evidence, Outcome
 from loki_compile.commands.main import main
 from loki_compile.commands.models import BUNDLED
 from loki_compile.commands.tune_budgets import TRIED_SUFFIX
+from loki_compile.plan_words import judged_under
 from loki_compile.policies.kinds import kind_of
 
 transformers = pytest.importorskip("transformers")
@@ -52,15 +54,17 @@ def run(*arguments):
     return CliRunner().invoke(main, [str(each) for each in arguments])
 
 
-def as_if(kl_of, finds=lambda kinds: True):
-    """Evidence by the plan alone: divergence of text, and whether needles are found."""
+def as_if(kl_of, finds=lambda kinds: True, answers_of=None):
+    """Evidence by the plan alone: divergence of text, and of needles' answers where that is another
+    one, and whether needles are found."""
 
     def of(evidence, kinds, number):
         passage = evidence.passages[number]
         # What is hard about a passage is none of the difference.
         kl = torch.rand(len(passage.rows), generator=torch.Generator().manual_seed(number))
         found = torch.full((len(passage.answers),), finds(kinds))
-        return Outcome(kl + kl_of(kinds), torch.ones(len(kl), dtype=torch.bool), found)
+        of_passage = answers_of if answers_of is not None and len(found) else kl_of
+        return Outcome(kl + of_passage(kinds), torch.ones(len(kl), dtype=torch.bool), found)
 
     return of
 
@@ -136,9 +140,25 @@ def test_a_plan_is_used_where_it_is_surely_better_and_finds_as_much(
     assert done.exit_code == 0, done.output
     plan = the_plan()
     assert plan.scores["bytes"] == pytest.approx(bytes_of(plan), abs=1e-5) and bytes_of(plan) <= 0.5
-    assert plan.scores[USED] is used
+    assert plan.scores[USED] is used and plan.scores["needles decide"] is True
+    assert plan.under == judged_under(LokiConfig(), "loki")
     assert ('policy="loki" uses it' in done.output) == used
     assert ("are not surely better" in done.output) != used
+
+
+@pytest.mark.parametrize("worse, used", [(0.0, True), (0.01, False)])
+def test_where_no_needle_is_found_the_answers_decide_and_that_is_said(
+    tuning, monkeypatch, worse, used
+):
+    """That no needle is lost says nothing where none was found."""
+    answers = lambda kinds: worse * (not even(kinds))  # noqa: E731
+    better = as_if(lambda kinds: 0.01 * even(kinds), lambda kinds: False, answers)
+    monkeypatch.setattr(Evidence, "of", better)
+    done = run(*tuning, "--target", "bytes:0.5")
+    assert done.exit_code == 0, done.output
+    assert "no needle found by either, so judged by KL alone, of the answers too" in done.output
+    assert the_plan().scores[USED] is used
+    assert the_plan().scores["needles decide"] is False
 
 
 @pytest.mark.slow
