@@ -20,6 +20,7 @@ from loki_compile.passes.calls import (
     Write,
     concrete,
     fake_value,
+    hint_of,
     shape_of,
     writes_of,
 )
@@ -242,7 +243,8 @@ def with_prefills(
             why = wide if always else ""
             note = f"{note}; dense at this length, where {wide}" if wide else note
         reason, details = (Reason.PREFILL_DENSE, why) if why else (Reason.PREFILL_SPANS, note)
-        found[site.node] = Skipped(site.node, reason, (site.tokens, details), site.path)
+        traced = hint_of(site.tokens)  # of whatever length a call is
+        found[site.node] = Skipped(site.node, reason, (traced, details), site.path)
         if not why and spans is not None:
             prefills.append(SpanPrefill(site, spans))
     dense = tuple(

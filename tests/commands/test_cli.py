@@ -175,6 +175,27 @@ def test_explain_says_where_a_short_context_runs_dense(tiny):
     assert "dense by plan" in shown
 
 
+@pytest.mark.parametrize(
+    "cache, policy, says",
+    [
+        ("dynamic", "moa:4:0.1N", "which reads spans where its mask is causal: 10% of 8192 keys"),
+        ("dynamic", "moa:4:0.9N", "spans read 91% of 600 tokens' keys"),
+        (
+            "static",
+            "moa:4:0.1N",
+            'dense under prefill="spans": its tokens lie behind others, or in',
+        ),
+        ("dynamic", "loki", "its policy has no spans for it (docs/coverage.md#prefill_dense)"),
+    ],
+)
+def test_explain_says_what_a_prompt_reads_or_why_it_is_dense(tiny, cache, policy, says):
+    asked = ("--min-context", "0", "--cache", cache, "--policy", policy, "--context", "600")
+    shown = succeed("explain", tiny, *asked, "--prefill", "spans")
+    (line,) = [line for line in shown.splitlines() if "prefill (600 query tokens)" in line]
+    assert says in line and line.startswith("  layers 0-1: model.layers.*.self_attn")
+    assert "prefill (600" not in succeed("explain", tiny, *asked)
+
+
 def test_explain_does_not_need_a_checkpoint(tiny, tmp_path):
     folder = tmp_path / "config_only"
     folder.mkdir()
