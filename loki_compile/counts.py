@@ -159,8 +159,8 @@ def stats() -> dict[str, Any]:
     nowhere, and what to set (see `given_up`); models: the same counts for each model, and, by a
     budget of mass or with `watch_mass`, layers: of each site by its path the means over rows and
     sparse steps, keys that a row reads, and left_out, the share of attention on others as the
-    scores that rank keys estimate it. These lie on the device, and are read by this call; so are
-    span_cache_prompts, span_cache_steps: calls that a `SpanCache` served, compiled or not.
+    scores that rank keys estimate it. These lie on the device, and are read by this call, as are
+    span_cache_prompts and span_cache_steps: calls that a `SpanCache` served, compiled or not.
 
     span_prefills: attention of prompts, a layer each, that read spans under `prefill="spans"`;
     span_prefills_dense_because: that read all keys in spite of it, by reason: "mask" (it hides more

@@ -84,7 +84,7 @@ def command(
     for sentence in given_up():
         out.print(sentence)
     if config.policy == "tidal":
-        _show_plan(model, picture)
+        _show_plan(model, config, picture)
     elif config.policy == "moa" or config.plan_file:
         show(_plan_of_spans(model, config))
     elif config.open_budget:
@@ -115,6 +115,7 @@ def _show_prompt(reports: Sequence[GraphReport]) -> None:
 def _plan_of_spans(model: Any, config: LokiConfig) -> str:
     """Where what is read comes from, under "moa" or the plan of a file."""
     from loki_compile.commands.stored import plan_in, stored_plan, weights_of
+    from loki_compile.plan_words import differing
     from loki_compile.published import PublishedSpans
 
     plan = plan_in(config.plan_file) if config.plan_file else None
@@ -126,12 +127,12 @@ def _plan_of_spans(model: Any, config: LokiConfig) -> str:
             "no plan of spans is stored for this model, so that spans are a guess, as long for "
             "every head as top_k: `loki tune --policy moa`"
         )
-    return (
-        f"the plan is as `loki tune` found {plan.created[:10]}, from {plan.source or 'some text'}"
-    )
+    found = f"the plan is as `loki tune` found {plan.created[:10]}"
+    other = differing(plan, config)
+    return f"{found}, from {plan.source or 'some text'}" + (f"; {other}" if other else "")
 
 
-def _show_plan(model: Any, picture: Path | None) -> None:
+def _show_plan(model: Any, config: LokiConfig, picture: Path | None) -> None:
     """The plan that is stored for a model: a line for each group of layers, and what they capture.
 
     Raises:
@@ -139,6 +140,7 @@ def _show_plan(model: Any, picture: Path | None) -> None:
     """
     from loki_compile.commands.picture import draw_mass, mass_lines, plan_lines
     from loki_compile.commands.stored import stored_plan, weights_of
+    from loki_compile.plan_words import differing
 
     plan = stored_plan("tidal", lambda: weights_of(model))
     if plan is None:
@@ -152,6 +154,8 @@ def _show_plan(model: Any, picture: Path | None) -> None:
         return
     for line in plan_lines(plan):
         show(line)
+    if other := differing(plan, config):
+        show(f"  {other}")
     show("  attention captured, in tenths, by choosing layer (row) and reader; [] as planned:")
     for line in mass_lines(plan):
         show(line)

@@ -114,8 +114,8 @@ def decode_reports(
 def prompt_reports(
     model: Any, cache_kind: str, tokens: int, options: dict[str, Any]
 ) -> list[GraphReport]:
-    """The reports of a prompt of so many tokens, into an empty cache, under the mask that `generate`
-    gives; the model reads it, once."""
+    """The reports of a prompt of so many tokens, into an empty cache, under the mask that
+    `generate` gives; the model reads it, once."""
     cache = new_cache(model, cache_kind, tokens + 1)
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     asked = {"attention_mask": torch.ones_like(ids), "past_key_values": cache, "use_cache": True}
