@@ -65,7 +65,8 @@ def kinds_of(plan: LayerPlan) -> tuple[Kind, ...]:
             if kind.source is not None:
                 _check_source(plan, kinds, kind.source, max(kind.heads, default=0))
         except ValueError as error:
-            why = f"layer {number} ({layer.path}) has the word {layer.word!r:.80}: {error}"
+            why = f"layer {number} ({layer.path:.80}) has the word {layer.word!r:.80}: {error}"
+            why = f"{why.rstrip('.')}; mend that word, or make the plan anew"
             raise damaged(plan.path or "a plan", why) from None
         kinds.append(kind)
     return tuple(kinds)

@@ -170,7 +170,7 @@ def damaged(path: str | Path, why: str) -> PlanFileError:
     what, options = next(
         (made for suffix, made in _MADE_BY.items() if str(path).endswith(suffix)), ("layers", "")
     )
-    reason = why.partition("\n")[0][:500]
+    reason = why.partition("\n")[0][:600]
     return PlanFileError(f"{path} is no plan of {what} ({reason}): run `loki tune{options}`")
 
 

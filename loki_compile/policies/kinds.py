@@ -145,9 +145,9 @@ def kind_of(text: object) -> Kind:
     near = difflib.get_close_matches(str(text), (*RANKINGS, *PLANS, "dense", "reuse"), n=1)
     if colon and (close := difflib.get_close_matches(ranking, BUDGETED, n=1)):
         near = [word.replace(ranking, close[0], 1)]
-    hint = f'; did you mean "{near[0]}"?' if near else ";"
+    hint = f'; did you mean "{near[0]:.80}"?' if near else ";"
     raise ValueError(
-        f"policy={text!r}: there is none of that name{hint} needs one of "
+        f"policy={text!r:.80}: there is none of that name{hint} needs one of "
         f"{', '.join(map(repr, (*RANKINGS, *PLANS)))}, or a dict from layers to the first "
         f'{len(RANKINGS)}, "NAME+dense", "dense" and "reuse".'
     )
