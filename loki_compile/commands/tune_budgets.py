@@ -171,8 +171,10 @@ def _show(search: BudgetSearch, ours: Judged, uniform: Judged, more: tuple[float
             "no needle found by either, so judged by KL alone, of the answers too: "
             f"{ours.answers:.4f} against {uniform.answers:.4f}"
         )
-    surely = "surely" if beats(ours, uniform, more) else "not surely"
-    show(f"budgets per KV head are {surely} better: {interval} (95 % bounds), {needles}")
+    better = beats(ours, uniform, more)
+    lost = ", which is what refuses them" if more[1] < 0 and not better else ""
+    surely = "surely" if better else "not surely"
+    show(f"budgets per KV head are {surely} better: {interval} (95 % bounds), {needles}{lost}")
 
 
 def _lines(search: BudgetSearch) -> Sequence[str]:
