@@ -16,6 +16,7 @@ from typing import Any
 
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
 
 from loki_compile.commands.output import progress, say
 from loki_compile.commands.scores import Records
@@ -213,6 +214,10 @@ def _until(text: str, ends: Sequence[str]) -> str:
 # ---------------------------------------------------------------------------------- a whole run
 
 
+def is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
 def run(
     wanted: Wanted,
     answers: Answers,
@@ -229,12 +234,15 @@ def run(
     Raises:
         ValueError: a task that is not there or that cannot be measured so.
     """
+    files = [str(Path(task).absolute()) if is_file(task) else task for task in wanted.tasks]
+    # Its own tasks are thousands of files, read where one is asked for by its name.
+    manager = TaskManager(include_defaults=not all(map(is_file, files)))
     rows = []
     for protocol in protocols:
         dense: dict[str, list[dict[str, Any]]] = {}
         for label in answers.uses:
             model = Respondent(answers, tokenizer, longest, protocol, label)
-            found = _evaluated(model, wanted)
+            found = _evaluated(model, wanted, files, manager)
             if label == DENSE:
                 dense = found["samples"]
                 if model.cut:
@@ -247,11 +255,9 @@ def run(
     return rows
 
 
-def _evaluated(model: Respondent, wanted: Wanted) -> dict[str, Any]:
-    tasks = [
-        str(Path(task).absolute()) if task.endswith((".yaml", ".yml")) else task
-        for task in wanted.tasks
-    ]
+def _evaluated(
+    model: Respondent, wanted: Wanted, tasks: list[Any], manager: TaskManager
+) -> dict[str, Any]:
     with _one_error():
         found = simple_evaluate(
             model=model,
@@ -260,6 +266,7 @@ def _evaluated(model: Respondent, wanted: Wanted) -> dict[str, Any]:
             limit=wanted.limit,
             apply_chat_template=wanted.chat,
             bootstrap_iters=1000,
+            task_manager=manager,
         )
     return dict(found)
 
