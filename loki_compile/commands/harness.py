@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -336,15 +337,14 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
     shown: list[tuple[str, Callable[[Row], str]]] = [("setting", lambda row: row["setting"])]
     if len({row["question"] for row in rows}) > 1:
         shown.append(("question", lambda row: row["question"]))
-    for name in names:
-        shown.append((name, lambda row, name=name: _shown(row, name)))
+    shown += [(name, partial(_shown, name)) for name in names]
     shown.append(
         ("sparse steps", lambda row: "" if row["setting"] == DENSE else f"{row['sparse']:.0%}")
     )
     return shown
 
 
-def _shown(row: Row, name: str) -> str:
+def _shown(name: str, row: Row) -> str:
     of = row["values"].get(name)
     if of is None:
         return ""
