@@ -8,8 +8,7 @@ behind a copy of that cache. Answers are kept as they come, so that a run that w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -236,8 +235,7 @@ def run(
         ValueError: a task that is not there or that cannot be measured so.
     """
     files = [str(Path(task).absolute()) if is_file(task) else task for task in wanted.tasks]
-    # Its own tasks are thousands of files, read where one is asked for by its name.
-    manager = TaskManager(include_defaults=not all(map(is_file, files)))
+    manager = _manager(files)
     rows = []
     for protocol in protocols:
         dense: dict[str, list[dict[str, Any]]] = {}
@@ -259,42 +257,35 @@ def run(
 def _evaluated(
     model: Respondent, wanted: Wanted, tasks: list[Any], manager: TaskManager
 ) -> dict[str, Any]:
-    with _one_error():
-        found = simple_evaluate(
-            model=model,
-            tasks=tasks,
-            num_fewshot=wanted.shots,
-            limit=wanted.limit,
-            apply_chat_template=wanted.chat,
-            bootstrap_iters=1000,
-            task_manager=manager,
-        )
+    found = simple_evaluate(
+        model=model,
+        tasks=tasks,
+        num_fewshot=wanted.shots,
+        limit=wanted.limit,
+        apply_chat_template=wanted.chat,
+        bootstrap_iters=1000,
+        task_manager=manager,
+    )
     return dict(found)
 
 
-_RAISED = (OSError, KeyError, TypeError, AttributeError, NotImplementedError, ImportError)
+def _manager(tasks: list[str]) -> TaskManager:
+    """What finds tasks, each of which it has found. Its own are thousands of files, read where one
+    is asked for by its name.
 
-
-@contextmanager
-def _one_error() -> Iterator[None]:
-    """The harness raises many kinds, of files that are not there and of hubs out of reach."""
+    Raises:
+        ValueError: a task that is not there, or whose data is not: the harness raises many kinds.
+    """
     try:
-        yield
-    except ValueError:
-        raise
-    except (
-        OSError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        NotImplementedError,
-        ImportError,
-    ) as error:
+        manager = TaskManager(include_defaults=not all(map(is_file, tasks)))
+        manager.load(tasks)
+    except Exception as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"--tasks: lm-evaluation-harness says {said[0]!r}; needed names of its tasks whose "
             "data is here, or files of tasks."
         ) from error
+    return manager
 
 
 def _values(
