@@ -1,7 +1,7 @@
 """`docs/quality.md`: what ways to choose keys lose on a real model, measured and written here.
 
     python benchmarks/quality.py MODEL --out FOLDER            measure, go on with, and write
-         [--note WORDS] [--only text tasks questions ranks lengths]
+         [--note WORDS] [--only text tasks longer needles ...]
     python benchmarks/quality.py --render                      write from results/quality.jsonl
 
 MODEL is a transformers folder, FOLDER where bases, texts and results are kept: a run that is
@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ from loki_compile.commands.trials import DENSE, Row
 
 PAGE = ROOT / "docs" / "quality.md"
 PICTURES = ROOT / "docs"
-LICENCE = Path("/usr/share/common-licenses/GPL-3")
+# The first has 7658 of SmolLM2's tokens; what is measured behind 8000 is of the second.
+LICENCES = [Path("/usr/share/common-licenses") / name for name in ("GPL-3", "GPL-2")]
 STEPS = 16
 TEXTS = ("licence", "code", "recall")
 CALIBRATED = {
@@ -92,23 +94,41 @@ ASKED = [
     *settings((0.125,), ("auto",)),
 ]
 CONTEXT = 2048
-LENGTHS = (4096, 6144)
+LONGER = (4096, 8000)  # of text: what the model has positions for
+LONGER_STEPS = 64
+ASKED_LONGER = (4000, 8000)
 RANKABLE = 30  # prompts: fewer leave 95 % intervals of 35 points and more
 TEXT = ("--task", "text", "--context", str(CONTEXT), "--pieces", "1", "--steps", str(STEPS))
+OF_LONGER = [
+    *settings(BUDGETS, ("auto", "calibrated", "oracle", "quest", "window")),
+    *settings((0.125,), ("auto", "calibrated", "pca"), HALF),
+    *settings((512,), ("auto", "oracle")),
+]
+BEHIND_LONGER = [
+    *settings((0.125, 512), ("auto",)),
+    *settings((256, 128), ("auto", "calibrated", "oracle")),
+]
 HIDDEN = ("single", "multi-key", "multi-value", "multi-query", "tracking", "common", "frequent")
+FEW = ("passkey", "single", "multi-key", "multi-value", "multi-query")
 NEEDLES = ("--task", "passkey", *(word for task in HIDDEN for word in ("--task", task)))
 # What is measured, most wanted first: arguments of `loki eval`, and the settings.
 PARTS: dict[str, tuple[tuple[str, ...], list[dict[str, Any]]]] = {
     "text": (TEXT, MAIN),
+    **{
+        f"longer-{n}": (("--task", "text", "--context", str(n), "--pieces", "1",
+                         "--steps", str(LONGER_STEPS)), OF_LONGER)
+        for n in LONGER
+    },
+    **{
+        f"needles-{n}": ((*(word for task in FEW for word in ("--task", task)),
+                          "--context", str(n), "--seeds", str(seeds), "--depths", "3"),
+                         BEHIND_LONGER)
+        for n, seeds in zip(ASKED_LONGER, (2, 1), strict=True)
+    },
     "tasks": ((*NEEDLES, "--context", str(CONTEXT), "--seeds", "2", "--depths", "3"), ASKED),
     "ranks": (TEXT, [*PAPER, *RANKS, *LARGE]),
     "questions": ((*NEEDLES, "--context", str(CONTEXT), "--seeds", "2", "--depths", "3",
                    "--question", "dense"), ASKED),
-    "lengths": (
-        ("--task", "passkey", *(word for n in LENGTHS for word in ("--context", str(n))),
-         "--seeds", "1", "--depths", "3"),
-        settings((128,), EVERY),
-    ),
 }  # fmt: skip
 
 
@@ -157,21 +177,22 @@ def calibrate(model: Path, out: Path, name: str) -> None:
     shutil.move(fitted, file)
 
 
-def texts(model: Path, out: Path) -> list[Path]:
-    """The licence, code that no basis was fitted to, and facts among code that are asked again: of
-    a piece of text the last `STEPS` tokens are measured."""
+def texts(model: Path, out: Path, length: int) -> list[Path]:
+    """The licence, code that no basis was fitted to, and facts among code that are asked again,
+    each of `length` tokens and more: of a piece of text the last are measured."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    made = [out / f"{name}.txt" for name in TEXTS]
-    made[0].write_text(LICENCE.read_text())
+    folder = out / f"texts-{length}"
+    folder.mkdir(exist_ok=True)
+    made = [folder / f"{name}.txt" for name in TEXTS]
+    made[0].write_text("".join(licence.read_text() for licence in LICENCES))
     code = stdlib_text("held_out")[:200_000]
     made[1].write_text(code)
     rng = random.Random(7)
     keys, values = rng.sample(RECALL_KEYS, 32), rng.sample(RECALL_VALUES, 32)
     facts = [f"# {key} {value}" for key, value in zip(keys, values, strict=True)]
     asked = "\n".join(rng.sample(facts, len(facts)))
-    length = CONTEXT
     lines = code[30_000:].splitlines()
     low, high = 0, 2000
     while high - low > 1:
@@ -201,7 +222,7 @@ def words_of(setting: dict[str, Any], out: Path) -> str:
 def evaluate(model: Path, out: Path, part: str) -> None:
     arguments, chosen = PARTS[part]
     words = ["eval", str(model), *arguments, "--engine", "nodes", "--out", str(out / "results")]
-    for file in texts(model, out):
+    for file in texts(model, out, int(arguments[arguments.index("--context") + 1])):
         words += ["--text", str(file)]
     for setting in chosen:
         words += ["--setting", words_of(setting, out)]
@@ -303,6 +324,10 @@ def text_table(rows: Sequence[Row], chosen: Sequence[dict[str, Any]]) -> str:
     return f"{said}\n\n" + table_of(titles, lines)
 
 
+def behind_context(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["length"] == CONTEXT]
+
+
 def grid_table(rows: Sequence[Row]) -> str:
     """Missed mass, the mean of the texts, by budget and by rank, as far as it was measured."""
     ways: list[tuple[str, Index]] = [(name, USUAL) for name in (*EVERY, "pca")]
@@ -346,12 +371,13 @@ def budget_name(top_k: Any) -> str:
 
 def left_out(rows: Sequence[Row]) -> str:
     """One sentence that names what is planned and was not measured; "" where all was."""
+    here = behind_context(rows)
     parts = []
     nothing = []  # budgets at which no way was measured
     for top_k in GRID:
         planned = [s for s in [*MAIN, *LARGE] if s["top_k"] == top_k]
         names = list(dict.fromkeys(way_of(setting) for setting in planned))
-        gone = [name for name in names if missed_of(rows, top_k, name) is None]
+        gone = [name for name in names if missed_of(here, top_k, name) is None]
         if gone == names:
             nothing.append(str(top_k))
         elif gone:
@@ -361,7 +387,7 @@ def left_out(rows: Sequence[Row]) -> str:
     others = [
         (way_of(s), (s["rank"], s.get("index_dtype", "int8")), s["top_k"]) for s in [*PAPER, *RANKS]
     ]
-    gone = [way_name(n, x) for n, x, top_k in others if missed_of(rows, top_k, n, x) is None]
+    gone = [way_name(n, x) for n, x, top_k in others if missed_of(here, top_k, n, x) is None]
     parts += dict.fromkeys(gone)
     done = {(row["task"], row["protocol"], row["length"]) for row in rows}
     tasks = [name for name in ("passkey", *HIDDEN) if (name, "sparse", CONTEXT) not in done]
@@ -369,8 +395,10 @@ def left_out(rows: Sequence[Row]) -> str:
         parts.append(f"the tasks {', '.join(tasks)}")
     if not any(protocol == "dense" for _, protocol, _ in done):
         parts.append("questions read in the dense prefill")
-    if not any(length in LENGTHS for *_, length in done):
-        parts.append(f"the pass key among {among_lengths()}")
+    behind = {length for *_, length in done}
+    far = [str(n) for n in sorted({*LONGER, *ASKED_LONGER}) if n not in behind]
+    if far:
+        parts.append(f"{' and '.join(far)} tokens")
     return f"Not measured yet: {'; '.join(parts)}.\n\n" if parts else ""
 
 
@@ -415,22 +443,26 @@ def task_table(
 
 def against_oracle(rows: Sequence[Row], names: Sequence[str]) -> str:
     """How many of the answers of exact ranking at its budget each setting gives too."""
-    (exact,) = (name for name in names if name.startswith("oracle"))
     scores: dict[str, dict[str, float]] = {name: {} for name in names}
     for row in rows:
         if row["setting"] in scores:
             scores[row["setting"]][row["case"]] = row["score"]
     whole = set.intersection(*(set(of) for of in scores.values()))
-    found = [case for case in whole if scores[exact][case] == 1]
-    shares = [
-        f"{name}: {sum(scores[name][case] == 1 for case in found)}"
-        for name in names
-        if name not in (DENSE, exact)
-    ]
-    return f"Of {len(found)} prompts that {exact} answers in full: {'; '.join(shares)}.\n\n"
+    sentences = []
+    for exact in (name for name in names if name.startswith("oracle")):
+        found = [case for case in whole if scores[exact][case] == 1]
+        shares = [
+            f"{name}: {sum(scores[name][case] == 1 for case in found)}"
+            for name in names
+            if name not in (DENSE, exact)
+        ]
+        sentences.append(
+            f"Of {len(found)} prompts that {exact} answers in full: {'; '.join(shares)}.\n"
+        )
+    return "".join(sentences) + "\n"
 
 
-def ratios(rows: Sequence[Row]) -> str:
+def ratios(rows: Sequence[Row], index: Index = USUAL) -> str:
     """What the automatic basis misses against the calibrated one and against exact ranking."""
     against = {
         "calibrated": "the calibrated basis misses",
@@ -440,15 +472,15 @@ def ratios(rows: Sequence[Row]) -> str:
     sentences = []
     for top_k in BUDGETS:
         shown = budget_name(top_k)
-        auto, words = missed_of(rows, top_k, "auto"), []
+        auto, words = missed_of(rows, top_k, "auto", index), []
         for name, what in against.items():
-            other = missed_of(rows, top_k, name)
+            other = missed_of(rows, top_k, name, index)
             if auto is not None and other is not None:
                 words.append(f"{auto / other:.2f} times what {what}")
         if words:
-            said, usual = ", ".join(words), shown_index(USUAL)
-            sentences.append(f"At {shown} and {usual} the automatic basis misses {said}.")
-    return "\n".join(sentences) + "\n\n"
+            said = f"At {shown} and {shown_index(index)} the automatic basis misses"
+            sentences.append(f"{said} {', '.join(words)}.\n")
+    return "".join(sentences)
 
 
 def missed_of(rows: Sequence[Row], top_k: Any, name: str, index: Index = USUAL) -> float | None:
@@ -460,10 +492,6 @@ def missed_of(rows: Sequence[Row], top_k: Any, name: str, index: Index = USUAL) 
     return None if None in shares else statistics.fmean(share for share in shares if share)
 
 
-def among_lengths() -> str:
-    return f"{' and '.join(map(str, LENGTHS))} tokens"
-
-
 def render() -> None:
     """Writes the page and its pictures from what is published."""
     first, rows = measured()
@@ -473,10 +501,11 @@ def render() -> None:
     values["name"] = f"{about['model']} ({about['note']})" if about["note"] else about["model"]
     values["threads"] = "one thread" if about["threads"] == 1 else f"{about['threads']} threads"
     values["dense_timed"] = STEPS - WARM_UP_STEPS
+    here = behind_context(rows)
     tasks = [
         task_table(rows, ASKED, (CONTEXT,), f"{CONTEXT} tokens."),
         task_table(rows, ASKED, (CONTEXT,), "The question read in the dense prefill.", "dense"),
-        task_table(rows, PARTS["lengths"][1], LENGTHS, f"The pass key, {among_lengths()}."),
+        *(task_table(rows, BEHIND_LONGER, (n,), f"{n} tokens.") for n in ASKED_LONGER),
     ]
     parts = [
         INTRODUCTION.format(**values),
@@ -484,10 +513,11 @@ def render() -> None:
         "## Text\n\n",
         f"One piece of {CONTEXT} tokens of each text, of which the last {STEPS} are decoded: few,\n"
         "which tell ways apart by missed mass and KL, hardly by perplexity.\n\n",
-        text_table(rows, MAIN),
-        ratios(rows),
+        text_table(here, MAIN),
+        ratios(here) + "\n",
         "Missed mass by budget and rank, the mean of the three texts:\n\n",
-        grid_table(rows),
+        grid_table(here),
+        *map(partial(longer, rows), LONGER),
         "## Tasks\n\n" if any(tasks) else "",
         *tasks,
         *pictures(rows),
@@ -497,14 +527,24 @@ def render() -> None:
     print(f"wrote {PAGE}")
 
 
+def longer(rows: Sequence[Row], length: int) -> str:
+    """Text behind more tokens; "" where none was measured."""
+    mine = [row for row in rows if row["length"] == length and row["task"].startswith("text ")]
+    if not mine:
+        return ""
+    said = f"Pieces of {length} tokens, of which the last {LONGER_STEPS} are decoded."
+    table = text_table(mine, OF_LONGER)
+    return f"{said} {table}{ratios(mine)}{ratios(mine, HALF)}\n"
+
+
 def pictures(rows: Sequence[Row]) -> list[str]:
     """Draws those that there is something to show in, and gives the lines that show them."""
     lines = []
-    text = [row for row in rows if row["task"].startswith("text ")]
+    text = [row for row in behind_context(rows) if row["task"].startswith("text ")]
     known = {label(s): label({**s, "top_k": 0.125}).replace(", 0.125", "") for s in MAIN}
     if draw_quality(whole_cases(text, list(known)), known, PICTURES / "quality.png"):
         lines.append("![quality against bytes and time, on text](quality.png)\n\n")
-    asked = list(map(label, ASKED))
+    asked = [name for name in map(label, ASKED) if name in map(label, BEHIND_LONGER)]
     keys = [row for row in rows if row["task"] == "passkey" and row["protocol"] == "sparse"]
     keys = [row for row in keys if row["setting"] in (DENSE, *asked)]
     several = len({row["length"] for row in keys}) > 1  # else the table says the same
@@ -553,8 +593,10 @@ tokens generated.
 
 """
 LAST = """\
-lm-evaluation-harness: not measured. Its log-likelihood tasks never decode, and tasks that do would
-need `lm_eval`, which this project does not install.
+Tasks of lm-evaluation-harness run by `loki eval MODEL --tasks NAME|FILE.yaml` (extra `harness`): the answers of
+multiple choice, which its own models prefill, are decoded step by step too, and a prompt's last 64
+tokens are read by decode steps unless `--question dense` is said. None are measured here: their data
+comes from a hub.
 """
 
 

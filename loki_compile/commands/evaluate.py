@@ -7,6 +7,8 @@ import functools
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +30,13 @@ from loki_compile.commands.settings import label_of, settings_of, with_what_is_s
 if TYPE_CHECKING:
     from loki_compile.commands.scores import Records
     from loki_compile.commands.tasks import Case
-    from loki_compile.commands.trials import Setting
+    from loki_compile.commands.trials import Row, Setting, Trials
 
 _ALL = "all"
 # Options, by their parameters: of cases, those of which all combinations are settings, and of what
 # decodes.
 SHAPES = ("steps", "pieces", "seeds", "depths")
+HARNESS = ("harness", "limit", "num_fewshot", "apply_chat_template")
 COMBINED = ("policies", "budgets", "ranks", "bases", "named")
 DECODING = ("engine", "cache", "mass_steps")
 
@@ -48,6 +51,15 @@ DECODING = ("engine", "cache", "mass_steps")
               help="text, recall, passkey, single, multi-key, multi-value, multi-query, tracking, "
               "common, frequent, or all; may be repeated. [text, and recall where the tokenizer "
               "has its words]")  # fmt: skip
+@click.option("--tasks", "harness", multiple=True, metavar="NAME",
+              help="Task of lm-evaluation-harness, or file.yaml of one; may be repeated, and alone "
+              "replaces --task.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(1),
+              help="Documents of each of --tasks. [all]")  # fmt: skip
+@click.option("--num-fewshot", type=click.IntRange(0),
+              help="Examples before each document of --tasks. [as the task has it]")  # fmt: skip
+@click.option("--apply-chat-template", is_flag=True,
+              help="Give --tasks in the model's chat template.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(2), default=128, show_default=True,
               help="Tokens of each piece of text that are decoded, its last.")  # fmt: skip
 @click.option("--pieces", type=click.IntRange(1), default=2, show_default=True,
@@ -94,8 +106,9 @@ def command(folder: Path | None, **given: Any) -> None:
     prompts; a question is read by sparse decode steps (with up to 15 tokens before it), unless
     --question says otherwise.
 
-    Log-likelihood tasks (lm-eval's multiple choice and perplexity) never decode: they are prefills,
-    dense by plan, and their score says nothing of this backend.
+    --tasks runs lm-evaluation-harness: what it asks is decoded in the same way, the answers of
+    multiple choice too, which its own models prefill. A question is the last 64 tokens there. Steps
+    behind fewer than 1024 tokens are dense: `sparse steps` says how many were not.
     """
     kept: list[Records] = []
 
@@ -125,11 +138,14 @@ def _evaluate(
         fitting_context,
         load_config,
         load_tokenizer,
+        longest_context,
     )
     from loki_compile.commands.scores import Records
     from loki_compile.commands.stored import weights_of
 
     shapes = {name: given.pop(name) for name in SHAPES}
+    of_harness = {name: given.pop(name) for name in HARNESS}
+    check_harness(of_harness)
     combined = {name: given.pop(name) for name in COMBINED}
     decoding = {name: given.pop(name) for name in DECODING}
     settings = settings_of(**combined, others=given)
@@ -140,8 +156,10 @@ def _evaluate(
     config = load_config(asked.name)
     lengths = [fitting_context("--context", each, 4096, config) for each in contexts or (None,)]
     tokenizer = load_tokenizer(asked.name)
-    cases = cases_of(tokenizer, wanted, not tasks, files, lengths, shapes)
-    _say_what_is_dense(settings, min(lengths))
+    cases = []
+    if tasks or not of_harness["harness"]:
+        cases = cases_of(tokenizer, wanted, not tasks, files, lengths, shapes)
+        _say_what_is_dense(settings, min(lengths))
     records = Records(folder, _run(asked, config, decoding, given))
     kept.append(records)
     protocols = ("sparse", "dense") if question == "both" else (question,)
@@ -152,9 +170,13 @@ def _evaluate(
         return asked.load()
 
     settings = with_what_is_stored(settings, functools.cache(lambda: weights_of(model())))
-    work = _missing(cases, settings, protocols, records)
+    trials = functools.cache(partial(_trials, model, settings, records, tokenizer))
     try:
-        _decode(model, work, settings, records, tokenizer)
+        if cases:
+            _decode(trials, _missing(cases, settings, protocols, records), settings, records)
+        if of_harness["harness"]:
+            longest = longest_context(config)
+            _harness(of_harness, trials, settings, records, tokenizer, longest, protocols, folder)
     except KeyboardInterrupt:
         _report(records, settings, cases, folder)
         raise
@@ -307,43 +329,107 @@ def _missing(
 # ---------------------------------------------------------------------------------- decoding
 
 
+def _trials(
+    load: Callable[[], Any], settings: Sequence[Setting], records: Records, tokenizer: Any
+) -> Trials:
+    from loki_compile.commands.trials import Trials
+
+    engine, cache = records.run["engine"], records.run["cache"]
+    compiled = "compiled by Inductor at the first steps" if engine == "inductor" else "node by node"
+    model = load()
+    say(f"contexts are prefilled densely, {len(settings)} settings decode each, {compiled}")
+    mass_steps = records.run["mass_steps"]
+    return Trials(model, tokenizer, settings, engine=engine, cache=cache, mass_steps=mass_steps)
+
+
 def _decode(
-    load: Callable[[], Any],
+    trials: Callable[[], Trials],
     work: Sequence[tuple[Case, dict[str, list[str]]]],
     settings: Sequence[Setting],
     records: Records,
-    tokenizer: Any,
 ) -> None:
     if not work:
         say(f"all {len(records.rows)} results are there already")
         return
     from loki_compile.commands.measure import many_variants
-    from loki_compile.commands.trials import Trials
 
     results = sum(len(labels) for _, lacking in work for labels in lacking.values())
-    engine, cache = records.run["engine"], records.run["cache"]
-    compiled = "compiled by Inductor at the first steps" if engine == "inductor" else "node by node"
-    model = load()
-    say(f"{len(work)} cases prefill densely, {len(settings)} settings decode each, {compiled}")
     uses = {setting.label: setting.uses for setting in settings}
-    trials = Trials(
-        model, tokenizer, settings,
-        engine=engine, cache=cache, mass_steps=records.run["mass_steps"],
-    )  # fmt: skip
+    decoding = trials()
     with many_variants(), progress() as bar:
-        task = bar.add_task("results", total=results)
+        task = bar.add_task(f"results of {len(work)} cases", total=results)
         for case, lacking in work:
             bar.update(task, description=f"{case.task}, {case.length} tokens")
-            for row in trials.rows(case, lacking):
+            for row in decoding.rows(case, lacking):
                 used = uses.get(row["setting"], "")
                 records.add({**row, "uses": used} if used else row)
                 bar.advance(task)
 
 
+def check_harness(given: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: options of --tasks without it, a file of tasks that is not there, or no harness.
+    """
+    if not given["harness"]:
+        for name in ("limit", "num_fewshot", "apply_chat_template"):
+            if given[name] not in (None, False):
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: needs --tasks, whose documents it is of."
+                )
+        return
+    for task in given["harness"]:
+        if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
+            raise ValueError(f"--tasks {task}: no such file; needs a task's name or its file.")
+    if find_spec("lm_eval") is None:
+        raise ValueError(
+            "--tasks: needs lm-evaluation-harness: pip install 'loki-compile[harness]'"
+        )
+
+
+def _harness(
+    given: dict[str, Any],
+    trials: Callable[[], Trials],
+    settings: Sequence[Setting],
+    records: Records,
+    tokenizer: Any,
+    longest: int,
+    protocols: Sequence[str],
+    folder: Path | None,
+) -> None:
+    """Tasks of lm-evaluation-harness: their table and, where there is a folder, files."""
+    from loki_compile.commands import harness
+    from loki_compile.commands.measure import many_variants
+
+    wanted = harness.Wanted(
+        given["harness"], given["limit"], given["num_fewshot"], given["apply_chat_template"]
+    )
+    answers = harness.Answers(trials, settings, records)
+    with many_variants():
+        rows = harness.run(wanted, answers, tokenizer, longest, protocols)
+    count = rows[0]["answers"]
+    _print_table(f"lm-evaluation-harness, {count} answers each", harness.columns(rows), rows)
+    if folder is not None:
+        show(f"wrote {', '.join(harness.write(folder, records.run, rows))} to {folder}")
+
+
+def _print_table(
+    title: str, shown: Sequence[tuple[str, Callable[[Row], str]]], rows: Sequence[Row]
+) -> None:
+    table = Table(title=title, title_justify="left")
+    for number, (name, _) in enumerate(shown):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(cell(row) for _, cell in shown))
+    out.print(table)
+
+
 def _report(
     records: Records, settings: Sequence[Setting], cases: Sequence[Case], folder: Path | None
 ) -> None:
-    """The table, and where there is a folder all files."""
+    """The table, and where there is a folder all files; nothing where there are no cases."""
+    if not cases:
+        return
     from loki_compile.commands.score_pictures import draw_depths, draw_quality
     from loki_compile.commands.scores import columns, summary, write_results
 
@@ -364,16 +450,8 @@ def _report(
         what = f"{found[0]['cases']} cases"
         if "tokens" in found[0]:
             what += f"; {found[0]['tokens']} tokens of text"
-        table = Table(title=f"decoding {records.run['model']}: {what}", title_justify="left")
-        for number, (title, _) in enumerate(shown):
-            table.add_column(title, justify="right" if number else "left")
-        for row in found:
-            table.add_row(*(cell(row) for _, cell in shown))
-        out.print(table)
-    show(
-        f"Steps by the engine {records.run['engine']!r}; intervals are 95 %, over prompts. "
-        "Log-likelihood tasks (lm-eval) never decode: their score says nothing of this backend."
-    )
+        _print_table(f"decoding {records.run['model']}: {what}", shown, found)
+    show(f"Steps by the engine {records.run['engine']!r}; intervals are 95 %, over prompts.")
     if folder is None:
         return
     write_results(folder, records.run, rows, found)

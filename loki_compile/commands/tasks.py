@@ -63,7 +63,8 @@ class Case:
 
     context: what is prefilled. rest: what follows and is fed to the decode path: the question, or
     of text what it continues with. answers: strings, of which a share is found in what is
-    generated, up to `new_tokens`. queries: of text, (place in `rest`, the token that must be
+    generated, up to `new_tokens` or one of `until`. weighed: tokens at the end of `rest` that are
+    an answer whose likelihood is asked. queries: of text, (place in `rest`, the token that must be
     predicted there). depth: of the needle, 0 to 1.
     """
 
@@ -76,15 +77,19 @@ class Case:
     answers: tuple[str, ...] = ()
     new_tokens: int = 0
     queries: tuple[tuple[int, int], ...] = ()
+    weighed: int = 0
+    until: tuple[str, ...] = ()
 
     @property
     def is_text(self) -> bool:
-        return not self.new_tokens
+        return not (self.new_tokens or self.weighed)
 
     @property
     def key(self) -> str:
         """Names the case, whatever else a run holds."""
         ids = ",".join(map(str, (*self.context, 0, *self.rest)))
+        if self.weighed or self.until:
+            ids += f",{self.weighed},{self.until}"
         depth = "" if self.depth is None else f"{self.depth:g}"
         return f"{self.task}/{self.length}/{depth}/{self.seed}/{zlib.crc32(ids.encode()):08x}"
 

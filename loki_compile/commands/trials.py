@@ -96,20 +96,31 @@ class Trials:
         last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.last = {"logits_to_keep": 1} if last else {}
         self.stops = _stops(model, tokenizer)
+        self.before: tuple[tuple[int, ...], int, Any] = ((), 0, None)
 
     @torch.no_grad()
     def rows(self, case: Case, missing: dict[str, list[str]]) -> Iterator[Row]:
         """A row for each setting that is missing, by protocol: "text", or one of QUESTIONS."""
-        cache = new_cache(self.model, self.cache_kind, case.length + CHUNK)
-        if self.cache_kind == "static":  # its tensors are laid out outside compiled calls
-            self.model(self._ids([0]), past_key_values=cache)
-            cache.reset()
-        self.read(self._ids(case.context), past_key_values=cache, use_cache=True, **self.last)
+        cache = self._read(case)
         for protocol, labels in missing.items():
             if protocol == "text":
                 yield from self._follow_all(case, cache, labels)
             else:
-                yield from self._answer_all(case, cache, protocol, labels)
+                yield from self._reply_all(case, cache, protocol, labels)
+
+    def _read(self, case: Case) -> Any:
+        """A cache that holds the context; that of the last case where it is the same."""
+        context, length, cache = self.before
+        if cache is None or (context, length) != (case.context, case.length):
+            cache = new_cache(self.model, self.cache_kind, case.length + CHUNK)
+            if self.cache_kind == "static":  # its tensors are laid out outside compiled calls
+                self.model(self._ids([0]), past_key_values=cache)
+                cache.reset()
+            if case.context:
+                ids = self._ids(case.context)
+                self.read(ids, past_key_values=cache, use_cache=True, **self.last)
+            self.before = case.context, case.length, cache
+        return cache
 
     # -- text
 
@@ -191,70 +202,103 @@ class Trials:
             "dense_bytes": statistics.fmean(step.dense_bytes for step in seen),
         }
 
-    # -- generated tasks
+    # -- questions
 
-    def _answer_all(
+    def _reply_all(
         self, case: Case, cache: Any, protocol: str, labels: Sequence[str]
     ) -> Iterator[Row]:
-        before = cache
-        if protocol == "dense":
-            before = copied(cache)
-            ids = self._ids(case.rest[:-1])
-            self.read(ids, past_key_values=before, use_cache=True, **self.last)
-        dense, milliseconds = self._answer(case, copied(before), self.model, protocol)
+        asked = case.rest[: len(case.rest) - case.weighed]
+        if protocol == "dense" and len(asked) > 1:
+            cache = copied(cache)
+            ids = self._ids(asked[:-1])
+            self.read(ids, past_key_values=cache, use_cache=True, **self.last)
+            asked = asked[-1:]
+        reply = self._weigh if case.weighed else self._answer
+        dense, milliseconds = reply(case, copied(cache), self.model, asked)
         if DENSE in labels:
-            yield self._answer_row(case, protocol, DENSE, dense, dense, milliseconds)
+            yield self._reply_row(case, protocol, DENSE, dense, dense, milliseconds)
         for label in labels:
             if label == DENSE:
                 continue
             self.ways.now = label
             reset_stats()
-            tokens, milliseconds = self._answer(case, copied(before), self.ways.step, protocol)
-            row = self._answer_row(case, protocol, label, tokens, dense, milliseconds)
-            yield {**row, **_ran()}
+            mine, milliseconds = reply(case, copied(cache), self.ways.step, asked)
+            yield self._reply_row(case, protocol, label, mine, dense, milliseconds) | _ran()
+
+    def _asked(self, cache: Any, step: Step, asked: Sequence[int]) -> Tensor:
+        """Logits (vocabulary,) behind what is asked, read in pieces."""
+        for at in range(0, len(asked), CHUNK):
+            out = step(self._ids(asked[at : at + CHUNK]), past_key_values=cache, use_cache=True)
+        logits: Tensor = out.logits[0, -1]
+        return logits
 
     def _answer(
-        self, case: Case, cache: Any, step: Step, protocol: str
+        self, case: Case, cache: Any, step: Step, asked: Sequence[int]
     ) -> tuple[list[int], list[float]]:
-        """Greedy tokens up to one that ends, without it, and the milliseconds of each step."""
-        pieces = [case.rest[at : at + CHUNK] for at in range(0, len(case.rest), CHUNK)]
-        if protocol == "dense":
-            pieces = [case.rest[-1:]]
-        for piece in pieces:
-            out = step(self._ids(piece), past_key_values=cache, use_cache=True)
+        """Greedy tokens up to one that ends or words that do, without the former, and the
+        milliseconds of each step."""
+        logits = self._asked(cache, step, asked)
         tokens: list[int] = []
         times: list[float] = []
         while True:
-            token = int(out.logits[0, -1].argmax())
+            token = int(logits.argmax())
             if token in self.stops:
                 break
             tokens.append(token)
-            if len(tokens) == case.new_tokens:
+            if len(tokens) == case.new_tokens or (case.until and self._ended(case, tokens)):
                 break
             begin = _now(self.model.device)
             out = step(self._ids([token]), past_key_values=cache, use_cache=True)
-            out.logits[0, -1, 0].item()
+            logits = out.logits[0, -1]
+            logits[0].item()
             times.append((_now(self.model.device) - begin) * 1e3)
         return tokens, times
 
-    def _answer_row(
+    def _ended(self, case: Case, tokens: Sequence[int]) -> bool:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return any(words in text for words in case.until)
+
+    def _weigh(
+        self, case: Case, cache: Any, step: Step, asked: Sequence[int]
+    ) -> tuple[list[tuple[float, bool]], list[float]]:
+        """Of each token of the answer its negative log-likelihood and whether it is the likeliest,
+        and the milliseconds of each step."""
+        logits = self._asked(cache, step, asked)
+        told: list[tuple[float, bool]] = []
+        times: list[float] = []
+        answer = case.rest[len(case.rest) - case.weighed :]
+        for at, token in enumerate(answer):
+            if at:
+                begin = _now(self.model.device)
+                out = step(self._ids(answer[at - 1 : at]), past_key_values=cache, use_cache=True)
+                logits = out.logits[0, -1]
+                logits[0].item()
+                times.append((_now(self.model.device) - begin) * 1e3)
+            nats = -float(logits.float().log_softmax(-1)[token])
+            told.append((nats, int(logits.argmax()) == token))
+        return told, times
+
+    def _reply_row(
         self,
         case: Case,
         protocol: str,
         label: str,
-        tokens: list[int],
-        dense: list[int],
+        mine: list[Any],
+        dense: list[Any],
         milliseconds: list[float],
     ) -> Row:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        equal = sum(a == b for a, b in zip(tokens, dense, strict=False))
-        return self._row(case, protocol, label) | {
-            "score": score(case, text),
-            "same": equal / max(len(tokens), len(dense), 1),
-            "generated": len(tokens),
+        row = self._row(case, protocol, label) | {"step_ms": _usual(milliseconds)}
+        if case.weighed:
+            nats, greedy = zip(*mine, strict=True)
+            return row | {"nats": sum(nats), "greedy": all(greedy), "tokens": len(nats)}
+        text = self.tokenizer.decode(mine, skip_special_tokens=True)
+        equal = sum(a == b for a, b in zip(mine, dense, strict=False))
+        return row | {
+            "score": score(case, text) if case.answers else None,
+            "same": equal / max(len(mine), len(dense), 1),
+            "generated": len(mine),
             "answer": text,
             "wanted": list(case.answers),
-            "step_ms": _usual(milliseconds),
         }
 
     # -- both
