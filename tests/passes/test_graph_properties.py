@@ -492,7 +492,7 @@ def test_generated_decoders_with_a_small_budget_equal_a_fresh_rebuild(monkeypatc
     options = [{}, {"share": "head"}, {"index_dtype": "int8"}]
 
     @given(make_layers(), st.sampled_from(options), st.booleans(), st.integers(0, 1000))
-    @cases(0.4)
+    @cases(0.2)
     def check(layers, more, inference, seed):
         ran[check_small_budget(layers, more, inference, seed) > 0] += 1
         count("whole graphs: small budgets")
