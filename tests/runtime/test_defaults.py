@@ -200,6 +200,7 @@ def test_answers_of_one_step_hold_no_other_conversation_back(kind, interpreted):
             ]
         ),
     ],
+    ids=str,
 )
 def test_under_inference_mode_inductors_steps_build_an_index_once(kind, index_dtype, dtype, fresh):
     """The engine is the real one: fused, it rounds otherwise than the projection of an index."""

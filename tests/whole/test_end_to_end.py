@@ -170,7 +170,7 @@ def test_greedy_tokens_equal_eagers(model_type, kind, interpreted):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "kind"),  # each family meets both kinds where it is sparse
+    ("model_type", "kind"),  # in turn: no step here asks what the cache is
     [("llama", "static"), ("gpt2", "dynamic"), ("gemma3_text", "static"), ("falcon", "dynamic")],
 )
 def test_short_contexts_run_dense_by_default(model_type, kind, interpreted):
