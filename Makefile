@@ -2,8 +2,9 @@
 # compiler and make. Options for pip go through PIP_FLAGS, another Python through PYTHON.
 PYTHON ?= python3
 PIP_FLAGS ?=
-# One worker per core, each with one thread: OpenMP threads that outnumber the cores wait for each other.
-WORKERS = OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=8
+# One worker per core, each with one thread: OpenMP threads that outnumber the cores wait for each other. Those that tests of
+# kernels take beside it wait asleep; otherwise they spin on the core that another worker needs.
+WORKERS = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses=8
 TEST_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin

@@ -118,7 +118,7 @@ def _no_indexes_left():
     a quarter of these tests' time.
     """
     global _searched_before
-    if time.monotonic() > _searched_before + 40:
+    if time.monotonic() > _searched_before + 10:
         gc.collect()
         gc.freeze()
         _searched_before = time.monotonic()

@@ -212,6 +212,7 @@ def main() -> None:
     chosen = parser.parse_args()
     os.chdir(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `make test`
     # All that the tests import and that is not mutated: forks find it loaded.
     import hypothesis.stateful  # noqa: F401
     import pytest  # noqa: F401

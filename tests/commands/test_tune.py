@@ -2,21 +2,18 @@
 
 import itertools
 import math
-import shutil
 
 import pytest
 import torch
-from click.testing import CliRunner
 from loki_compile.kernels.budget import Budget
 from loki_compile.pca_store.layer_plan import stored_plans
 from toy_models import make_model, prompt
 from toy_policies import DirectLayers
+from toy_tuned import prepare, run, save_model
 
 from loki_compile.captured import RANKINGS, ROWS, Mass, captured_mass, summed_up
 from loki_compile.commands import plan_search
 from loki_compile.commands.evidence import Evidence, Outcome
-from loki_compile.commands.main import main
-from loki_compile.commands.models import BUNDLED
 from loki_compile.planning import (
     Costs,
     Losses,
@@ -173,33 +170,15 @@ def copied(model, cache):
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     """A folder with a random model of six layers and the bundled tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "deep"
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=6, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=20, vocab_size=2048, max_position_embeddings=900,
-        initializer_range=0.2,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BUNDLED / name, folder / name)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("models") / "deep", layers=6, positions=900)
 
 
 @pytest.fixture
 def tuning(deep, tmp_path, monkeypatch):
-    monkeypatch.setenv("LOKI_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(plan_search, "MOVES", 2)
-    torch._dynamo.reset()
-    text = tmp_path / "words.txt"
-    text.write_text("".join(f"# {n}\nheron = [otter, copper][{n % 7}]\n" for n in range(400)))
+    text = prepare(tmp_path, monkeypatch, 400)
     given = ["tune", deep, "--text", text, "--length", 300, "--prompts", 1, "--plans", 2]
     return [*map(str, given), "--steps", "48", "--cost-context", "4096"]
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, [str(each) for each in arguments])
 
 
 def test_a_tuned_plan_is_stored_shown_and_used(deep, tuning, tmp_path):

@@ -1,17 +1,13 @@
 """`loki tune --target`: what it stores keeps the target, and is used only where it is better."""
 
-import shutil
-
 import pytest
 import torch
-from click.testing import CliRunner
 from loki_compile.pca_store.layer_plan import BUDGETS_SUFFIX, USED, find_plan, stored_plans
+from toy_tuned import prepare, run, save_model
 
 from loki_compile import LokiConfig
 from loki_compile.commands import budget_search
 from loki_compile.commands.evidence import Evidence, Outcome
-from loki_compile.commands.main import main
-from loki_compile.commands.models import BUNDLED
 from loki_compile.commands.tune_budgets import TRIED_SUFFIX
 from loki_compile.plan_words import judged_under
 from loki_compile.policies.kinds import kind_of
@@ -26,32 +22,14 @@ KEY_BYTES, ROW_BYTES = 2 * 20 * 4, 10 + 4
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A folder with a random model and the bundled tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "small"
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=LAYERS, num_attention_heads=6,
-        num_key_value_heads=KV_HEADS, head_dim=20, vocab_size=2048, max_position_embeddings=700,
-        initializer_range=0.2,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BUNDLED / name, folder / name)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("models") / "small", LAYERS)
 
 
 @pytest.fixture
 def tuning(small, tmp_path, monkeypatch):
-    monkeypatch.setenv("LOKI_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    torch._dynamo.reset()
-    text = tmp_path / "words.txt"
-    text.write_text("".join(f"# {n}\nheron = [otter, copper][{n % 7}]\n" for n in range(300)))
+    text = prepare(tmp_path, monkeypatch, 300)
     given = ["tune", small, "--text", text, "--length", LENGTH, "--prompts", 1, "--steps", 48]
     return [*map(str, given)]
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, [str(each) for each in arguments])
 
 
 def as_if(kl_of, finds=lambda kinds: True, answers_of=None):

@@ -1,15 +1,12 @@
 """`loki tune --policy moa`: what it stores keeps the density and holds; a stop loses nothing."""
 
-import shutil
-
 import pytest
 import torch
-from click.testing import CliRunner
 from loki_compile.kernels.spans import Spans
 from loki_compile.pca_store.layer_plan import SPANS_SUFFIX, find_plan, stored_plans
+from toy_tuned import prepare, run, save_model
 
 from loki_compile.commands import options, span_search
-from loki_compile.commands.main import main
 from loki_compile.commands.models import BUNDLED
 from loki_compile.policies.kinds import kind_of
 from loki_compile.span_profile import SpanProfiler
@@ -23,20 +20,10 @@ TEMPLATE = "{% for m in messages %}User: {{ m.content }}\n{% endfor %}Model:"
 def folders(tmp_path_factory):
     """A random model with the bundled tokenizer, and the same with a chat template."""
     base = tmp_path_factory.mktemp("models")
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=20, vocab_size=2048, max_position_embeddings=700,
-        initializer_range=0.2,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED)
     made = {}
     for name, template in (("plain", None), ("chat", TEMPLATE)):
-        made[name] = str(base / name)
-        model.save_pretrained(made[name])
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(BUNDLED / file, base / name / file)
+        made[name] = save_model(base / name, layers=2)
         if template:
             tokenizer.chat_template = template
             tokenizer.save_pretrained(made[name])
@@ -45,22 +32,14 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def tuning(folders, tmp_path, monkeypatch):
-    monkeypatch.setenv("LOKI_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(span_search, "ROWS", 24)
-    torch._dynamo.reset()
-    text = tmp_path / "words.txt"
-    text.write_text("".join(f"# {n}\nheron = [otter, copper][{n % 7}]\n" for n in range(400)))
+    text = prepare(tmp_path, monkeypatch, 400)
 
     def arguments(name="plain", *more):
         given = ["tune", folders[name], "--policy", "moa", "--text", text, "--length", 400]
         return [*map(str, given), "--prompts", "2", "--sink", "4", *map(str, more)]
 
     return arguments
-
-
-def run(arguments):
-    return CliRunner().invoke(main, [str(each) for each in arguments])
 
 
 def the_plan():
@@ -76,7 +55,7 @@ def spans_of(plan):
 def test_a_plan_of_spans_is_stored_bound_to_the_model_and_within_the_density(
     tuning, folders, tmp_path
 ):
-    done = run(tuning("plain", "--density", "0.5"))
+    done = run(*tuning("plain", "--density", "0.5"))
     assert done.exit_code == 0, done.output
     assert 'policy="moa" uses it' in done.output and "of its optimum" in done.output
     assert "the text itself" in done.output
@@ -104,7 +83,7 @@ def test_the_answer_is_the_models_own_where_there_is_a_chat_template(tuning, mon
         return effects(self, inputs, labels, spans, **more)
 
     monkeypatch.setattr(SpanProfiler, "effects", noted)
-    done = run(tuning("chat", "--effects", "entrywise"))
+    done = run(*tuning("chat", "--effects", "entrywise"))
     assert done.exit_code == 0, done.output
     assert "own answers" in done.output and the_plan().scores["effects"] == "entrywise"
     assert len(seen) == 6 and all(rows == len(labels) >= 15 for rows, labels in seen)
@@ -130,8 +109,8 @@ def test_a_stopped_profile_goes_on_where_it_was(tuning, monkeypatch):
         return effects(self, inputs, labels, spans, **more)
 
     monkeypatch.setattr(SpanProfiler, "effects", until_stopped)
-    assert run(tuning()).exit_code == 130 and not list(stored_plans(suffix=SPANS_SUFFIX))
-    done = run(tuning())
+    assert run(*tuning()).exit_code == 130 and not list(stored_plans(suffix=SPANS_SUFFIX))
+    done = run(*tuning())
     assert done.exit_code == 0, done.output
     assert len(calls) == 7 and calls[3] == calls[4]  # what was stopped, and nothing before it
     assert len(the_plan().layers) == 2
@@ -142,7 +121,7 @@ def test_a_length_of_which_the_text_holds_one_prompt_is_profiled_and_not_compare
     tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED)
     ids = tokenizer(words, add_special_tokens=False)["input_ids"]
     (tmp_path / "words.txt").write_text(tokenizer.decode(ids[:560]))
-    done = run(tuning())
+    done = run(*tuning())
     assert done.exit_code == 0, done.output
     assert (
         "the text holds 1 of 200 tokens, 1 of 400 tokens, of the 2 prompts asked for" in done.output
@@ -157,7 +136,7 @@ def test_a_length_of_which_the_text_holds_one_prompt_is_profiled_and_not_compare
 def test_without_scipy_nothing_is_profiled(tuning, monkeypatch):
     monkeypatch.setattr(options, "find_spec", lambda name: None)
     monkeypatch.setattr(SpanProfiler, "effects", lambda *_, **__: pytest.fail("profiled"))
-    done = run(tuning())
+    done = run(*tuning())
     assert done.exit_code == 2
     assert "scipy is not installed; needed for this command" in done.output.splitlines()[-1]
 
@@ -179,5 +158,5 @@ def test_what_cannot_be_tuned_is_one_line(tuning, more, says, tmp_path):
     if more[0] == "--text":
         (tmp_path / "words.txt").write_text("heron otter")
         more = []
-    done = run([*arguments, *more])
+    done = run(*arguments, *more)
     assert done.exit_code == 2 and says in done.output.splitlines()[-1]

@@ -300,14 +300,27 @@ ATTEND_MORE = [
 ]
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("case", SELECT_COMMON, ids=str)
+def on_chips_in_turn(cases: list[dict]) -> pytest.MarkDecorator:
+    """Each case on two of the chips, and where tests are slow on the other two as well: a second
+    apiece, and what is common runs on all of them below."""
+    return pytest.mark.parametrize(
+        ("chip", "case"),
+        [
+            pytest.param(
+                chip, case, marks=[pytest.mark.slow] * ((place + number) % 2), id=f"{chip}-{case}"
+            )
+            for place, case in enumerate(cases)
+            for number, chip in enumerate(CHIPS)
+        ],
+    )
+
+
+@on_chips_in_turn(SELECT_COMMON)
 def test_select_fits(chip, case):
     assert_fits(select_launches(chip, **case), chip)
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("case", SCORERS, ids=str)
+@on_chips_in_turn(SCORERS)
 def test_every_scorer_fits(chip, case):
     assert_fits(select_launches(chip, **case), chip)
 
@@ -356,14 +369,12 @@ def test_updates_of_pages_fit(chip, dtype):
     assert_fits(launches, chip)
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("case", ATTEND_COMMON, ids=str)
+@on_chips_in_turn(ATTEND_COMMON)
 def test_attend_fits(chip, case):
     assert_fits(attend_launches(chip, **case), chip)
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("case", ATTENTION_COMMON, ids=str)
+@on_chips_in_turn(ATTENTION_COMMON)
 def test_attention_over_all_keys_fits(chip, case):
     assert_fits(attend_launches(chip, slots=0, **case), chip)
 

@@ -41,7 +41,8 @@ from loki_compile.kernels.triton_launch import SelectLaunch  # noqa: E402
 SEED = 20261121
 INDEX_DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32]
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
-# The interpreter takes seconds a case: there the rest of the dtypes is tried with `-m slow`.
+# The interpreter takes seconds a case: there each case has one dtype, in turn, and the others with
+# `-m slow`.
 _SLOW_HERE = [pytest.mark.slow] if INTERPRETED else []
 
 
@@ -141,31 +142,30 @@ def assert_equal_choice(case, tensors=None, mask=None, launch=None):
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+CHANGES = [
+    dict(),
+    dict(b=2, s=3, q_dtype=torch.bfloat16),
+    dict(per_head=True, s=2),
+    dict(hq=3, hkv=1, r=9, q_dtype=torch.float16),
+    dict(hq=2, hkv=2, d=40, r=40, top_k=100),
+    dict(hq=19, hkv=1, t=130),
+    dict(keep_q16=8192, top_k=64),
+    dict(keep_q16=8192, top_k=None),
+    dict(min_keys=301),
+    dict(min_keys=302, per_head=True),
+]
+
+
 @here
 @pytest.mark.parametrize(
-    "index_dtype",
+    ("index_dtype", "changes"),
     [
-        torch.int8,
-        torch.bfloat16,
-        pytest.param(torch.float16, marks=_SLOW_HERE),
-        pytest.param(torch.float32, marks=_SLOW_HERE),
+        pytest.param(
+            dtype, changes, marks=_SLOW_HERE * (number % 4 != place), id=f"{dtype}-{changes}"
+        )
+        for number, changes in enumerate(CHANGES)
+        for place, dtype in enumerate(INDEX_DTYPES)
     ],
-)
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(),
-        dict(b=2, s=3, q_dtype=torch.bfloat16),
-        dict(per_head=True, s=2),
-        dict(hq=3, hkv=1, r=9, q_dtype=torch.float16),
-        dict(hq=2, hkv=2, d=40, r=40, top_k=100),
-        dict(hq=19, hkv=1, t=130),
-        dict(keep_q16=8192, top_k=64),
-        dict(keep_q16=8192, top_k=None),
-        dict(min_keys=301),
-        dict(min_keys=302, per_head=True),
-    ],
-    ids=str,
 )
 def test_choice_is_the_references_with_ties_to_the_lower_position(index_dtype, changes):
     assert_equal_choice(Case(index_dtype=index_dtype, **changes))
@@ -331,11 +331,15 @@ def scored(scorer, dtype, case, mask=None):
 
 
 @here
-@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, torch.float32, pytest.param(torch.float16, marks=_SLOW_HERE)]
+    ("scorer", "dtype", "choice"),  # every pair of two values meets; all three where it is fast
+    [
+        pytest.param(scorer, dtype, choice, marks=_SLOW_HERE * ((row + column) % 3 != place))
+        for row, scorer in enumerate(["low rank", "int8", "exact", "pages"])
+        for column, choice in enumerate(CHOICES)
+        for place, dtype in enumerate(FLOATS)
+    ],
 )
-@pytest.mark.parametrize("scorer", ["low rank", "int8", "exact", "pages"])
 def test_every_scorer_chooses_as_defined(scorer, dtype, choice):
     for mask in (None, mask_of("holes", 131, 2), torch.randn(1, 1, 2, 131)):
         case = Case(hq=6, s=2, t=131, top_k=30, q_dtype=dtype)

@@ -14,7 +14,7 @@ from loki_compile.passes.sparse import rewrite_sparse
 from torch import nn
 from toy_attends import INTERLEAVED, gqa_flag, gqa_repeat_kv, plain, sdpa
 from toy_capture import count_attention, count_calls, normal_graph
-from toy_conversation import Conversation, basis_for, tokens
+from toy_conversation import Conversation, basis_for, farthest_apart, tokens
 from toy_decoders import REWRITTEN, UNTOUCHED, Spelling, ToyDecoder
 from toy_masks import alibi, causal, left_padded, no_mask
 from toy_options import BATCH, EVERYTHING, FEW, FILLED, HEAD_DIM, HIDDEN
@@ -49,15 +49,7 @@ def compare(module, fast, spelling, *, steps=STEPS, slow=None, **start) -> float
     """Largest difference of outputs and caches over some steps from equal caches."""
     here = Conversation.start(spelling, **start)
     there = here.fork()
-    worst = 0.0
-    for x in tokens(spelling, steps):
-        out = here.step(fast, x)
-        if slow is None:
-            expected = there.step(module, x)
-        else:
-            with slow:
-                expected = there.step(module, x)
-        worst = max(worst, (out - expected).abs().max().item())
+    worst = farthest_apart(here, there, fast, module, tokens(spelling, steps), slow)
     for a, b in ((here.keys, there.keys), (here.values, there.values)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5, equal_nan=True)
     return worst

@@ -74,7 +74,7 @@ def decode(model, kind: str, prompt: int, **options):
     ours, truth = empty(), empty()
     ids = torch.randint(1, 128, (1, prompt + STEPS))
     step = torch.compile(model, backend="loki", options={"min_context": 0, **options})
-    worst = 0.0
+    apart = []
     with torch.no_grad():
         for cache in (ours, truth):
             model(ids[:, :prompt], past_key_values=cache)
@@ -82,13 +82,19 @@ def decode(model, kind: str, prompt: int, **options):
             token = ids[:, at : at + 1]
             got = step(token, past_key_values=ours).logits
             want = model(token, past_key_values=truth).logits
-            worst = max(worst, float((got - want).abs().max()))
-    return worst, ours
+            apart.append(got - want)
+    return float(torch.cat(apart).abs().max()), ours
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("prompt", [12, 30])
-@pytest.mark.parametrize("build", [every_layer_windowed, one_layer_windowed])
+@pytest.mark.parametrize(
+    ("build", "prompt", "kind"),  # every pair of two values meets
+    [
+        (every_layer_windowed, 12, "static"),
+        (every_layer_windowed, 30, "dynamic"),
+        (one_layer_windowed, 12, "dynamic"),
+        (one_layer_windowed, 30, "static"),
+    ],
+)
 def test_a_window_that_fills_and_moves_decodes_like_the_model(build, prompt, kind):
     worst, _ = decode(build(), kind, prompt, top_k=1.0)
     assert worst < 1e-5

@@ -97,7 +97,7 @@ def decode_both_ways(policy, kind: str, request, layers: int, steps: int) -> Non
 @pytest.mark.parametrize(
     "policy, kind",
     [
-        ("tidal", "growing"),
+        pytest.param("tidal", "growing", marks=slow),
         ("tidal", "static"),
         ("tidal-published", "growing"),
         pytest.param("tidal-published", "static", marks=slow),
@@ -114,8 +114,15 @@ def test_plans_of_all_layers_decode_at_default_options_as_the_interpreter_does(
     decode_both_ways(policy, kind, request, layers=5, steps=6)
 
 
-@pytest.mark.parametrize("policy", ["moa", "moa:4:300,0.25N"])
-@pytest.mark.parametrize("kind", ["growing", "static"])
+@pytest.mark.parametrize(
+    "policy, kind",
+    [
+        ("moa", "growing"),
+        pytest.param("moa", "static", marks=slow),
+        pytest.param("moa:4:300,0.25N", "growing", marks=slow),
+        ("moa:4:300,0.25N", "static"),
+    ],
+)
 @torch.no_grad()
 def test_spans_decode_at_default_options_as_the_interpreter_does(policy, kind, fresh, request):
     decode_both_ways(policy, kind, request, layers=2, steps=4)
@@ -130,7 +137,7 @@ def test_heads_with_budgets_of_their_own_decode_at_default_options_as_the_interp
     decode_both_ways(policy, kind, request, layers=2, steps=4)
 
 
-@pytest.mark.parametrize("kind", ["growing", "static"])
+@pytest.mark.parametrize("kind", ["static", pytest.param("growing", marks=slow)])
 @torch.no_grad()
 def test_generate_reads_spans_at_default_options(kind, fresh):
     """Padded rows, of which one is below `min_context`: the tokens of the definition."""

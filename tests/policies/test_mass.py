@@ -10,7 +10,7 @@ import pytest
 import torch
 from loki_compile.kernels import reference
 from toy_attends import plain
-from toy_conversation import Conversation, basis_for, tokens
+from toy_conversation import Conversation, basis_for, farthest_apart, tokens
 from toy_decoders import Spelling, ToyDecoder
 from toy_masks import causal, causal_float, left_padded, no_mask
 from toy_models import LONG, make_model, prompt, started
@@ -50,12 +50,7 @@ def farthest(module, fast, truth) -> float:
     """Largest difference of outputs from the definition's over some steps from equal caches."""
     here = Conversation.start(module.spelling)
     there = here.fork()
-    worst = 0.0
-    for x in tokens(module.spelling, STEPS):
-        out = here.step(fast, x)
-        with truth:
-            worst = max(worst, (out - there.step(module, x)).abs().max().item())
-    return worst
+    return farthest_apart(here, there, fast, module, tokens(module.spelling, STEPS), truth)
 
 
 def layers_told() -> dict:

@@ -204,12 +204,19 @@ def test_a_table_of_gates_makes_heads_that_read_all_and_heads_that_stream(home):
         (7, [], {}, "is no plan of spans"),
     ],
 )
-@torch.no_grad()
 def test_published_plans_that_do_not_fit_are_refused_in_one_line(home, alphas, betas, more, says):
     path = published(home, alphas, betas, **more)
     with pytest.raises(ValueError) as caught:
-        explained(make_model(layers=3), path)
+        planned(path, *(f"model.layers.{layer}.self_attn" for layer in range(3)))
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def test_a_published_plan_that_does_not_fit_is_one_line_for_whoever_calls_the_model(home):
+    path = published(home, [[0.0] * 4] * 2, [[0.0] * 4] * 2)
+    with pytest.raises(ValueError, match="2 layers, and the model a layer 2") as caught:
+        explained(make_model(layers=3), path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "1.0\t0.5\n0.5\n", "a\tb\n"])
@@ -304,7 +311,7 @@ def test_a_plan_of_layers_that_is_none_is_said_to_be_that(home, text):
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=r"is no plan of layers \(.*run `loki tune`") as caught:
-        explained(make_model(layers=3), str(path))
+        explained(make_model(), str(path))
     assert "\n" not in str(caught.value)
 
 

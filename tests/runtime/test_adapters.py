@@ -16,10 +16,10 @@ peft = pytest.importorskip("peft")
 CONTEXT, NEW = 1101, 5
 
 
-def base(seed=6):
-    torch.manual_seed(seed)
+def base(layers=2):
+    torch.manual_seed(6)
     config = LlamaConfig(
-        hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=48, intermediate_size=40, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=12, vocab_size=89, max_position_embeddings=2048,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
@@ -64,14 +64,14 @@ def all_keys(model):
 class TestSteps:
     @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj",), ("o_proj", "up_proj")])
     def test_adapters_loaded_before_compiling(self, targets):
-        model = peft.get_peft_model(base(), lora(1, targets)).eval()
+        model = peft.get_peft_model(base(layers=1), lora(1, targets)).eval()
         assert_close_and_sparse(model, all_keys(model))
 
     # Dynamo compiles `forward` for each set of adapters: nine graphs here, one more than its
     # default limit, behind which it runs uncompiled whatever the backend is.
     @torch._dynamo.config.patch(recompile_limit=16)
     def test_adapters_loaded_after_compiling_and_switched_between_generations(self):
-        plain = base()
+        plain = base(layers=1)
         run = all_keys(plain)
         before = assert_close_and_sparse(plain, run)
         model = peft.get_peft_model(plain, lora(1), adapter_name="one").eval()
@@ -87,7 +87,7 @@ class TestSteps:
             assert torch.allclose(assert_close_and_sparse(plain, run), before, atol=1e-5)
 
     def test_an_adapter_is_merged_and_unmerged_in_place(self):
-        model = peft.get_peft_model(base(), lora(1)).eval()
+        model = peft.get_peft_model(base(layers=1), lora(1)).eval()
         run = all_keys(model)
         apart = assert_close_and_sparse(model, run)
         model.merge_adapter()
@@ -97,8 +97,8 @@ class TestSteps:
         torch.testing.assert_close(assert_close_and_sparse(model, run), apart, rtol=1e-3, atol=1e-4)
 
     def test_transformers_loads_an_adapter_itself(self, tmp_path):
-        peft.get_peft_model(base(), lora(1)).save_pretrained(tmp_path)
-        model = base()
+        peft.get_peft_model(base(layers=1), lora(1)).save_pretrained(tmp_path)
+        model = base(layers=1)
         run = all_keys(model)
         before = assert_close_and_sparse(model, run)
         model.load_adapter(str(tmp_path), adapter_name="saved")

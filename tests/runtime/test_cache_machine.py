@@ -621,7 +621,14 @@ def interpreted():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        # What crosses `min_context` chooses few keys too, behind it.
+        pytest.param(options, id=name, marks=[pytest.mark.slow] * (name == "few"))
+        for name, options in OPTIONS.items()
+    ],
+)
 @pytest.mark.parametrize(
     "make",
     [make_model, make_latent_model, pytest.param(make_windowed_model, marks=pytest.mark.slow)],

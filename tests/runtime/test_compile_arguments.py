@@ -78,15 +78,21 @@ def graphs_of_plain_dynamo(model: nn.Module, kind: str, **arguments: Any) -> int
 # --- the sweep
 
 
-@pytest.mark.parametrize("kind", ["static", "growing"])
-@pytest.mark.parametrize("dynamic", [None, True, False])
-@pytest.mark.parametrize(("fullgraph", "strict"), [(False, False), (True, True)])
-def test_decoding_is_sparse_in_as_many_graphs_as_plain_dynamo_makes(
-    kind, dynamic, fullgraph, strict
-):
+@pytest.mark.parametrize(
+    ("kind", "dynamic", "strict"),  # every pair of two values meets
+    [
+        ("static", None, False),
+        ("growing", None, True),
+        ("static", True, True),
+        ("growing", True, False),
+        ("static", False, False),
+        ("growing", False, True),
+    ],
+)
+def test_decoding_is_sparse_in_as_many_graphs_as_plain_dynamo_makes(kind, dynamic, strict):
     model = llama()
     wanted = decode(model, model, kind)
-    arguments = {"dynamic": dynamic, "fullgraph": fullgraph}
+    arguments = {"dynamic": dynamic, "fullgraph": strict}
     plain = graphs_of_plain_dynamo(model, kind, **arguments)
     model.compile(backend="loki", options={"strict": strict}, **arguments)
     decode(model, model, kind)
@@ -99,9 +105,14 @@ def test_decoding_is_sparse_in_as_many_graphs_as_plain_dynamo_makes(
     assert stats()["sparse_steps"] == 2 * STEPS
 
 
-@pytest.mark.parametrize("kind", ["static", "growing"])
 @pytest.mark.parametrize(
-    "mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+    ("kind", "mode"),  # the mode is the engine's alone, the cache the graphs'
+    [
+        ("static", "default"),
+        ("growing", "reduce-overhead"),
+        ("static", "max-autotune"),
+        ("growing", "max-autotune-no-cudagraphs"),
+    ],
 )
 def test_every_mode_is_sparse(kind, mode):
     model = llama()
@@ -141,9 +152,15 @@ def test_every_way_to_compile_a_model_is_sparse(reach):
 # --- floats that come in as symbols
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("case", ["second model", "dynamic=True"])
+@pytest.mark.parametrize(
+    ("case", "attention", "strict"),  # every pair of two values meets
+    [
+        ("second model", "sdpa", False),
+        ("second model", "eager", True),
+        ("dynamic=True", "sdpa", True),
+        ("dynamic=True", "eager", False),
+    ],
+)
 def test_a_scale_that_is_first_shown_as_a_symbol_is_traced_again(case, attention, strict):
     """What is given up is no verdict: not for strict=True, and not in the reports."""
     options = {"strict": strict}
@@ -340,8 +357,10 @@ def test_a_second_conversation_needs_no_compilation(kind):
 # --- a chat
 
 
-@pytest.mark.parametrize("kind", ["static", "growing"])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("kind", "dynamic"),  # where `dynamic` is given, a static cache's steps are those of the sweep
+    [("static", None), ("growing", None), ("growing", True)],
+)
 def test_chats_make_no_graph_that_plain_dynamo_does_not_make(kind, dynamic):
     """A prompt of another length is where Dynamo makes its one dynamic graph of a prefill."""
 

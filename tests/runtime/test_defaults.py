@@ -183,14 +183,24 @@ def test_answers_of_one_step_hold_no_other_conversation_back(kind, interpreted):
 # --- what serving code runs
 
 
-@CACHES
-@pytest.mark.parametrize("index_dtype", ["cache", "int8"])
 @pytest.mark.parametrize(
-    "dtype",
+    ("kind", "index_dtype", "dtype"),
     [
-        pytest.param(torch.bfloat16, id="bfloat16"),
-        pytest.param(torch.float32, id="float32", marks=pytest.mark.slow),
+        ("static", "cache", torch.bfloat16),
+        ("growing", "int8", torch.bfloat16),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("static", "int8", torch.bfloat16),
+                ("growing", "cache", torch.bfloat16),
+                ("static", "cache", torch.float32),
+                ("static", "int8", torch.float32),
+                ("growing", "cache", torch.float32),
+                ("growing", "int8", torch.float32),
+            ]
+        ),
     ],
+    ids=str,
 )
 def test_under_inference_mode_inductors_steps_build_an_index_once(kind, index_dtype, dtype, fresh):
     """The engine is the real one: fused, it rounds otherwise than the projection of an index."""

@@ -283,9 +283,17 @@ def test_a_kernel_that_raises_does_not_advance_a_cache_twice(mode, at, use_engin
     assert len(warnings_in(caplog)) == 1
 
 
-@MODES
-@pytest.mark.parametrize("at", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["static", "growing"])
+@pytest.mark.parametrize(
+    ("kind", "at", "mode"),  # every pair of two values meets
+    [
+        ("static", 1, torch.no_grad),
+        ("static", 2, torch.inference_mode),
+        ("static", 4, torch.no_grad),
+        ("growing", 1, torch.inference_mode),
+        ("growing", 2, torch.no_grad),
+        ("growing", 4, torch.inference_mode),
+    ],
+)
 def test_a_kernel_that_raises_over_cached_latents_is_dense_with_right_tokens(
     kind, at, mode, use_engine, caplog
 ):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,20 @@ def tokens(spelling: Spelling, steps: int, *, batch: int = BATCH, dtype=torch.fl
     """Inputs (B,S,HIDDEN) for so many steps."""
     shape = (batch, spelling.new_tokens, HIDDEN)
     return [torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(steps)]
+
+
+def farthest_apart(here, there, fast, slow, steps: Sequence[Tensor], truth=None) -> float:
+    """Largest difference of the outputs of two conversations, `here` by `fast` and `there` by
+    `slow`, which computes by a definition where `truth` is one. NaN in one of them is NaN; where
+    both have it they are equal."""
+    worst = torch.zeros(())
+    for x in steps:
+        out = here.step(fast, x)
+        with truth or contextlib.nullcontext():
+            expected = there.step(slow, x)
+        apart = (out - expected).abs().masked_fill(out.isnan() & expected.isnan(), 0)
+        worst = torch.maximum(worst, apart.max())
+    return worst.item()
 
 
 def basis_for(module: ToyDecoder, seed: int = 7) -> BasisSet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from toy_conversation import Conversation, tokens
+from toy_conversation import Conversation, farthest_apart, tokens
 from toy_decoders import Spelling, ToyDecoder
 from toy_masks import no_mask
 from toy_options import HEAD_DIM
@@ -72,13 +72,5 @@ def farthest(module, fast, truth=None, steps: int = STEPS) -> float:
     """Largest difference of outputs over some steps from equal caches."""
     here = Conversations(module)
     there = here.fork(module)
-    worst = 0.0
-    for x in tokens(module.layers[0].spelling, steps):
-        out = here.step(fast, x)
-        if truth is None:
-            expected = there.step(module, x)
-        else:
-            with truth:
-                expected = there.step(module, x)
-        worst = max(worst, (out - expected).abs().max().item())
-    return worst
+    steps = tokens(module.layers[0].spelling, steps)
+    return farthest_apart(here, there, fast, module, steps, truth)

@@ -41,12 +41,12 @@ def far_from_dense(cache, ids, mask, uncompiled) -> float:
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     uncompiled.forward(ids, attention_mask=mask, position_ids=positions, past_key_values=truth)
     seen = mask[:, None, :, None].bool()
-    worst = 0.0
+    apart = []
     for layer, true in zip(cache.layers, truth.layers, strict=True):
         for here, there in ((layer.keys, true.keys), (layer.values, true.values)):
             off = (here[:, :, : ids.shape[1]] - there).masked_fill(~seen, 0)
-            worst = max(worst, off.abs().max().item())
-    return worst
+            apart.append(off.abs().max())
+    return torch.stack(apart).max().item()
 
 
 def true_indexes(cache, tokens: int) -> int:

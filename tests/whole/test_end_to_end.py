@@ -7,6 +7,8 @@ the Llama run Inductor.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch._dynamo
@@ -98,6 +100,8 @@ FAMILIES = {
 }
 
 
+# With each kind of cache in every run; the others with one of them, in turn.
+_BOTH = ("llama", "gpt2", "gemma3_text", "mixtral", "deepseek_v3")
 # Close relatives of the others: in the slow run only.
 _LESS_OFTEN = ("cohere", "starcoder2", "stablelm", "gemma2", "granite")
 pytestmark = [pytest.mark.covers, pytest.mark.usefixtures("fresh")]
@@ -135,10 +139,18 @@ def sparse_sites() -> list[int]:
 # --- every family, both caches
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize(
-    "model_type", [pytest.param(m, marks=[pytest.mark.slow] * (m in _LESS_OFTEN)) for m in FAMILIES]
-)
+def _families():
+    often = [family for family in FAMILIES if family not in (*_BOTH, *_LESS_OFTEN)]
+    every = {*((family, kind) for family in _BOTH for kind in ("static", "dynamic"))}
+    every |= {*zip(often, itertools.cycle(("static", "dynamic")), strict=False)}
+    return [
+        pytest.param(family, kind, marks=[pytest.mark.slow] * ((family, kind) not in every))
+        for family in FAMILIES
+        for kind in ("static", "dynamic")
+    ]
+
+
+@pytest.mark.parametrize(("model_type", "kind"), _families())
 def test_greedy_tokens_equal_eagers(model_type, kind, interpreted):
     model = make(model_type)
     _, layers, sparse = FAMILIES[model_type]
@@ -157,8 +169,10 @@ def test_greedy_tokens_equal_eagers(model_type, kind, interpreted):
     assert all(len(report.sites) == layers for report in decode)
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "falcon"])
+@pytest.mark.parametrize(
+    ("model_type", "kind"),  # in turn: no step here asks what the cache is
+    [("llama", "static"), ("gpt2", "dynamic"), ("gemma3_text", "static"), ("falcon", "dynamic")],
+)
 def test_short_contexts_run_dense_by_default(model_type, kind, interpreted):
     model = make(model_type)
     ids = prompt()
@@ -507,7 +521,7 @@ def test_llama_under_inductor(kind):
     assert stats()["sparse_steps"] == NEW - 1 and stats()["rebuilds"] == 2
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("kind", [pytest.param("static", marks=pytest.mark.slow), "dynamic"])
 def test_llama_below_min_context_is_inductors_bit_for_bit(kind):
     model = make("llama")
     ids = prompt(batch=2, length=PROMPT + 3)
