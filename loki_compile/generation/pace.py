@@ -3,11 +3,11 @@
 A cycle of n drafts takes n sparse steps and a dense one of n + 1 tokens, and yields as many tokens
 as are accepted, and one. What cycles of each n take is measured; what those of another n would take
 lies on the line between its neighbours. That each draft is accepted has one chance, counted over
-the last cycles. Where no drafts are best, decoding is dense, and two drafts are tried at times.
+the last cycles. Where no drafts are best, decoding is dense, and one draft is tried at times.
 
 What drafts may lose is bounded: there is a credit of a few dense steps, to which each token adds a
 hundredth of one; cycles add what they gain over dense decoding, and take what they lose. Below
-nothing there are no drafts, and where they do not pay none are tried that could lose more.
+nothing there are no drafts, and where they do not pay none is tried that could lose more.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from collections import deque
 from collections.abc import Callable
 
 # Dense steps that drafts may lose, at most, and how many of them each token gives back.
-_CREDIT, _BACK = 6.0, 0.01
-# Drafts of a cycle that tries whether they pay.
-_FEW = 2
+_CREDIT, _BACK = 4.0, 0.01
 # What the chance of acceptance begins as, and of how many drafts that is the experience; drafts
 # that it is remembered from.
 _CHANCE, _WEIGHT, _MEMORY = 0.8, 2.0, 64.0
@@ -61,13 +59,13 @@ class Pace:
             return 0
         if self.credit < self.needed or len(self.taken.get(0, ())) < 2:
             return 0
-        self.needed, few, best = 0.0, min(_FEW, limit), 0
-        if len(self.taken.get(few, ())) > 1:  # what drafts take is known
+        self.needed, best = 0.0, 0
+        if len(self.taken.get(1, ())) > 1:  # what drafts take is known
             best = max(range(1, limit + 1), key=self.speed)
         if best == 0 or self.speed(best) < _WORTH * self.speed(0):
-            if few in self.taken:
-                self.needed = self.seconds(few) / max(self.seconds(0), 1e-9) - 1
-            return few if self.credit >= self.needed else 0
+            if 1 in self.taken:
+                self.needed = self.seconds(1) / max(self.seconds(0), 1e-9) - 1
+            return 1 if self.credit >= self.needed else 0
         self.cycles += 1
         if self.cycles % _TRY == 0:  # the neighbour that fewer cycles tell of
             near = [n for n in (best - 1, best + 1) if 1 <= n <= limit]
@@ -116,6 +114,8 @@ class Pace:
     def _dense_steps(self, drafts: int, seconds: float) -> float:
         """How many dense steps a cycle took the time of; of one that compiled or was held up, how
         many it may have."""
-        if self.ran[drafts] <= _WARM or 0 not in self.taken:
-            return drafts + 1.0
+        if self.ran[drafts] <= _WARM:
+            if not any(self.taken):
+                return drafts + 1.0
+            seconds = min(seconds, self.seconds(drafts))
         return min(seconds / max(self.seconds(0), 1e-9), 2.0 * (drafts + 1))
