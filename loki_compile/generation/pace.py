@@ -103,7 +103,7 @@ class Pace:
             self.taken.setdefault(drafts, deque(maxlen=_KEPT)).append(seconds)
         gained = 0.0
         if drafts:
-            gained = accepted + 1 - self._dense_steps(drafts, seconds)
+            gained = accepted + 1 - self._dense_steps(drafts)
             self.accepted += accepted
             self.tried += min(accepted + 1, drafts)
             if self.tried > _MEMORY:
@@ -111,11 +111,9 @@ class Pace:
                 self.tried = _MEMORY
         self.credit = min(self.credit + gained + _BACK * (accepted + 1), _CREDIT)
 
-    def _dense_steps(self, drafts: int, seconds: float) -> float:
-        """How many dense steps a cycle took the time of; of one that compiled or was held up, how
-        many it may have."""
-        if self.ran[drafts] <= _WARM:
-            if not any(self.taken):
-                return drafts + 1.0
-            seconds = min(seconds, self.seconds(drafts))
-        return min(seconds / max(self.seconds(0), 1e-9), 2.0 * (drafts + 1))
+    def _dense_steps(self, drafts: int) -> float:
+        """How many dense steps take as long as a cycle, which may have compiled, or been held up:
+        as such cycles do."""
+        if not any(self.taken):
+            return drafts + 1.0
+        return min(self.seconds(drafts) / max(self.seconds(0), 1e-9), 2.0 * (drafts + 1))
