@@ -593,10 +593,10 @@ tokens generated.
 
 """
 LAST = """\
-Tasks of lm-evaluation-harness run by `loki eval MODEL --tasks NAME|FILE.yaml` (extra `harness`): the answers of
-multiple choice, which its own models prefill, are decoded step by step too, and a prompt's last 64
-tokens are read by decode steps unless `--question dense` is said. None are measured here: their data
-comes from a hub.
+Tasks of lm-evaluation-harness run by `loki eval MODEL --tasks NAME|FILE.yaml` (extra `harness`): the
+answers of multiple choice, which its own models prefill, are decoded step by step too, and a
+prompt's last 64 tokens are read by decode steps unless `--question dense` is said. None are measured
+here: their data comes from a hub.
 """
 
 

@@ -34,6 +34,7 @@ class Because(str, Enum):
     COVERED = "covered"  # the budget reads all of them
     PREFILL = "prefill"  # more new tokens than are decoded sparsely
     EXACT = "exact"  # asked for, by `exact`
+    RESTING = "resting"  # drafts do not pay: without the writes into indexes
     EMPTY = "empty"  # no key yet to fit a basis from
     HELD_BACK = "held back"  # indexes were built again and again, and not used twice
     SHORTAGE = "shortage"  # no memory for an index; tried again later

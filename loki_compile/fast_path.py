@@ -11,7 +11,7 @@ from loki_compile import prompts
 from loki_compile.buffers import Growing
 from loki_compile.caches import CacheBinding
 from loki_compile.index_record import IndexRecord
-from loki_compile.kernels.kept import Layout
+from loki_compile.kernels.kept import IndexLayout, Layout
 from loki_compile.steps import Served, Step
 from loki_compile.trails import Trail, Trails
 from loki_compile.variants import Variants
@@ -34,6 +34,7 @@ class FastPath:
           min_context: as in `LokiConfig`.
         """
         self.fill = variants.fill
+        self.counted = variants.counted
         self.growing = growing
         self.layouts = layouts
         self.min_context = min_context
@@ -74,6 +75,26 @@ class FastPath:
                 slots = min(slots, written)
             filled.append(slots)
         return filled
+
+    def written(self, step: Step, trail: Trail) -> list[tuple[int, int]] | None:
+        """Of each index, the rows [first, end) of its cache that the step writes; None where that
+        is not known of all, or where one is no row for each token."""
+        assert trail.layouts is not None
+        written = []
+        for cache in step.served.kept:
+            form, counted = step.served.bindings[cache].form, self.counted[cache]
+            if not isinstance(trail.layouts[cache], IndexLayout):
+                return None
+            if form.in_place:
+                rows = trail.shapes[self.spots[cache][0]][form.token_axis], step.filled[cache]
+            elif counted is not None:
+                rows = counted.slots(step.args)
+            else:
+                return None
+            if rows[0] < 0:
+                return None  # counted from the end
+            written.append(rows)
+        return written
 
     def watched(self, step: Step) -> list[Tensor]:
         """The tensors that a trail tells, as the step leaves them."""

@@ -89,6 +89,14 @@ class IndexRecord:
         if self.origin is not None:
             self.origin.version = versions[0]
 
+    def settle_behind(self, versions: tuple[int | None, ...], first: int) -> None:
+        """The same of steps that wrote rows from the `first` on, and did not mirror them."""
+        if self.axis < 0:
+            for stamp in self.stamps:
+                stamp.version = None  # no version of a tensor that counts them
+        else:
+            self.versions, self.filled = versions, first
+
     def cut(self, tokens: int) -> None:
         """No rows behind so many tokens are true any more: others will be written there."""
         self.filled = min(self.filled, tokens)

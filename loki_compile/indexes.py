@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from loki_compile import fits
 from loki_compile.buffers import Buffer, all_buffers, buffer_of
 from loki_compile.builds import Build, Watch
-from loki_compile.caches import CacheBinding, Cached, tokens_before, version_of
+from loki_compile.caches import CacheBinding, Cached, CacheForm, tokens_before, version_of
 from loki_compile.counts import Tally
 from loki_compile.fits import BoundBasis, Fit
 from loki_compile.index_record import IndexRecord
@@ -303,18 +303,35 @@ def _project(
             torch.empty(shape, dtype=dtype, device=past.device)
             for shape, dtype in zip(shapes, dtypes, strict=True)
         ]
-    for start in range(0, cached.slots, REBUILD_TOKENS):
-        length = min(REBUILD_TOKENS, cached.slots - start)
-        rows = project_new_keys(
-            cached.narrow(start, length),
-            bound.key,
-            form.head_axis,
-            layout.dtype,
-            form.batch_axis,
-        )
+    _project_into(tensors, form, cached, bound, layout.dtype, 0, cached.slots)
+    return tensors
+
+
+def project(
+    binding: CacheBinding, cached: Cached, record: IndexRecord, first: int, end: int
+) -> None:
+    """Makes an index mirror the rows [first, end) of its cache."""
+    assert record.bound is not None
+    _project_into(
+        record.tensors, binding.form, cached, record.bound, record.layout.dtype, first, end
+    )
+
+
+def _project_into(
+    tensors: Sequence[Tensor],
+    form: CacheForm,
+    cached: Cached,
+    bound: BoundBasis,
+    dtype: torch.dtype,
+    first: int,
+    end: int,
+) -> None:
+    for start in range(first, end, REBUILD_TOKENS):
+        length = min(REBUILD_TOKENS, end - start)
+        keys = cached.narrow(start, length)
+        rows = project_new_keys(keys, bound.key, form.head_axis, dtype, form.batch_axis)
         for tensor, new in zip(tensors, rows, strict=False):
             tensor.narrow(cached.token_axis, start, length).copy_(new)  # type: ignore[arg-type]
-    return tensors
 
 
 def carry_over(binding: CacheBinding, cached: Cached, record: IndexRecord) -> IndexRecord:

@@ -19,12 +19,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from loki_compile import indexes, lengths, prompts
 from loki_compile.buffers import UNLIMITED, Growing, Growth
 from loki_compile.builds import Watch
-from loki_compile.caches import CacheBinding, Cached, reading_waits, version_of
+from loki_compile.caches import reading_waits, version_of
 from loki_compile.config import LokiConfig
 from loki_compile.counts import Because, say_once, warn_of_left_out
 from loki_compile.deferred import Deferred
 from loki_compile.engines import Variant, in_turn
-from loki_compile.exact_steps import exact_now
+from loki_compile.exact_steps import Asked, asked_now
 from loki_compile.fast_path import FastPath
 from loki_compile.index_record import IndexRecord
 from loki_compile.kernels.kept import Layout
@@ -96,13 +96,16 @@ class DecodeGraph:
             settle_all()
             grown = None if self.growing is None else self.growing.take(args, holders)
             step = Step(args, served, [], grown)
-            step.filled = self._filled_after(args, served.bindings, step.caches)
+            step.filled = lengths.filled_after(self.fill_graph, args, served.bindings, step.caches)
             if grown is None and self.growing is not None:
                 return self.run_copying(step)
         why = self.why_dense(step)
         if why is not None:
             return self.run_dense(step, why)
-        return self.run_exact(step) if exact_now() else self.run_sparse(step)
+        asked = asked_now()
+        if asked is Asked.NOTHING:
+            return self.run_sparse(step)
+        return self.run_resting(step) if asked is Asked.RESTING else self.run_exact(step)
 
     def remember(self, args: Sequence[Any]) -> None:
         """`served` is for the model whose call this is."""
@@ -181,46 +184,16 @@ class DecodeGraph:
             return Because.SHORTAGE
         return None
 
-    def _filled_after(
-        self, args: Sequence[Any], bindings: Sequence[CacheBinding], caches: Sequence[Cached]
-    ) -> list[int]:
-        """Tokens in each cache behind this step; no device sync in steady state."""
-        written: list[int] = []  # what the fill graph says, asked once
-
-        def after(binding: CacheBinding, cached: Cached) -> int:
-            slots = cached.slots
-            if binding.form.grows:
-                return slots + cached.stored
-            if not binding.form.written:
-                return slots
-            # Counting costs nothing; reading a position costs a sync where it lies on a device.
-            if reading_waits(cached.base):
-                before = lengths.filled_before(cached)
-                if before is not None:
-                    return min(slots, before + cached.stored)
-            if self.fill_graph is None:
-                return slots
-            if not written:
-                written.append(int(self.fill_graph.read(args)))
-            # Positions that are counted from the end are no number of tokens.
-            return min(slots, written[0]) if written[0] > 0 else slots
-
-        return [after(*pair) for pair in zip(bindings, caches, strict=True)]
-
     # -- the dense variant
 
     def run_dense(self, step: Step, why: Because) -> Any:
         if why in (Because.GAVE_UP, Because.SHORTAGE):
             self._come_off(step)
             indexes.forget(step.served.bindings, step.caches)
-        if self.dense is None:
-            with in_turn():
-                if self.dense is None:
-                    self.dense = self.variants.dense(self._missed)
         asked = []
         if prompts.any_known():
             asked = self._asked(step) if step.trail is None else step.trail.asked
-        outputs = self._with_rooms(self.dense(*step.inputs), step)
+        outputs = self._dense_outputs(step)
         step.served.tally.dense(why)
         if self.fast.trails is None:
             self._remember_filled(step, outputs)
@@ -229,6 +202,31 @@ class DecodeGraph:
                 prompts.keep(left.past, place, said)
         else:
             self.fast.leave(step, asked=asked)
+        return outputs
+
+    def _dense_outputs(self, step: Step) -> Any:
+        if self.dense is None:
+            with in_turn():
+                if self.dense is None:
+                    self.dense = self.variants.dense(self._missed)
+        return self._with_rooms(self.dense(*step.inputs), step)
+
+    def run_resting(self, step: Step) -> Any:
+        """Dense, and its trail remembers which rows its indexes have fallen behind of; where these
+        are not known, indexes are kept true."""
+        trail = step.trail
+        if trail is None or (trail.records is not None and step.held is None):
+            return self.run_exact(step)
+        if trail.records is None:
+            return self.run_dense(step, Because.RESTING)
+        written = self.fast.written(step, trail)
+        if written is None:
+            return self.run_exact(step)
+        trail.fall_behind(written)
+        outputs = self._dense_outputs(step)
+        trail.go_on(step, self.fast.watched(step))
+        trail.unsettle()
+        step.served.tally.dense(Because.RESTING)
         return outputs
 
     def _asked(self, step: Step) -> list[tuple[int, tuple[int, ...], prompts.Asked]]:
@@ -353,6 +351,9 @@ class DecodeGraph:
         whole = self.rollback.saves_all(step.args, self.sparse_ran)
         try:
             with ordinary_tensors():
+                if trail.behind is not None:
+                    self.own.catch_up(step, held, trail.behind)
+                    trail.behind = None
                 saved = self.rollback.save(step.args, whole)
                 extra: list[Tensor] = []
                 for cache, record in zip(step.served.kept, held, strict=True):

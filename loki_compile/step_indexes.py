@@ -110,6 +110,14 @@ class StepIndexes:
                 binding.layout = IndexLayout(rank, dtype, own and binding.form.batched)
         return tuple(binding.layout for binding in step.served.bindings)
 
+    def catch_up(
+        self, step: Step, held: Sequence[IndexRecord], behind: Sequence[tuple[int, int]]
+    ) -> None:
+        """Projects the rows [first, end) of each index, which dense steps have written since."""
+        for cache, record, (first, end) in zip(step.served.kept, held, behind, strict=True):
+            binding = step.served.bindings[cache]
+            indexes.project(binding, binding.at(step.args), record, first, end)
+
     @property
     def _index_dtype(self) -> torch.dtype | None:
         return None if self.config.index_dtype == "cache" else torch.int8

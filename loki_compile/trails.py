@@ -43,7 +43,8 @@ class Trail:
     """Of one conversation and one graph.
 
     `tensors` are told by their storage, address, shape, strides and, where that is counted,
-    version. `records` are the indexes that mirror them, None where the last step was dense.
+    version. `records` are the indexes that mirror them, None where the last step was dense. An
+    index that steps have fallen `behind` of does not mirror the rows [first, end).
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Trail:
         self.capacity = 0 if step.grown is None else step.grown.capacity
         self.layouts = layouts
         self.used = False
+        self.behind: list[tuple[int, int]] | None = None  # of each index
         # What prompts have asked of caches without a basis: of which tensor, where in its memory.
         self.asked: list[tuple[int, tuple[int, ...], Asked]] = []
         self.records = None
@@ -101,6 +103,14 @@ class Trail:
             return None
         return held  # type: ignore[return-value]
 
+    def fall_behind(self, written: Sequence[tuple[int, int]]) -> None:
+        """A step is about to write these rows, [first, end), and none of its indexes."""
+        before = self.behind or written
+        self.behind = [
+            (min(first, a), max(end, b))
+            for (first, end), (a, b) in zip(before, written, strict=True)
+        ]
+
     def unsettle(self) -> None:
         """Its indexes do not say yet how the last step left them."""
         with _lock:
@@ -111,8 +121,12 @@ class Trail:
         held = self.held()
         if held is None or self.versions is None:
             return
-        for record, spots, cache in zip(held, self.spots, self.served.kept, strict=True):
-            record.settle(tuple(self.versions[spot] for spot in spots), self.filled[cache])
+        for number, (record, spots) in enumerate(zip(held, self.spots, strict=True)):
+            versions = tuple(self.versions[spot] for spot in spots)
+            if self.behind is None:
+                record.settle(versions, self.filled[self.served.kept[number]])
+            else:
+                record.settle_behind(versions, self.behind[number][0])
 
 
 def settle_all() -> None:

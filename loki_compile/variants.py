@@ -30,8 +30,22 @@ from loki_compile.passes.masks import what_is_seen
 from loki_compile.passes.plan import Plan
 from loki_compile.passes.rollback import what_to_save
 from loki_compile.passes.sparse import keep_true, rewrite_sparse
+from loki_compile.passes.write_forms import counted_by
 
 log = logging.getLogger("loki_compile")
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The slots that a call writes in a cache, as one of its arguments counts them on the host."""
+
+    argument: int
+    rows: int
+
+    def slots(self, args: Sequence[Any]) -> tuple[int, int]:
+        """The first of them, and the one behind the last."""
+        first = int(args[self.argument])
+        return first, first + self.rows
 
 
 @dataclass
@@ -41,6 +55,7 @@ class FillGraph:
     gm: fx.GraphModule
     place: int  # of the cache, in the plan
     plus: list[int]
+    counted: Counted | None = None  # says the same, sooner
 
     def __post_init__(self) -> None:
         inputs = self.gm.graph.find_nodes(op="placeholder")
@@ -52,6 +67,8 @@ class FillGraph:
 
     def read(self, args: Sequence[Any]) -> int | Tensor:
         """Tokens in the slots behind this step; a tensor where the call's positions are one."""
+        if self.counted is not None:
+            return self.counted.slots(args)[1]
         with torch.no_grad():
             values = self.gm.forward(*[args[number] for number in self.reads])
         ends = [v.max() if isinstance(v, Tensor) else int(v) for v in values]
@@ -90,9 +107,12 @@ class Variants:
         self.undo = what_to_save(gm.graph)
         self.fill = _fill_graph(gm, plan)
         self.runs: list[Variant] = []  # what was made of the variants
-        self.positions_wait = self.fill is not None and any(
-            reading_waits(fake_value(cache.past)) for cache in plan.caches
-        )
+        waits = any(reading_waits(fake_value(cache.past)) for cache in plan.caches)
+        self.positions_wait = self.fill is not None and waits
+        # Where calls write each cache, in the plan's order; None where only a graph could tell.
+        self.counted = [None] * len(plan.caches) if waits else _counted(gm, plan)
+        if self.fill is not None:
+            self.fill.counted = self.counted[self.fill.place]
         self.seen_graphs: dict[tuple[MaskTerm, ...], fx.GraphModule | None] = {}
 
     @property
@@ -185,6 +205,21 @@ class Variants:
             graph = self.seen_graphs[masks]
             known[masks] = None if graph is None else graph(*args)[0]
         return known[masks]
+
+
+def _counted(gm: fx.GraphModule, plan: Plan) -> list[Counted | None]:
+    found: list[Counted | None] = []
+    places = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    for cache in plan.caches:
+        counted = None
+        if len(cache.writes) == 1 and cache.k_pe is None and not cache.grows:
+            (write,) = cache.writes
+            said = counted_by(write)
+            # What counts is read before the call, as the write reads it: nothing counts up between.
+            if said is not None and extract(gm, [write.fill[0]], [write.node]):  # type: ignore[index]
+                counted = Counted(places[said[0]], said[1])
+        found.append(counted)
+    return found
 
 
 def _fill_graph(gm: fx.GraphModule, plan: Plan) -> FillGraph | None:

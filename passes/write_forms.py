@@ -119,6 +119,29 @@ def unordered_by(write: CacheWrite) -> str:
     return ""
 
 
+def counted_by(write: CacheWrite) -> tuple[fx.Node, int] | None:
+    """The input, a tensor of one integer, that is the slot of a write's first row, and how many
+    rows it stores, each in the slot behind the one before; None where slots come otherwise."""
+    if write.fill is None or write.moved:
+        return None
+    what, plus = write.fill
+    rows: Any = 1
+    if isinstance(what, fx.Node) and op_name(what) in ("add", "iadd") and not what.kwargs:
+        count = [x for x in what.args if isinstance(x, fx.Node) and op_name(x) == "arange"]
+        rest = [x for x in what.args if x not in count]
+        if len(count) != 1 or len(rest) != 1 or not {"device", "dtype"} >= count[0].kwargs.keys():
+            return None
+        (rows, *others), (what,) = count[0].args, rest
+        if others:
+            return None
+    if plus != 1 or not isinstance(rows, int) or not isinstance(what, fx.Node):
+        return None
+    value = fake_value(what)
+    if what.op != "placeholder" or not isinstance(value, torch.Tensor) or value.is_floating_point():
+        return None
+    return (what, rows) if all(concrete(size) == 1 for size in value.shape) else None
+
+
 def mirrorable(
     node: fx.Node,
     views: tuple[fx.Node, ...],

@@ -55,6 +55,7 @@ class Feed:
         self.inputs = {k: v for k, v in inputs.items() if k != "past_key_values"}
         self.mask = self.inputs.pop("attention_mask", None)
         self.prepared = prepared
+        self._tally: Tally | None = None
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Gives the model new tokens (B, S) behind those of the cache; logits (B, S, V)."""
@@ -110,13 +111,14 @@ class Feed:
         Raises:
           ValueError: backend="loki" has compiled no graph of it.
         """
-        tally = tally_for(self.model.parameters())
-        if tally is None:
+        if self._tally is None:
+            self._tally = tally_for(self.model.parameters())
+        if self._tally is None:
             raise ValueError(
                 f'found {type(self.model).__name__}, no call of which backend="loki" has compiled; '
                 'needed model.compile(backend="loki") before it decodes.'
             )
-        return tally
+        return self._tally
 
     def _of_tokens(self, name: str, each: Tensor, rule: int, first: int, last: int) -> Tensor:
         """What comes for tokens [first, last), given it for those up to `known`."""

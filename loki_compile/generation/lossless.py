@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loki_compile.exact_steps import exact
+from loki_compile.exact_steps import exact, resting
 from loki_compile.generation import verdicts
 from loki_compile.generation.correction import require_one_path
 from loki_compile.generation.feed import Feed
@@ -151,6 +151,13 @@ def cycle(
     """
     began = pace.clock()
     number = pace.next(limit)
+    if number == 0:
+        with resting():
+            logits = feed(ids[:, -1:])
+        made = _scored(scores, ids, logits[:, -1])
+        tokens = _choose(made, sample)
+        pace.took(0, 0, pace.clock() - began)
+        return tokens, (logits, made.unsqueeze(1))
     drafted: list[Tensor] = []
     path = ids
     for _ in range(number):
@@ -164,16 +171,13 @@ def cycle(
     every = [_scored(scores, path[:, : ids.shape[1] + n], logits[:, n]) for n in range(number + 1)]
     made = torch.stack(every, 1)
     drafts = path[:, ids.shape[1] :]
-    if number == 0:
-        tokens = _choose(made[:, 0], sample)
+    if sample:
+        accepted, instead = verdicts.sampled(drafts, torch.stack(drafted, 1), made)
     else:
-        if sample:
-            accepted, instead = verdicts.sampled(drafts, torch.stack(drafted, 1), made)
-        else:
-            accepted, instead = verdicts.greedy(drafts, made)
-        if counts is None:
-            counts = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
-        tokens = verdicts.agreed(accepted, drafts, instead, counts)
+        accepted, instead = verdicts.greedy(drafts, made)
+    if counts is None:
+        counts = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
+    tokens = verdicts.agreed(accepted, drafts, instead, counts)
     taken = tokens.shape[1]
     feed.rewind(number + 1 - taken)
     pace.took(number, taken - 1, pace.clock() - began)
@@ -210,8 +214,9 @@ def _require_pure_scores(config: Any) -> None:
 
 
 def _scored(scores: Scores | None, path: Tensor, logits: Tensor) -> Tensor:
-    logits = logits.to(torch.float32, copy=True)
-    return logits if scores is None else scores(path, logits)
+    if scores is None:
+        return logits.float()
+    return scores(path, logits.to(torch.float32, copy=True))  # which may write into it
 
 
 def _choose(scores: Tensor, sample: bool) -> Tensor:
@@ -305,10 +310,15 @@ class _Text:
             if self.streamer is not None:
                 self.streamer.put(token.cpu())
             if wanted:
-                self.scores += [made[:, n]] if config.output_scores else []
-                self.logits += [logits[:, n].float()] if config.output_logits else []
+                self.scores += [_kept(made[:, n])] if config.output_scores else []
+                self.logits += [_kept(logits[:, n])] if config.output_logits else []
             done = self.stopping_criteria(self.ids, tuple(self.scores) or None)
             self.going = self.going & ~done
             if not self.going.any():
                 return tokens.shape[1] - 1 - n
         return None
+
+
+def _kept(scores: Tensor) -> Tensor:
+    """What outlives the step that it came from, whose memory the next one may write over."""
+    return scores.to(torch.float32, copy=True)

@@ -3,8 +3,11 @@
 A cycle of n drafts takes n sparse steps and a dense one of n + 1 tokens, and yields as many tokens
 as are accepted, and one. What cycles of each n take is measured; what those of another n would take
 lies on the line between its neighbours. That each draft is accepted has one chance, counted over
-the last cycles. Where no drafts are best, decoding is dense, and drafts are tried again at times,
-ever more rarely: trying costs a few dense steps.
+the last cycles. Where no drafts are best, decoding is dense, and one draft is tried at times.
+
+What drafts may lose is bounded: there is a credit of a few dense steps, to which each token adds a
+hundredth of one; cycles add what they gain over dense decoding, and take what they lose. Below
+nothing there are no drafts, and where they do not pay none is tried that could lose more.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-# Dense steps before drafts are tried again: at first, and at most.
-_REST, _REST_MOST = 48, 1024
+# Dense steps that drafts may lose, at most, and how many of them each token gives back.
+_CREDIT, _BACK = 4.0, 0.01
 # What the chance of acceptance begins as, and of how many drafts that is the experience; drafts
 # that it is remembered from.
 _CHANCE, _WEIGHT, _MEMORY = 0.8, 2.0, 64.0
@@ -41,7 +44,7 @@ class Pace:
         self.taken: dict[int, deque[float]] = {}  # seconds of cycles, by drafts
         self.ran: dict[int, int] = {}
         self.tried, self.accepted = _WEIGHT, _WEIGHT * _CHANCE
-        self.resting, self.rest = 0, _REST
+        self.credit, self.needed = _CREDIT, 0.0  # dense steps: that drafts may lose, and could
         self.cycles = 0
 
     @property
@@ -54,17 +57,15 @@ class Pace:
         limit = min(limit, self.most)
         if limit < 1:
             return 0
-        for first in (0, min(3, limit)):  # what a dense step takes, and what drafts do
-            if len(self.taken.get(first, ())) < 2:
-                return first
-        if self.resting:
-            self.resting -= 1
+        if self.credit < self.needed or len(self.taken.get(0, ())) < 2:
             return 0
-        best = max(range(1, limit + 1), key=self.speed)
-        if self.speed(best) < _WORTH * self.speed(0):
-            self.resting, self.rest = self.rest, min(2 * self.rest, _REST_MOST)
-            return min(2, limit)
-        self.rest = _REST
+        self.needed, best = 0.0, 0
+        if len(self.taken.get(1, ())) > 1:  # what drafts take is known
+            best = max(range(1, limit + 1), key=self.speed)
+        if best == 0 or self.speed(best) < _WORTH * self.speed(0):
+            if 1 in self.taken:
+                self.needed = self.seconds(1) / max(self.seconds(0), 1e-9) - 1
+            return 1 if self.credit >= self.needed else 0
         self.cycles += 1
         if self.cycles % _TRY == 0:  # the neighbour that fewer cycles tell of
             near = [n for n in (best - 1, best + 1) if 1 <= n <= limit]
@@ -100,9 +101,19 @@ class Pace:
         self.ran[drafts] = self.ran.get(drafts, 0) + 1
         if self.ran[drafts] > _WARM:
             self.taken.setdefault(drafts, deque(maxlen=_KEPT)).append(seconds)
+        gained = 0.0
         if drafts:
+            gained = accepted + 1 - self._dense_steps(drafts)
             self.accepted += accepted
             self.tried += min(accepted + 1, drafts)
             if self.tried > _MEMORY:
                 self.accepted *= _MEMORY / self.tried
                 self.tried = _MEMORY
+        self.credit = min(self.credit + gained + _BACK * (accepted + 1), _CREDIT)
+
+    def _dense_steps(self, drafts: int) -> float:
+        """How many dense steps take as long as a cycle, which may have compiled, or been held up:
+        as such cycles do."""
+        if not any(self.taken):
+            return drafts + 1.0
+        return min(self.seconds(drafts) / max(self.seconds(0), 1e-9), 2.0 * (drafts + 1))

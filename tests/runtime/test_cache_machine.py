@@ -47,6 +47,7 @@ from transformers import (
 from loki_compile import builds, setbacks, stats
 from loki_compile.caches import Cached
 from loki_compile.engines import default_engine
+from loki_compile.exact_steps import resting
 from loki_compile.indexes import indexes_of
 
 pytestmark = [pytest.mark.soak, pytest.mark.covers]
@@ -208,8 +209,10 @@ class CacheMachine(RuleBasedStateMachine):
         locked = talk.static and talk.inference
         return torch.inference_mode() if inference or locked else torch.no_grad()
 
-    def advance(self, talk: Talk, new: int, inference: bool, compiled: bool) -> None:
-        """`new` tokens on; the outputs must agree."""
+    def advance(
+        self, talk: Talk, new: int, inference: bool, compiled: bool, asked=contextlib.nullcontext
+    ) -> None:
+        """`new` tokens on; the outputs must agree. `asked`: what compiled steps are asked to be."""
         if talk.length + new > SLOTS:
             return
         ids = torch.randint(VOCABULARY, (talk.batch, new), generator=self.generator)
@@ -223,9 +226,11 @@ class CacheMachine(RuleBasedStateMachine):
                 expected = self.model(ids, past_key_values=talk.there, attention_mask=talk.mask)
             elif compiled:
                 anew = copy.deepcopy(talk.here)
-                expected = self.fast(ids, past_key_values=anew, attention_mask=talk.mask)
+                with asked():
+                    expected = self.fast(ids, past_key_values=anew, attention_mask=talk.mask)
             run = self.fast if compiled else self.model
-            out = run(ids, past_key_values=talk.here, attention_mask=talk.mask)
+            with asked():
+                out = run(ids, past_key_values=talk.here, attention_mask=talk.mask)
         talk.length += new
         if self.exact:
             assert out.logits.dtype == self.dtype
@@ -292,6 +297,21 @@ class CacheMachine(RuleBasedStateMachine):
     def decode(self, pick, inference, steps):
         for _ in range(steps):
             self.advance(self.talk(pick), 1, inference, True)
+
+    @precondition(lambda self: self.talks)
+    @rule(pick=PICK, inference=INFERENCE, back=st.integers(0, 3), steps=st.lists(STEPS, max_size=3))
+    def rest_and_draft(self, pick, inference, back, steps):
+        """Dense steps that write no index, some of which are taken back, and sparse ones."""
+        talk = self.talk(pick)
+        for times in steps:
+            rested = stats()["dense_because"].get("resting", 0)
+            for _ in range(times + 1):
+                self.advance(talk, 1, inference, True, resting)
+            rested = stats()["dense_because"].get("resting", 0) - rested
+            count("state machine: steps that rest", rested)
+            if back and self.can_go_back:
+                self.take_back(talk, back, inference)
+            self.advance(talk, 1, inference, True)
 
     @precondition(lambda self: self.talks)
     @rule(pick=PICK, inference=INFERENCE, new=st.sampled_from([2, 3]))
@@ -398,6 +418,10 @@ class CacheMachine(RuleBasedStateMachine):
     def reject_tokens(self, pick, tokens, inference, steps):
         """`crop`; a static cache is rewound, and its slots are overwritten later."""
         talk = self.talk(pick)
+        self.take_back(talk, tokens, inference)
+        self.then(talk, steps, inference)
+
+    def take_back(self, talk: Talk, tokens: int, inference: bool) -> None:
         if talk.length <= tokens or (talk.static and talk.inference and not self.exact):
             return  # see README: without a version counter a rewritten row may go unnoticed
         with self.mode(talk, inference):
@@ -409,7 +433,6 @@ class CacheMachine(RuleBasedStateMachine):
                         cache.crop(-tokens)
                 talk.length -= tokens
                 talk.mask = None if talk.mask is None else talk.mask[:, : talk.length]
-        self.then(talk, steps, inference)
 
     @precondition(lambda self: self.talks)
     @rule(
