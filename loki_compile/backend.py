@@ -175,8 +175,10 @@ def _judge(graph: _Graph, example_inputs: Sequence[Any]) -> None:
     if refusal:
         raise Refusal(refusal)
     if plan.sparse or once:  # behind a prompt comes a step
+        attended = [fake_value(core.node) for core in (*plan.sites, *plan.dense)]
+        only = {x.dtype for x in attended if isinstance(x, torch.Tensor)}
         for device in {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}:
-            begin_building(device)
+            begin_building(device, only.pop() if len(only) == 1 else None)
 
 
 def _decode_graph(
