@@ -272,7 +272,7 @@ def _layouts(tensors: Sequence[Tensor | None]) -> Hashable:
 def _only(*tensors: Tensor | None) -> torch.dtype | None:
     """The one float type of tensors, of which an int8 index has none; None where they differ, as
     under autocast, or have one that `checks` refuses."""
-    found = None
+    found: torch.dtype | None = None
     for tensor in tensors:
         if tensor is None or (dtype := tensor.dtype) is found or dtype is torch.int8:
             continue
