@@ -93,6 +93,7 @@ def in_a_process(way: str, caches: Path, args: argparse.Namespace) -> dict[str, 
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "LOKI_HOME": str(caches / "loki"),
+        "TMPDIR": str(caches),  # Inductor keeps its compiled headers there, whatever its cache is
     }
     command = [sys.executable, __file__, args.model, "--way", way, "--calls", str(args.calls)]
     command += ["--tokens", str(args.tokens), "--new", str(args.new), "--dtype", args.dtype]

@@ -74,7 +74,7 @@ def timed(calls: list[Call], libraries: dict[str, object], rounds: int) -> dict[
     taken: dict[str, list[float]] = {name: [] for name in libraries}
     for _ in range(rounds):
         for name, kernels in libraries.items():
-            with mock.patch.object(cpu, "_kernels", lambda kernels=kernels: kernels):
+            with mock.patch.object(cpu, "_kernels", lambda _, kernels=kernels: kernels):
                 begin = time.process_time()
                 for call in calls:
                     call()

@@ -22,9 +22,7 @@ _LOGGER = logging.getLogger("loki_compile")
 # Both as in cpu_common.h: the codes of the dtypes, and a tensor of rank 4 as the kernels take it
 # (address, dtype, sizes, strides).
 _CODES = {
-    torch.bfloat16: 0,
-    torch.float16: 1,
-    torch.float32: 2,
+    **cpu_build.CODES,
     torch.int8: 3,
     torch.bool: 4,
     torch.uint8: 4,  # 0 or 1
@@ -47,7 +45,7 @@ def select(
     **options: Any,
 ) -> Tensor:
     """`loki::select`; see `loki_compile.kernels.ops`."""
-    kernels = _kernels()
+    kernels = _kernels(_only(q, index))
     if kernels is None:
         mask = _bool_mask(mask)
         return cpu_torch.select(q, basis, index, index_scale, mask, bounds, **options)
@@ -64,7 +62,7 @@ def select_weighed(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`loki::select_weighed`; see `loki_compile.kernels.ops`."""
-    kernels = _kernels()
+    kernels = _kernels(_only(q, index))
     if kernels is None:
         mask = _bool_mask(mask)
         return cpu_torch.select_weighed(q, basis, index, index_scale, mask, bounds, **options)
@@ -132,7 +130,7 @@ def attend(
     ranges: Tensor | None = None,
 ) -> Tensor:
     """`loki::attend`, and `loki::attention` without positions; see `loki_compile.kernels.ops`."""
-    kernels = _kernels()
+    kernels = _kernels(_only(q, k, k_pe, v))
     if kernels is None:
         return cpu_torch.attend(
             q,
@@ -165,7 +163,7 @@ def attend(
 
 def update_pages(pages: Tensor, keys: Tensor, written: Tensor, *, page: int) -> None:
     """`loki::update_pages`; see `loki_compile.kernels.ops`."""
-    kernels = _kernels()
+    kernels = _kernels(_only(keys))
     if kernels is None:
         cpu_torch.update_pages(pages, keys, written, page=page)
         return
@@ -271,14 +269,32 @@ def _layouts(tensors: Sequence[Tensor | None]) -> Hashable:
     return tuple([x if x is None else (x.dtype, x.shape, x.stride(), x.is_cpu) for x in tensors])
 
 
+def _only(*tensors: Tensor | None) -> torch.dtype | None:
+    """The one float type of tensors, of which an int8 index has none; None where they differ, as
+    under autocast, or have one that `checks` refuses."""
+    found: torch.dtype | None = None
+    for tensor in tensors:
+        if tensor is None or (dtype := tensor.dtype) is found or dtype is torch.int8:
+            continue
+        if found is not None:
+            return None
+        found = dtype
+    return found if found in cpu_build.CODES else None
+
+
 @functools.cache
-def _kernels() -> ctypes.CDLL | None:
-    """The compiled kernels, or None, said once, where there are none."""
+def _kernels(only: torch.dtype | None) -> ctypes.CDLL | None:
+    """The compiled kernels for a float type, or any, or None where there are none: said once."""
     try:
-        return declare(cpu_build.load())
+        return declare(cpu_build.load(only))
     except cpu_build.KernelsUnavailable as error:
-        _LOGGER.warning("CPU kernels: %s. PyTorch ops are used instead, slower.", error)
+        _say_once(str(error))
         return None
+
+
+@functools.cache
+def _say_once(error: str) -> None:
+    _LOGGER.warning("CPU kernels: %s. PyTorch ops are used instead, slower.", error)
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:

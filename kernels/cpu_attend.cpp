@@ -200,19 +200,15 @@ using Dots = void (*)(const void*, int64_t, const Queue&, int64_t, const void*, 
 using Accumulate = void (*)(const void*, int64_t, const Queue&, int64_t, const float*, int64_t,
                             float*);
 
-template <class E, class Q>
-const Dots* dots_of() {
-  static constexpr Dots all[] = {dots<E, Q, 1>, dots<E, Q, 2>, dots<E, Q, 4>, dots<E, Q, 8>};
-  return all;
-}
-
-inline const Dots* dots_of(int64_t k_dtype, [[maybe_unused]] int64_t q_dtype) {
-  if (k_dtype == kFloat16) return dots_of<Float16, float>();
-  if (k_dtype == kFloat32) return dots_of<float, float>();
-#if LOKI_BF16_DOTS
-  if (bf16_dots(q_dtype, k_dtype)) return dots_of<BFloat16, BFloat16>();
-#endif
-  return dots_of<BFloat16, float>();
+inline const Dots* dots_of(int64_t k_dtype, int64_t q_dtype) {
+  const Dots* found = nullptr;
+  with_row_types(k_dtype, q_dtype, [&](auto row, auto query) {
+    using E = decltype(row);
+    using Q = decltype(query);
+    static constexpr Dots all[] = {dots<E, Q, 1>, dots<E, Q, 2>, dots<E, Q, 4>, dots<E, Q, 8>};
+    found = all;
+  });
+  return found;
 }
 
 inline const Accumulate* accumulate_of(int64_t dtype) {

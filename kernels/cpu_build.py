@@ -1,4 +1,8 @@
-"""Compiles the CPU kernels, once per machine and user, with the compiler that Inductor uses."""
+"""Compiles the CPU kernels, once per machine and user, with the compiler that Inductor uses.
+
+A library serves one float type, as a model's tensors mostly have, or any: what is compiled for one
+takes half the time. Each is built when it is first needed, or begun.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 _LOGGER = logging.getLogger("loki_compile")
 
 FOLDER = Path(__file__).parent
@@ -29,6 +35,8 @@ _SOURCES = (
 # of them. It has OpenMP behind -Xclang.
 _PROCESSOR = () if (sys.platform, platform.machine()) == ("darwin", "arm64") else ("-march=native",)
 _OPENMP = ("-Xclang", "-fopenmp") if sys.platform == "darwin" else ("-fopenmp",)
+# As in cpu_common.h: the codes of the float types.
+CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _FLAGS = ("-O3", *_PROCESSOR, "-std=c++17", *_OPENMP, "-fPIC", "-fvisibility=hidden", "-w")
 _SECONDS = 300
 
@@ -41,8 +49,8 @@ class KernelsUnavailable(RuntimeError):
     """The kernels cannot be compiled or loaded here; the message says why."""
 
 
-def load() -> ctypes.CDLL:
-    """The compiled kernels, from the cache where they are there.
+def load(only: torch.dtype | None = None) -> ctypes.CDLL:
+    """The compiled kernels, from the cache where they are there; `only`: those of a float type.
 
     Raises KernelsUnavailable. Safe with several processes at once: each compiles to a file of its
     own and moves it into place.
@@ -50,40 +58,45 @@ def load() -> ctypes.CDLL:
     if elsewhere := _elsewhere():
         raise KernelsUnavailable(elsewhere)
     try:
-        return ctypes.CDLL(str(_built()))
+        return ctypes.CDLL(str(_built(only)))
     except OSError as error:
         raise KernelsUnavailable(_quoted(str(error))) from error
 
 
-def _built() -> Path:
+def _built(only: torch.dtype | None) -> Path:
     """The library; a build that has begun is waited for."""
-    compiler = _compiler()
-    library = _library(compiler)
+    command = _command(only)
+    library = _library(command)
     with _one_at_a_time:
         if not library.exists():
             _LOGGER.warning("compiling the CPU kernels, once on this machine: up to a minute")
-            _compile(compiler, library)
+            _compile(command, library)
     return library
 
 
-def _library(compiler: str) -> Path:
+def _command(only: torch.dtype | None) -> tuple[str, ...]:
+    """The compiler and its flags."""
+    return (_compiler(), *_FLAGS, *([] if only is None else [f"-DLOKI_ONLY={CODES[only]}"]))
+
+
+def _library(command: Sequence[str]) -> Path:
     sources = {name: (FOLDER / name).read_bytes() for name in _SOURCES}
-    return _cache_folder() / f"{_key(sources, compiler)}.so"
+    return _cache_folder() / f"{_key(sources, command)}.so"
 
 
 @functools.cache
-def begin() -> None:
+def begin(only: torch.dtype | None = None) -> None:
     """Builds what is not there yet in the background, lest the first step that needs it waits.
 
     What fails is left for `load` to find out, and to tell. A process that ends before the compiler
     has takes that with it.
     """
-    if obstacle() or _library(_compiler()).exists():
+    if obstacle() or _library(_command(only)).exists():
         return
 
     def build() -> None:
         with contextlib.suppress(KernelsUnavailable, OSError):
-            _built()
+            _built(only)
 
     thread = threading.Thread(target=build, name="loki_compile kernels", daemon=True)
     atexit.register(_give_up, thread)
@@ -133,8 +146,6 @@ def _link() -> tuple[str, ...]:
     thread pool serves both."""
     if sys.platform != "darwin":
         return ("-shared", "-lgomp")
-    import torch
-
     # Its name is @rpath/libomp.dylib: dyld takes the one that is loaded.
     libraries = Path(torch.__file__).parent / "lib"
     return ("-shared", f"-L{libraries}", "-lomp", f"-Wl,-rpath,{libraries}")
@@ -157,9 +168,9 @@ def _cache_folder() -> Path:
     return Path(cache_dir()) / "loki_compile"
 
 
-def _key(sources: dict[str, bytes], compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = (*sources.values(), " ".join(_FLAGS + _link()).encode(), compiler.encode(), version)
+def _key(sources: dict[str, bytes], command: Sequence[str]) -> str:
+    version = subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout
+    parts = (*sources.values(), " ".join((*command, *_link())).encode(), version)
     digest = hashlib.sha256()
     for part in (*parts, _processor()):
         digest.update(part + b"\0")
@@ -176,7 +187,7 @@ def _processor() -> bytes:
     return b"\n".join(line for line in info.splitlines() if line.startswith(wanted))
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(command: Sequence[str], library: Path) -> None:
     """All units at once, then what links them; into place when it is whole."""
     library.parent.mkdir(parents=True, exist_ok=True)
     # No TemporaryDirectory: a forked child that ends would remove its parent's.
@@ -186,8 +197,8 @@ def _compile(compiler: str, library: Path) -> None:
         objects = [str(Path(folder) / f"{unit.stem}.o") for unit in units]
         made = str(Path(folder) / library.name)
         pairs = zip(units, objects, strict=True)
-        _run([[compiler, *_FLAGS, "-c", str(unit), "-o", to] for unit, to in pairs])
-        _run([[compiler, *_FLAGS, *objects, *_link(), "-o", made]])
+        _run([[*command, "-c", str(unit), "-o", to] for unit, to in pairs])
+        _run([[*command, *objects, *_link(), "-o", made]])
         os.replace(made, library)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -103,10 +103,24 @@ inline float to_float(Float16 x) { return static_cast<float>(x); }
 inline void from_float(float x, Float16* out) { *out = static_cast<Float16>(x); }
 #endif
 
+// The float type that a library serves alone, or kNone for any, mixed as they may be. What a model does
+// not use is most of what there is to compile.
+#ifdef LOKI_ONLY
+constexpr int64_t kOnly = LOKI_ONLY;
+#else
+constexpr int64_t kOnly = kNone;
+#endif
+
 // Calls f with a value of the element type that `dtype` names.
 template <class F>
-void with_float_type(int64_t dtype, F&& f) {
-  if (dtype == kBFloat16) {
+void with_float_type([[maybe_unused]] int64_t dtype, F&& f) {
+  if constexpr (kOnly == kBFloat16) {
+    f(BFloat16{});
+  } else if constexpr (kOnly == kFloat16) {
+    f(Float16{});
+  } else if constexpr (kOnly == kFloat32) {
+    f(float{});
+  } else if (dtype == kBFloat16) {
     f(BFloat16{});
   } else if (dtype == kFloat16) {
     f(Float16{});

@@ -22,6 +22,17 @@ inline bool bf16_dots(int64_t q_dtype, int64_t k_dtype) {
   return LOKI_BF16_DOTS && q_dtype == kBFloat16 && k_dtype == kBFloat16;
 }
 
+// Calls f with a value of the element type of rows, and one of the type in which queries meet them.
+template <class F>
+void with_row_types(int64_t row_dtype, [[maybe_unused]] int64_t q_dtype, F&& f) {
+  with_float_type(row_dtype, [&](auto row) {
+    if constexpr (LOKI_BF16_DOTS && std::is_same_v<decltype(row), BFloat16>) {
+      if (kOnly == kBFloat16 || q_dtype == kBFloat16) return f(row, BFloat16{});
+    }
+    if constexpr (!(LOKI_BF16_DOTS && kOnly == kBFloat16)) f(row, float{});
+  });
+}
+
 // Where dim d of head g of `heads` lies among queries of type Q, which meet keys of 16 bits
 // (`halves`) or 32: vector after vector, in each head after head; where vectors are left to the
 // compiler, head after head, each of `size`.

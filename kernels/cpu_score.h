@@ -539,20 +539,16 @@ void score_rows(const void* rows, int64_t stride, int64_t n, const void* queries
 // `score_rows` of one type of rows and of queries, for 1, 2, 4 and 8 heads.
 using ScoreRows = void (*)(const void*, int64_t, int64_t, const void*, int64_t, float, float*);
 
-template <class E, class Q>
-const ScoreRows* score_rows_of() {
-  static constexpr ScoreRows all[] = {score_rows<E, Q, 1>, score_rows<E, Q, 2>,
-                                      score_rows<E, Q, 4>, score_rows<E, Q, 8>};
-  return all;
-}
-
-inline const ScoreRows* score_rows_of(int64_t row_dtype, [[maybe_unused]] int64_t q_dtype) {
-  if (row_dtype == kFloat16) return score_rows_of<Float16, float>();
-  if (row_dtype == kFloat32) return score_rows_of<float, float>();
-#if LOKI_BF16_DOTS
-  if (bf16_dots(q_dtype, row_dtype)) return score_rows_of<BFloat16, BFloat16>();
-#endif
-  return score_rows_of<BFloat16, float>();
+inline const ScoreRows* score_rows_of(int64_t row_dtype, int64_t q_dtype) {
+  const ScoreRows* found = nullptr;
+  with_row_types(row_dtype, q_dtype, [&](auto row, auto query) {
+    using E = decltype(row);
+    using Q = decltype(query);
+    static constexpr ScoreRows all[] = {score_rows<E, Q, 1>, score_rows<E, Q, 2>,
+                                        score_rows<E, Q, 4>, score_rows<E, Q, 8>};
+    found = all;
+  });
+  return found;
 }
 
 // A page's bounds, minima then maxima, meet one query as a row of 2 D dims: of the two products of

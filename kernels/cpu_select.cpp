@@ -358,12 +358,12 @@ class Select {
 
   void score_span(int64_t pair, int64_t from, int64_t to, const Query* queries, int64_t blocks,
                   char* room) {
-    switch (p_.index.dtype) {
-      case kBFloat16: return score_span<BFloat16>(pair, from, to, queries, blocks, room);
-      case kFloat16: return score_span<Float16>(pair, from, to, queries, blocks, room);
-      case kFloat32: return score_span<float>(pair, from, to, queries, blocks, room);
-      default: score_span<int8_t>(pair, from, to, queries, blocks, room);
+    if (p_.index.dtype == kInt8) {
+      return score_span<int8_t>(pair, from, to, queries, blocks, room);
     }
+    with_float_type(p_.index.dtype, [&](auto type) {
+      score_span<decltype(type)>(pair, from, to, queries, blocks, room);
+    });
   }
 
   template <class E>

@@ -62,13 +62,13 @@ class Backend:
     `available` says why it cannot run here, "" where it can; `note` says what a user may want to
     know where it does run, "" where there is nothing; `attention_pays`: `loki::attention` is
     measured to be faster than PyTorch's attention. None of them builds a kernel; `begin` has that
-    done in the background, where it takes long, before an op is called.
+    done in the background, where it takes long, before an op is called: for a float type, or any.
     """
 
     available: Callable[[], str]
     note: Callable[[], str] = lambda: ""
     attention_pays: Callable[[], bool] = lambda: False
-    begin: Callable[[], None] = lambda: None
+    begin: Callable[[torch.dtype | None], None] = lambda _: None
 
 
 def _plain_ops() -> str:
@@ -101,10 +101,13 @@ def unserved(device_type: str) -> str:
     return BACKENDS[device_type].available()
 
 
-def begin_building(device_type: str) -> None:
-    """Has what the ops need on devices of a type built in the background, where that takes long."""
+def begin_building(device_type: str, only: torch.dtype | None = None) -> None:
+    """Has what the ops need on devices of a type built in the background, where that takes long.
+
+    `only`: the float type of all that they will be given; None: they have several.
+    """
     if not unserved(device_type):
-        BACKENDS[device_type].begin()
+        BACKENDS[device_type].begin(only)
 
 
 def attention_pays(device_type: str) -> bool:

@@ -175,8 +175,11 @@ def _judge(graph: _Graph, example_inputs: Sequence[Any]) -> None:
     if refusal:
         raise Refusal(refusal)
     if plan.sparse or once:  # behind a prompt comes a step
+        attended = [fake_value(core.node) for core in (*plan.sites, *plan.dense)]
+        dtypes = {x.dtype for x in attended if isinstance(x, torch.Tensor)}
+        only = dtypes.pop() if len(dtypes) == 1 else None
         for device in {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}:
-            begin_building(device)
+            begin_building(device, only)
 
 
 def _decode_graph(

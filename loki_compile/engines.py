@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from loki_compile import instruction_sets
 from loki_compile.counts import Tally, say_compiling
 from loki_compile.floats import RestartAnalysis, float_inputs
 from loki_compile.passes.blocks import Piece, find_blocks
@@ -51,7 +52,9 @@ def inductor(
       A function of the graph's inputs that returns its outputs as a list or tuple.
     """
     patches = torch._inductor.list_mode_options(mode) if mode and mode != "default" else {}
-    return torch._inductor.compile(gm, list(inputs), options={**patches, **options})
+    devices = {value.device.type for value in inputs if isinstance(value, torch.Tensor)}
+    known = instruction_sets.options() if devices == {"cpu"} else {}
+    return torch._inductor.compile(gm, list(inputs), options={**known, **patches, **options})
 
 
 def inductor_by_blocks(

@@ -53,7 +53,7 @@ def kernels(request, way, monkeypatch):
     if way and not runs(way[1], way[0], features):
         pytest.skip(f"{way[1]} does not run {features}")
     library = emulated(features, way)
-    monkeypatch.setattr(cpu, "_kernels", lambda: library)
+    monkeypatch.setattr(cpu, "_kernels", lambda _: library)
     return cpu
 
 
@@ -128,7 +128,7 @@ def test_all_ways_give_the_same(monkeypatch):
     outputs = []
     for way in both:
         library = emulated("", way)
-        monkeypatch.setattr(cpu, "_kernels", lambda library=library: library)
+        monkeypatch.setattr(cpu, "_kernels", lambda _, library=library: library)
         outputs.append(cpu.attend(q, k, v, None, None, scale=0.1, softcap=3.0))
     assert torch.equal(*outputs)
 

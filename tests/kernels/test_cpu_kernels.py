@@ -83,20 +83,20 @@ def other_libraries():
 def implementation(request, monkeypatch):
     """loki_compile.kernels.cpu, with the kernels that the parameter names."""
     if request.param == "native":
-        assert cpu._kernels() is not None
+        assert all(cpu._kernels(only) for only in (None, *cpu_build.CODES))
     if request.param == "plain":
         library = request.getfixturevalue("plain_library")
-        monkeypatch.setattr(cpu, "_kernels", lambda: library)
+        monkeypatch.setattr(cpu, "_kernels", lambda _: library)
     if request.param in OTHER_ISA:
         if platform.machine() != "x86_64" or not runs(request.param):
             pytest.skip(f"this processor does not run {OTHER_ISA[request.param]}")
         library = request.getfixturevalue("other_libraries")(OTHER_ISA[request.param])
-        monkeypatch.setattr(cpu, "_kernels", lambda: library)
+        monkeypatch.setattr(cpu, "_kernels", lambda _: library)
     if request.param in ARM:
         library = emulated(ARM[request.param])
-        monkeypatch.setattr(cpu, "_kernels", lambda: library)
+        monkeypatch.setattr(cpu, "_kernels", lambda _: library)
     if request.param == "torch":
-        monkeypatch.setattr(cpu, "_kernels", lambda: None)
+        monkeypatch.setattr(cpu, "_kernels", lambda _: None)
     return cpu
 
 
@@ -1012,7 +1012,7 @@ assert cpu.select(*args, **options).shape == (1, 1, 8, 5)
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_scratch_that_cannot_be_had_is_a_memory_error_and_not_the_end_of_the_process():
-    assert cpu._kernels() is not None  # built
+    assert cpu._kernels(torch.float32) is not None  # built
     code = [sys.executable, "-c", _IN_LITTLE_MEMORY]
     done = subprocess.run(code, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -1044,7 +1044,7 @@ def test_a_call_like_one_before_reads_its_own_tensors(implementation, mask_kind)
 
 
 def test_what_differs_from_a_call_before_is_checked_again():
-    assert cpu._kernels() is not None
+    assert cpu._kernels(torch.float32) is not None
     inputs = select_inputs(SHAPES[1], torch.float32, torch.int8)
     q, basis, index, scale, *_ = inputs
     cpu.select(*inputs, **settings(9))
@@ -1148,6 +1148,35 @@ def test_what_was_begun_is_built_once_and_waited_for(slow_compiler, tmp_path):
     cpu_build.begin.cache_clear()
     cpu_build.begin()  # it is there
     assert len(calls.read_text().splitlines()) == units + 1
+
+
+def test_kernels_for_one_float_type_are_built_and_no_others(slow_compiler, tmp_path):
+    calls, go = slow_compiler
+    go.touch()
+    cpu_build.begin(torch.bfloat16)
+    one = cpu_build.load(torch.bfloat16)
+    builds = len(calls.read_text().splitlines())
+    assert cpu_build.load(torch.bfloat16)._name == one._name
+    assert len(calls.read_text().splitlines()) == builds
+    assert len({cpu_build.load(x)._name for x in (None, *cpu_build.CODES)}) == 4
+    assert len(calls.read_text().splitlines()) == 4 * builds
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_calls_of_one_float_type_take_the_kernels_for_it(dtype, monkeypatch):
+    """Those of several, as under autocast, take the ones for any."""
+    taken = []
+    monkeypatch.setattr(cpu, "_kernels", taken.append)
+    other = torch.float32 if dtype != torch.float32 else torch.float16
+    for index_dtype in (torch.int8, dtype, other):
+        cpu.select(*select_inputs(SHAPES[1], dtype, index_dtype), **settings(9))
+    q, k, v = (torch.randn(1, heads, 3, 8).to(dtype) for heads in (4, 2, 2))
+    for keys, values in ((k, v), (k.to(other), v), (k, v.to(other))):
+        cpu.attend(q, keys, values, None, None, scale=0.1)
+    pages = torch.zeros(1, 2, 1, 16).to(dtype)
+    cpu.update_pages(pages, k, torch.ones(1, 1, 3, 1, dtype=torch.bool), page=4)
+    assert taken == [dtype, dtype, None, dtype, None, None, dtype]
 
 
 def test_a_process_that_ends_takes_its_compilers_with_it(tmp_path):
@@ -1321,12 +1350,12 @@ def test_a_compiler_without_float16_makes_the_same_kernels(monkeypatch):
     flags = (*cpu_build._FLAGS, "-U__FLT16_MANT_DIG__")
     monkeypatch.setattr(cpu_build, "_FLAGS", flags)
     library = cpu.declare(cpu_build.load())
-    monkeypatch.setattr(cpu, "_kernels", lambda: library)
+    monkeypatch.setattr(cpu, "_kernels", lambda _: library)
     assert torch.equal(cpu.attend(q, k, v, **options), expected)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
 def test_the_process_has_one_openmp():
-    assert cpu._kernels() is not None
+    assert cpu._kernels(torch.float32) is not None
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
     assert len([path for path in mapped if "libgomp" in path or "libomp" in path]) == 1

@@ -83,13 +83,13 @@ def test_the_first_step_behind_a_prompt_is_traced_for_every_length_unless_none_i
 
 
 def test_the_kernels_are_begun_while_the_prompt_is_read(dear, monkeypatch):
-    begun: list[str] = []
-    monkeypatch.setattr(backend, "begin_building", begun.append)
+    begun: list[tuple[str, torch.dtype]] = []
+    monkeypatch.setattr(backend, "begin_building", lambda *what: begun.append(what))
     model = llama()
     model.compile(backend="loki")
     with torch.no_grad():
         model(prompt())
-    assert begun == ["cpu"]
+    assert begun == [("cpu", torch.float32)]
 
 
 def test_no_later_conversation_of_any_length_compiles(dear):
