@@ -593,9 +593,9 @@ tokens generated.
 
 """
 LAST = """\
-Tasks of lm-evaluation-harness run by `loki eval MODEL --tasks NAME|FILE.yaml` (extra `harness`): the
-answers of multiple choice, which its own models prefill, are decoded step by step too, and a
-prompt's last 64 tokens are read by decode steps unless `--question dense` is said. None are measured
+`loki eval MODEL --tasks NAME|FILE.yaml` (extra `harness`) runs tasks of lm-evaluation-harness: the
+answers of multiple choice, which its own models prefill, are decoded step by step too, and the last
+64 tokens of a prompt are read by decode steps unless `--question dense` is said. None are measured
 here: their data comes from a hub.
 """
 
