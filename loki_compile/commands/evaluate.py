@@ -8,7 +8,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from loki_compile.commands.options import (
     MODEL_OPTIONS,
     NUMBER,
     AskedModel,
+    check_harness,
     dense_because,
     with_options,
 )
@@ -135,13 +135,11 @@ def _evaluate(
 ) -> None:
     from loki_compile.commands.models import (
         check_writable,
-        fitting_context,
         load_config,
         load_tokenizer,
         longest_context,
     )
     from loki_compile.commands.scores import Records
-    from loki_compile.commands.stored import weights_of
 
     shapes = {name: given.pop(name) for name in SHAPES}
     of_harness = {name: given.pop(name) for name in HARNESS}
@@ -152,17 +150,35 @@ def _evaluate(
     asked.check()
     if folder is not None:
         check_writable("--out", folder, folder=True)
-    wanted = _tasks(tasks)
-    config = load_config(asked.name)
-    lengths = [fitting_context("--context", each, 4096, config) for each in contexts or (None,)]
-    tokenizer = load_tokenizer(asked.name)
-    cases = []
-    if tasks or not of_harness["harness"]:
+    wanted = [] if of_harness["harness"] and not tasks else _tasks(tasks)
+    config, tokenizer = load_config(asked.name), load_tokenizer(asked.name)
+    cases: list[Case] = []
+    if wanted:
+        lengths = _lengths(contexts, config)
         cases = cases_of(tokenizer, wanted, not tasks, files, lengths, shapes)
         _say_what_is_dense(settings, min(lengths))
     records = Records(folder, _run(asked, config, decoding, given))
     kept.append(records)
     protocols = ("sparse", "dense") if question == "both" else (question,)
+    of_tasks: Callable[..., None] | None = None
+    if of_harness["harness"]:
+        longest = longest_context(config)
+        of_tasks = partial(_harness, of_harness, tokenizer, longest, protocols, folder)
+    _measure(asked, tokenizer, settings, cases, protocols, of_tasks, records, folder)
+
+
+def _measure(
+    asked: AskedModel,
+    tokenizer: Any,
+    settings: list[Setting],
+    cases: Sequence[Case],
+    protocols: Sequence[str],
+    of_tasks: Callable[..., None] | None,
+    records: Records,
+    folder: Path | None,
+) -> None:
+    """of_tasks: what else is asked of the same trials."""
+    from loki_compile.commands.stored import weights_of
 
     @functools.cache
     def model() -> Any:
@@ -174,13 +190,18 @@ def _evaluate(
     try:
         if cases:
             _decode(trials, _missing(cases, settings, protocols, records), settings, records)
-        if of_harness["harness"]:
-            longest = longest_context(config)
-            _harness(of_harness, trials, settings, records, tokenizer, longest, protocols, folder)
+        if of_tasks is not None:
+            of_tasks(trials, settings, records)
     except KeyboardInterrupt:
         _report(records, settings, cases, folder)
         raise
     _report(records, settings, cases, folder)
+
+
+def _lengths(contexts: Sequence[int], config: Any) -> list[int]:
+    from loki_compile.commands.models import fitting_context
+
+    return [fitting_context("--context", each, 4096, config) for each in contexts or (None,)]
 
 
 def _run(
@@ -366,36 +387,15 @@ def _decode(
                 bar.advance(task)
 
 
-def check_harness(given: dict[str, Any]) -> None:
-    """
-    Raises:
-        ValueError: options of --tasks without it, a file of tasks that is not there, or no harness.
-    """
-    if not given["harness"]:
-        for name in ("limit", "num_fewshot", "apply_chat_template"):
-            if given[name] not in (None, False):
-                raise ValueError(
-                    f"--{name.replace('_', '-')}: needs --tasks, whose documents it is of."
-                )
-        return
-    for task in given["harness"]:
-        if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
-            raise ValueError(f"--tasks {task}: no such file; needs a task's name or its file.")
-    if find_spec("lm_eval") is None:
-        raise ValueError(
-            "--tasks: needs lm-evaluation-harness: pip install 'loki-compile[harness]'"
-        )
-
-
 def _harness(
     given: dict[str, Any],
-    trials: Callable[[], Trials],
-    settings: Sequence[Setting],
-    records: Records,
     tokenizer: Any,
     longest: int,
     protocols: Sequence[str],
     folder: Path | None,
+    trials: Callable[[], Trials],
+    settings: Sequence[Setting],
+    records: Records,
 ) -> None:
     """Tasks of lm-evaluation-harness: their table and, where there is a folder, files."""
     from loki_compile.commands import harness

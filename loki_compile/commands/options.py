@@ -197,3 +197,24 @@ def text_of(files: Sequence[str], split: str) -> tuple[str, str]:
     shown = ", ".join(Path(file).name for file in files[:8])
     more = f" and {len(files) - 8} more" if len(files) > 8 else ""
     return read_text(files), "".join(c for c in shown + more if c.isprintable())[:4096]
+
+
+def check_harness(given: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: options of --tasks without it, a file of tasks that is not there, or no harness.
+    """
+    if not given["harness"]:
+        for name in ("limit", "num_fewshot", "apply_chat_template"):
+            if given[name] not in (None, False):
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: needs --tasks, whose documents it is of."
+                )
+        return
+    for task in given["harness"]:
+        if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
+            raise ValueError(f"--tasks {task}: no such file; needs a task's name or its file.")
+    if find_spec("lm_eval") is None:
+        raise ValueError(
+            "--tasks: needs lm-evaluation-harness: pip install 'loki-compile[harness]'"
+        )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from loki_compile.commands import evaluate
+from loki_compile.commands import evaluate, options
 from loki_compile.commands.models import load_tokenizer
 from loki_compile.commands.reference_data import stdlib_text
 from loki_compile.commands.scores import RECORDS, Records
@@ -220,6 +220,6 @@ def test_bad_options_are_refused_before_a_model_is_loaded(words, said):
 
 
 def test_without_the_harness_the_install_command_is_said(monkeypatch):
-    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
     found = CliRunner().invoke(evaluate.command, ["reference", "--tasks", "any"])
     assert "pip install 'loki-compile[harness]'" in str(found.exception)

@@ -49,6 +49,7 @@ ROOMS = {
         "click",
         "rich",
         "matplotlib",
+        "lm_eval",
         "scipy",
         "transformers",
         "huggingface_hub",
