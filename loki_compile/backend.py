@@ -175,7 +175,8 @@ def _judge(graph: _Graph, example_inputs: Sequence[Any]) -> None:
     if refusal:
         raise Refusal(refusal)
     if plan.sparse or once:  # behind a prompt comes a step
-        attended = [fake_value(core.node) for core in (*plan.sites, *plan.dense)]
+        nodes = [site.node for site in plan.sites] + [skipped.node for skipped in plan.dense]
+        attended = map(fake_value, nodes)
         dtypes = {x.dtype for x in attended if isinstance(x, torch.Tensor)}
         only = dtypes.pop() if len(dtypes) == 1 else None
         for device in {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}:
