@@ -175,7 +175,7 @@ def _judge(graph: _Graph, example_inputs: Sequence[Any]) -> None:
     if refusal:
         raise Refusal(refusal)
     if plan.sparse or once:  # behind a prompt comes a step
-        nodes = [site.node for site in plan.sites] + [left.node for left in plan.dense]
+        nodes = [site.node for site in plan.sites] + [skipped.node for skipped in plan.dense]
         attended = map(fake_value, nodes)
         dtypes = {x.dtype for x in attended if isinstance(x, torch.Tensor)}
         only = dtypes.pop() if len(dtypes) == 1 else None
@@ -338,19 +338,17 @@ def plan_graph(
         sites = []
     policy = policy_of(config, stored)
     plan = make_plan(sites, skipped, policy=policy, layers=config.layers)
-    prompts = find_prefills(normal.graph) if config.prefill == "spans" else []
+    if config.prefill != "spans" or parts or _records_gradients(normal):
+        return plan
+    prompts = [
+        site
+        for number, site in enumerate(find_prefills(normal.graph))
+        if config.layers == "all" or site.is_among(config.layers, number)
+    ]
     if not prompts:
         return plan
-    why = "caches of several layers share a tensor" if parts else ""
-    why = "gradients are recorded here" if _records_gradients(normal) else why
-    hindered = [
-        f"left out by layers={config.layers}"
-        if config.layers != "all" and not site.is_among(config.layers, number)
-        else why
-        for number, site in enumerate(prompts)
-    ]
     candidates = [Candidate(site, None, None, (site.key.base,)) for site in prompts]
-    return with_prefills(plan, prompts, policy(candidates), hindered)
+    return with_prefills(plan, prompts, policy(candidates))
 
 
 def _dense_form(graph: _Graph, asked: Sequence[AskedCache]) -> tuple[fx.GraphModule, int]:
