@@ -75,8 +75,10 @@ def _built(only: torch.dtype | None) -> Path:
 
 
 def _command(only: torch.dtype | None) -> tuple[str, ...]:
-    """The compiler and its flags."""
-    return (_compiler(), *_FLAGS, *([] if only is None else [f"-DLOKI_ONLY={CODES[only]}"]))
+    """The compiler and its flags. A type that the kernels do not know is served by those of any:
+    theirs is to refuse it."""
+    alone = [f"-DLOKI_ONLY={CODES[only]}"] if only in CODES else []
+    return (_compiler(), *_FLAGS, *alone)
 
 
 def _library(command: Sequence[str]) -> Path:
