@@ -338,17 +338,19 @@ def plan_graph(
         sites = []
     policy = policy_of(config, stored)
     plan = make_plan(sites, skipped, policy=policy, layers=config.layers)
-    if config.prefill != "spans" or parts or _records_gradients(normal):
-        return plan
-    prompts = [
-        site
-        for number, site in enumerate(find_prefills(normal.graph))
-        if config.layers == "all" or site.is_among(config.layers, number)
-    ]
+    prompts = find_prefills(normal.graph) if config.prefill == "spans" else []
     if not prompts:
         return plan
+    why = "caches of several layers share a tensor" if parts else ""
+    why = "gradients are recorded here" if _records_gradients(normal) else why
+    hindered = [
+        f"left out by layers={config.layers}"
+        if config.layers != "all" and not site.is_among(config.layers, number)
+        else why
+        for number, site in enumerate(prompts)
+    ]
     candidates = [Candidate(site, None, None, (site.key.base,)) for site in prompts]
-    return with_prefills(plan, prompts, policy(candidates))
+    return with_prefills(plan, prompts, policy(candidates), hindered)
 
 
 def _dense_form(graph: _Graph, asked: Sequence[AskedCache]) -> tuple[fx.GraphModule, int]:

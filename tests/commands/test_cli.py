@@ -658,8 +658,9 @@ def test_help_and_a_list_of_bases_need_no_torch(tiny, text, own_store):
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
-def test_eval_says_what_log_likelihoods_say_of_us():
-    assert "never decode" in " ".join(run("eval", "--help").stdout.split())
+def test_eval_says_that_answers_of_multiple_choice_are_decoded():
+    help_of = " ".join(run("eval", "--help").stdout.split())
+    assert "the answers of multiple choice too, which its own models prefill" in help_of
 
 
 def test_a_stopped_calibration_goes_on(tiny, text, own_store, monkeypatch):

@@ -13,7 +13,7 @@ from toy_models import tiny_llama
 from toy_options import FEW, MODES
 from transformers import DynamicCache, StaticCache
 
-from loki_compile import runtime, step_indexes, variants, witness
+from loki_compile import lengths, runtime, step_indexes, variants, witness
 from loki_compile.counts import stats
 from loki_compile.runtime import DecodeGraph
 
@@ -55,7 +55,7 @@ class Answer:
 
 @pytest.fixture
 def as_on_a_device(monkeypatch):
-    for module in (runtime, step_indexes, variants, witness):
+    for module in (lengths, runtime, step_indexes, variants, witness):
         monkeypatch.setattr(module, "reading_waits", lambda _: True)
     monkeypatch.setattr(witness, "without_waiting", lambda answer: (Answer(answer),) * 2)
 
