@@ -108,7 +108,7 @@ def command(folder: Path | None, **given: Any) -> None:
 
     --tasks runs lm-evaluation-harness: what it asks is decoded in the same way, the answers of
     multiple choice too, which its own models prefill. A question is the last 64 tokens there. Steps
-    behind fewer than 1024 tokens are dense: `sparse steps` says how many were not.
+    behind fewer than --min-context tokens are dense: `sparse steps` says how many were not.
     """
     kept: list[Records] = []
 

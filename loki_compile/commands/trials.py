@@ -112,6 +112,7 @@ class Trials:
         """A cache that holds the context; that of the last case where it is the same."""
         context, length, cache = self.before
         if cache is None or (context, length) != (case.context, case.length):
+            cache, self.before = None, ((), 0, None)  # memory that the next one may need
             cache = new_cache(self.model, self.cache_kind, case.length + CHUNK)
             if self.cache_kind == "static":  # its tensors are laid out outside compiled calls
                 self.model(self._ids([0]), past_key_values=cache)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from toy_models import worded_llama
 
 from loki_compile import reports
 from loki_compile.commands.missed import missed_mass, slots_at, slots_in
@@ -17,19 +18,7 @@ CONTEXT = 1100
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(5)
-    config = transformers.LlamaConfig(
-        hidden_size=48,
-        intermediate_size=60,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=2048,
-        max_position_embeddings=2048,
-        initializer_range=0.3,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return worded_llama()
 
 
 @pytest.fixture(autouse=True)

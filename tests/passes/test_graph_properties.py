@@ -36,6 +36,7 @@ from toy_masks import (
     nothing_seen_by_first,
 )
 from toy_options import BATCH, FEW, HEAD_DIM, HEADS, HIDDEN, KV_HEADS
+from toy_writes import ring
 
 from loki_compile import fits, reports, stats
 from loki_compile.indexes import indexes_of
@@ -487,6 +488,7 @@ def check_small_budget(layers: list[Layer], more: dict, inference: bool, seed: i
                 torch.testing.assert_close(out, expected, rtol=0, atol=1e-5, equal_nan=True)
             else:  # the copy of a ring that begins again looks as if it held nothing
                 assert copies_dense and set(stats()["dense_because"]) == {"empty"}
+                assert any(layer.spelling.write is ring for layer in layers)
     return stats()["sparse_steps"]
 
 

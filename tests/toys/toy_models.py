@@ -31,6 +31,20 @@ def tiny_llama(seed: int = 5):
     return model
 
 
+def worded_llama(positions: int = 2048):
+    """Two layers with random weights and the bundled tokenizer's vocabulary, and positions for
+    contexts that default options decode sparsely behind."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=60, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, vocab_size=2048, max_position_embeddings=positions,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
 def tiny_deepseek(seed: int = 5):
     """As `tiny_llama`, with latents of 14 dims in the cache and 4 rotated ones that heads share."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
