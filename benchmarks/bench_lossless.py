@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import statistics
 import time
@@ -66,10 +65,11 @@ def text_ids(args: argparse.Namespace) -> Tensor:
     return encode(load_tokenizer(args.model), text[: 16 * max(args.tokens, args.prompt)])[None]
 
 
-def prefilled(model: Any, ids: Tensor) -> tuple[DynamicCache, Tensor]:
-    """A cache behind a prompt, and the token behind it (1, 1)."""
+def prefilled(model: Any, ids: Tensor, read: Any = None) -> tuple[DynamicCache, Tensor]:
+    """A cache behind a prompt, and the token behind it (1, 1). `read`: what reads the prompt, a
+    compiled model for a cache with room; else it is read uncompiled."""
     cache = DynamicCache(config=model.config)
-    logits = model.forward(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+    logits = (read or model.forward)(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
     return cache, logits[:, -1:].argmax(-1)
 
 
@@ -270,17 +270,12 @@ def real(args: argparse.Namespace) -> None:
             continue
         torch._dynamo.reset()
         ways: dict[str, tuple[Any, Any, Tensor]] = {}
-        for way in ("lossless", "dense"):
+        ids = text_ids(args)[:, : args.prompt]
+        options = {"top_k": args.top_k, "policy": args.policy}
+        for way, given in (("lossless", options), ("dense", {"min_context": 1 << 30})):
             model = load_model(args.model, device="cpu", dtype=name)
-            if way == "lossless":
-                cache, newest = prefilled(model, text_ids(args)[:, : args.prompt])
-            else:
-                cache, newest = copy.deepcopy(ways["lossless"][1]), ways["lossless"][2]
-            options = {"top_k": args.top_k, "policy": args.policy}
-            model.compile(
-                backend="loki", options=options if way == "lossless" else {"min_context": 1 << 30}
-            )
-            ways[way] = (model, cache, newest)
+            model.compile(backend="loki", options=given)
+            ways[way] = (model, *prefilled(model, ids, read=model))
         keep(base, against_dense(ways, args.tokens))
 
 

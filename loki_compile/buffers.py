@@ -8,10 +8,11 @@ beams, a tensor from elsewhere) is copied once into new memory, as `cat` does. A
 else holds goes on where it is.
 
 Who holds what: a storage counts the tensors that lie in it, exactly. How many hold one tensor is
-its reference count, of which a call itself takes some; the fewest that were found at one are taken
-for those. A caller who is not counted would still find his rows as they were, since rows are only
-written behind them: he would see what is written into the longer tensor later. Threads that begin
-with one tensor ask in turn, and the first one's longer view is there when the next one asks.
+its reference count, of which a call itself takes some, and not of each argument as many; the fewest
+that were found at one are taken for those, of each argument by itself. A caller who is not counted
+would still find his rows as they were, since rows are only written behind them: he would see what
+is written into the longer tensor later. Threads that begin with one tensor ask in turn, and the
+first one's longer view is there when the next one asks.
 
 The memory lives as long as a view of it; so does what is kept beside it. It is no larger than the
 rows at first use by more than the room that `capacity_for` says.
@@ -19,6 +20,7 @@ rows at first use by more than the room that `capacity_for` says.
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
 import weakref
@@ -42,8 +44,8 @@ ROOM_ELSEWHERE = (8, 128)
 ROUND = 64
 # The capacity of what does not grow in place.
 UNLIMITED = 1 << 40
-# So many calls in a row that find their pasts held more often than others did: that is how these
-# calls come, not another cache.
+# So many calls in a row that find a past held more often than others did: that is how these calls
+# come, not another cache.
 _LEARN = 4
 
 _lock = threading.RLock()
@@ -138,8 +140,8 @@ class Growing:
     def __init__(self, growths: Sequence[Growth]) -> None:
         self.growths = tuple(growths)
         self.places = tuple(growth.argument for growth in growths)
-        self.alone: int | None = None
-        self.held_more = 0
+        self.alone: list[int] = []
+        self.held_more: dict[int, tuple[int, int]] = {}  # calls in a row, and the fewest in these
 
     def holders(self, args: Sequence[Any]) -> list[int]:
         """References to each past; to be asked before anything else takes some."""
@@ -157,7 +159,7 @@ class Growing:
         fit, capacity = [], 0
         inference = torch.is_inference_mode_enabled()
         before = []
-        for past, growth, count in zip(pasts, self.growths, holders, strict=True):
+        for past, growth, count, own in zip(pasts, self.growths, holders, alone, strict=True):
             new = growth.new if isinstance(growth.new, int) else growth.new.of(args)
             rows = past.shape[growth.axis] + new
             lengths.append(rows)
@@ -168,7 +170,7 @@ class Growing:
             before.append(buffer)
             goes_on = (
                 buffer is not None
-                and count <= alone
+                and count <= own
                 and rows < buffer.capacity
                 and torch._C._storage_Use_Count(storage) == _alone_in_storage(past)
                 and (inference or not past.is_inference())
@@ -205,7 +207,8 @@ class Growing:
     def _take_again(
         self, pasts: Sequence[Tensor], holders: Sequence[int], args: Sequence[Any], capacity: int
     ) -> Grown | None:
-        if max(holders) > self._alone(holders):
+        alone = self._alone(holders)
+        if holders != alone and any(map(operator.gt, holders, alone)):
             return None
         for past in pasts:
             if torch._C._storage_Use_Count(past.untyped_storage()._cdata) != _alone_in_storage(
@@ -253,18 +256,26 @@ class Growing:
             grown.after.append(buffer)
         return grown
 
-    def _alone(self, holders: Sequence[int]) -> int:
-        """References to a past that nothing but its one cache holds, as far as calls have shown."""
-        fewest = min(holders)
-        Growing.fewest = min(Growing.fewest, fewest)
-        if self.alone is None:
-            self.alone = Growing.fewest
-        if fewest > self.alone:
-            self.held_more += 1
-            if self.held_more >= _LEARN:
-                self.alone = fewest
-        else:
-            self.alone, self.held_more = fewest, 0
+    def _alone(self, holders: Sequence[int]) -> Sequence[int]:
+        """Of each past the references where nothing but its one cache holds it, as far as calls
+        have shown. One argument may come with fewer than the next, at every call."""
+        Growing.fewest = min(Growing.fewest, *holders)
+        if not self.alone:
+            self.alone = [Growing.fewest] * len(holders)
+        if holders == self.alone:
+            self.held_more.clear()
+            return self.alone
+        for number, count in enumerate(holders):
+            if count <= self.alone[number]:
+                self.alone[number] = count
+                self.held_more.pop(number, None)
+                continue
+            calls, least = self.held_more.pop(number, (0, count))
+            calls, least = calls + 1, min(least, count)
+            if calls >= _LEARN:
+                self.alone[number] = least
+            else:
+                self.held_more[number] = calls, least
         return self.alone
 
     def put(self, outputs: Any, grown: Grown) -> list[Any]:

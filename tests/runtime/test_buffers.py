@@ -115,6 +115,24 @@ def test_older_tensors_stay_as_they_were_whatever_is_done_later(options, mode):
             assert torch.equal(tensor, before)
 
 
+@WAYS
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_a_past_that_comes_with_more_references_than_others_grows_in_place_too(which, options):
+    """At every call: it is how these calls come, and no other cache. Dynamo holds arguments
+    unevenly where steps have several tokens."""
+    with torch.no_grad():
+        pair = Pair(options)
+        here, there = pair.start()
+        places = []
+        for _ in range(9):
+            also = getattr(here, which)
+            pair.step(here, there)
+            places.append((storage(here.keys), storage(here.values)))
+        del also
+    assert len({*places[-4:]}) == 1
+    assert stats()["rebuilds"] == (options is EVERYTHING)
+
+
 @MODES
 def test_forks_that_share_a_tensor_part_at_the_next_step(mode):
     """What one writes in place the other does not see."""
