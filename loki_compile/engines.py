@@ -17,7 +17,7 @@ from loki_compile.floats import RestartAnalysis, float_inputs
 from loki_compile.passes.blocks import Piece, find_blocks
 from loki_compile.passes.calls import fake_value
 from loki_compile.passes.graphs import copy_of, fake_mode_of
-from loki_compile.passes.row_products import find_row_products, sum_rows
+from loki_compile.passes.row_products import FEW, find_row_products, sum_rows
 from loki_compile.piece_calls import in_a_row, with_room
 
 log = logging.getLogger("loki_compile")
@@ -134,7 +134,7 @@ def with_row_products(engine: Engine) -> Engine:
         with torch._inductor.config.patch(options):
             frozen = torch._inductor.config.freezing
         if not frozen and any(isinstance(value, torch.Tensor) for value in inputs):
-            gm = sum_rows(gm, find_row_products(gm.graph))
+            gm = sum_rows(gm, find_row_products(gm.graph, gm.meta.get(FEW, ())))
         return engine(gm, inputs, mode=mode, options=options)
 
     return run

@@ -29,6 +29,7 @@ from loki_compile.passes.in_place import Rooms, add_rooms, new_capacity, write_b
 from loki_compile.passes.masks import what_is_seen
 from loki_compile.passes.plan import Plan
 from loki_compile.passes.rollback import what_to_save
+from loki_compile.passes.row_products import FEW
 from loki_compile.passes.sparse import keep_true, rewrite_sparse
 from loki_compile.passes.write_forms import counted_by
 
@@ -103,6 +104,8 @@ class Variants:
         self.compile_graph = compile_graph
         self.rules = {sparse.choice.rule for sparse in plan.sparse}
         self.token_counts = [count for count in set(counts) if not isinstance(count, int)]
+        tokens = [sparse.site.tokens for sparse in plan.sparse]
+        self.few = frozenset(x.node.expr for x in tokens if isinstance(x, torch.SymInt))
         self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
         self.undo = what_to_save(gm.graph)
         self.fill = _fill_graph(gm, plan)
@@ -144,6 +147,7 @@ class Variants:
         gm = rewrite_sparse(gm, plan, layouts, rooms)
         if self.pack_gqa:
             gm = rewrite_dense(gm, [s for s in plan.sites if s.node not in sparse_sites])
+        gm.meta[FEW] = self.few
         return self._compiled(gm, "sparse", before, rooms, missed)
 
     def exact(self, layouts: Sequence[Layout | None], missed: Callable[[], None]) -> Variant:
@@ -156,6 +160,7 @@ class Variants:
         gm = keep_true(gm, plan, layouts, rooms)
         if self.pack_gqa:
             gm = rewrite_dense(gm, plan.sites, few_tokens=True)
+        gm.meta[FEW] = self.few
         return self._compiled(gm, "exact", before, rooms, missed)
 
     def _rooms(

@@ -6,16 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loki_compile.kernels.row_products import (
+    MAX_CHANGING_DIMS,
     MAX_FLOAT32_DIMS,
     MAX_NUMBERS,
     MAX_ROWS,
     is_few,
     row_products,
+    row_products_of_any,
 )
 from loki_compile.passes.row_products import find_row_products, sum_rows
 from torch._dynamo.testing import EagerAndRecordGraphs
+from torch._dynamo.utils import counters
 from torch._inductor import metrics
 from torch._inductor.utils import run_and_get_code
+from torch.fx import GraphModule
 
 from loki_compile import engines
 from loki_compile.backend import loki
@@ -132,13 +136,62 @@ def test_what_libraries_serve_better_or_a_sum_would_not_be_is_left():
         assert not products_in(F.linear, one, w), "autocast rounds what comes in"
 
 
-def test_rows_whose_number_changes_are_left():
+def of_any_number(dtype=torch.float32, batch=1, dims=48):
+    """The graph of a product whose number of rows each call brings, and that number."""
     torch._dynamo.reset()
     seen = EagerAndRecordGraphs()
-    call = torch.compile(F.linear, backend=seen, dynamic=True)
+    x = torch.randn(batch, 3, dims).to(dtype)
+    torch._dynamo.mark_dynamic(x, 1)
     with torch.no_grad():
-        call(torch.randn(3, 48), weight())
-    assert not find_row_products(seen.graphs[-1].graph)
+        torch.compile(F.linear, backend=seen)(x, weight(k=dims, dtype=dtype))
+    graph = seen.graphs[-1].graph
+    (node,) = [n for n in graph.nodes if n.op == "call_function" and "linear" in str(n.target)]
+    return graph, node.meta["example_value"].shape[1].node.expr
+
+
+def test_rows_of_any_number_are_swapped_where_that_is_known_to_be_few():
+    graph, rows = of_any_number()
+    assert not find_row_products(graph)
+    assert not find_row_products(graph, {rows + 1})
+    assert find_row_products(graph, {rows})
+
+
+def test_rows_of_any_number_that_libraries_serve_better_are_left():
+    for changed in (
+        {"dtype": torch.bfloat16},
+        {"batch": 2},
+        {"dims": MAX_CHANGING_DIMS + 1},
+    ):
+        graph, rows = of_any_number(**changed)
+        assert not find_row_products(graph, {rows}), changed
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_product_of_rows_that_each_call_brings_is_compiled_once_for_all(with_bias):
+    torch._dynamo.reset()
+    counters.clear()
+    w, bias = weight(130, 65), torch.randn(130) if with_bias else None
+    run = torch.compile(row_products_of_any)
+    for count in range(2, 9):
+        x = torch.randn(count + 1, 1, 70)[1:, :, 2:-3]
+        torch._dynamo.mark_dynamic(x, 0)
+        truth = F.linear(x.double(), w.double(), None if bias is None else bias.double())
+        for found in (run(x, w, bias), row_products_of_any(x, w, bias)):
+            assert found.shape == truth.shape and found.is_contiguous()
+            assert (found.double() - truth).abs().max() <= 2 * EPS[x.dtype] * truth.abs().max()
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@torch.no_grad()
+def test_the_graph_that_is_swapped_computes_the_same():
+    graph, rows = of_any_number()
+    gm, w = sum_rows(GraphModule({}, graph), find_row_products(graph, {rows})), weight()
+    for count in (2, 5):
+        x = torch.randn(1, count, 48)
+        by_name = {"l_args_0_": x, "l_args_1_": w}
+        names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+        (found,) = gm(*(by_name.get(name, count) for name in names))
+        assert (found.double() - F.linear(x.double(), w.double())).abs().max() < 1e-5
 
 
 def test_gradients_pass_through_as_before():
