@@ -24,10 +24,12 @@ _CREDIT, _BACK = 4.0, 0.01
 _CHANCE, _WEIGHT, _MEMORY = 0.8, 2.0, 64.0
 # Cycles of one length that are remembered, and how many of the first are not: they compile.
 _KEPT, _WARM = 9, 1
+# Dense steps to begin with, which cost nothing, behind the first one.
+_RESTS = 3
 # Drafts are worth it from so much more speed on.
 _WORTH = 1.02
-# Each so many cycles another length is tried.
-_TRY = 12
+# Each so many cycles of drafts another length is tried; and a dense step.
+_TRY, _ASK = 12, 48
 
 
 class Pace:
@@ -57,7 +59,7 @@ class Pace:
         limit = min(limit, self.most)
         if limit < 1:
             return 0
-        if self.credit < self.needed or len(self.taken.get(0, ())) < 2:
+        if self.credit < self.needed or len(self.taken.get(0, ())) < _RESTS:
             return 0
         self.needed, best = 0.0, 0
         if len(self.taken.get(1, ())) > 1:  # what drafts take is known
@@ -67,6 +69,8 @@ class Pace:
                 self.needed = self.seconds(1) / max(self.seconds(0), 1e-9) - 1
             return 1 if self.credit >= self.needed else 0
         self.cycles += 1
+        if self.cycles % _ASK == _TRY // 2:  # lest an old dense step is what drafts are held to
+            return 0
         if self.cycles % _TRY == 0:  # the neighbour that fewer cycles tell of
             near = [n for n in (best - 1, best + 1) if 1 <= n <= limit]
             return min(near, key=lambda n: self.ran.get(n, 0), default=best)
@@ -78,8 +82,9 @@ class Pace:
         return tokens / max(self.seconds(drafts), 1e-9)
 
     def seconds(self, drafts: int) -> float:
-        """What a cycle takes: measured, or on the line through its neighbours."""
-        known = {n: statistics.median(s) for n, s in self.taken.items() if s}
+        """What a cycle takes: measured, or on the line through its neighbours. Of dense steps the
+        least: what holds one up (a compilation, others on the machine) is no reason to draft."""
+        known = {n: statistics.median(s) if n else min(s) for n, s in self.taken.items() if s}
         if drafts in known:
             return known[drafts]
         if drafts == 0:
