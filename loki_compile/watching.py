@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from loki_compile.floats import ask_for_values, float_inputs
+from loki_compile.passes.normalize import normalize
+
 Look = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 # Dynamo runs a frame eagerly, unseen, once it has been compiled this often.
@@ -62,6 +65,9 @@ class _Watcher:
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         assert self.look is not None
+        # A scale that is a symbol would hide its layer. Dynamo traces again, and comes back.
+        if float_inputs(gm.graph):
+            ask_for_values(normalize(gm)[0].graph)
         fragment = _Fragment(self.look(gm, example_inputs))
         self.fragments.append(fragment)
         return fragment
