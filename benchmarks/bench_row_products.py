@@ -1,11 +1,13 @@
 """What products of few rows cost: a library's, and sums that Inductor vectorises.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_row_products.py [--dtype bfloat16] [--rows 1 2 4]
+    OMP_NUM_THREADS=1 python benchmarks/bench_row_products.py --changing --rows 2 3 4 5 8
 
 A decoder without attention (norms, seven products a layer, a gated MLP), compiled in each way with
 weights that no cache holds; CPU milliseconds of a step (with one thread), the least of rounds in
 turn, and GB/s of weights. Both are compared with fp64 first. What has too many rows or dims for a
-sum stays a library's.
+sum stays a library's; `--changing`: in a graph for any number of rows, where all of 1024 dims and
+fewer are sums, of whatever dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from harness import require, stamp, table, write_rows
-from loki_compile.kernels.row_products import is_few, row_products
+from loki_compile.kernels.row_products import (
+    MAX_CHANGING_DIMS,
+    is_few,
+    row_products,
+    row_products_of_any,
+)
 from torch import Tensor
 
 SHAPES = {"small": (576, 192, 1536, 12), "large": (2304, 768, 9216, 2)}  # hidden, KV, MLP, layers
@@ -30,6 +37,12 @@ def as_compiled(x: Tensor, weight: Tensor) -> Tensor:
     """The product as `backend="loki"` has it compiled."""
     few = is_few(x.shape[0], x.shape[-1], x.dtype)
     return row_products(x, weight) if few else F.linear(x, weight)
+
+
+def of_any_number(x: Tensor, weight: Tensor) -> Tensor:
+    """The product in a graph for any number of rows."""
+    few = x.shape[-1] <= MAX_CHANGING_DIMS
+    return row_products_of_any(x, weight) if few else F.linear(x, weight)
 
 
 class Decoder(torch.nn.Module):
@@ -61,11 +74,16 @@ class Decoder(torch.nn.Module):
         yield from (weights[at : at + 7] for at in range(0, len(weights), 7))
 
 
-def measured(shape: str, dtype: torch.dtype, rows: int, rounds: int) -> dict[str, Any]:
+def measured(
+    shape: str, dtype: torch.dtype, rows: int, rounds: int, changing: bool
+) -> dict[str, Any]:
     x = torch.randn(rows, 1, SHAPES[shape][0]).to(dtype)
+    if changing:
+        torch._dynamo.mark_dynamic(x, 0)
+    sums = of_any_number if changing else as_compiled
     models = {
         name: Decoder(shape, product).to(dtype).eval()
-        for name, product in (("library", F.linear), ("sums", as_compiled))
+        for name, product in (("library", F.linear), ("sums", sums))
     }
     truth = models["library"].double()(x.double())
     models["library"].to(dtype)
@@ -84,6 +102,7 @@ def measured(shape: str, dtype: torch.dtype, rows: int, rounds: int) -> dict[str
             best[name] = min(best.get(name, 1e9), (clock() - began) / 5)
     size = sum(w.numel() * w.itemsize for w in models["sums"].weights)
     row: dict[str, Any] = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
+    row["changing"] = changing
     for name, seconds in best.items():
         row |= {f"{name}_ms": 1e3 * seconds, f"{name}_gb_s": size / seconds / 1e9}
     return {**row, "ratio": best["library"] / best["sums"]}
@@ -95,13 +114,16 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--changing", action="store_true", help="graphs for any number of rows")
     args = parser.parse_args()
     found = []
     with torch.no_grad():
         for shape in args.shape:
             for dtype in args.dtype:
                 for rows in args.rows:
-                    found.append(measured(shape, getattr(torch, dtype), rows, args.rounds))
+                    found.append(
+                        measured(shape, getattr(torch, dtype), rows, args.rounds, args.changing)
+                    )
                     print(found[-1], flush=True)
     print(table(found, list(found[0])))
     about = {"threads": torch.get_num_threads(), **stamp("cpu")}

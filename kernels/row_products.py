@@ -18,8 +18,9 @@ MAX_NUMBERS = 4096
 # - A long row of float32, which a library need not convert (2048: 1.4, 3072: 0.9).
 MAX_FLOAT32_DIMS = 2048
 # - Two to eight rows, as calls bring them, of more numbers than these or of another type. (One core
-#   of an EPYC with 16-bit products, 2, 3, 4, 5 and 8 rows: float32 of 576: 5.1, 5.7, 2.2, 2.3, 1.2,
-#   of 1536: 0.9, 1.2, 0.9, 0.9, 0.7; bfloat16 of 576: 1.1, 0.8, 0.6, 0.5, 0.4.)
+#   of an EPYC with 16-bit products, 2, 3, 4, 5 and 8 rows. An output layer of 576 dims in float32:
+#   5.1, 5.7, 2.2, 2.3, 1.2, in bfloat16: 1.1, 0.8, 0.6, 0.5, 0.4. Smaller matrices of 1536 dims in
+#   float32: 0.9, 1.2, 0.9, 0.9, 0.7. A decoder's layers of 576: bench_row_products.py --changing.)
 MAX_CHANGING_DIMS = 1024
 
 

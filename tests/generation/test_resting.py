@@ -10,7 +10,7 @@ from toy_models import LONG, make_model, prompt
 import loki_compile
 from loki_compile import stats
 from loki_compile.buffers import Growing
-from loki_compile.exact_steps import resting
+from loki_compile.exact_steps import exact, resting
 from loki_compile.generation.caches import rewind
 from loki_compile.generation.pace import Pace
 from loki_compile.indexes import indexes_of
@@ -138,3 +138,25 @@ def test_a_decoder_rests_where_it_drafts_nothing(kind, monkeypatch, interpreted,
     held = int(loop.cache.get_seq_length())
     mask = torch.ones(1, held, dtype=torch.int64)
     assert far_from_dense(loop.cache, ids[:, :held], mask, uncompiled) < 5e-5
+
+
+@torch.no_grad()
+def test_drafts_and_what_verifies_them_stay_in_the_caches_memory_at_default_options(
+    interpreted, fresh
+):
+    """Steps of one token and of several are graphs of their own, which take one cache in turn."""
+    model = make_model(3)  # from three layers on Dynamo holds one past less often than others
+    model.compile(backend="loki")
+    loop = Resting(model, "growing", 1)
+    places = []
+    for n in range(12):
+        for new in new_tokens(2):
+            loop.step(new)
+        loop.back(2)
+        with exact():
+            loop.step(prompt(4, 2 + n % 3))
+        loop.back(1)
+        places.append([layer.keys.untyped_storage().data_ptr() for layer in loop.cache.layers])
+    assert all(place == places[-1] for place in places[-6:])
+    ran = stats()
+    assert ran["sparse_steps"] == 24 and ran["dense_because"] == {"exact": 12}
