@@ -85,12 +85,21 @@ inline void put_fixed(int64_t fixed, int64_t columns, int64_t r, int64_t head, i
 
 // What a kernel does with the dots of a block of rows: `best` of kBlock keeps the highest over the
 // heads, NaN left aside; or `each` of heads * kBlock takes them as they are. An int8 index
-// multiplies them by row_scale.
+// multiplies them by row_scale. `ahead`: a block of rows without gaps to fetch meanwhile, or null.
 struct Scores {
   float* best;
   float* each;
   const float* row_scale;
+  const char* ahead;
 };
+
+// For a kernel that takes 16 bytes of each row of a block in turn: fetches as much of the block
+// ahead. All lines at once would fill what keeps track of them, and wait: half as fast.
+LOKI_INLINE inline void fetch_ahead(const Scores& to, int64_t done) {
+  if (!to.ahead) return;
+  const char* at = to.ahead + done * kBlock;
+  for (int64_t i = 0; i < 16 * kBlock; i += 64) __builtin_prefetch(at + i);
+}
 
 #if LOKI_AVX512
 
@@ -178,6 +187,7 @@ void score_block(const E* rows, int64_t stride, int64_t r, const float* q, const
   for (int64_t done = 0; done < row_bytes; done += 16) {
     __m512i column[2][4];
     __mmask16 bytes = chunk_bytes(row_bytes - done);
+    fetch_ahead(to, done);
     load_columns(at + done, stride_bytes, bytes, column[0]);
     load_columns(at + 16 * stride_bytes + done, stride_bytes, bytes, column[1]);
     unroll<4 * kPerColumn<E>>([&](auto i) LOKI_INLINE {
@@ -212,6 +222,7 @@ void score_block_int8(const int8_t* rows, int64_t stride, int64_t r, const Query
   const int8_t* limbs = q.limb;
   for (int64_t done = 0; done < r; done += 16, limbs += 16 * GB) {
     __m512i column[2][4];
+    fetch_ahead(to, done);
     load_columns(at + done, stride, chunk_bytes(r - done), column[0]);
     load_columns(at + 16 * stride + done, stride, chunk_bytes(r - done), column[1]);
     unroll<4>([&](auto c) LOKI_INLINE {

@@ -27,7 +27,8 @@ struct SelectParams {
   double scale, mass;  // mass: the share that the keys of a row hold, 0: as many as `top_k` says
 };
 
-constexpr int64_t kAhead = 8 * kBlock;  // positions fetched ahead of the ones being scored
+// Positions fetched ahead of the ones being scored: rows without gaps, while these are; others.
+constexpr int64_t kNext = 2 * kBlock, kAhead = 8 * kBlock;
 constexpr int64_t kMaxKeys = 1 << 24;  // scores held at once, unless one pair has more
 
 // `chooser` is the row's head among those that choose, h the query head that speaks for it.
@@ -83,7 +84,8 @@ class Select {
         hkv_(p.index.size[1]), t_(p.keys), r_(p.index.size[3]),
         group_(hq_ / hkv_), heads_(p.per_head ? hq_ : hkv_),
         pairs_(p.q.size[0] * hkv_), rows_(p.q.size[0] * heads_ * s_),
-        low_rank_(p.basis.dtype != kNone), columns_(round_up(r_, low_rank_ ? 16 : 32)),
+        low_rank_(p.basis.dtype != kNone), additive_(p.mask.dtype != kNone && p.mask.dtype != kBool),
+        columns_(round_up(r_, low_rank_ ? 16 : 32)),
         // One head ranks alike by its scores and by its probabilities.
         summed_(p.by_probability && heads_ != hq_ ? group_ : 0),
         key_stride_(round_up(t_, 16) + kBlock), row_stride_(key_stride_ * max_of<int64_t>(summed_, 1)),
@@ -371,16 +373,26 @@ class Select {
                   char* room) {
     const E* index = p_.index.row<E>(pair / hkv_, pair % hkv_, 0);
     const float* scales = p_.index_scale.row<float>(pair / hkv_, pair % hkv_, 0);
-    float row_scale[kBlock] = {};
+    const int64_t scale_stride = p_.index_scale.stride[2];
+    float scale_room[kBlock] = {};
     for (int64_t t = from; t < to; t += kBlock) {
       int64_t n = min_of(kBlock, to - t);
       int64_t stride = p_.index.stride[2];
       const E* rows = index + t * stride;
-      fetch<E>(rows + kAhead * stride, stride * sizeof(E), r_ * sizeof(E));
-      if (p_.index.dtype == kInt8) {
-        int64_t scale_stride = p_.index_scale.stride[2];
+      const char* ahead = nullptr;
+      if (LOKI_AVX512 && stride == r_) {
+        ahead = reinterpret_cast<const char*>(rows + kNext * stride);
+      } else {
+        fetch<E>(rows + kAhead * stride, stride * sizeof(E), r_ * sizeof(E));
+      }
+      const float* row_scale = scale_room;
+      if (p_.index.dtype == kInt8 && scale_stride == 1 && n == kBlock) {
+        row_scale = scales + t;
+        __builtin_prefetch(row_scale + kAhead);
+        __builtin_prefetch(row_scale + kAhead + kBlock / 2);
+      } else if (p_.index.dtype == kInt8) {
         fetch<float>(scales + (t + kAhead) * scale_stride, scale_stride * 4, 4);
-        for (int64_t i = 0; i < n; ++i) row_scale[i] = scales[(t + i) * scale_stride];
+        for (int64_t i = 0; i < n; ++i) scale_room[i] = scales[(t + i) * scale_stride];
       }
       if (t + kBlock > t_) {  // a whole block would read past the cache: copy what there is
         E* copy = reinterpret_cast<E*>(room + room_bytes_ - tail_bytes());
@@ -391,7 +403,8 @@ class Select {
         stride = r_;
       }
       for (int64_t s = 0; s < s_; ++s) {
-        score_token(pair, s, t, n, queries + s * blocks, blocks, rows, stride, row_scale);
+        score_token(pair, s, t, n, queries + s * blocks, blocks, rows, stride, row_scale, ahead);
+        ahead = nullptr;
       }
     }
   }
@@ -415,12 +428,14 @@ class Select {
 
   template <class E>
   void score_token(int64_t pair, int64_t s, int64_t t, int64_t n, const Query* queries,
-                   int64_t blocks, const E* rows, int64_t stride, const float* row_scale) {
+                   int64_t blocks, const E* rows, int64_t stride, const float* row_scale,
+                   const char* ahead) {
     float best[kBlock], each[8 * kBlock];
     for (int64_t i = 0; i < kBlock; ++i) best[i] = -kInf;
-    const Scores to{shares() ? best : nullptr, shares() ? nullptr : each, row_scale};
+    Scores to{shares() ? best : nullptr, shares() ? nullptr : each, row_scale, ahead};
     for (const Query* query = queries; query < queries + blocks; ++query) {
       score_heads(rows, stride, r_, *query, to);
+      to.ahead = nullptr;
       if (shares()) continue;
       for (int64_t x = 0; x < own_heads(*query); ++x) {
         store_block(pair, query->first_head + x, s, t, n, each + x * kBlock);
@@ -503,7 +518,9 @@ class Select {
     if (summed_) {
       store_logits(score, mask_of(row), plan, t, n, logits_of(row, g) + t);
     } else if (plan.weighed || (t + n > plan.first && t < plan.last)) {
-      store_keys(score, mask_of(row), plan, t, n, keys_of(row) + t);
+      // Whose keys they are takes divisions, and is asked of few.
+      const MaskRow mask = plan.holes || additive_ ? mask_of(row) : MaskRow();
+      store_keys(score, mask, plan, t, n, keys_of(row) + t);
     }
   }
 
@@ -606,7 +623,7 @@ class Select {
 
   const SelectParams& p_;
   const int64_t hq_, s_, d_, hkv_, t_, r_, group_, heads_, pairs_, rows_;
-  const bool low_rank_;
+  const bool low_rank_, additive_;
   const int64_t columns_, summed_, key_stride_, row_stride_;  // summed_: heads, or 0
   const ScoreRows* const score_rows_;
   int64_t parts_ = 1, room_bytes_ = 0, first_row_ = 0, rows_at_once_ = 0;
