@@ -256,20 +256,28 @@ def _extend_pages_cuda(*args, **kwargs):
     return triton_pages.extend_pages(*args, **kwargs)
 
 
-_LIBRARY.impl("select", cpu.select, "CPU")
-_LIBRARY.impl("select_weighed", cpu.select_weighed, "CPU")
-_LIBRARY.impl("attend", cpu.attend, "CPU")
-_LIBRARY.impl("select", with_bool_mask(_select_cuda), "CUDA")
-_LIBRARY.impl("select_weighed", with_bool_mask(_select_weighed_cuda), "CUDA")
-_LIBRARY.impl("attend", with_bool_mask(_attend_cuda), "CUDA")
-_LIBRARY.impl("attention", over_all_keys(cpu.attend), "CPU")
-_LIBRARY.impl("attention", over_all_keys(with_bool_mask(_attend_cuda)), "CUDA")
-_LIBRARY.impl("prefill", span_prefill.prefill, "CPU")
-_LIBRARY.impl("prefill", span_prefill.prefill, "CUDA")
-_LIBRARY.impl("update_pages", cpu.update_pages, "CPU")
-_LIBRARY.impl("extend_pages", cpu.extend_pages, "CPU")
-_LIBRARY.impl("update_pages", _update_pages_cuda, "CUDA")
-_LIBRARY.impl("extend_pages", _extend_pages_cuda, "CUDA")
+# What the ops are on CPUs and on CUDA devices.
+CPU_KERNELS: dict[str, Callable[..., Any]] = {
+    "select": cpu.select,
+    "select_weighed": cpu.select_weighed,
+    "attend": cpu.attend,
+    "attention": over_all_keys(cpu.attend),
+    "prefill": span_prefill.prefill,
+    "update_pages": cpu.update_pages,
+    "extend_pages": cpu.extend_pages,
+}
+CUDA_KERNELS: dict[str, Callable[..., Any]] = {
+    "select": with_bool_mask(_select_cuda),
+    "select_weighed": with_bool_mask(_select_weighed_cuda),
+    "attend": with_bool_mask(_attend_cuda),
+    "attention": over_all_keys(with_bool_mask(_attend_cuda)),
+    "prefill": span_prefill.prefill,
+    "update_pages": _update_pages_cuda,
+    "extend_pages": _extend_pages_cuda,
+}
+for _key, _kernels in (("CPU", CPU_KERNELS), ("CUDA", CUDA_KERNELS)):
+    for _name, _kernel in _kernels.items():
+        _LIBRARY.impl(_name, _kernel, _key)
 
 select = torch.ops.loki.select.default
 select_weighed = torch.ops.loki.select_weighed.default

@@ -13,6 +13,7 @@ from torch import fx
 
 from loki_compile import instruction_sets
 from loki_compile.counts import Tally, say_compiling
+from loki_compile.direct_calls import call_directly
 from loki_compile.floats import RestartAnalysis, float_inputs
 from loki_compile.passes.blocks import Piece, find_blocks
 from loki_compile.passes.calls import fake_value
@@ -54,7 +55,10 @@ def inductor(
     patches = torch._inductor.list_mode_options(mode) if mode and mode != "default" else {}
     devices = {value.device.type for value in inputs if isinstance(value, torch.Tensor)}
     known = instruction_sets.options() if devices == {"cpu"} else {}
-    return torch._inductor.compile(gm, list(inputs), options={**known, **patches, **options})
+    run = torch._inductor.compile(gm, list(inputs), options={**known, **patches, **options})
+    if devices == {"cpu"}:
+        call_directly(run)
+    return run
 
 
 def inductor_by_blocks(

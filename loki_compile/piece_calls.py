@@ -153,7 +153,7 @@ class _FirstCalls:
 
 def _watch(run: Callable[..., Any], args: list[Any]) -> tuple[Any, Direct | None]:
     """The results of a call, and what its wrappers come to, None where they do more."""
-    compiled = _inductors(run)
+    compiled = inductors(run)
     if compiled is None:
         return run(*args), None
     function = compiled.current_callable
@@ -192,7 +192,7 @@ def _version(value: Any) -> int | None:
     return value._version
 
 
-def _inductors(run: Callable[..., Any]) -> Any:
+def inductors(run: Callable[..., Any]) -> Any:
     """The one compiled graph that a function calls, None where there is not exactly one."""
     from torch._inductor.output_code import CompiledFxGraph
 
