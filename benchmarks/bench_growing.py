@@ -46,7 +46,7 @@ def measured(context: int, dtype: str, layers: int) -> list[dict[str, Any]]:
         torch._dynamo.reset()
         decoders = {}
         # Traced the other way round, behind no compiled prompt, what grows is copied (docs).
-        for kind in ("dynamic", "static"):
+        for kind in ("static", "dynamic"):
             model = build(DTYPES[dtype], "cpu", layers)
             step = model
             if options is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from loki_compile.bind import adapters, bind_caches, growths, load_basis, token_count
-from loki_compile.buffers import with_room
+from loki_compile.buffers import Growing, with_room
 from loki_compile.caches import CacheBinding
 from loki_compile.config import LokiConfig
 from loki_compile.counts import (
@@ -152,9 +152,9 @@ class _Graph:
         mode: str | None,
     ) -> _Graph:
         # What is promised to be Inductor's to the bit goes to Inductor.
-        once = config.pack_gqa and is_called_once(plan, normal.graph)
         in_place = _grows_in_place(normal, config, mode)
         appends = find_appends(normal.graph) if in_place else ()
+        once = config.pack_gqa and is_called_once(plan, normal.graph, appends)
         return cls(gm, normal, parts, config, plan, once, in_place, appends)
 
     def bind(self, args: Sequence[Any]) -> list[CacheBinding]:
@@ -187,19 +187,22 @@ def _decode_graph(
     graph: _Graph,
     example_inputs: Sequence[Any],
     bindings: list[CacheBinding],
-    late: Callable[[], Callable[..., Variant]],
+    late: Callable[..., Callable[..., Variant]],
     tally: Tally,
 ) -> DecodeGraph:
     """What runs a graph with a sparse site."""
     gm, normal, plan, config = graph.gm, graph.normal, graph.plan, graph.config
     counts = [token_count(normal.graph, sparse.site) for sparse in plan.sparse]
-    variants = Variants(normal, plan, config.pack_gqa, late(), counts, graph.appends)
+    grows = growths(normal.graph, graph.appends)
+    growing = Growing(grows) if grows else None
+    engine = late(lambda: growing is not None and growing.goes_on)
+    variants = Variants(normal, plan, config.pack_gqa, engine, counts, graph.appends)
 
     def serve(args: Sequence[Any]) -> Served:
         return Served(graph.bind(args), tally_of(gm, args))
 
-    grows, served = growths(normal.graph, graph.appends), Served(bindings, tally)
-    compiled = DecodeGraph(variants, config, graph.parts, served, serve, grows)
+    served = Served(bindings, tally)
+    compiled = DecodeGraph(variants, config, graph.parts, served, serve, growing)
     compiled.remember(example_inputs)
     return compiled
 
@@ -224,7 +227,8 @@ def _dense_graph(
         _say_compiling_dense(tally, graph.plan)
         compiled = at_once(form, example_inputs)
     # A prompt in parts leaves what steps leave, lest these are traced for two layouts.
-    longer = [(append.output, append.axis) for append in graph.appends]
+    read = any(skip.reason in PREFILLS for skip in graph.plan.dense)
+    longer = [(append.output, append.axis) for append in graph.appends if read]
     if graph.in_place and (left := [*first_keys(graph.normal.graph), *longer]):
         # Unless `dynamic=False` was asked for.
         varies = torch._dynamo.config.automatic_dynamic_shapes
@@ -249,10 +253,13 @@ def _compilers(
 
 
 def _late(
-    graph: _Graph, compile_graph: Callable[..., Callable[..., Any]], tally: Tally
+    graph: _Graph,
+    compile_graph: Callable[..., Callable[..., Any]],
+    tally: Tally,
+    goes_on: Callable[[], bool] = lambda: False,
 ) -> Callable[..., Variant]:
     """What compiles a form of the graph when it is needed, or, of what is called once, when that
-    is worth it."""
+    is worth it, or where a call `goes_on` all the same."""
     late: Callable[..., Variant] = functools.partial(
         compile_late,
         compile_graph=compile_graph,
@@ -261,19 +268,21 @@ def _late(
         sites=len(graph.plan.sites) or len(graph.plan.dense),
         autocast=autocast_now(graph.normal),
     )
-    return functools.partial(Deferred, late) if graph.once else late
+    return functools.partial(Deferred, late, goes_on=goes_on) if graph.once else late
 
 
-def is_called_once(plan: Plan, graph: fx.Graph) -> bool:
+def is_called_once(plan: Plan, graph: fx.Graph, appends: Sequence[Append]) -> bool:
     """Whether a conversation calls the graph once: a prefill, or a step for one length of a cache
-    that grows, as Dynamo traces the first.
+    that grows, as Dynamo traces the first, or for any length of one that lies tight, which leaves
+    one with room.
 
     What computes flex_attention is never run as it is: all scores would lie in memory at once.
     """
     if any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in graph.nodes):
         return False
     if plan.sparse:
-        return any(cache.serves_one_length for cache in plan.caches)
+        one_length = any(cache.serves_one_length for cache in plan.caches)
+        return one_length or any(append.lies_tight for append in appends)
     if plan.sites or not plan.dense:
         return False
     return all(skip.reason in PREFILLS for skip in plan.dense)

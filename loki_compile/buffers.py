@@ -20,13 +20,15 @@ rows at first use by more than the room that `capacity_for` says.
 
 from __future__ import annotations
 
+import ctypes
+import math
 import operator
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -47,6 +49,9 @@ UNLIMITED = 1 << 40
 # So many calls in a row that find a past held more often than others did: that is how these calls
 # come, not another cache.
 _LEARN = 4
+
+_LARGE_PAGE = 1 << 21  # bytes, of x86-64 and of ARM with pages of 4 KiB
+_MADV_HUGEPAGE = 14
 
 _lock = threading.RLock()
 _buffers: dict[int, Buffer] = {}  # by the address of the storage, which lives as long as its entry
@@ -141,6 +146,8 @@ class Growing:
         self.growths = tuple(growths)
         self.places = tuple(growth.argument for growth in growths)
         self.alone: list[int] = []
+        self.goes_on = False  # the last call went on where the one before it had ended
+        self.lengths: list[int] = []  # of what it left
         self.held_more: dict[int, tuple[int, int]] = {}  # calls in a row, and the fewest in these
 
     def holders(self, args: Sequence[Any]) -> list[int]:
@@ -181,6 +188,8 @@ class Growing:
                 capacity = max(capacity, buffer.capacity)
         grown = Grown(capacity)
         grown.before = before
+        begun = [past.shape[growth.axis] for past, growth in zip(pasts, self.growths, strict=True)]
+        self.goes_on, self.lengths = begun == self.lengths, lengths
         most = max(lengths)
         if capacity <= most:
             try:
@@ -318,10 +327,28 @@ def new_buffer(past: Tensor, axis: int, rows: int, capacity: int) -> tuple[Buffe
     sizes = list(past.shape)
     sizes[axis] = capacity
     whole = torch.empty(sizes, dtype=past.dtype, device=past.device)
+    _ask_for_large_pages(whole, axis, past.shape[axis])
     buffer = Buffer(whole, axis)
     room = buffer.view(whole, rows)
     room.narrow(axis, 0, past.shape[axis]).copy_(past)
     return buffer, room
+
+
+def _ask_for_large_pages(whole: Tensor, axis: int, rows: int) -> None:
+    """Asks Linux to put the first rows into pages of 2 MiB before they are written: chosen keys lie
+    apart, and to find the small page of each takes as long as to read it (docs/measured.md). Only
+    pages that these rows fill, so that no room becomes memory. A refusal changes nothing."""
+    if whole.device.type != "cpu" or _MADVISE is None:
+        return
+    inner = math.prod(whole.shape[axis + 1 :]) * whole.element_size()
+    runs, step = math.prod(whole.shape[:axis]), whole.shape[axis] * inner
+    if rows * inner < _LARGE_PAGE:
+        return
+    for begin in range(whole.data_ptr(), whole.data_ptr() + runs * step, step):
+        first = -(-begin // _LARGE_PAGE) * _LARGE_PAGE
+        size = (begin + rows * inner - first) // _LARGE_PAGE * _LARGE_PAGE
+        if size > 0:
+            _MADVISE(first, size, _MADV_HUGEPAGE)
 
 
 def _without(sizes: Iterable[int], axis: int) -> tuple[int, ...]:
@@ -342,3 +369,15 @@ def _own_uses() -> int:
 
 
 _OWN_USES = _own_uses()
+
+
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """Linux' `madvise`, None elsewhere."""
+    if sys.platform != "linux":
+        return None
+    found = ctypes.CDLL(None).madvise
+    found.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return cast("Callable[[int, int, int], int]", found)
+
+
+_MADVISE = _madvise()

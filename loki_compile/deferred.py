@@ -1,10 +1,11 @@
 """Graphs that may be called once: they run node by node until that has cost what compiling costs.
 
-A prefill comes once in a conversation, and so does a step that Dynamo traces for one length of a
-cache, as it does behind a prompt that was not compiled. Compiling either takes as long as compiling
-the step that all tokens go through. Whoever rents until the rent equals the price never pays more
-than twice the least that was possible (ski rental). The rent is what a call node by node takes
-longer than a compiled one.
+A prefill comes once in a conversation, and so does the step behind a prompt that was not compiled:
+Dynamo traces it for one length of a cache, or for caches that lie tight, and it leaves them with
+room. Compiling either takes as long as compiling the step that all tokens go through. Whoever rents
+until the rent equals the price never pays more than twice the least that was possible (ski rental).
+The rent is what a call node by node takes longer than a compiled one. What goes on where its last
+call ended, as where beams lay caches out anew, is no first step: its second call compiles it.
 """
 
 from __future__ import annotations
@@ -66,20 +67,24 @@ class Deferred:
         gm: fx.GraphModule,
         what: str,
         missed: Callable[[], None],
+        goes_on: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
+          goes_on: asked at each call until it is compiled, whether this goes on where the last one
+            ended.
           compile_now: compiles a graph, given in words what it is, and what to call when a call of
             it has to be run node by node all the same. It leaves the graph as it is.
         """
         self.gm = gm
         self.price = functools.partial(PRICE.of, len(gm.graph.nodes))
         self.compile_now: Callable[[], Variant] = lambda: compile_now(gm, what, missed)
+        self.goes_on = goes_on
         self.run: Variant | None = None
         self.spent = 0.0  # seconds that compiled calls would have been faster by, estimated
 
     def __call__(self, *args: Any) -> Any:
-        if self.run is None and self.spent > 0 and self.spent >= self.price():
+        if self.run is None and (self.goes_on() or self.spent >= self.price()):
             with in_turn():
                 if self.run is None:
                     self.run = self.compile_now()

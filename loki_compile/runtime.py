@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from loki_compile import indexes, lengths, prompts
-from loki_compile.buffers import UNLIMITED, Growing, Growth
+from loki_compile.buffers import UNLIMITED, Growing
 from loki_compile.builds import Watch
 from loki_compile.caches import reading_waits, version_of
 from loki_compile.config import LokiConfig
@@ -50,13 +50,13 @@ class DecodeGraph:
         parts: Sequence[Part],
         served: Served,
         serve: Callable[[Sequence[Any]], Served],
-        growths: Sequence[Growth] = (),
+        growing: Growing | None = None,
     ) -> None:
         """
         Args:
           served: for the model that the graph was traced with.
           serve: the same for another one, given the arguments of its call.
-          growths: what grows in place, as the variants have it.
+          growing: what grows in place, as the variants have it.
         """
         self.variants = variants
         self.config = config
@@ -67,7 +67,7 @@ class DecodeGraph:
         self.outputs = variants.outputs
         self.rollback = Rollback(variants.undo)
         self.fill_graph = variants.fill
-        self.growing = Growing(growths) if growths else None
+        self.growing = growing
         self.copying: Variant | None = None
         # A weight that tells models apart; its version tells whether it is what it was.
         self.owner = next((b.weight for b in served.bindings if b.weight is not None), None)

@@ -55,12 +55,7 @@ def _symbols(size: Any) -> set[Any]:
 
 
 def find_appends(graph: fx.Graph) -> tuple[Append, ...]:
-    """Every `cat` of the graph whose new rows may be written behind its past, in order.
-
-    None where Dynamo has made one graph for pasts of any length that lie tight: a step would leave
-    a tensor with room behind it, which needs another graph. (So it is where a prompt was run
-    uncompiled and `dynamic=True`.)
-    """
+    """Every `cat` of the graph whose new rows may be written behind its past, in order."""
     outputs = list(graph.output_node().args[0])  # type: ignore[arg-type]
     written = [write.operand for write in writes_of(graph)]
     found = [
@@ -71,8 +66,6 @@ def find_appends(graph: fx.Graph) -> tuple[Append, ...]:
         if not any(may_overlap(x, y) for x in written for y in (append.past, node))
         if _reads_stand_room(append, outputs)
     ]
-    if any(append.lies_tight for append in found):
-        return ()
     pasts = [append.past for append in found]
     return tuple(append for append in found if pasts.count(append.past) == 1)
 

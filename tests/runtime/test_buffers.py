@@ -210,6 +210,25 @@ def test_a_cut_of_what_somebody_holds_is_copied_with_its_index():
     assert stats()["rebuilds"] == 1  # of the longer one, whose rows nobody has written over, too
 
 
+@pytest.mark.parametrize(("sizes", "axis"), [((2, 3, 700, 16), 2), ((1, 700, 3, 16), 1)])
+def test_large_pages_are_asked_for_where_rows_fill_them_and_never_for_room(
+    sizes, axis, monkeypatch
+):
+    monkeypatch.setattr(buffers, "_LARGE_PAGE", page := 4096)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(buffers, "_MADVISE", lambda at, size, advice: asked.append((at, size)))
+    past = torch.randn(sizes)
+    buffer, room = buffers.new_buffer(past, axis, 701, 1100)
+    assert torch.equal(room.narrow(axis, 0, 700), past)
+    row = past.stride(axis) * 4
+    runs = [buffer.address + i * 1100 * row for i in range(past.numel() * 4 // (700 * row))]
+    assert asked
+    for at, size in asked:
+        assert at % page == 0 and size % page == 0
+        assert any(run <= at and at + size <= run + 700 * row for run in runs)
+    assert sum(size for _, size in asked) > len(runs) * (700 * row - 2 * page)
+
+
 def test_the_memory_dies_with_the_cache():
     gc.collect()
     others, held = len(all_buffers()), stats()["index_bytes"]  # of what failed before, say

@@ -103,6 +103,46 @@ def test_no_later_conversation_of_any_length_compiles(dear):
     assert stats()["dense_steps"] == 0
 
 
+def steps_behind(model: nn.Module, cache: Any, step: Any, count: int, change: Any = None) -> None:
+    """The prompt uncompiled, then so many steps; `change` is done to the cache between them."""
+    with torch.no_grad():
+        model(prompt(), past_key_values=cache)
+        for number in range(count):
+            step(prompt(1, number), past_key_values=cache)
+            if change is not None:
+                change(cache)
+
+
+def test_behind_an_uncompiled_prompt_tight_caches_get_room_and_one_step_is_compiled(dear):
+    """Dynamo's first graph is for tensors of any length that lie tight: it is called once, since it
+    leaves room behind them."""
+    from transformers import DynamicCache
+
+    model = llama()
+    step = torch.compile(model, backend="loki", dynamic=True)
+    for _ in range(3):
+        cache = DynamicCache(config=model.config)
+        steps_behind(model, cache, step, 7)  # how many references such calls take is known then
+        place = cache.layers[1].values.data_ptr()
+        with torch.no_grad():
+            step(prompt(1), past_key_values=cache)
+        assert cache.layers[1].values.data_ptr() == place
+    assert dear.compiled == ["sparse"]
+    told = [report.now for report in reports()]
+    assert [text.startswith("node by node, uncompiled") for text in told] == [True, False]
+
+
+def test_caches_that_are_laid_out_anew_behind_each_step_compile_the_second(dear):
+    """As beams are: the graph for tight caches is every step's."""
+    from transformers import DynamicCache
+
+    model = llama()
+    step = torch.compile(model, backend="loki", dynamic=True)
+    cache = DynamicCache(config=model.config)
+    steps_behind(model, cache, step, 5, lambda c: c.reorder_cache(torch.tensor([0])))
+    assert dear.compiled == ["sparse"] and stats()["sparse_steps"] == 5
+
+
 def test_a_static_caches_step_is_compiled_at_once(dear):
     model = llama()
     model.compile(backend="loki")
