@@ -93,12 +93,13 @@ struct Scores {
   const char* ahead;
 };
 
-// For a kernel that takes 16 bytes of each row of a block in turn: fetches as much of the block
-// ahead. All lines at once would fill what keeps track of them, and wait: half as fast.
-LOKI_INLINE inline void fetch_ahead(const Scores& to, int64_t done) {
-  if (!to.ahead) return;
-  const char* at = to.ahead + done * kBlock;
-  for (int64_t i = 0; i < 16 * kBlock; i += 64) __builtin_prefetch(at + i);
+// For a kernel that takes 16 bytes of each of Rows rows in turn: fetches as much of those ahead, or
+// nothing where they are null. All lines at once would fill what keeps track of them, and wait: half
+// as fast.
+template <int Rows>
+LOKI_INLINE inline void fetch_ahead(const char* rows, int64_t done) {
+  if (!rows) return;
+  for (int64_t i = 0; i < 16 * Rows; i += 64) __builtin_prefetch(rows + done * Rows + i);
 }
 
 #if LOKI_AVX512
@@ -187,7 +188,7 @@ void score_block(const E* rows, int64_t stride, int64_t r, const float* q, const
   for (int64_t done = 0; done < row_bytes; done += 16) {
     __m512i column[2][4];
     __mmask16 bytes = chunk_bytes(row_bytes - done);
-    fetch_ahead(to, done);
+    fetch_ahead<kBlock>(to.ahead, done);
     load_columns(at + done, stride_bytes, bytes, column[0]);
     load_columns(at + 16 * stride_bytes + done, stride_bytes, bytes, column[1]);
     unroll<4 * kPerColumn<E>>([&](auto i) LOKI_INLINE {
@@ -222,7 +223,7 @@ void score_block_int8(const int8_t* rows, int64_t stride, int64_t r, const Query
   const int8_t* limbs = q.limb;
   for (int64_t done = 0; done < r; done += 16, limbs += 16 * GB) {
     __m512i column[2][4];
-    fetch_ahead(to, done);
+    fetch_ahead<kBlock>(to.ahead, done);
     load_columns(at + done, stride, chunk_bytes(r - done), column[0]);
     load_columns(at + 16 * stride + done, stride, chunk_bytes(r - done), column[1]);
     unroll<4>([&](auto c) LOKI_INLINE {
@@ -288,11 +289,16 @@ LOKI_INLINE inline void load_columns(const char* at, int64_t stride_bytes, __m25
   column[3] = _mm256_unpackhi_epi64(high01, high23);
 }
 
-// f(column[group][4]) for each 16 bytes of 8 * Groups rows; zeros lie behind a row's last.
+// f(column[group][4]) for each 16 bytes of 8 * Groups rows, from row n of a block on; zeros lie behind
+// a row's last.
 template <int Groups, class F>
-LOKI_INLINE inline void for_columns(const char* at, int64_t stride_bytes, int64_t row_bytes, F&& f) {
+LOKI_INLINE inline void for_columns(const char* at, int64_t stride_bytes, int64_t row_bytes,
+                                    int64_t n, const Scores& to, F&& f) {
+  at += n * stride_bytes;
+  const char* ahead = to.ahead ? to.ahead + n * row_bytes : nullptr;
   for (int64_t done = 0; done < row_bytes; done += 16) {
     __m256i column[Groups][4];
+    fetch_ahead<8 * Groups>(ahead, done);
     if (done + 16 <= row_bytes) {
       unroll<Groups>([&](auto i) LOKI_INLINE {
         load_columns(at + 8 * i * stride_bytes + done, stride_bytes, column[i]);
@@ -350,12 +356,14 @@ LOKI_INLINE inline void put_scores(const __m256* sum, int64_t n, const Scores& t
 template <class E, int GB>
 void score_block(const E* rows, int64_t stride, int64_t r, const Query& query, const Scores& to) {
   constexpr int kSets = kGroups<GB>;
+  const char* at = reinterpret_cast<const char*>(rows);
   const int64_t stride_bytes = stride * sizeof(E);
   for (int64_t n = 0; n < kBlock; n += 8 * kSets) {
-    const char* at = reinterpret_cast<const char*>(rows + n * stride);
     const float* q = query.value;
     __m256 sum[kSets * GB] = {};
     if constexpr (GB == 1 && sizeof(E) > 1) {  // too few products to be worth turning rows
+      const char* ahead = to.ahead ? to.ahead + n * r * sizeof(E) : nullptr;
+      for (int64_t i = 0; i < r * sizeof(E); i += 16) fetch_ahead<8 * kSets>(ahead, i);
       unroll<kSets>([&](auto set) LOKI_INLINE {
         const E* row[8];
         for (int i = 0; i < 8; ++i) row[i] = rows + (n + 8 * set + i) * stride;
@@ -366,7 +374,7 @@ void score_block(const E* rows, int64_t stride, int64_t r, const Query& query, c
       put_scores<GB>(sum, n, to);
       continue;
     }
-    for_columns<kSets>(at, stride_bytes, r * sizeof(E), [&](auto& column) LOKI_INLINE {
+    for_columns<kSets>(at, stride_bytes, r * sizeof(E), n, to, [&](auto& column) LOKI_INLINE {
       unroll<4 * kPerColumn<E>>([&](auto i) LOKI_INLINE {
         constexpr int c = i / kPerColumn<E>, e = i % kPerColumn<E>;
         unroll<kSets>([&](auto set) LOKI_INLINE {
@@ -393,11 +401,11 @@ template <int GB>
 void score_block_int8(const int8_t* rows, int64_t stride, int64_t r, const Query& query,
                       const Scores& to) {
   constexpr int kSets = kGroups<GB>;
+  const char* at = reinterpret_cast<const char*>(rows);
   for (int64_t n = 0; n < kBlock; n += 8 * kSets) {
-    const char* at = reinterpret_cast<const char*>(rows + n * stride);
     const int8_t* weights = query.limb;
     __m256i sum[kSets * GB] = {};
-    for_columns<kSets>(at, stride, r, [&](auto& column) LOKI_INLINE {
+    for_columns<kSets>(at, stride, r, n, to, [&](auto& column) LOKI_INLINE {
       unroll<8>([&](auto i) LOKI_INLINE {
         unroll<kSets>([&](auto set) LOKI_INLINE {
           __m256i bytes = column[set][i / 2];  // of even dims first

@@ -380,7 +380,7 @@ class Select {
       int64_t stride = p_.index.stride[2];
       const E* rows = index + t * stride;
       const char* ahead = nullptr;
-      if (LOKI_AVX512 && stride == r_) {
+      if ((LOKI_AVX512 || LOKI_AVX2) && stride == r_) {
         ahead = reinterpret_cast<const char*>(rows + kNext * stride);
       } else {
         fetch<E>(rows + kAhead * stride, stride * sizeof(E), r_ * sizeof(E));
