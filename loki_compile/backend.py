@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from loki_compile import recompiles
 from loki_compile.bind import adapters, bind_caches, growths, load_basis, token_count
 from loki_compile.buffers import Growing, with_room
 from loki_compile.caches import CacheBinding
@@ -28,6 +29,7 @@ from loki_compile.counts import (
     note_attention,
     say_compiling,
     say_once,
+    steps_taken,
     tally_of,
 )
 from loki_compile.deferred import PRICE, Deferred
@@ -100,6 +102,7 @@ def loki(
       RuntimeError: under `strict=True`, listing every site that could not be rewritten.
     """
     config = plainly(_checked, {**(options or {}), **unknown}, mode)
+    recompiles.allow_for(steps_taken())
     normal, parts = _in_one_form(gm)
     of_model = PlanOfModel(normal, example_inputs, parts, config)
     plan = plainly(plan_graph, normal, config, of_model, parts)

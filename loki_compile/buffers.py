@@ -50,7 +50,7 @@ UNLIMITED = 1 << 40
 # come, not another cache.
 _LEARN = 4
 
-_LARGE_PAGE = 1 << 21  # bytes, of x86-64 and of ARM with pages of 4 KiB
+LARGE_PAGE = 1 << 21  # bytes, of x86-64 and of ARM with pages of 4 KiB
 _MADV_HUGEPAGE = 14
 
 _lock = threading.RLock()
@@ -338,17 +338,17 @@ def _ask_for_large_pages(whole: Tensor, axis: int, rows: int) -> None:
     """Asks Linux to put the first rows into pages of 2 MiB before they are written: chosen keys lie
     apart, and to find the small page of each takes as long as to read it (docs/measured.md). Only
     pages that these rows fill, so that no room becomes memory. A refusal changes nothing."""
-    if whole.device.type != "cpu" or _MADVISE is None:
+    if whole.device.type != "cpu" or MADVISE is None:
         return
     inner = math.prod(whole.shape[axis + 1 :]) * whole.element_size()
     runs, step = math.prod(whole.shape[:axis]), whole.shape[axis] * inner
-    if rows * inner < _LARGE_PAGE:
+    if rows * inner < LARGE_PAGE:
         return
     for begin in range(whole.data_ptr(), whole.data_ptr() + runs * step, step):
-        first = -(-begin // _LARGE_PAGE) * _LARGE_PAGE
-        size = (begin + rows * inner - first) // _LARGE_PAGE * _LARGE_PAGE
+        first = -(-begin // LARGE_PAGE) * LARGE_PAGE
+        size = (begin + rows * inner - first) // LARGE_PAGE * LARGE_PAGE
         if size > 0:
-            _MADVISE(first, size, _MADV_HUGEPAGE)
+            MADVISE(first, size, _MADV_HUGEPAGE)
 
 
 def _without(sizes: Iterable[int], axis: int) -> tuple[int, ...]:
@@ -380,4 +380,4 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return cast("Callable[[int, int, int], int]", found)
 
 
-_MADVISE = _madvise()
+MADVISE = _madvise()

@@ -148,6 +148,13 @@ def _root_class(gm: fx.GraphModule) -> str:
     return "a function"
 
 
+def steps_taken() -> int:
+    """Sparse and dense steps of all models since import or `reset_stats`."""
+    with _lock:
+        steps = (t.counts[name] for t in _tallies.values() for name in _STEPS[:2])
+        return sum(steps)
+
+
 def stats() -> dict[str, Any]:
     """Counts since import or `reset_stats`, as in `torch._dynamo.utils.counters["loki"]`.
 

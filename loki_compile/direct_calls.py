@@ -31,11 +31,11 @@ def call_directly(run: Callable[..., Any]) -> None:
     function = compiled.current_callable
     module = getattr(getattr(function, "__func__", function), "__globals__", {})
     if module.get("call") == function and module.get("torch") is torch:
-        module["torch"] = _torch()
+        module["torch"] = torch_with_kernels()
 
 
 @functools.cache
-def _torch() -> types.ModuleType:
+def torch_with_kernels() -> types.ModuleType:
     """PyTorch, but for our ops."""
     shown = _Shown("torch", torch)
     shown.__dict__.update(vars(torch))

@@ -214,9 +214,9 @@ def test_a_cut_of_what_somebody_holds_is_copied_with_its_index():
 def test_large_pages_are_asked_for_where_rows_fill_them_and_never_for_room(
     sizes, axis, monkeypatch
 ):
-    monkeypatch.setattr(buffers, "_LARGE_PAGE", page := 4096)
+    monkeypatch.setattr(buffers, "LARGE_PAGE", page := 4096)
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(buffers, "_MADVISE", lambda at, size, advice: asked.append((at, size)))
+    monkeypatch.setattr(buffers, "MADVISE", lambda at, size, advice: asked.append((at, size)))
     past = torch.randn(sizes)
     buffer, room = buffers.new_buffer(past, axis, 701, 1100)
     assert torch.equal(room.narrow(axis, 0, 700), past)

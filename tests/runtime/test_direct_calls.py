@@ -38,9 +38,9 @@ def calls(monkeypatch):
 
     for name, kernel in ops.CPU_KERNELS.items():
         monkeypatch.setitem(ops.CPU_KERNELS, name, noted(name, kernel))
-    direct_calls._torch.cache_clear()
+    direct_calls.torch_with_kernels.cache_clear()
     yield seen
-    direct_calls._torch.cache_clear()
+    direct_calls.torch_with_kernels.cache_clear()
 
 
 def compiled(qkv):
@@ -86,7 +86,7 @@ def test_the_profiler_sees_the_op(qkv, calls):
 
 
 def test_what_else_the_code_asks_of_torch_it_gets():
-    shown = direct_calls._torch()
+    shown = direct_calls.torch_with_kernels()
     assert shown.float32 is torch.float32 and shown.ops.aten is torch.ops.aten
     assert shown.ops.loki.select.default is not torch.ops.loki.select.default
     assert shown.nn is torch.nn
