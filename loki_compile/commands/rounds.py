@@ -26,7 +26,10 @@ from loki_compile.report import SiteReport, clear_reports, reports
 # A growing cache's graphs are traced at its first two steps, an index is built at the first that is
 # sparse: those behind them are what all later ones cost.
 WARM_UP = 4
-STEPS = 4  # of a sample
+# Of a sample, and at most before it, or for so many seconds. What another way has left in the
+# processor's caches is not what a step finds while it decodes: behind two steps a small model's was
+# up to a third slower where PyTorch's own came before.
+STEPS, SETTLING, SETTLING_S = 4, 8, 0.1
 # How far logits of a dense way may be from eager's, as a share of their norm, behind four layers.
 # Rounding adds up as a random walk does, over more layers.
 LOGITS_BOUND = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4}
@@ -46,8 +49,10 @@ class Decoder:
     warm_up: list[Sample] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     sites: tuple[SiteReport, ...] = ()  # of its sparse graph
+    taken: int = 0
 
     def __call__(self) -> Tensor:
+        self.taken += 1
         out = self.way.step(next(self.tokens), past_key_values=self.cache, use_cache=True)
         logits: Tensor = out.logits[0, -1]
         return logits
@@ -60,7 +65,7 @@ class Decoder:
 
 def room_for(rounds: int) -> int:
     """Tokens that each way decodes behind a context."""
-    return WARM_UP + rounds * STEPS
+    return WARM_UP + rounds * (SETTLING + STEPS)
 
 
 @torch.no_grad()
@@ -101,7 +106,8 @@ def measured(
             decoders.append(decoder)
         del decoder  # with its cache, if it is not to be timed
     del truth
-    a_round = sum(decoder.warm_up[-1].wall for decoder in decoders) * STEPS
+    last = [decoder.warm_up[-1].wall for decoder in decoders]
+    a_round = sum(wall * STEPS + min(wall * SETTLING, wall + SETTLING_S) for wall in last)
     begin(f"measuring in turn, about {math.ceil(min(rounds * a_round, most_seconds))} s")
     _take_turns(decoders, rounds, most_seconds, reader, device)
     weights = weight_bytes(model)
@@ -213,10 +219,19 @@ def _take_turns(
             return
         reader.read()
         for decoder in decoders:
+            _settle(decoder)
             before = stats()["sparse_steps"]
             decoder.samples.append(timed(decoder, device, STEPS))
             if stats()["sparse_steps"] == before:
                 decoder.sites = ()  # it ran dense
+
+
+def _settle(decoder: Decoder) -> None:
+    began = time.perf_counter()
+    for _ in range(SETTLING):
+        decoder()
+        if time.perf_counter() - began > SETTLING_S:
+            return
 
 
 def _fill_in(row: Row, decoder: Decoder, weights: int, reader: Reader) -> None:
@@ -231,7 +246,9 @@ def _fill_in(row: Row, decoder: Decoder, weights: int, reader: Reader) -> None:
     row.compile_s = sum(max(s.wall - ordinary.wall, 0.0) for s in decoder.warm_up)
     row.compile_cpu_s = sum(max(s.cpu - ordinary.cpu, 0.0) for s in decoder.warm_up)
     row.sparse = bool(decoder.sites)
-    tokens = row.context + WARM_UP + len(decoder.samples) * STEPS // 2
+    tokens = (
+        row.context + (WARM_UP + decoder.taken) // 2
+    )  # half of the way from the first sample on
     layers = layers_of(decoder.cache)
     sites = decoder.sites or None
     caches = cache_bytes(layers, tokens, sites, decoder.way.config)

@@ -26,6 +26,7 @@ from loki_compile.report import SiteReport
 transformers = pytest.importorskip("transformers")
 
 ROUNDS = 2
+STEPS_OF_A_ROUND = rounds_of.SETTLING + rounds_of.STEPS
 AMONG = ("--rounds", ROUNDS, "--min-context", "30", "--top-k", "40")
 FEW = (*AMONG, "--dense", "packed", "--cache", "static")
 
@@ -63,6 +64,7 @@ def measured(tmp_path_factory):
     policies = ("--policies", "loki,window@37", "--dense", "packed,exact")
     with pytest.MonkeyPatch.context() as patch, default_engine(interpreter):
         patch.setattr("loki_compile.commands.clock.CPU_BUFFER", 2**20)
+        patch.setattr(rounds_of, "SETTLING_S", 1e9)
         shown = succeed(*contexts, *policies, *AMONG, "--out", file)
     return file, shown
 
@@ -105,7 +107,7 @@ def test_bytes_and_rates_follow_from_shapes_and_times(measured):
     weights = 4 * (256 * (1024 + 2 * 256 + 1024) + 3 * 256 * 512 + 3 * 256 + 1024 * 256)
     each = 2 * 128 * 4
     for row in rows_in(measured[0]):
-        tokens = row["context"] + rounds_of.WARM_UP + ROUNDS * rounds_of.STEPS // 2
+        tokens = row["context"] + rounds_of.WARM_UP + ROUNDS * STEPS_OF_A_ROUND // 2
         caches = {"loki": tokens * 2 * (64 + 4) + 40 * 2 * each, "window@37": 37 * 2 * each}
         assert row["cache_bytes"] == caches.get(row["way"], tokens * 2 * each)
         assert row["bytes"] == weights + row["cache_bytes"]

@@ -466,7 +466,7 @@ MISTAKES = {
     ),
     "too long a context, bench": (
         ("bench", "{tiny}", "--context", "50", "--context", "699", "--rounds", "1"),
-        "--context 699: this model has 700 positions; needs at most 692 with 8 tokens behind it",
+        "--context 699: this model has 700 positions; needs at most 684 with 16 tokens behind it",
     ),
     "too long a prompt, calibrate": (
         ("calibrate", "{tiny}", "--text", "{text}", "--length", "701"),
@@ -495,7 +495,7 @@ MISTAKES = {
     ),
     "more rounds than a model has room for, bench": (
         ("bench", "{tiny}", "--rounds", "5000"),
-        "--rounds 5000: needs 20004 tokens behind each context, this model has 700 positions",
+        "--rounds 5000: needs 60004 tokens behind each context, this model has 700 positions",
     ),
     "a picture of no known kind, bench": (
         ("bench", "{tiny}", "--picture", "/tmp/rows.xyz"),
@@ -515,11 +515,11 @@ MISTAKES = {
         "holds no rows of `loki bench`",
     ),
     "too little text, bench": (
-        ("bench", "{tiny}", "--text", "{few}", "--context", "600"),
+        ("bench", "{tiny}", "--text", "{few}", "--context", "500"),
         "--text: holds",
     ),
     "text without a tokenizer, bench": (
-        ("bench", "{bare}", "--text", "{text}", "--context", "600"),
+        ("bench", "{bare}", "--text", "{text}", "--context", "500"),
         "found no tokenizer for",
     ),
     "an --out below a file, bench": (
