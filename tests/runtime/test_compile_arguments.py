@@ -67,6 +67,11 @@ class Counting:
         return gm.forward
 
 
+def compiled_reports() -> list[Any]:
+    """Of graphs that are not run node by node, as a first step's are."""
+    return [report for report in reports() if not report.now.startswith("node by node")]
+
+
 def graphs_of_plain_dynamo(model: nn.Module, kind: str, **arguments: Any) -> int:
     torch._dynamo.reset()
     plain = Counting()
@@ -97,7 +102,7 @@ def test_decoding_is_sparse_in_as_many_graphs_as_plain_dynamo_makes(kind, dynami
     model.compile(backend="loki", options={"strict": strict}, **arguments)
     decode(model, model, kind)
     assert stats()["sparse_steps"] == STEPS and stats()["dense_steps"] == 0
-    assert len(reports()) <= plain
+    assert len(compiled_reports()) <= plain and len(reports()) <= plain + 1
     assert all(site.outcome == "sparse" for report in reports() for site in report.sites)
     torch._dynamo.reset()
     model.compile(backend="loki", options={"min_context": 0, "top_k": 1.0}, **arguments)
@@ -298,7 +303,9 @@ def test_conversations_of_other_lengths_share_one_graph(own, graphs):
     plain = Counting()
     talk(plain)
     model = talk("loki")
-    assert len(reports()) == plain.graphs == graphs
+    # With a slice one more is traced: caches that lie tight are given room.
+    assert plain.graphs == graphs and len(reports()) == graphs + (not own)
+    assert len(compiled_reports()) < graphs
     with torch.compiler.set_stance("fail_on_recompile"):
         for cached in (1979, 2048, 1200):
             decode(model, model, "growing", cached=cached, steps=2, own=own)
@@ -321,7 +328,7 @@ def test_two_models_of_other_head_dims_take_no_more_graphs_than_plain_dynamo_mak
     plain = Counting()
     alternate(plain)
     alternate("loki")
-    assert len(reports()) <= plain.graphs
+    assert len(compiled_reports()) <= plain.graphs and len(reports()) <= plain.graphs + 1
     assert stats()["dense_steps"] == 0 and stats()["sparse_steps"] == 18
 
 
