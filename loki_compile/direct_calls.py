@@ -39,8 +39,8 @@ def torch_with_kernels() -> types.ModuleType:
     """PyTorch, but for our ops."""
     shown = _Shown("torch", torch)
     shown.__dict__.update(vars(torch))
-    shown.ops = ops = _Shown("torch.ops", torch.ops)
-    ops.loki = loki = _Shown("torch.ops.loki", torch.ops.loki)
+    ops, loki = _Shown("torch.ops", torch.ops), _Shown("torch.ops.loki", torch.ops.loki)
+    shown.__dict__["ops"], ops.__dict__["loki"] = ops, loki
     for name, kernel in CPU_KERNELS.items():
         op = getattr(torch.ops.loki, name).default
         setattr(loki, name, types.SimpleNamespace(default=_unless_watched(kernel, op)))
