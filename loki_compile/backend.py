@@ -154,9 +154,9 @@ class _Graph:
         plan: Plan,
         mode: str | None,
     ) -> _Graph:
-        # What is promised to be Inductor's to the bit goes to Inductor.
         in_place = _grows_in_place(normal, config, mode)
         appends = find_appends(normal.graph) if in_place else ()
+        # What is promised to be Inductor's to the bit goes to Inductor.
         once = config.pack_gqa and is_called_once(plan, normal.graph, appends)
         return cls(gm, normal, parts, config, plan, once, in_place, appends)
 

@@ -5,7 +5,7 @@ only turns each argument into its own kind of value and back: 10 µs of the 20 o
 over few keys, 3 % of a step of 30 layers behind 1500 tokens (docs/measured.md). Where something
 looks on, a dispatch mode or the profiler, ops are called as ops.
 
-Private API, checked on torch 2.11 and 2.13: the module that Inductor's code lies in names the ops
+Private API, checked on torch 2.13: the module that Inductor's code lies in names the ops
 by its global `torch`, as `torch.ops.loki.select.default`. Where there is no such module, nothing is
 changed.
 """

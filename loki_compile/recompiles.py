@@ -19,7 +19,7 @@ log = logging.getLogger("loki_compile")
 
 STEPS_PER_GRAPH = 4
 MOST = 64
-DEFAULT = 8  # PyTorch's, of 2.11 and of 2.13
+DEFAULT = 8  # PyTorch's, of 2.13; where it is another, nothing rises
 
 # What it was raised to here; options of Dynamo's are each thread's own as well.
 _risen_to: ContextVar[int] = ContextVar("risen_to", default=DEFAULT)

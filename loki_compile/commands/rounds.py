@@ -246,9 +246,8 @@ def _fill_in(row: Row, decoder: Decoder, weights: int, reader: Reader) -> None:
     row.compile_s = sum(max(s.wall - ordinary.wall, 0.0) for s in decoder.warm_up)
     row.compile_cpu_s = sum(max(s.cpu - ordinary.cpu, 0.0) for s in decoder.warm_up)
     row.sparse = bool(decoder.sites)
-    tokens = (
-        row.context + (WARM_UP + decoder.taken) // 2
-    )  # half of the way from the first sample on
+    # Half of the way from the first sample on.
+    tokens = row.context + (WARM_UP + decoder.taken) // 2
     layers = layers_of(decoder.cache)
     sites = decoder.sites or None
     caches = cache_bytes(layers, tokens, sites, decoder.way.config)
